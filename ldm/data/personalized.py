@@ -1,0 +1,153 @@
+"""The photos of one concept, with prompts and masks, as a training set (Perfusion, arXiv 2305.01644, section 4)."""
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ldm.data.images import list_images, read_folder, read_mask, square, to_tensor
+from ldm.data.templates import fill, get_templates
+from ldm.errors import UserError
+
+ASPECT_TOLERANCE = 0.02  # a mask drawn at another resolution may be off by a rounded pixel
+
+
+class PersonalizedBase(Dataset):
+    """A few photos (three to twenty or so; more only cost memory), each seen `repeats` times an epoch.
+
+    Photos are decoded, cropped to their centred square and resized once, and kept in memory as bytes. An item depends
+    on (`seed`, its index, the epoch) alone, so neither the number of workers nor the global generators change a run.
+
+    Items are dicts:
+        image:   (3, size, size) float32 in [-1, 1]
+        caption: str, a template with the placeholder in it
+        mask:    (1, size, size) float32 in [0, 1]; all ones until `mask_root` or `set_masks` say otherwise
+        flipped: bool, whether image and mask are mirrored
+        index:   int, the photo's place in `paths`
+
+    Args:
+        data_root: folder of photos (jpg, jpeg, png, webp, bmp); files that cannot be read are left out with a warning.
+        size: side of the square pictures, in pixels.
+        repeats: how often each photo comes up in one epoch.
+        flip_p: probability of a horizontal flip; 0 for a concept that must not be mirrored (asymmetric, lettering).
+        placeholder_token: the word that stands for the concept in prompts, e.g. `<my-teddy>`.
+        templates: name of a set in `ldm.data.templates`, or sentences with one `{}` each.
+        mask_root: folder with one mask per photo, of the photo's name and aspect (any picture format; white counts).
+        seed: of templates and flips.
+
+    Raises:
+        UserError: no usable photo, a photo without mask, or a param out of its range.
+    """
+
+    def __init__(
+        self,
+        data_root: str | Path,
+        size: int = 512,
+        repeats: int = 100,
+        flip_p: float = 0.5,
+        placeholder_token: str = "*",
+        templates: str | Sequence[str] = "photo",
+        mask_root: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        _refuse_params(size, repeats, flip_p, placeholder_token)
+        self.size = size
+        self.repeats = repeats
+        self.flip_p = flip_p
+        self.placeholder_token = placeholder_token
+        self.templates = get_templates(templates)
+        self.seed = seed
+        self.paths: list[Path] = []
+        self.images: list[Image.Image] = []
+        sizes: list[tuple[int, int]] = []
+        for path, photo in read_folder(data_root):
+            self.paths.append(path)
+            self.images.append(square(photo, size))
+            sizes.append(photo.size)
+        self._masks = None if mask_root is None else _read_masks(mask_root, self.paths, sizes, size)
+        # shared memory, so that workers which live through several epochs see the change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.paths) * self.repeats
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str | bool | int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        photo = index % len(self.paths)
+        # text seeds are hashed by `random` itself: the same on every machine and in every process
+        chance = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
+        template = chance.choice(self.templates)
+        flipped = chance.random() < self.flip_p
+        image, mask = to_tensor(self.images[photo]), self.mask(photo)
+        return {
+            "image": image.flip(-1) if flipped else image,
+            "caption": fill(template, self.placeholder_token),
+            "mask": mask.flip(-1) if flipped else mask,
+            "flipped": flipped,
+            "index": photo,
+        }
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks were given, by `mask_root` or `set_masks`."""
+        return self._masks is not None
+
+    def mask(self, photo: int) -> torch.Tensor:
+        """The mask (1, size, size) of a photo, unflipped; ones where there are no masks."""
+        return torch.ones(1, self.size, self.size) if self._masks is None else self._masks[photo].clone()
+
+    def set_masks(self, masks: Sequence[torch.Tensor]) -> None:
+        """Gives each photo its mask, (1, size, size) in [0, 1], in the order of `paths`. Call before workers start.
+
+        Raises:
+            ValueError: not one mask per photo, or one of another shape or range.
+        """
+        if len(masks) != len(self.paths):
+            raise ValueError(f"{len(masks)} masks for {len(self.paths)} photos")
+        for path, mask in zip(self.paths, masks, strict=True):
+            if mask.shape != (1, self.size, self.size) or not bool(((mask >= 0) & (mask <= 1)).all()):
+                raise ValueError(f"mask of {path.name}: {tuple(mask.shape)}, not (1, {self.size}, {self.size}) in 0..1")
+        self._masks = [mask.detach().cpu().float().clone() for mask in masks]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws other templates and flips from here on, the same ones whenever this epoch is set."""
+        self._epoch.fill_(epoch)
+
+
+def _refuse_params(size: int, repeats: int, flip_p: float, placeholder_token: str) -> None:
+    if size < 8:
+        raise UserError(f"size: {size} pixels is no picture; give the size that the base model works at, e.g. 512")
+    if repeats < 1:
+        raise UserError(f"repeats: {repeats} leaves no training data; give 1 or more")
+    if not 0 <= flip_p <= 1:
+        raise UserError(f"flip_p: {flip_p} is no probability; give a number from 0 to 1")
+    if not placeholder_token.strip():
+        raise UserError("placeholder_token: is empty; give the concept a word such as <my-teddy>")
+
+
+def _read_masks(
+    folder: str | Path, photos: Sequence[Path], sizes: Sequence[tuple[int, int]], size: int
+) -> list[torch.Tensor]:
+    by_name = {path.stem: path for path in list_images(folder)}
+    missing = [photo.name for photo in photos if photo.stem not in by_name]
+    if missing:
+        raise UserError(f"{folder}: no mask for {', '.join(missing)}; add one of the same name, or drop mask_root")
+    return [_read_mask(by_name[photo.stem], shape, size) for photo, shape in zip(photos, sizes, strict=True)]
+
+
+def _read_mask(path: Path, photo_size: tuple[int, int], size: int) -> torch.Tensor:
+    """One user-made mask (1, size, size), cropped as its photo is, its brightest point 1."""
+    drawn = read_mask(path)
+    (width, height), (across, down) = drawn.size, photo_size
+    if abs(width * down / (height * across) - 1) > ASPECT_TOLERANCE:
+        raise UserError(f"{path}: {width}x{height} does not fit its photo, {across}x{down}; draw it over all of it")
+    levels = torch.from_numpy(np.array(square(drawn, size))).float()
+    if not levels.max() > 0:
+        raise UserError(f"{path}: black where the photo is used (its centred square); paint the concept white")
+    return (levels / levels.max())[None]

@@ -1,0 +1,195 @@
+"""The backgrounds of the mini world: smooth little landscapes, drawn at random from a seed.
+
+No texture finer than a few pixels: it would only eat the capacity of a small autoencoder.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+Rng = np.random.Generator
+Colour = tuple[int, int, int]
+OVERSAMPLE = 3
+
+
+class Canvas:
+    """A square picture drawn larger than needed; all coordinates are fractions of its side."""
+
+    def __init__(self, size: int, top: Colour, bottom: Colour, horizon: float = 1.0) -> None:
+        self.side = size * OVERSAMPLE
+        self.size = size
+        ramp = np.clip(np.linspace(0, 1 / horizon, self.side, dtype=np.float32), 0, 1)[:, None]
+        rows = np.array(top, np.float32) * (1 - ramp) + np.array(bottom, np.float32) * ramp
+        self.image = Image.fromarray(np.repeat(rows[:, None].astype(np.uint8), self.side, axis=1))
+        self.pen = ImageDraw.Draw(self.image)
+
+    def polygon(self, points: list[tuple[float, float]], colour: Colour) -> None:
+        self.pen.polygon([(x * self.side, y * self.side) for x, y in points], fill=colour)
+
+    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
+        self.pen.ellipse([(x - rx) * self.side, (y - ry) * self.side, (x + rx) * self.side, (y + ry) * self.side],
+                         fill=colour)
+
+    def box(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
+        self.pen.rectangle([left * self.side, top * self.side, right * self.side, bottom * self.side], fill=colour)
+
+    def hills(self, rng: Rng, level: float, height: float, colour: Colour, waves: float = 1.5) -> None:
+        """Everything below a soft wavy line round `level`."""
+        x = np.linspace(0, 1, 24)
+        phase = rng.uniform(0, 6.3, 2)
+        y = level + height * (np.sin(6.3 * waves * x + phase[0]) + 0.5 * np.sin(6.3 * 1.9 * waves * x + phase[1])) / 1.5
+        self.polygon([(0, 1), *zip(x, y, strict=True), (1, 1)], colour)
+
+    def finished(self) -> Image.Image:
+        return self.image.filter(ImageFilter.GaussianBlur(OVERSAMPLE * 0.5)).resize(
+            (self.size, self.size), Image.Resampling.BOX)
+
+
+def _near(rng: Rng, colour: Colour, spread: int = 12) -> Colour:
+    return tuple(int(value) for value in np.clip(np.add(colour, rng.integers(-spread, spread + 1, 3)), 0, 255))
+
+
+def beach(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (120, 195, 245)), _near(rng, (205, 235, 250)), horizon=0.45)
+    sea, sand = rng.uniform(0.36, 0.46), rng.uniform(0.56, 0.66)
+    if rng.random() < 0.6:
+        canvas.ellipse(rng.uniform(0.1, 0.9), rng.uniform(0.08, 0.2), 0.07, 0.07, (255, 240, 150))
+    canvas.box(0, sea, 1, 1, _near(rng, (30, 120, 195)))
+    canvas.box(0, (sea + sand) / 2, 1, 1, _near(rng, (60, 165, 215)))
+    canvas.hills(rng, sand - 0.015, 0.012, (235, 248, 250), waves=2.0)
+    canvas.hills(rng, sand + 0.02, 0.015, _near(rng, (240, 214, 150)), waves=2.0)
+    return canvas.finished()
+
+
+def snow(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (150, 175, 205)), _near(rng, (215, 225, 238)), horizon=0.6)
+    for _ in range(rng.integers(2, 5)):
+        x, base, tall = rng.uniform(0, 1), rng.uniform(0.55, 0.64), rng.uniform(0.2, 0.35)
+        for step in range(3):
+            top = base - tall * (0.4 + 0.3 * step)
+            half = 0.11 - 0.027 * step
+            canvas.polygon([(x - half, top + tall * 0.38), (x, top), (x + half, top + tall * 0.38)], (70, 105, 100))
+    canvas.hills(rng, rng.uniform(0.56, 0.66), 0.03, _near(rng, (242, 246, 252), 5))
+    for x, y in rng.uniform(0, 1, (14, 2)):
+        canvas.ellipse(x, y, 0.013, 0.013, (255, 255, 255))
+    return canvas.finished()
+
+
+def meadow(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (135, 205, 250)), _near(rng, (215, 240, 250)), horizon=0.55)
+    for _ in range(rng.integers(1, 4)):
+        x, y = rng.uniform(0, 1), rng.uniform(0.08, 0.28)
+        for dx in (-0.07, 0, 0.07):
+            canvas.ellipse(x + dx, y, 0.08, 0.045, (250, 252, 255))
+    canvas.hills(rng, rng.uniform(0.48, 0.58), 0.04, _near(rng, (140, 205, 95)))
+    canvas.hills(rng, rng.uniform(0.62, 0.7), 0.03, _near(rng, (95, 175, 65)))
+    for x, y in rng.uniform((0, 0.75), (1, 1), (rng.integers(4, 9), 2)):
+        canvas.ellipse(x, y, 0.02, 0.02, ((250, 235, 90), (250, 250, 250), (240, 120, 150))[rng.integers(3)])
+    return canvas.finished()
+
+
+def desert(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (245, 185, 110)), _near(rng, (252, 225, 165)), horizon=0.5)
+    canvas.ellipse(rng.uniform(0.15, 0.85), rng.uniform(0.14, 0.26), 0.09, 0.09, (255, 245, 200))
+    canvas.hills(rng, rng.uniform(0.46, 0.54), 0.06, _near(rng, (225, 150, 80)), waves=0.9)
+    canvas.hills(rng, rng.uniform(0.6, 0.68), 0.05, _near(rng, (205, 120, 60)), waves=0.7)
+    canvas.hills(rng, rng.uniform(0.8, 0.86), 0.04, _near(rng, (188, 100, 48)), waves=0.8)
+    return canvas.finished()
+
+
+def forest(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (30, 80, 50)), _near(rng, (80, 140, 80)), horizon=0.7)
+    for shade, count in ((0.65, 6), (1.0, 5)):
+        for x in rng.uniform(0, 1, count):
+            half = rng.uniform(0.025, 0.05)
+            canvas.box(x - half, 0, x + half, 0.76, tuple(int(shade * c) for c in _near(rng, (98, 68, 42))))
+    for x in rng.uniform(0, 1, 9):
+        canvas.ellipse(x, rng.uniform(-0.02, 0.08), 0.16, 0.1, _near(rng, (35, 105, 50)))
+    canvas.hills(rng, rng.uniform(0.68, 0.76), 0.02, _near(rng, (55, 92, 40)))
+    return canvas.finished()
+
+
+def sea(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (50, 175, 210)), _near(rng, (8, 50, 120)))
+    for x in rng.uniform(0, 1, 3):
+        canvas.polygon([(x, 0), (x + 0.1, 0), (x + 0.02, 0.8), (x - 0.14, 0.8)], _near(rng, (60, 165, 205), 6))
+    canvas.hills(rng, rng.uniform(0.84, 0.9), 0.02, _near(rng, (150, 150, 110)))
+    for x in rng.uniform(0, 1, 4):
+        height = rng.uniform(0.12, 0.3)
+        sway = np.sin(np.linspace(0, 6, 8)) * 0.015
+        spine = [(x + s, 0.92 - height * i / 7) for i, s in enumerate(sway)]
+        canvas.polygon(spine + [(px + 0.03, py) for px, py in reversed(spine)], _near(rng, (40, 150, 90)))
+    for x, y in rng.uniform(0, 0.8, (7, 2)):
+        canvas.ellipse(x, y, 0.016, 0.016, (190, 235, 245))
+    return canvas.finished()
+
+
+def city(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (150, 165, 190)), _near(rng, (225, 215, 210)), horizon=0.7)
+    left = -0.05
+    while left < 1:
+        wide, top = rng.uniform(0.14, 0.24), rng.uniform(0.1, 0.4)
+        wall = _near(rng, ((120, 105, 110), (95, 110, 130), (150, 120, 105))[rng.integers(3)])
+        canvas.box(left, top, left + wide, 0.74, wall)
+        for x in np.arange(left + 0.03, left + wide - 0.04, 0.065):
+            for y in np.arange(top + 0.05, 0.62, 0.11):
+                canvas.box(x, y, x + 0.032, y + 0.05, (250, 230, 150) if rng.random() < 0.5 else (70, 80, 100))
+        left += wide + 0.01
+    canvas.box(0, 0.72, 1, 0.78, (175, 172, 170))
+    canvas.box(0, 0.78, 1, 1, _near(rng, (72, 74, 80)))
+    for x in np.arange(rng.uniform(-0.2, 0), 1, 0.28):
+        canvas.box(x, 0.88, x + 0.14, 0.905, (235, 225, 180))
+    return canvas.finished()
+
+
+def mountains(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (110, 150, 215)), _near(rng, (240, 205, 200)), horizon=0.6)
+    for _ in range(4):
+        x, top, half = rng.uniform(0, 1), rng.uniform(0.12, 0.32), rng.uniform(0.25, 0.4)
+        slope = (0.72 - top) / half
+        canvas.polygon([(x - half, 0.72), (x, top), (x + half, 0.72)], _near(rng, (92, 98, 125)))
+        cap = 0.1 / slope
+        canvas.polygon([(x - cap, top + 0.1), (x, top), (x + cap, top + 0.1), (x, top + 0.07)], (245, 248, 252))
+    canvas.hills(rng, rng.uniform(0.66, 0.72), 0.02, _near(rng, (80, 120, 85)))
+    return canvas.finished()
+
+
+def table(rng: Rng, size: int) -> Image.Image:
+    wall = ((235, 225, 205), (205, 222, 215), (220, 205, 215))[rng.integers(3)]
+    canvas = Canvas(size, _near(rng, wall), _near(rng, wall))
+    edge, wood = rng.uniform(0.58, 0.68), _near(rng, (165, 105, 60))
+    x = rng.uniform(0.1, 0.6)
+    canvas.box(x, 0.08, x + 0.3, 0.4, (250, 250, 248))
+    canvas.box(x + 0.02, 0.1, x + 0.28, 0.38, _near(rng, (160, 205, 235)))
+    canvas.box(0, edge, 1, 1, wood)
+    for y in np.linspace(edge + 0.09, 0.97, 4):
+        canvas.box(0, y, 1, y + 0.012, tuple(int(c * 0.78) for c in wood))
+    canvas.box(0, edge, 1, edge + 0.025, tuple(min(255, int(c * 1.2)) for c in wood))
+    return canvas.finished()
+
+
+def space(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (12, 10, 38)), _near(rng, (38, 18, 70)))
+    x, y, radius = rng.uniform(0.05, 0.95), rng.uniform(0.05, 0.35), rng.uniform(0.08, 0.16)
+    colour = ((215, 150, 90), (120, 160, 215), (190, 110, 150))[rng.integers(3)]
+    canvas.ellipse(x, y, radius * 1.7, radius * 0.35, _near(rng, (200, 190, 160)))
+    canvas.ellipse(x, y, radius, radius, _near(rng, colour))
+    for sx, sy in rng.uniform(0, 1, (28, 2)):
+        canvas.ellipse(sx, sy, 0.011, 0.011, (250, 250, 225))
+    return canvas.finished()
+
+
+PLACES: dict[str, tuple[Callable[[Rng, int], Image.Image], tuple[str, ...]]] = {
+    "beach": (beach, ("on the beach", "at the beach")),
+    "snow": (snow, ("in the snow",)),
+    "meadow": (meadow, ("in a meadow", "on the grass")),
+    "desert": (desert, ("in the desert",)),
+    "forest": (forest, ("in the forest", "in the woods")),
+    "sea": (sea, ("under the sea", "under water")),
+    "city": (city, ("in the city", "on the street")),
+    "mountains": (mountains, ("in the mountains",)),
+    "table": (table, ("on a wooden table", "on a table")),
+    "space": (space, ("in space", "among the stars")),
+}

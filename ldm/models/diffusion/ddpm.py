@@ -1,0 +1,6 @@
+"""The public path of the diffusion models: configs name `ldm.models.diffusion.ddpm.…`; the code lies beside it."""
+from ldm.models.diffusion.latent_diffusion import LatentDiffusion
+from ldm.models.diffusion.pixel_diffusion import DDPM
+from ldm.models.diffusion.wrapper import DiffusionWrapper
+
+__all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion"]

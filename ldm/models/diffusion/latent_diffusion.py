@@ -1,0 +1,143 @@
+"""Latent diffusion (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022)."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.models.autoencoder import image_batch
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.pixel_diffusion import DDPM
+from ldm.models.diffusion.wrapper import Condition
+from ldm.modules.context import PromptContext
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import instantiate_from_config
+
+log = logging.getLogger(__name__)
+
+
+class LatentDiffusion(DDPM):
+    """A diffusion model on the latents of a frozen first stage, under the condition that a second module encodes.
+
+    Args (beside those of `DDPM`):
+        first_stage_config: config of the autoencoder; it is never trained here.
+        cond_stage_config: config of the condition's encoder, or "__is_unconditional__".
+        num_timesteps_cond: kept for the public configs; must be 1.
+        cond_stage_key: where a batch keeps its condition, such as "caption".
+        cond_stage_trainable: whether the condition's encoder is trained along.
+        concat_mode: with no `conditioning_key`: "concat" instead of "crossattn".
+        cond_stage_forward: name of the encoder's method to call; None: `encode`, or the call itself.
+        scale_factor: what latents are multiplied by, so that their variance is about 1.
+        scale_by_std: measure that factor on the first batch instead.
+    """
+
+    def __init__(self, first_stage_config: Mapping[str, Any], cond_stage_config: Mapping[str, Any] | str,
+                 num_timesteps_cond: int | None = None, cond_stage_key: str = "image",
+                 cond_stage_trainable: bool = False, concat_mode: bool = True, cond_stage_forward: str | None = None,
+                 conditioning_key: str | None = None, scale_factor: float = 1.0, scale_by_std: bool = False,
+                 **ddpm: Any) -> None:
+        if num_timesteps_cond not in (None, 1):
+            raise UserError(f"num_timesteps_cond {num_timesteps_cond}: only 1 is supported")
+        unconditional = cond_stage_config == "__is_unconditional__"
+        if conditioning_key is None and not unconditional:
+            conditioning_key = "concat" if concat_mode else "crossattn"
+        super().__init__(conditioning_key=conditioning_key, **ddpm)
+        self.cond_stage_key, self.cond_stage_forward = cond_stage_key, cond_stage_forward
+        self.cond_stage_trainable = cond_stage_trainable
+        self.scale_by_std = scale_by_std
+        if scale_by_std:
+            self.register_buffer("scale_factor", torch.tensor(scale_factor))
+        else:
+            self.scale_factor = scale_factor
+        self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
+        self.cond_stage_model = instantiate_from_config(cond_stage_config)
+        if self.cond_stage_model is not None and not cond_stage_trainable:
+            self.cond_stage_model.eval().requires_grad_(False)
+        if type(self) is LatentDiffusion:
+            self.load_initial_weights()
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        """What is frozen stays in evaluation mode."""
+        super().train(mode)
+        if hasattr(self, "first_stage_model"):
+            self.first_stage_model.eval()
+        if getattr(self, "cond_stage_model", None) is not None and not self.cond_stage_trainable:
+            self.cond_stage_model.eval()
+        return self
+
+    @torch.no_grad()
+    def encode_first_stage(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w), drawn from the posterior where there is one."""
+        posterior = self.first_stage_model.encode(images)
+        sampled = posterior.sample(generator) if isinstance(posterior, DiagonalGaussianDistribution) else posterior
+        return self.scale_factor * sampled
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) to images (B, 3, H, W), about in [-1, 1]."""
+        return self.first_stage_model.decode(z / self.scale_factor)
+
+    def get_learned_conditioning(self, c: Any) -> Tensor | PromptContext:
+        """The condition (such as a list of B prompts) encoded, (B, N, d)."""
+        stage = self.cond_stage_model
+        method = self.cond_stage_forward or ("encode" if hasattr(stage, "encode") else "__call__")
+        encoded = getattr(stage, method)(c)
+        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+
+    def get_input(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        z = self.encode_first_stage(image_batch(batch, self.first_stage_key))
+        if self.cond_stage_model is None:
+            return z, None
+        raw = batch[self.cond_stage_key]
+        with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
+            return z, self.get_learned_conditioning(list(raw) if isinstance(raw, list | tuple) else raw)
+
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        if self.scale_by_std and self.global_step == 0 and batch_idx == 0:
+            z = self.encode_first_stage(image_batch(batch, self.first_stage_key)) / self.scale_factor
+            self.scale_factor.fill_(1.0 / z.std())
+            log.info("scale_factor %.4f, from the spread of the first batch's latents", self.scale_factor.item())
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        encoder = self.cond_stage_model.parameters() if self.cond_stage_trainable else ()
+        return [*super().trained_parameters(), *encoder]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the loss networks of the first stage out: nothing here uses them."""
+        for key in [key for key in checkpoint["state_dict"] if key.startswith("first_stage_model.loss.")]:
+            del checkpoint["state_dict"][key]
+
+    @torch.no_grad()
+    def sample_images(self, cond: Condition, batch_size: int, steps: int = 50, scale: float = 1.0,
+                      unconditional: Condition = None, eta: float = 0.0,
+                      generators: Sequence[torch.Generator] | None = None, verbose: bool = False) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] by DDIM, each from its own generator where they are given."""
+        samples, _ = DDIMSampler(self).sample(
+            steps, batch_size, self.latent_shape, cond, eta=eta, verbose=verbose, generators=generators,
+            unconditional_guidance_scale=scale, unconditional_conditioning=unconditional)
+        return self.decode_first_stage(samples).clamp(-1, 1)
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, ddim_steps: int = 50,
+                   unconditional_guidance_scale: float = 3.0) -> dict[str, Tensor]:
+        """Images of the batch, what the first stage makes of them, and samples under the batch's conditions."""
+        images = image_batch(batch, self.first_stage_key)[:N]
+        shown = {"inputs": images, "reconstructions": self.decode_first_stage(self.encode_first_stage(images))}
+        cond, unconditional, scale = None, None, 1.0
+        if self.cond_stage_model is not None:
+            raw = batch[self.cond_stage_key][:N]
+            cond = self.get_learned_conditioning(list(raw) if isinstance(raw, list | tuple) else raw)
+            if isinstance(raw, list | tuple):
+                unconditional, scale = self.get_learned_conditioning([""] * len(raw)), unconditional_guidance_scale
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(images))]
+        with self.ema_scope():
+            shown["samples"] = self.sample_images(cond, len(images), ddim_steps, scale, unconditional,
+                                                  generators=generators)
+        return shown
+
+

@@ -1,0 +1,126 @@
+"""Prompts in which the words of learned concepts stand, encoded for a model that has never heard of them."""
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.modules.concept import Concept, base_fingerprint, check_base, stack_concepts
+from ldm.modules.context import Edit, PromptContext, TextLayer
+
+log = logging.getLogger(__name__)
+
+
+class TextEncoder(Protocol):
+    """What the text encoders of `ldm.modules.encoders.modules` offer."""
+
+    token_table: Tensor
+
+    def word_pieces(self, text: str) -> list[int]: ...
+
+    def tokenize(self, prompts: Sequence[str], placeholders: Sequence[str] = ()) -> Tensor: ...
+
+    def encode_tokens(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor: ...
+
+
+def word_vector(encoder: TextEncoder, word: str) -> Tensor:
+    """(1, width): the embedding of a word; of several word pieces, the mean of theirs, as one virtual token.
+
+    Raises:
+        UserError: the vocabulary has no piece for it.
+    """
+    pieces = encoder.word_pieces(word)
+    end = getattr(getattr(encoder, "tokenizer", None), "eos_token_id", None)
+    pieces = [piece for piece in pieces if piece != end]  # what a vocabulary lacks, it spells as its unknown token
+    if not pieces:
+        raise UserError(f"the super-category {word!r} cannot be expressed in the text encoder's vocabulary; "
+                        "give a plain word, such as \"teddy bear\"")
+    return encoder.token_table[pieces].mean(0, keepdim=True)
+
+
+class ConceptPrompts:
+    """Encodes prompts under the edit of some concepts.
+
+    Args:
+        encoder: the base model's text encoder.
+        text_layers: its cross-attention layers by name, from `name_text_layers`.
+        concepts: none or more, with different placeholders.
+        inverse_covariance: C^-1 of the text encoder, (d, d); only read where there are concepts.
+
+    Raises:
+        UserError: a concept belongs to another base model, or two have the same placeholder.
+    """
+
+    def __init__(self, encoder: TextEncoder, text_layers: dict[str, TextLayer], concepts: Sequence[Concept],
+                 inverse_covariance: Tensor | None = None) -> None:
+        self.encoder, self.text_layers, self.concepts = encoder, text_layers, list(concepts)
+        self.placeholders = [concept.placeholder for concept in self.concepts]
+        if len({word.lower() for word in self.placeholders}) < len(self.placeholders):
+            raise UserError(f"two concepts share a placeholder ({', '.join(self.placeholders)}); merge_embeddings.py "
+                            "gives them different ones")
+        if self.concepts and inverse_covariance is None:
+            raise ValueError("concepts need the inverse covariance of the text encoder")
+        fingerprint = base_fingerprint(text_layers) if self.concepts else ""
+        for concept in self.concepts:
+            check_base(concept, fingerprint)
+        table = encoder.token_table
+        self.inverse_covariance = None if inverse_covariance is None else inverse_covariance.to(table.device)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises for a <word> that no concept has; warns of a concept that no prompt names.
+
+        Raises:
+            UserError: see above.
+        """
+        loaded = {word.lower() for word in self.placeholders}
+        for prompt in prompts:
+            for word in re.findall(r"<[^\s<>]+>", prompt):
+                if word.lower() not in loaded:
+                    have = f"loaded are {', '.join(self.placeholders)}" if loaded else "none is loaded, see --concept"
+                    raise UserError(f"the prompt {prompt!r} names {word}, but no loaded concept has that word; {have}")
+        text = " ".join(prompts).lower()
+        for word in self.placeholders:
+            if word.lower() not in text:
+                log.warning("warning: concept %s is loaded, but its word does not stand in the prompt", word)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], biases: Sequence[float] | None = None,
+               temperatures: Sequence[float] | None = None, global_locking: bool = False) -> PromptContext:
+        """What the cross-attention layers need of the prompts, for use at every timestep.
+
+        Args:
+            biases, temperatures: beta and tau of each concept in place of its own.
+            global_locking: take the keys of the whole prompt from that with the super-categories in the concepts' stead.
+
+        Raises:
+            UserError: a prompt is too long, or there is not one bias or temperature per concept.
+        """
+        tokens = self.encoder.tokenize(prompts, self.placeholders)
+        if not self.concepts:
+            return PromptContext.plain(self.encoder.encode_tokens(tokens), cache=True)
+        table = self.encoder.token_table
+        encoding = self.encoder.encode_tokens(tokens, torch.cat([c.embedding for c in self.concepts]).to(table.device))
+        instead = None
+        if global_locking:
+            vectors = torch.cat([word_vector(self.encoder, concept.super_category) for concept in self.concepts])
+            instead = self.encoder.encode_tokens(tokens, vectors)
+        edit = self._edit(biases, temperatures)
+        return edit.context(encoding, self.inverse_covariance, super_encoding=instead, cache=True)
+
+    def _edit(self, biases: Sequence[float] | None, temperatures: Sequence[float] | None) -> Edit:
+        settings = {"bias": biases, "temperature": temperatures}
+        changed = self.concepts
+        for name, values in settings.items():
+            if values is None:
+                continue
+            if len(values) not in (1, len(changed)):
+                raise UserError(f"{len(values)} values of {name} for {len(changed)} concepts; give one, or one each")
+            values = list(values) * (len(changed) if len(values) == 1 else 1)
+            changed = [replace(concept, **{name: value}) for concept, value in zip(changed, values, strict=True)]
+        return stack_concepts(changed, self.text_layers)

@@ -1,0 +1,181 @@
+"""The noise schedule as named tensors, and conversions between what a network may predict: noise, image, velocity.
+
+Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (cosine schedule), Salimans & Ho 2022 (v-prediction).
+
+Legend, with a(t) the share of the image's variance that is left after t steps:
+    alphas_cumprod                  a(t), a product of 1 - betas
+    q(x_t | x_0)                    N(sqrt(a) x_0, 1 - a)                            DDPM eq. 4
+    eps                             the noise in x_t = sqrt(a) x_0 + sqrt(1 - a) eps
+    v                               sqrt(a) eps - sqrt(1 - a) x_0                    Salimans & Ho, section 4
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
+
+PARAMETERIZATIONS = ("eps", "v", "x0")
+
+
+class NoiseSchedule(Protocol):
+    """Whatever carries the tensors that the conversions read, such as a model that registered `diffusion_buffers`."""
+
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+
+
+class Prediction(NamedTuple):
+    """What a network's output says about x_t: the noise in it and the image behind it, both (B, ...)."""
+
+    eps: Tensor
+    x0: Tensor
+
+
+def check_parameterization(name: str) -> None:
+    """Raises a UserError that lists the legal names unless `name` is one of them."""
+    if name not in PARAMETERIZATIONS:
+        raise UserError(f"parameterization {name!r} is unknown; choose one of {', '.join(PARAMETERIZATIONS)}")
+
+
+def diffusion_buffers(
+    beta_schedule: str,
+    timesteps: int,
+    linear_start: float = 1e-4,
+    linear_end: float = 2e-2,
+    cosine_s: float = 8e-3,
+    given_betas: Sequence[float] | Tensor | None = None,
+    v_posterior: float = 0.0,
+) -> dict[str, Tensor]:
+    """Every tensor of the schedule under the name of its buffer, each (timesteps,) in float32, computed in float64.
+
+    Args:
+        beta_schedule: a name that `make_beta_schedule` knows; not read where `given_betas` is there.
+        given_betas: betas between 0 and 1 to take instead; their number then decides the number of steps.
+        v_posterior: 0..1, where the variance of the reverse step lies between its lower bound, the posterior's,
+            and its upper bound, beta (DDPM section 3.2).
+
+    Raises:
+        UserError: fewer than two betas, one outside 0..1, or `v_posterior` outside 0..1.
+    """
+    if given_betas is None:
+        given_betas = make_beta_schedule(
+            beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s
+        )
+    betas = torch.as_tensor(given_betas, dtype=torch.float64).detach().cpu()
+    _check_betas(betas)
+    if not 0 <= v_posterior <= 1:
+        raise UserError(f"v_posterior {v_posterior} must lie between 0 and 1")
+    kept = torch.cumprod(1 - betas, dim=0)
+    kept_before = torch.cat([kept.new_ones(1), kept[:-1]])
+    tensors = {
+        "betas": betas,
+        "alphas_cumprod": kept,
+        "alphas_cumprod_prev": kept_before,
+        **_marginal_tensors(kept),
+        **_posterior_tensors(betas, kept, kept_before, v_posterior),
+    }
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _check_betas(betas: Tensor) -> None:
+    if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
+        raise UserError("the betas must be two or more numbers between 0 and 1; check the noise schedule's settings")
+
+
+def _marginal_tensors(kept: Tensor) -> dict[str, Tensor]:
+    """The coefficients of q(x_t | x_0) and of its inversion for x_0."""
+    return {
+        "sqrt_alphas_cumprod": kept.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - kept).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - kept).log(),
+        "sqrt_recip_alphas_cumprod": kept.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / kept - 1).sqrt(),
+    }
+
+
+def _posterior_tensors(betas: Tensor, kept: Tensor, kept_before: Tensor, v_posterior: float) -> dict[str, Tensor]:
+    """Mean and variance of q(x_{t-1} | x_t, x_0), DDPM eq. 7; the first variance is 0, so its logarithm is clipped."""
+    lower_bound = betas * (1 - kept_before) / (1 - kept)
+    variance = torch.lerp(lower_bound, betas, v_posterior)
+    return {
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * kept_before.sqrt() / (1 - kept),
+        "posterior_mean_coef2": (1 - betas).sqrt() * (1 - kept_before) / (1 - kept),
+    }
+
+
+def lvlb_weights(buffers: Mapping[str, Tensor], parameterization: str) -> Tensor:
+    """(timesteps,): what turns the squared error of a prediction into its term of the variational bound (DDPM eq. 8).
+
+    The bound compares posterior means, in which x_0 stands with `posterior_mean_coef1`. An error of eps or of v is an
+    error of x_0 scaled by sqrt(1/a - 1) or sqrt(1 - a), so the three weights are one bound in three coordinates; for
+    eps this is DDPM eq. 12. The first step has no variance and takes the weight of the second.
+
+    Raises:
+        UserError: the parameterization is unknown.
+    """
+    check_parameterization(parameterization)
+    exact = {name: tensor.double() for name, tensor in buffers.items()}
+    of_x0 = exact["posterior_mean_coef1"] ** 2 / (2 * exact["posterior_variance"])
+    scale = {"eps": "sqrt_recipm1_alphas_cumprod", "v": "sqrt_one_minus_alphas_cumprod"}.get(parameterization)
+    weights = of_x0 if scale is None else of_x0 * exact[scale] ** 2
+    return torch.cat([weights[1:2], weights[1:]]).float()
+
+
+def q_sample(schedule: NoiseSchedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t of DDPM eq. 4 from x_0 (B, ...), the noise of the same shape, and the steps t (B,) in 0..timesteps-1."""
+    return _mix(t, (schedule.sqrt_alphas_cumprod, x_start), (schedule.sqrt_one_minus_alphas_cumprod, noise))
+
+
+def predict_start_from_noise(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_0 from x_t (B, ...), t (B,) and the noise in it."""
+    return _mix(t, (schedule.sqrt_recip_alphas_cumprod, x_t), (-schedule.sqrt_recipm1_alphas_cumprod, noise))
+
+
+def predict_noise_from_start(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
+    """eps from x_t (B, ...), t (B,) and the image behind it."""
+    rest = x_t - extract_into_tensor(schedule.sqrt_alphas_cumprod, t, x_t.shape) * x_start
+    return rest / extract_into_tensor(schedule.sqrt_one_minus_alphas_cumprod, t, x_t.shape)
+
+
+def get_v(schedule: NoiseSchedule, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """v from x_0 (B, ...), eps and t (B,)."""
+    return _mix(t, (schedule.sqrt_alphas_cumprod, noise), (-schedule.sqrt_one_minus_alphas_cumprod, x_start))
+
+
+def predict_start_from_z_and_v(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """x_0 from x_t (B, ...), t (B,) and v."""
+    return _mix(t, (schedule.sqrt_alphas_cumprod, x_t), (-schedule.sqrt_one_minus_alphas_cumprod, v))
+
+
+def predict_eps_from_z_and_v(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """eps from x_t (B, ...), t (B,) and v."""
+    return _mix(t, (schedule.sqrt_alphas_cumprod, v), (schedule.sqrt_one_minus_alphas_cumprod, x_t))
+
+
+def _mix(t: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of tensors (B, ...), each times its coefficient at t."""
+    return sum(extract_into_tensor(coefficients, t, tensor.shape) * tensor for coefficients, tensor in terms)
+
+
+def read_output(schedule: NoiseSchedule, parameterization: str, x_t: Tensor, t: Tensor, output: Tensor) -> Prediction:
+    """Noise and image from a network's `output` (B, ...) on x_t at the steps t (B,), whichever of the three it means.
+
+    Raises:
+        UserError: the parameterization is unknown.
+    """
+    check_parameterization(parameterization)
+    if parameterization == "v":
+        eps = predict_eps_from_z_and_v(schedule, x_t, t, output)
+        return Prediction(eps, predict_start_from_z_and_v(schedule, x_t, t, output))
+    if parameterization == "x0":
+        return Prediction(predict_noise_from_start(schedule, x_t, t, output), output)
+    return Prediction(output, predict_start_from_noise(schedule, x_t, t, output))

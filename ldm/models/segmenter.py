@@ -1,0 +1,87 @@
+"""Training of a CLIPSeg of any size (Lüddecke & Ecker, "Image Segmentation Using Text and Image Prompts", CVPR 2022)."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+
+from ldm.models.clip import clip_pixels
+from ldm.models.optimisation import optimizer_and_schedule
+from ldm.modules.encoders.modules import TOKENIZER
+from ldm.modules.encoders.vocabulary import load_pretrained
+
+
+class SegmenterTrainer(pl.LightningModule):
+    """Learns to find, in a picture, the thing that a word names; the text tower is that of a trained CLIP, frozen.
+
+    Batches bring "image", "mask" and "word", and with "other" a word of something that is not in the picture: that
+    is asked of every fourth picture, and nothing is to be found there.
+
+    Args:
+        clip: folder of the CLIP to start from.
+        reduce_dim, extract_layers, decoder: width of CLIPSeg's decoder, the layers of the image tower that it reads,
+            and further settings of `transformers`' CLIPSegConfig.
+    """
+
+    def __init__(self, clip: str, reduce_dim: int = 64, extract_layers: Sequence[int] = (0, 1, 2),
+                 decoder: Mapping[str, Any] | None = None, scheduler_config: Mapping[str, Any] | None = None,
+                 monitor: str | None = None) -> None:
+        super().__init__()
+        start = load_pretrained(CLIPModel, clip)
+        self.tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+        self.segmenter = CLIPSegForImageSegmentation(CLIPSegConfig(
+            text_config=start.config.text_config.to_dict(), vision_config=start.config.vision_config.to_dict(),
+            projection_dim=start.config.projection_dim, reduce_dim=reduce_dim, extract_layers=list(extract_layers),
+            **(decoder or {})))
+        self.segmenter.clip.load_state_dict(start.state_dict())
+        self.segmenter.clip.text_model.requires_grad_(False)
+        self.segmenter.clip.text_projection.requires_grad_(False)
+        self.max_length = start.config.text_config.max_position_embeddings
+        self.scheduler_config, self.monitor = scheduler_config, monitor
+        self.learning_rate = 1e-3
+
+    def logits(self, images: Tensor, words: Sequence[str]) -> Tensor:
+        """(B, H, W) for pictures (B, 3, H, W) in [-1, 1] and a word for each."""
+        tokens = self.tokenizer(list(words), truncation=True, max_length=self.max_length, padding="max_length",
+                                return_tensors="pt")["input_ids"].to(self.device)
+        with torch.no_grad():
+            asked = self.segmenter.clip.get_text_features(tokens)
+            asked = asked if isinstance(asked, Tensor) else asked.pooler_output
+        output = self.segmenter(pixel_values=clip_pixels(images), conditional_embeddings=asked)
+        return output.logits.reshape(len(images), *images.shape[-2:])
+
+    def _step(self, batch: Mapping[str, Any], split: str) -> Tensor:
+        absent = torch.arange(len(batch["image"]), device=self.device) % 4 == 3
+        pairs = zip(batch["word"], batch["other"], absent.tolist(), strict=True)
+        logits = self.logits(batch["image"], [other if is_absent else word for word, other, is_absent in pairs])
+        target = batch["mask"][:, 0] * ~absent[:, None, None]
+        loss = F.binary_cross_entropy_with_logits(logits, target)
+        found, true = logits > 0, target > 0.5
+        present = ~absent
+        overlap = (found & true).sum((1, 2))[present] / (found | true).sum((1, 2)).clamp(min=1)[present]
+        self.log_dict({f"{split}/loss": loss.detach(), f"{split}/iou": overlap.mean()}, prog_bar=True,
+                      batch_size=len(logits))
+        return loss
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        return self._step(batch, "val")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        trained = [p for p in self.segmenter.parameters() if p.requires_grad]
+        return optimizer_and_schedule(torch.optim.AdamW(trained, lr=self.learning_rate, fused=True),
+                                      self.scheduler_config)
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], N: int = 8) -> dict[str, Tensor]:
+        """Pictures, and what is found in them of the thing named first."""
+        images = batch["image"][:N].to(self.device)
+        found = self.logits(images, batch["word"][:N]).sigmoid()[:, None]
+        return {"inputs": images, "found": (images + 1) * found - 1}

@@ -1,0 +1,348 @@
+"""A learned concept as a value: kept in a file of some 30 KB, checked, merged with others, handed to the edit.
+
+File format 1 (safetensors). Metadata key `perfusion`, JSON: {"format_version": 1, "concepts": [{"placeholder",
+"super_category", "bias", "temperature", "steps", "base"}, ...]}. Tensors of the concept at position n of that list:
+
+    n.embedding                 (1, width)  learned word embedding v of the placeholder
+    n.target_input              (d,)        i*
+    n.super_input               (d,)        i_super
+    n.target_output_v.<layer>   (p,)        o*_V of that cross-attention layer
+    n.target_output_k.<layer>   (p,)        o*_K, only where keys were trained; otherwise locked: o*_K = W_K i_super
+
+A file of a single concept is a merge of one. Symbols as in `ldm.modules.rank_one`.
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.files import load_tensors, save_tensors
+from ldm.modules.context import Edit, TextLayer, locked_keys
+
+FORMAT_VERSION = 1
+METADATA_KEY = "perfusion"
+VECTORS = ("embedding", "target_input", "super_input")
+TABLES = ("target_output_v", "target_output_k")
+SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "placeholder": str,
+    "super_category": str,
+    "bias": (int, float),
+    "temperature": (int, float),
+    "steps": int,
+    "base": str,
+}
+
+
+@dataclass(eq=False)
+class Concept:
+    """What training learned about one thing.
+
+    Attributes:
+        placeholder: the word that stands for it in prompts, without white space.
+        super_category: what kind of thing it is; may be several words.
+        embedding: v, (1, width of the text encoder's word embeddings).
+        target_input: i*, (d,).
+        super_input: i_super, (d,).
+        target_output_v: layer name -> o*_V, (p,).
+        target_output_k: layer name -> o*_K, (p,); empty where keys are locked.
+        bias: beta.
+        temperature: tau, above 0.
+        steps: how many training steps it had.
+        base: `base_fingerprint` of the model it was trained on.
+        source: the file it was loaded from, for messages; not stored.
+    """
+
+    placeholder: str
+    super_category: str
+    embedding: Tensor
+    target_input: Tensor
+    super_input: Tensor
+    target_output_v: dict[str, Tensor]
+    target_output_k: dict[str, Tensor] = field(default_factory=dict)
+    bias: float = 0.75
+    temperature: float = 0.1
+    steps: int = 0
+    base: str = ""
+    source: str = ""
+
+    @property
+    def label(self) -> str:
+        """Its placeholder, and the file it is from where there is one."""
+        return f"{self.placeholder} ({self.source})" if self.source else self.placeholder
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under its name in a file, without the leading position."""
+        for name in VECTORS:
+            yield name, getattr(self, name)
+        for name in TABLES:
+            yield from ((f"{name}.{layer}", output) for layer, output in getattr(self, name).items())
+
+
+def save_concepts(
+    path: str | Path, concepts: Sequence[Concept], precision: torch.dtype | None = torch.float16
+) -> Path:
+    """Writes one concept or several to one file, whole or not at all.
+
+    Args:
+        path: where to; an existing file is replaced.
+        concepts: at least one.
+        precision: float16 keeps files small and costs nothing visible; None: float16 where that changes no number,
+            else float32, so that concepts which come from files stay as they are bit for bit.
+
+    Raises:
+        UserError: a concept that could not be loaded again, such as one whose training diverged.
+    """
+    whole = {f"{n}.{name}": tensor.detach().cpu() for n, c in enumerate(concepts) for name, tensor in c.tensors()}
+    if precision is None:
+        exact = all(torch.equal(tensor.half().to(tensor.dtype), tensor) for tensor in whole.values())
+        precision = torch.float16 if exact else torch.float32
+    tensors = {name: tensor.to(precision) for name, tensor in whole.items()}
+    settings = [{name: getattr(concept, name) for name in SETTINGS} for concept in concepts]
+    _assemble(Path(path), settings, tensors)  # refuses what could not be read back
+    metadata = {METADATA_KEY: {"format_version": FORMAT_VERSION, "concepts": settings}}
+    return save_tensors(path, tensors, metadata)
+
+
+def load_concepts(path: str | Path) -> list[Concept]:
+    """The concepts of a file, in its order, as float32 on the CPU.
+
+    Raises:
+        UserError: the file is missing, cut off, no concept file, from a later version of this project, or its
+            contents are incomplete, do not fit together or are not finite.
+    """
+    tensors, metadata = load_tensors(path)
+    header = metadata.get(METADATA_KEY)
+    if not isinstance(header, dict) or not isinstance(header.get("format_version"), int):
+        raise UserError(f"{path}: a safetensors file, but not a concept; give a file that training a concept has made")
+    if header["format_version"] > FORMAT_VERSION:
+        version = header["format_version"]
+        raise UserError(f"{path}: concept format {version}, this version reads up to {FORMAT_VERSION}; update it")
+    settings = header.get("concepts")
+    if not isinstance(settings, list):
+        raise UserError(f"{path}: damaged, it lists no concepts; copy or train it again")
+    return _assemble(Path(path), settings, tensors)
+
+
+def _assemble(path: Path, settings: Sequence[object], tensors: Mapping[str, Tensor]) -> list[Concept]:
+    """Concepts from the contents of a file, checked."""
+    problem = _problem(settings, tensors)
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    concepts = []
+    for n, values in enumerate(settings):
+        vectors = {name: tensors[f"{n}.{name}"].float() for name in VECTORS}
+        tables = {name: {k: t.float() for k, t in _under(f"{n}.{name}.", tensors).items()} for name in TABLES}
+        known = {name: values[name] for name in SETTINGS}
+        concepts.append(Concept(**known, **vectors, **tables, source=str(path)))
+    return concepts
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _problem(settings: Sequence[object], tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the contents of a concept file and what to do about it, or None."""
+    if not settings:
+        return "no concept in it; train one or name another file"
+    for n, values in enumerate(settings):
+        problem = _settings_problem(values) or _tensors_problem(n, tensors)
+        if problem:
+            name = values.get("placeholder", n) if isinstance(values, dict) else n
+            return f"concept {name}: {problem}"
+    unknown = [name for name in tensors if not _is_known(name, len(settings))]
+    if unknown:
+        return f"holds {unknown[0]}, which belongs to no concept in it; copy or train it again"
+    words = [values["placeholder"] for values in settings]
+    if len(set(words)) < len(words):
+        return f"several concepts are called {_first_repeated(words)}; give each its own placeholder"
+    shapes = [_base_shapes(n, tensors) for n in range(len(words))]
+    if any(one != shapes[0] for one in shapes) or len({values["base"] for values in settings}) > 1:
+        return "its concepts are of different base models; keep them in files of their own"
+    return None
+
+
+def _base_shapes(n: int, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes that follow from the base model; keys left out, as some concepts have trained ones, others locked."""
+    shapes = {name: tensor.shape for name, tensor in _under(f"{n}.", tensors).items()}
+    return {name: shape for name, shape in shapes.items() if not name.startswith("target_output_k.")}
+
+
+def _settings_problem(values: object) -> str | None:
+    if not isinstance(values, dict):
+        return "its settings are damaged; copy or train it again"
+    for name, kind in SETTINGS.items():
+        if not isinstance(values.get(name), kind) or isinstance(values[name], bool):
+            return f"its {name} is missing or of the wrong kind; copy or train it again"
+    if not is_placeholder(values["placeholder"]):
+        return "its placeholder must be a word without white space; give it another"
+    if not math.isfinite(values["bias"]):
+        return f"its bias is {values['bias']}; give it a number, such as 0.75"
+    if not (math.isfinite(values["temperature"]) and values["temperature"] > 0):
+        return f"its temperature is {values['temperature']}; give it a number above 0, such as 0.1"
+    return None
+
+
+def _tensors_problem(n: int, tensors: Mapping[str, Tensor]) -> str | None:
+    missing = [name for name in VECTORS if f"{n}.{name}" not in tensors]
+    values, keys = (_under(f"{n}.{name}.", tensors) for name in TABLES)
+    if missing or not values:
+        return f"{', '.join(missing) or 'target_output_v'} is missing; copy or train it again"
+    embedding, target_input, super_input = (tensors[f"{n}.{name}"] for name in VECTORS)
+    if embedding.ndim != 2 or len(embedding) != 1:
+        return f"its embedding must be one vector, not of shape {tuple(embedding.shape)}; train it again"
+    if target_input.ndim != 1 or super_input.shape != target_input.shape:
+        shapes = tuple(target_input.shape), tuple(super_input.shape)
+        return f"its target_input and super_input must be vectors of one size, not {shapes[0]} and {shapes[1]}"
+    if keys and set(keys) != set(values):
+        return f"trained keys but no values, or the reverse, in layer {min(set(keys) ^ set(values))}; train it again"
+    for layer, output in values.items():
+        if output.ndim != 1 or keys.get(layer, output).shape != output.shape:
+            return f"its target outputs of layer {layer} do not fit together; copy or train it again"
+    if not target_input.any():
+        return "its target_input is zero, which is no direction; copy or train it again"
+    return _numbers_problem(_under(f"{n}.", tensors))
+
+
+def _numbers_problem(tensors: Mapping[str, Tensor]) -> str | None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            return f"{name} holds {tensor.dtype} instead of floating-point numbers; copy or train it again"
+        if not tensor.isfinite().all():
+            return f"{name} holds numbers that are not finite: training diverged; train with lower learning rates"
+    return None
+
+
+def _is_known(name: str, count: int) -> bool:
+    position, _, rest = name.partition(".")
+    return position in map(str, range(count)) and (
+        rest in VECTORS or rest.startswith(tuple(f"{name}." for name in TABLES))
+    )
+
+
+def is_placeholder(word: str) -> bool:
+    """Whether `word` can stand for a concept in a prompt: not empty and without white space."""
+    return word.split() == [word]
+
+
+def merge_concepts(concepts: Sequence[Concept], placeholders: Sequence[str] | None = None) -> list[Concept]:
+    """Concepts that can be used together: all of one base model, each with a placeholder of its own.
+
+    Args:
+        concepts: of one file or of several, in order; they stay as they are, copies are renamed.
+        placeholders: a name for each. None: they keep theirs, and where several have the same the first keeps it
+            and the others become `<name-2>`, `<name-3>`, ...
+
+    Raises:
+        UserError: concepts of different base models, or placeholders that are too few, too many, equal or no words.
+    """
+    for concept in concepts:
+        if concept.base != concepts[0].base:
+            raise UserError(
+                f"{concept.label} was trained on base model {_short(concept.base)}, but {concepts[0].label} on "
+                f"{_short(concepts[0].base)}; only concepts of one base model can be merged"
+            )
+    names = _distinct([c.placeholder for c in concepts]) if placeholders is None else list(placeholders)
+    _check_placeholders(names, len(concepts))
+    return [replace(concept, placeholder=name) for concept, name in zip(concepts, names, strict=True)]
+
+
+def _check_placeholders(names: Sequence[str], count: int) -> None:
+    if len(names) != count:
+        raise UserError(f"{len(names)} placeholders for {count} concepts; give one for each, in order")
+    for name in names:
+        if not is_placeholder(name):
+            raise UserError(f"placeholder {name!r}: must be a word without white space, such as <my-teddy>")
+    if len(set(names)) < count:
+        raise UserError(f"placeholder {_first_repeated(names)} is given twice; give each concept its own")
+
+
+def _first_repeated(words: Sequence[str]) -> str:
+    return next(word for n, word in enumerate(words) if word in words[:n])
+
+
+def _distinct(words: Sequence[str]) -> list[str]:
+    """The words with later equal ones numbered from 2, never giving one a name that another already has."""
+    taken = set(words)
+    result: list[str] = []
+    for word in words:
+        if word in result:
+            word = next(name for name in _numbered(word) if name not in taken)
+            taken.add(word)
+        result.append(word)
+    return result
+
+
+def _numbered(word: str) -> Iterator[str]:
+    stem, end = (word[:-1], ">") if word.endswith(">") else (word, "")
+    number = 2
+    while True:
+        yield f"{stem}-{number}{end}"
+        number += 1
+
+
+def base_fingerprint(text_layers: Mapping[str, TextLayer]) -> str:
+    """sha256 of W_K and W_V of every layer that reads text, which is what a concept is tied to.
+
+    Weights are hashed as float16, so a model gives the same fingerprint on any device, and whether it was loaded
+    from its 16-bit or its 32-bit file.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(text_layers):
+        for part in ("to_k", "to_v"):
+            weight = getattr(text_layers[name], part).weight.detach().to("cpu", torch.float16).contiguous()
+            digest.update(f"{name}.{part} {tuple(weight.shape)}".encode())
+            digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_base(concept: Concept, fingerprint: str) -> None:
+    """Raises a UserError where the concept was trained on another base model than that with this fingerprint."""
+    if concept.base != fingerprint:
+        raise UserError(
+            f"concept {concept.label} was trained on base model {_short(concept.base)}, but the loaded one is "
+            f"{_short(fingerprint)}; load the model it was trained on, or train it again on this one"
+        )
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint[:12] or "(unknown)"
+
+
+def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLayer]) -> Edit:
+    """The edit that these concepts make together, on the device of the layers, in float32.
+
+    To use one with another bias or temperature, give `dataclasses.replace(concept, bias=..., temperature=...)`.
+
+    Args:
+        concepts: at least one, of the base model that the layers are part of (see `check_base`).
+        text_layers: layer name -> layer, as `ldm.modules.attention.name_text_layers` gives them.
+
+    Raises:
+        UserError: a concept has no value for one of the layers, or values for others.
+    """
+    for concept in concepts:
+        odd = sorted(set(concept.target_output_v) ^ set(text_layers))
+        if odd:
+            raise UserError(f"concept {concept.label} does not fit this model: they differ in layer {odd[0]}")
+    locked = locked_keys(text_layers, torch.stack([concept.super_input for concept in concepts]))
+    device = next(iter(locked.values())).device
+    values, keys = {}, {}
+    for name, rows in locked.items():
+        values[name] = torch.stack([concept.target_output_v[name] for concept in concepts]).to(rows)
+        own = [concept.target_output_k.get(name, row) for concept, row in zip(concepts, rows, strict=True)]
+        keys[name] = torch.stack([output.to(rows) for output in own])
+    return Edit(
+        target_inputs=torch.stack([concept.target_input for concept in concepts]).float().to(device),
+        biases=torch.tensor([float(concept.bias) for concept in concepts], device=device),
+        temperatures=torch.tensor([float(concept.temperature) for concept in concepts], device=device),
+        target_outputs_v=values,
+        target_outputs_k=keys,
+    )

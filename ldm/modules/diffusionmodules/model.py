@@ -1,0 +1,211 @@
+"""Encoder and Decoder of the first-stage autoencoders, with CompVis latent-diffusion's parameter names.
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022), appendix G; the shape goes
+back to Esser et al., "Taming Transformers" (CVPR 2021). One addition: `patch_size` folds blocks of pixels into channels
+before the first and after the last convolution, so that a small autoencoder does its work on a coarse grid.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+
+def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
+    """Group normalisation as the public first stages have it (eps 1e-6)."""
+    return nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+
+
+def _conv3(inner: int, outer: int) -> nn.Conv2d:
+    return nn.Conv2d(inner, outer, kernel_size=3, padding=1)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width by nearest neighbour, then a 3x3 convolution where `with_conv`."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.conv = _conv3(in_channels, in_channels) if with_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Half the height and width: a strided convolution padded at the right and the bottom only, or a 2x2 mean."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, stride=2) if with_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2) if self.conv is None else self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 (or 3x3) convolution on x where the widths differ."""
+
+    def __init__(self, *, in_channels: int, out_channels: int | None = None, conv_shortcut: bool = False,
+                 dropout: float = 0.0) -> None:
+        super().__init__()
+        out_channels = out_channels or in_channels
+        self.norm1, self.conv1 = Normalize(in_channels), _conv3(in_channels, out_channels)
+        self.norm2, self.conv2 = Normalize(out_channels), _conv3(out_channels, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        if in_channels != out_channels and conv_shortcut:
+            self.conv_shortcut = _conv3(in_channels, out_channels)
+        elif in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        shortcut = getattr(self, "nin_shortcut", None) or getattr(self, "conv_shortcut", None)
+        return hidden + (x if shortcut is None else shortcut(x))
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions of a feature map, added to its input."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.norm = Normalize(in_channels)
+        for name in ("q", "k", "v", "proj_out"):
+            setattr(self, name, nn.Conv2d(in_channels, in_channels, kernel_size=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (layer(normed).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
+    """The attention block that a config's `attn_type` names: "vanilla" or "none"."""
+    if attn_type in ("vanilla", "vanilla-xformers"):
+        return AttnBlock(in_channels)
+    if attn_type == "none":
+        return nn.Identity()
+    raise UserError(f"attn_type {attn_type!r} is unknown; choose vanilla or none")
+
+
+def _middle(channels: int, dropout: float, attn_type: str) -> nn.Module:
+    middle = nn.Module()
+    middle.block_1 = ResnetBlock(in_channels=channels, dropout=dropout)
+    middle.attn_1 = make_attn(channels, attn_type)
+    middle.block_2 = ResnetBlock(in_channels=channels, dropout=dropout)
+    return middle
+
+
+def _through_middle(middle: nn.Module, x: Tensor) -> Tensor:
+    return middle.block_2(middle.attn_1(middle.block_1(x)))
+
+
+def _level(channels: Sequence[tuple[int, int]], attend: bool, dropout: float, attn_type: str) -> nn.Module:
+    """One resolution: a residual block per (in, out) pair, each followed by attention where `attend`."""
+    level = nn.Module()
+    level.block = nn.ModuleList(
+        ResnetBlock(in_channels=inner, out_channels=outer, dropout=dropout) for inner, outer in channels)
+    level.attn = nn.ModuleList(make_attn(outer, attn_type) for _, outer in channels if attend)
+    return level
+
+
+def _through_level(level: nn.Module, x: Tensor) -> Tensor:
+    for index, block in enumerate(level.block):
+        x = block(x)
+        if len(level.attn):
+            x = level.attn[index](x)
+    return x
+
+
+class Encoder(nn.Module):
+    """Images (B, in_channels, H, W) to features (B, z_channels or twice that, H/f, W/f), f = patch_size * 2^(levels-1).
+
+    Args:
+        ch, ch_mult: width of the first level and factors of each level's.
+        num_res_blocks: residual blocks per level.
+        attn_resolutions: side lengths of the feature maps that get self-attention, for inputs of side `resolution`.
+        z_channels, double_z: channels of the latent; twice as many come out where a mean and a log-variance do.
+        patch_size: side of the pixel blocks folded into channels first.
+    """
+
+    def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
+                 attn_resolutions: Sequence[int], dropout: float = 0.0, resamp_with_conv: bool = True,
+                 in_channels: int, resolution: int, z_channels: int, double_z: bool = True,
+                 attn_type: str = "vanilla", patch_size: int = 1) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.conv_in = _conv3(in_channels * patch_size**2, ch)
+        widths = [ch, *(ch * factor for factor in ch_mult)]
+        side = resolution // patch_size
+        self.down = nn.ModuleList()
+        for index, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+            pairs = [(inner, outer)] + [(outer, outer)] * (num_res_blocks - 1)
+            level = _level(pairs, side in attn_resolutions, dropout, attn_type)
+            if index < len(ch_mult) - 1:
+                level.downsample = Downsample(outer, resamp_with_conv)
+                side //= 2
+            self.down.append(level)
+        self.mid = _middle(widths[-1], dropout, attn_type)
+        self.norm_out = Normalize(widths[-1])
+        self.conv_out = _conv3(widths[-1], 2 * z_channels if double_z else z_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
+        for level in self.down:
+            x = _through_level(level, x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(_through_middle(self.mid, x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, z_channels, h, w) to images (B, out_ch, f h, f w); arguments as the Encoder's.
+
+    `give_pre_end` leaves out the last normalisation and convolution; `tanh_out` squashes the result to (-1, 1).
+    """
+
+    def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
+                 attn_resolutions: Sequence[int], dropout: float = 0.0, resamp_with_conv: bool = True,
+                 in_channels: int, resolution: int, z_channels: int, double_z: bool = True,
+                 give_pre_end: bool = False, tanh_out: bool = False, attn_type: str = "vanilla",
+                 patch_size: int = 1) -> None:
+        super().__init__()
+        self.patch_size, self.give_pre_end, self.tanh_out = patch_size, give_pre_end, tanh_out
+        widths = [ch * factor for factor in ch_mult]
+        side = resolution // patch_size // 2 ** (len(widths) - 1)
+        self.conv_in = _conv3(z_channels, widths[-1])
+        self.mid = _middle(widths[-1], dropout, attn_type)
+        levels, inner = [], widths[-1]
+        for index in reversed(range(len(widths))):
+            pairs = [(inner, widths[index])] + [(widths[index], widths[index])] * num_res_blocks
+            level = _level(pairs, side in attn_resolutions, dropout, attn_type)
+            if index > 0:
+                level.upsample = Upsample(widths[index], resamp_with_conv)
+                side *= 2
+            levels.append(level)
+            inner = widths[index]
+        self.up = nn.ModuleList(reversed(levels))  # numbered from the finest, like the encoder's
+        self.norm_out = Normalize(inner)
+        self.conv_out = _conv3(inner, out_ch * patch_size**2)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight whose gradients balance the adversarial loss."""
+        return self.conv_out.weight
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = _through_middle(self.mid, self.conv_in(z))
+        for level in reversed(self.up):
+            x = _through_level(level, x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
+        if self.give_pre_end:
+            return x
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
+        return torch.tanh(x) if self.tanh_out else x

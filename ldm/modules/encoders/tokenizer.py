@@ -1,0 +1,29 @@
+"""CLIP's word-piece vocabulary as a folder that `transformers` reads, made from the file that `open_clip` ships."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ldm.files import write_whole
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def write_clip_tokenizer(folder: str | Path) -> Path:
+    """Writes vocab.json, merges.txt and tokenizer_config.json of CLIP's 49,408 word pieces into `folder`.
+
+    The table and its order are CLIP's (Radford et al., 2021).
+    """
+    from open_clip.tokenizer import SimpleTokenizer
+
+    folder, known = Path(folder), SimpleTokenizer()
+    vocabulary = {piece.replace("<start_of_text>", START).replace("<end_of_text>", END): number
+                  for piece, number in known.encoder.items()}
+    merges = [" ".join(pair) for pair in known.bpe_ranks]
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": START, "eos_token": END,
+                "pad_token": END, "unk_token": END}
+    texts = {"vocab.json": json.dumps(vocabulary, ensure_ascii=False), "tokenizer_config.json": json.dumps(settings),
+             "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n"}
+    for name, text in texts.items():
+        write_whole(folder / name, lambda aside, text=text: aside.write_text(text, encoding="utf8"))
+    return folder

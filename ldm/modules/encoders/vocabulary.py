@@ -1,0 +1,72 @@
+"""Word tables of text encoders that were trained on few words, stored without the rows that training never touched.
+
+A table `X.weight` (V, d) is kept in a file as `X.weight.rows` (k, d), `X.weight.row_numbers` (k,), `X.weight.rest`
+(d,), the one row that stands for all other words, and `X.weight.size` (). Whoever reads the file gets a whole table.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.files import load_tensors
+
+PARTS = ("rows", "row_numbers", "rest", "size")
+
+
+def pack_table(name: str, table: Tensor, used: Tensor) -> dict[str, Tensor]:
+    """The parts to store of `table` (V, d), of which only the rows `used` were trained; the rest becomes their mean."""
+    used = used.unique()
+    rows = table[used]
+    parts = (rows, used, rows.float().mean(0).to(table.dtype), torch.tensor(len(table)))
+    return {f"{name}.{part}": value for part, value in zip(PARTS, parts, strict=True)}
+
+
+def unpack_tables(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, every packed table whole again.
+
+    Raises:
+        UserError: a table's parts are incomplete or disagree.
+    """
+    packed = {key.removesuffix(".row_numbers") for key in tensors if key.endswith(".row_numbers")}
+    whole = {key: value for key, value in tensors.items() if key.rpartition(".")[0] not in packed}
+    return whole | {name: _unpacked(name, tensors) for name in packed}
+
+
+def _unpacked(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    absent = [part for part in PARTS if f"{name}.{part}" not in tensors]
+    if absent:
+        raise UserError(f"packed word table {name} has no {', '.join(absent)}; copy or make the file again")
+    rows, numbers, rest, size = (tensors[f"{name}.{part}"] for part in PARTS)
+    fits = size.ndim == 0 and numbers.ndim == rest.ndim == 1 and rows.shape == (len(numbers), len(rest))
+    if not fits or (len(numbers) and not 0 <= numbers.min() <= numbers.max() < size):
+        raise UserError(f"packed word table {name}: its parts do not fit together; copy or make the file again")
+    table = rest.repeat(int(size), 1)
+    table[numbers] = rows
+    return table
+
+
+def load_pretrained(cls: Any, path: str | Path) -> Any:
+    """`cls.from_pretrained(path)` for a folder or a hub name, packed tables unpacked; parameters in float32.
+
+    Raises:
+        UserError: weights are cut off, or some that the model needs are missing.
+        OSError, ValueError: what `transformers` raises where there is no such model.
+    """
+    file = Path(path) / "model.safetensors"
+    if file.is_file():
+        stored = unpack_tables(load_tensors(file)[0])
+        whole = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
+        source = {"pretrained_model_name_or_path": None, "config": cls.config_class.from_pretrained(path),
+                  "state_dict": whole}
+    else:
+        source = {"pretrained_model_name_or_path": path, "dtype": torch.float32}
+    model, report = cls.from_pretrained(**source, output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would fill them with random numbers and go on
+        raise UserError(f"{path}: has no weights for {missing[0]} ({len(missing)} missing); copy or download it again")
+    return model

@@ -1,0 +1,72 @@
+"""What happens beside the training steps: configs and pictures in the log folder."""
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+
+from ldm.data.images import from_tensor, save_grid
+from ldm.files import write_whole
+
+log = logging.getLogger(__name__)
+
+
+class SetupCallback(pl.Callback):
+    """Writes the configs of a run into its log folder when training starts."""
+
+    def __init__(self, now: str, logdir: str | Path, config: DictConfig, lightning_config: DictConfig) -> None:
+        self.folder = Path(logdir) / "configs"
+        self.configs = {f"{now}-project.yaml": config,
+                        f"{now}-lightning.yaml": OmegaConf.create({"lightning": lightning_config})}
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name, config in self.configs.items():
+            write_whole(self.folder / name, lambda aside, config=config: OmegaConf.save(config, aside))
+
+
+class ImageLogger(pl.Callback):
+    """Every `batch_frequency` steps: the model's `log_images` as grids in `<logdir>/images/<split>/` and TensorBoard.
+
+    Args:
+        batch_frequency: training steps between two grids.
+        max_images: how many pictures of a batch are shown.
+        log_images_kwargs: arguments for the model's `log_images`.
+        log_first_step: also show the model before the first step.
+    """
+
+    def __init__(self, batch_frequency: int, max_images: int = 8, log_images_kwargs: dict[str, Any] | None = None,
+                 log_first_step: bool = False) -> None:
+        self.batch_frequency, self.max_images = batch_frequency, max_images
+        self.log_images_kwargs = log_images_kwargs or {}
+        self.log_first_step = log_first_step
+        self.last_step = -1
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:
+        step = trainer.global_step
+        due = step % self.batch_frequency == 0 or (self.log_first_step and step == 1)
+        if due and step != self.last_step and hasattr(pl_module, "log_images"):
+            self.last_step = step
+            self.show(trainer, pl_module, batch, step)
+
+    def show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, step: int) -> None:
+        """Writes one grid per entry of `log_images`; pictures are (N, 3, H, W) in [-1, 1]."""
+        was_training = pl_module.training
+        pl_module.eval()
+        with torch.no_grad():
+            shown = pl_module.log_images(batch, N=self.max_images, **self.log_images_kwargs)
+        pl_module.train(was_training)
+        for name, images in shown.items():
+            images = images[: self.max_images].detach().float().cpu().clamp(-1, 1)
+            path = Path(trainer.log_dir or ".") / "images" / "train" / f"{name}_gs-{step:06}.png"
+            save_grid([from_tensor(image) for image in images], path, columns=min(4, len(images)))
+            for logger in trainer.loggers:
+                if hasattr(logger.experiment, "add_images"):
+                    logger.experiment.add_images(f"train/{name}", (images + 1) / 2, step)

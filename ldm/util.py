@@ -1,0 +1,120 @@
+"""Objects from configs, and the small helpers that every part of the package shares."""
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.errors import UserError
+
+T = TypeVar("T")
+
+
+def get_obj_from_str(path: str) -> Any:
+    """The object that a dotted path such as `ldm.modules.ema.LitEma` names.
+
+    Raises:
+        UserError: there is no such module or no such name in it.
+    """
+    module, _, name = str(path).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"config target {path!r} cannot be imported: {error}") from error
+
+
+def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
+    """Builds `config["target"]` with the keyword arguments of `config["params"]`, and `extra` on top of them.
+
+    The strings `__is_first_stage__` and `__is_unconditional__` stand for "no module here" and give None.
+
+    Raises:
+        UserError: no target is named, a param is not one that the target takes, or one that it needs is missing.
+    """
+    if isinstance(config, str) and config in ("__is_first_stage__", "__is_unconditional__"):
+        return None
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise UserError(f"config section without a `target`: {config}")
+    name, params = config["target"], config.get("params") or {}
+    target = get_obj_from_str(name)
+    if isinstance(params, DictConfig | ListConfig):
+        params = _resolved(name, params)
+    if not isinstance(params, Mapping):
+        raise UserError(f"params of {name}: not keys with values, but {params!r}")
+    refuse_unknown_params(name, target, params)
+    given = {**params, **extra}
+    missing = [p.name for p in _named(target) if p.default is p.empty and p.name not in given]
+    if missing:
+        raise UserError(f"{name} needs {', '.join(missing)} in its params")
+    return target(**given)
+
+
+def _resolved(name: str, params: DictConfig | ListConfig) -> Any:
+    try:
+        return OmegaConf.to_container(params, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"params of {name}: {str(error).splitlines()[0]}") from None
+
+
+def refuse_unknown_params(name: str, target: Any, params: Mapping[str, Any]) -> None:
+    """Raises a UserError that names the params which `target` would not read, and those it would.
+
+    Where a constructor passes `**kwargs` on, the constructors of its base classes are asked; what none of them names
+    counts as unknown.
+    """
+    known = {p.name for p in _named(target)}
+    if inspect.isclass(target):
+        known |= {p.name for base in _constructors(target) for p in _named(base)} - {"self"}
+    unknown = sorted(set(map(str, params)) - known)
+    if unknown:
+        raise UserError(f"{name} does not know {', '.join(unknown)}; it knows {', '.join(sorted(known)) or 'none'}")
+
+
+def _constructors(cls: type) -> Iterator[Callable[..., None]]:
+    """The `__init__` of a class and, as long as each takes `**kwargs`, those of the classes after it."""
+    for owner in cls.__mro__:
+        function = vars(owner).get("__init__")
+        if inspect.isfunction(function):
+            yield function
+            if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
+                return
+
+
+def _named(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters that can be given by name; none where Python cannot tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def default(value: T | None, fallback: T) -> T:
+    """`value`, or `fallback` where it is None."""
+    return fallback if value is None else value
+
+
+def count_params(model: torch.nn.Module, trainable_only: bool = False) -> int:
+    """How many numbers the parameters of `model` hold."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name`, or the best one there is: cuda, then mps, then cpu.
+
+    Raises:
+        UserError: the named device is not there.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" and what is not there cannot do this
+    except (RuntimeError, AssertionError, ImportError):
+        raise UserError(f"--device {name}: there is no such device on this machine; leave the flag out") from None
+    return device

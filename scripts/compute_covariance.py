@@ -1,0 +1,118 @@
+"""Computes the covariance of a text encoder's encodings, which Perfusion measures similarity with.
+
+    python scripts/compute_covariance.py --config configs/perfusion.yaml --output covariance.safetensors
+
+Needed once per base model. Without --captions, 80,000 captions are made of ImageNet's class names and CLIP's templates;
+a large text encoder without a GPU is busy with them for long: --limit 8192 is nearly as good.
+"""
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.checkpoint import load_model  # noqa: E402
+from ldm.errors import UserError, one_line_errors  # noqa: E402
+from ldm.modules.covariance import (  # noqa: E402
+    BATCH_SIZE,
+    TOKENS,
+    Estimate,
+    condition_number,
+    default_captions,
+    default_source,
+    encoder_fingerprint,
+    estimate_covariance,
+    evenly_spread,
+    mean_energy,
+    read_captions,
+    save_covariance,
+)
+from ldm.training.run import get_parser, read_config  # noqa: E402
+from ldm.util import pick_device  # noqa: E402
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the base model")
+    parser.add_argument("--ckpt", type=Path, help="its weights (default: those that the config names)")
+    parser.add_argument("--captions", type=Path, metavar="FILE",
+                        help="text file, one caption per line, in UTF-8 (default: captions made of ImageNet's names)")
+    choices = "; ".join(f"{name}: {meaning}" for name, meaning in TOKENS.items())
+    parser.add_argument("--tokens", choices=TOKENS, default="words",
+                        help=f"which tokens of a caption count (default: words). {choices}")
+    parser.add_argument("--limit", type=positive, metavar="N", help="use N captions, evenly spread (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("covariance.safetensors"), metavar="FILE",
+                        help="where to write the result (default: covariance.safetensors)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, metavar="N",
+                        help=f"captions encoded at a time (default: {BATCH_SIZE})")
+    return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def load_config(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    config = read_config(get_parser().parse_args(["--base", str(path)]), [])
+    if "model" not in config:
+        raise UserError(f"--config {path}: describes no model")
+    return config
+
+
+def text_encoder(model: Any, config: Path) -> Any:
+    """The part of a model that encodes prompts."""
+    encoder = getattr(model, "cond_stage_model", None)
+    if not hasattr(encoder, "encode_tokens"):
+        raise UserError(f"--config {config}: its model has no text encoder; name the config of a text-to-image model")
+    return encoder
+
+
+def choose_captions(file: Path | None, limit: int | None) -> tuple[list[str], str]:
+    """The captions, and where they are from."""
+    if file is None:
+        return default_captions(limit), default_source()
+    return evenly_spread(read_captions(file), limit), file.name
+
+
+def describe(found: Estimate, tokens: str, source: str) -> list[str]:
+    """The lines of the report."""
+    energy, width = mean_energy(found.covariance), len(found.covariance)
+    return [
+        f"captions: {found.captions} used, {found.skipped} too long and left out ({source})",
+        f"tokens counted: {found.tokens} ({tokens}: {TOKENS[tokens]})",
+        f"condition number: {condition_number(found.covariance):.3g} with the ridge that is added before inverting",
+        f"selectivity: mean energy {energy:.1f} of at most {width}, so tokens that have nothing to do with a concept "
+        f"are similar to it by about ±{1 / math.sqrt(energy):.3f}",
+    ]
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    if options.output.is_dir():  # found out before hours of work, not after
+        raise UserError(f"--output {options.output}: is a folder; name a file in it, such as covariance.safetensors")
+    config, device = load_config(options.config), pick_device(options.device)
+    captions, source = choose_captions(options.captions, options.limit)
+    encoder = text_encoder(load_model(config, options.ckpt, device), options.config)
+    found = estimate_covariance(encoder, captions, options.tokens, options.batch_size)
+    for line in describe(found, options.tokens, source):
+        logging.info(line)
+    save_covariance(options.output, found.covariance, source=source, captions=found.captions, tokens=options.tokens,
+                    encoder=encoder_fingerprint(encoder))
+    logging.info("written to %s", options.output)
+
+
+if __name__ == "__main__":
+    main()

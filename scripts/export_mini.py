@@ -1,0 +1,136 @@
+"""Turns the checkpoints of the mini models' training runs into the files that ship in `models/mini/`.
+
+    python scripts/export_mini.py autoencoder logs/..._autoencoder
+    python scripts/export_mini.py clip logs/..._clip
+    python scripts/export_mini.py segmenter logs/..._segmenter
+    python scripts/export_mini.py text2img logs/..._text2img
+
+In this order: the later ones are trained with what the earlier ones exported. Numbers are stored in half precision,
+averaged weights where a run kept averages, and word tables without the rows of words that no caption used.
+"""
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.checkpoint import read_state_dict  # noqa: E402
+from ldm.data.scenes import SceneDataset  # noqa: E402
+from ldm.errors import UserError, one_line_errors  # noqa: E402
+from ldm.files import save_tensors, write_whole  # noqa: E402
+from ldm.modules.encoders.modules import TOKENIZER  # noqa: E402
+from ldm.modules.encoders.vocabulary import pack_table  # noqa: E402
+from ldm.util import instantiate_from_config  # noqa: E402
+
+MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
+PARTS = MINI / "parts"  # what only training needs; not kept with the project
+
+
+def last_checkpoint(run: Path) -> tuple[dict[str, Tensor], OmegaConf]:
+    """The newest weights of a training run, and its config."""
+    configs = sorted((run / "configs").glob("*-project.yaml"))
+    if not configs:
+        raise UserError(f"{run}: no log folder of a training run (it has no configs/*-project.yaml)")
+    return read_state_dict(run / "checkpoints" / "last.ckpt"), OmegaConf.load(configs[-1])
+
+
+def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters in half precision; what has no dot in its name is the noise schedule, which would suffer."""
+    return {key: value.half() if "." in key and value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def words_in_use(tokenizer: object, count: int = 20_000) -> Tensor:
+    """Numbers of the word pieces in the captions of the mini world."""
+    scenes = SceneDataset(seed=2)
+    captions = sorted({scenes[index]["caption"] for index in range(count)})
+    return torch.tensor(sorted({piece for row in tokenizer(captions)["input_ids"] for piece in row}))
+
+
+def pack_words(tensors: dict[str, Tensor], tokenizer: object) -> dict[str, Tensor]:
+    """The same tensors with every word table packed."""
+    used = words_in_use(tokenizer)
+    packed = {}
+    for key, value in tensors.items():
+        packed |= pack_table(key, value, used) if key.endswith("token_embedding.weight") else {key: value}
+    return packed
+
+
+@torch.no_grad()
+def export_autoencoder(run: Path) -> None:
+    """The first stage with its latents shifted and scaled to mean 0 and variance 1 in every channel."""
+    tensors, config = last_checkpoint(run)
+    model = instantiate_from_config({key: config.model[key] for key in ("target", "params")}).eval()
+    model.load_state_dict(tensors)
+    scenes = SceneDataset(seed=4)
+    latents = torch.cat([model.encode(torch.stack([scenes[start + i]["image"] for i in range(64)])).sample()
+                         for start in range(0, 2048, 64)])
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    logging.info("channel means %.2f to %.2f, deviations %.2f to %.2f", mean.min(), mean.max(), std.min(), std.max())
+    fold_normalisation(model, mean, std)
+    save_tensors(PARTS / "autoencoder.safetensors", model.state_dict(), {"run": run.name})
+
+
+def fold_normalisation(model: torch.nn.Module, mean: Tensor, std: Tensor) -> None:
+    """Makes (z - mean) / std the new latent, by the 1x1 convolutions on either side of it."""
+    before, after, z = model.quant_conv, model.post_quant_conv, len(mean)
+    before.weight[:z] /= std[:, None, None, None]
+    before.bias[:z].sub_(mean).div_(std)
+    before.bias[z:] -= 2 * std.log()  # the second half are logarithms of variances
+    after.bias += (after.weight[:, :, 0, 0] * mean).sum(1)
+    after.weight *= std[:, None, None]
+
+
+def export_clip(run: Path) -> None:
+    """The whole CLIP for `transformers`, and its text tower alone for the training of the U-Net."""
+    tensors, config = last_checkpoint(run)
+    model = instantiate_from_config({key: config.model[key] for key in ("target", "params")})
+    clip = {key.removeprefix("clip."): value for key, value in tensors.items()}
+    model.clip.load_state_dict(clip)
+    packed = half(pack_words(clip, model.tokenizer))
+    save_tensors(MINI / "clip" / "model.safetensors", packed, {"format": "pt", "run": run.name})
+    model.clip.config.save_pretrained(MINI / "clip")
+    text = {key: value for key, value in packed.items() if key.startswith("text_model.")}
+    save_tensors(PARTS / "text_encoder" / "model.safetensors", text, {"format": "pt", "run": run.name})
+    for folder in (PARTS / "text_encoder", MINI / "text_encoder"):
+        model.clip.config.text_config.save_pretrained(folder)
+    preprocessing = ('{"size": {"height": 64, "width": 64}, "resample": 3, '
+                     '"image_mean": [0.48145466, 0.4578275, 0.40821073], '
+                     '"image_std": [0.26862954, 0.26130258, 0.27577711]}\n')
+    write_whole(MINI / "clip" / "preprocessor_config.json", lambda aside: aside.write_text(preprocessing))
+
+
+def export_text2img(run: Path) -> None:
+    """One checkpoint as Stable Diffusion's are: averaged U-Net, first stage and text tower."""
+    tensors, _ = last_checkpoint(run)
+    averaged = {key: "model_ema." + key.removeprefix("model.").replace(".", "")
+                for key in tensors if key.startswith("model.")}
+    whole = {key: tensors[averaged[key]] if averaged.get(key) in tensors else value
+             for key, value in tensors.items() if not key.startswith("model_ema.")}
+    from transformers import CLIPTokenizer
+
+    packed = half(pack_words(whole, CLIPTokenizer.from_pretrained(TOKENIZER)))
+    save_tensors(MINI / "model.safetensors", packed, {"format": "pt", "run": run.name})
+
+
+EXPORTS = {"autoencoder": export_autoencoder, "clip": export_clip, "text2img": export_text2img}
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=EXPORTS, help="which of the mini models the run trained")
+    parser.add_argument("run", type=Path, help="log folder of that run")
+    options = parser.parse_args()
+    EXPORTS[options.part](options.run)
+    for path in sorted(MINI.rglob("*.safetensors")):
+        logging.info("%s: %.1f MB", path.relative_to(MINI), path.stat().st_size / 1e6)
+
+
+if __name__ == "__main__":
+    main()

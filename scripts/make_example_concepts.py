@@ -1,0 +1,60 @@
+"""Makes the example concepts: five pictures each of one thing that no mini model has seen, with marks of its own.
+
+    python scripts/make_example_concepts.py
+
+Every concept is a held-out drawing of a known kind (see `ldm/data/world.py`) in colours of its own, on five
+backgrounds. The drawings are Twemoji's, CC-BY 4.0; the pictures made of them are under the same licence.
+"""
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.data.scenes import Look, Thing, compose  # noqa: E402
+from ldm.data.world import drawings_of  # noqa: E402
+from ldm.errors import one_line_errors  # noqa: E402
+from ldm.files import write_whole  # noqa: E402
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "models" / "mini" / "examples"
+CONCEPTS = {
+    "teddy": ("teddy bear", Look("purple", "striped", "yellow")),
+    "teapot": ("teapot", Look("green", "spotted", "pink")),
+}
+# The beach, the snow, the sea, the desert and space are left for prompts.
+PLACES = ("meadow", "table", "city", "mountains", "forest")
+
+
+def pictures(kind: str, look: Look, size: int, seed: int) -> list[Image.Image]:
+    """One picture per place, the thing a little elsewhere, larger or turned in each."""
+    rng = np.random.default_rng(seed)
+    source = drawings_of(kind, held_out=True)[0]
+    made = []
+    for place in PLACES:
+        thing = Thing(kind, source, look, (0.5 + rng.uniform(-0.06, 0.06), rng.uniform(0.5, 0.58)),
+                      rng.uniform(0.62, 0.8), float(rng.uniform(-8, 8)), bool(rng.random() < 0.5))
+        made.append(compose(place, int(rng.integers(48)), [thing], size)[0])
+    return made
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--outdir", type=Path, default=EXAMPLES, help="where to (default: models/mini/examples)")
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (default: 128)")
+    parser.add_argument("--seed", type=int, default=7, help="of places, sizes and turns (default: 7)")
+    options = parser.parse_args()
+    for name, (kind, look) in CONCEPTS.items():
+        for number, picture in enumerate(pictures(kind, look, options.size, options.seed)):
+            write_whole(options.outdir / name / f"{number}.png",
+                        lambda aside, picture=picture: picture.save(aside, "PNG"))
+        logging.info("%s: %d pictures in %s", name, len(PLACES), options.outdir / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Installs the package `ldm` with what Perfusion needs to train, sample and evaluate; `.[test]` adds what tests need."""
+from setuptools import find_packages, setup
+
+setup(
+    name="perfusion-ldm",
+    version="0.1.0",
+    description="Perfusion: key-locked rank-one personalization of latent diffusion models",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ldm", "ldm.*"]),
+    install_requires=[
+        "torch>=2.5",
+        "torchvision",
+        "pytorch-lightning>=2.4",
+        "omegaconf>=2.3",
+        "transformers>=5.0",
+        "einops",
+        "kornia",
+        "taming-transformers-rom1504",
+        "open-clip-torch",
+        "numpy",
+        "pillow>=10",
+        "safetensors>=0.4",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={"test": ["pytest", "hypothesis", "scipy", "diffusers>=0.30", "perfusion-pytorch", "ruff"]},
+)

@@ -1,0 +1,252 @@
+"""Pictures: every kind that people have, good and bad."""
+from __future__ import annotations
+
+import logging
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from ldm.data.images import (
+    from_tensor,
+    list_images,
+    load_folder,
+    read_image,
+    read_mask,
+    save_grid,
+    square,
+    to_tensor,
+)
+from ldm.errors import UserError
+
+
+def gradient(width: int = 40, height: int = 24) -> Image.Image:
+    """No two rows and no two columns alike, so that every wrong turn shows."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x * 255 // width, y * 255 // height, (x + y) * 2], axis=-1).astype(np.uint8))
+
+
+def values(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_upright(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "phone.png"
+    gradient().save(path, exif=exif.tobytes())
+    with Image.open(path) as opened:
+        expected = ImageOps.exif_transpose(opened).convert("RGB")
+    assert np.array_equal(values(read_image(path)), values(expected))
+    assert read_image(path).size == ((40, 24) if orientation < 5 else (24, 40))
+
+
+def test_a_rotated_jpeg_shows_the_scene_upright(tmp_path: Path) -> None:
+    scene = gradient()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the stored rows run down the scene
+    scene.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif.tobytes(), quality=98, subsampling=0)
+    assert np.abs(values(read_image(tmp_path / "a.jpg")) - values(scene)).mean() < 2
+
+
+@pytest.mark.parametrize("block", [b"", b"Exif\x00\x00", b"Exif\x00\x00garbage that is no TIFF", b"\xff" * 64])
+def test_a_damaged_exif_block_does_not_cost_the_photo(tmp_path: Path, block: bytes) -> None:
+    gradient().save(tmp_path / "a.jpg", exif=block)
+    assert read_image(tmp_path / "a.jpg").size == (40, 24)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_becomes_white(tmp_path: Path, mode: str) -> None:
+    opacity = Image.new("L", (40, 24), 255)
+    opacity.paste(0, (0, 0, 20, 24))
+    picture = Image.new("RGB", (40, 24), (60, 60, 60))
+    picture.putalpha(opacity)
+    picture.convert(mode).save(tmp_path / "cut.png")
+    read = values(read_image(tmp_path / "cut.png"))
+    assert (read[:, :20] == 255).all()
+    assert np.abs(read[:, 20:] - 60).max() <= 3  # a palette may be off by a little
+
+
+def test_half_transparent_is_half_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (20, 20), (0, 100, 200, 51)).save(tmp_path / "a.png")  # 51/255 = 1/5
+    assert np.abs(values(read_image(tmp_path / "a.png"))[0, 0] - [204, 224, 244]).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("1", "png"), ("P", "bmp"), ("RGB", "webp"), ("L", "jpg")])
+def test_other_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
+    gradient().convert(mode).save(tmp_path / f"a.{suffix}")
+    read = read_image(tmp_path / f"a.{suffix}")
+    assert (read.mode, read.size) == ("RGB", (40, 24))
+
+
+def test_cmyk_keeps_its_colours(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), (200, 40, 90)).convert("CMYK").save(tmp_path / "print.jpg", quality=98)
+    assert np.abs(values(read_image(tmp_path / "print.jpg"))[16, 16] - [200, 40, 90]).max() < 6
+
+
+def test_sixteen_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    assert np.array_equal(values(read_image(tmp_path / "a.png"))[..., 0].ravel(), np.arange(256))
+
+
+def huge_png(side: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    folder.mkdir(exist_ok=True)
+    kinds = ("empty", "text", "truncated", "headless", "tiny", "wide", "bomb", "bigger")
+    paths = {kind: folder / f"{kind}.png" for kind in kinds}
+    paths["empty"].write_bytes(b"")
+    paths["text"].write_text("not a picture at all")
+    gradient(200, 200).save(paths["truncated"], format="JPEG")
+    whole = paths["truncated"].read_bytes()
+    paths["truncated"].write_bytes(whole[: len(whole) // 2])
+    paths["headless"].write_bytes(whole[100:])
+    gradient(15, 40).save(paths["tiny"])
+    gradient(400, 8).save(paths["wide"])
+    paths["bomb"].write_bytes(huge_png(60_000))
+    paths["bigger"].write_bytes(huge_png(10_000))
+    return paths
+
+
+@pytest.mark.filterwarnings("error")
+def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
+    for kind, path in {**bad_files(tmp_path), "missing": tmp_path / "missing.png"}.items():
+        with pytest.raises(UserError) as refused:
+            read_image(path)
+        assert f"{kind}.png" in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damaged_files_raise_nothing_else(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"a.{data.draw(st.sampled_from(['png', 'jpg', 'webp', 'bmp']))}"
+    gradient().save(path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    try:
+        assert read_image(path).mode == "RGB"
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+def test_list_images_sorts_and_skips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("b.JPG", "a.png", "c.WebP", "d.bmp", "e.jpeg", ".hidden.png", "notes.txt", "x.HEIC"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.WebP", "d.bmp", "e.jpeg"]
+    assert "x.HEIC" in caplog.text and "notes.txt" not in caplog.text
+
+
+def test_list_images_names_the_folder(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=folder.name):
+            list_images(folder)
+
+
+def test_load_folder_uses_what_it_can(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = bad_files(tmp_path / "photos")
+    gradient().save(tmp_path / "photos" / "good.png")
+    with caplog.at_level(logging.WARNING):
+        loaded = load_folder(tmp_path / "photos")
+    assert [(path.name, image.size) for path, image in loaded] == [("good.png", (40, 24))]
+    assert len(caplog.records) == len(bad)
+    assert all(path.name in caplog.text for path in bad.values())
+
+
+def test_load_folder_with_nothing_usable(tmp_path: Path) -> None:
+    bad_files(tmp_path / "photos")
+    with pytest.raises(UserError, match="photos"):
+        load_folder(tmp_path / "photos")
+
+
+def test_a_mask_is_its_brightness_or_its_opacity(tmp_path: Path) -> None:
+    drawn = Image.new("L", (20, 20), 0)
+    drawn.paste(255, (5, 5, 15, 15))
+    drawn.save(tmp_path / "drawn.png")
+    cut_out = Image.new("RGB", (20, 20), "black")
+    cut_out.putalpha(drawn)
+    cut_out.save(tmp_path / "cut.png")
+    for name in ("drawn.png", "cut.png"):
+        assert np.array_equal(values(read_mask(tmp_path / name)), values(drawn))
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (33, 33)])
+def test_square_is_centred(shape: tuple[int, int]) -> None:
+    side = min(shape)
+    expected = ImageOps.fit(gradient(*shape), (side, side))
+    assert np.array_equal(values(square(gradient(*shape), side)), values(expected))
+
+
+def test_square_averages_fine_detail() -> None:
+    board = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    small = values(square(board, 32))[2:-2, 2:-2]  # nearest-neighbour sampling would give 0 or 255
+    assert np.abs(small - 127.5).max() < 4
+
+
+def test_tensors_and_back() -> None:
+    picture = gradient()
+    tensor = to_tensor(picture)
+    assert (tensor.shape, tensor.dtype) == ((3, 24, 40), torch.float32)
+    expected = values(picture)[5, 7] / 255 * 2 - 1
+    assert np.allclose(tensor[:, 5, 7].numpy(), expected, atol=1e-6)
+    assert to_tensor(Image.new("RGB", (4, 4), "white")).eq(1).all()
+    assert to_tensor(Image.new("RGB", (4, 4), "black")).eq(-1).all()
+    assert np.array_equal(values(from_tensor(tensor)), values(picture))
+    assert np.array_equal(values(from_tensor(tensor * 1000)), np.where(tensor.numpy() > 0, 255, 0).transpose(1, 2, 0))
+
+
+def test_a_grid_shows_every_picture_enlarged(tmp_path: Path) -> None:
+    colours = ["red", "lime", "blue", "yellow", "magenta"]
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in colours]
+    with Image.open(save_grid(pictures, tmp_path / "deep" / "grid.png", columns=2)) as sheet:
+        assert (sheet.format, sheet.mode) == ("PNG", "RGB")
+        counts = {colour: number for number, colour in sheet.getcolors()}
+        assert sheet.width >= 2 * 128 and sheet.height >= 3 * 128
+    for picture in pictures:
+        assert counts[picture.getpixel((0, 0))] == 128 * 128
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["grid.png"]
+
+
+def test_grid_titles_are_written_above_and_wrapped(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (128, 128), "red")] * 2
+
+    def band(title: str) -> np.ndarray:
+        with Image.open(save_grid(pictures, tmp_path / "g.png", 2, [title, ""])) as sheet:
+            pixels = values(sheet.convert("RGB"))
+        red = (pixels == [255, 0, 0]).all(-1)
+        assert red.sum() == 2 * 128 * 128  # no letter stands on a picture
+        ink = (pixels.sum(-1) < 200) & ~red
+        assert not ink[:, 6 + 128 + 2 :].any()  # nor runs out of its column
+        return ink[: red.any(1).argmax()]
+
+    short, long = band("teddy"), band("a photo of a teddy in a field of very many flowers")
+    assert short.any() and long.shape[0] > short.shape[0]
+    assert band("w" * 60).shape[0] > short.shape[0]
+    assert not band("").any()
+
+
+@pytest.mark.parametrize(("count", "columns", "titles"), [(0, 1, None), (2, 0, None), (2, 1, ["one"])])
+def test_grids_that_cannot_be(tmp_path: Path, count: int, columns: int, titles: list[str] | None) -> None:
+    with pytest.raises(ValueError, match="no sheet"):
+        save_grid([gradient()] * count, tmp_path / "g.png", columns, titles)
+    assert not list(tmp_path.iterdir())

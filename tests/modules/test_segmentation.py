@@ -1,0 +1,241 @@
+"""Zero-shot masks with a tiny random CLIPSeg, compared with transformers' own processor and a closed form."""
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import bytes_to_unicode
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+
+from ldm.data.images import square
+from ldm.errors import UserError
+from ldm.modules.segmentation import Preprocessing, ZeroShotSegmenter, cached_masks, mask_overlay, soft_mask
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+def tiny_tokenizer(merges: int = 100) -> CLIPTokenizer:
+    """CLIP's own tokenizer with only the first of its merges."""
+    with gzip.open(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf8") as lines:
+        pairs = [tuple(line.split()) for line in itertools.islice(lines, 1, merges + 1)]
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in pairs)]
+    vocabulary = {word: row for row, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved CLIPSeg of 16 channels, run at 32 pixels in patches of 8, with random weights."""
+    place = tmp_path_factory.mktemp("segmenter")
+    tokenizer = tiny_tokenizer()
+    rows = len(tokenizer)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = CLIPSegForImageSegmentation(CLIPSegConfig(
+        text_config={**shape, "vocab_size": rows, "max_position_embeddings": 12, "initializer_factor": 20.0,
+                     "bos_token_id": rows - 2, "eos_token_id": rows - 1, "pad_token_id": rows - 1},
+        vision_config={**shape, "image_size": 32, "patch_size": 8, "initializer_factor": 20.0},
+        projection_dim=16, reduce_dim=8, extract_layers=[0, 1], decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+    ))
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.normal_(std=0.5)
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    sizes = {"size": {"height": 48, "width": 48}, "image_mean": MEAN, "image_std": STD, "resample": 2}
+    (place / "preprocessor_config.json").write_text(json.dumps(sizes))
+    return place
+
+
+@pytest.fixture(scope="module")
+def segmenter(folder: Path) -> ZeroShotSegmenter:
+    return ZeroShotSegmenter.from_path(folder)
+
+
+def noise(seed: int, width: int = 48, height: int = 48) -> Image.Image:
+    blocks = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((width, height))
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    found = [tmp_path / f"{seed}.png" for seed in range(3)]
+    for seed, path in enumerate(found):
+        noise(seed, 64, 40).save(path)
+    return found
+
+
+class CountingSegmenter:
+    """Answers with brightness, and notes how often it is asked."""
+
+    def __init__(self, fingerprint: str = "one") -> None:
+        self.fingerprint = fingerprint
+        self.calls = 0
+
+    def segment(self, images: list[Image.Image], text: str, size: int) -> torch.Tensor:
+        self.calls += len(images)
+        assert all(image.size == (size, size) for image in images)
+        return torch.stack([torch.from_numpy(np.array(image.convert("L"))) / 300 for image in images])
+
+
+def test_probabilities_have_the_requested_size(segmenter: ZeroShotSegmenter) -> None:
+    for size, expected in ((None, (48, 48)), (20, (20, 20)), ((10, 70), (10, 70))):
+        found = segmenter.segment([noise(0), noise(1, 60, 30)], "teddy", size)
+        assert (found.shape, found.dtype, found.requires_grad) == ((2, *expected), torch.float32, False)
+        assert 0 <= found.min() < found.max() <= 1
+
+
+def test_agrees_with_the_model_fed_by_hand(segmenter: ZeroShotSegmenter, folder: Path) -> None:
+    pixels = (torch.from_numpy(np.array(noise(3))) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    tokens = CLIPTokenizer.from_pretrained(folder)(["a toy teddy"], return_tensors="pt")
+    model = CLIPSegForImageSegmentation.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(pixel_values=pixels.permute(2, 0, 1)[None], **tokens).logits
+    expected = 1 / (1 + torch.exp(-logits.reshape(48, 48)))
+    assert torch.allclose(segmenter.segment([noise(3)], "a toy teddy")[0], expected, atol=1e-5)
+
+
+def test_text_and_picture_both_matter_and_the_batch_does_not(segmenter: ZeroShotSegmenter) -> None:
+    together = segmenter.segment([noise(0), noise(1)], "teddy")
+    assert torch.allclose(together[1], segmenter.segment([noise(1)], "teddy")[0], atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+    assert not torch.allclose(together, segmenter.segment([noise(0), noise(1)], "clock"), atol=1e-4)
+
+
+def test_long_texts_are_cut_to_what_the_model_reads(segmenter: ZeroShotSegmenter) -> None:
+    assert segmenter.segment([noise(0)], "a very large green teddy bear " * 5).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(352, (352, 352)), ({"height": 30, "width": 40}, (30, 40)), ({"shortest_edge": 64}, (64, 64)), (None, (224, 224))],
+)
+def test_sizes_of_preprocessing(size: object, expected: tuple[int, int]) -> None:
+    config = {"size": size, "image_mean": MEAN, "image_std": STD}
+    assert Preprocessing.from_config(config, 224)([noise(0)]).shape == (1, 3, *expected)
+
+
+def spoiled(folder: Path, place: Path, name: str) -> Path:
+    shutil.copytree(folder, place / "copy")
+    if name == "a weight":
+        weights = load_file(folder / "model.safetensors")
+        weights.pop("decoder.film_mul.weight")
+        save_file(weights, place / "copy" / "model.safetensors", metadata={"format": "pt"})
+    elif name == "half":
+        content = (folder / "model.safetensors").read_bytes()
+        (place / "copy" / "model.safetensors").write_bytes(content[: len(content) // 2])
+    else:
+        (place / "copy" / name).unlink()
+    return place / "copy"
+
+
+@pytest.mark.parametrize(
+    "missing", ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "a weight", "half"]
+)
+def test_incomplete_segmenters_are_refused(folder: Path, tmp_path: Path, missing: str) -> None:
+    with pytest.raises(UserError, match="masks: none") as refused:
+        ZeroShotSegmenter.from_path(spoiled(folder, tmp_path, missing))
+    assert "copy" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", "no/such/folder"):
+        with pytest.raises(UserError, match="no such folder"):
+            ZeroShotSegmenter.from_path(path)
+
+
+def test_half_precision_weights_run_in_full(folder: Path, tmp_path: Path, segmenter: ZeroShotSegmenter) -> None:
+    shutil.copytree(folder, tmp_path / "half")
+    CLIPSegForImageSegmentation.from_pretrained(folder).half().save_pretrained(tmp_path / "half")
+    half = ZeroShotSegmenter.from_path(tmp_path / "half")
+    assert half.model.dtype == torch.float32
+    assert half.fingerprint != segmenter.fingerprint
+    assert torch.allclose(half.segment([noise(0)], "cat"), segmenter.segment([noise(0)], "cat"), atol=0.05)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 6), st.floats(0.06, 1.0), st.integers(0, 1000))
+def test_a_soft_mask_peaks_at_one(side: int, peak: float, seed: int) -> None:
+    raw = torch.rand(side, side, generator=torch.Generator().manual_seed(seed))
+    mask = soft_mask(raw / raw.max() * peak)
+    assert mask.max() == 1 and mask.min() >= 0
+    assert torch.allclose(mask, raw / raw.max(), atol=1e-5)
+
+
+@pytest.mark.parametrize("useless", [torch.zeros(4, 4), torch.full((4, 4), 0.03), torch.full((4, 4), torch.nan)])
+def test_a_useless_mask_hides_nothing(useless: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert soft_mask(useless, "cat.jpg").eq(1).all()
+    assert "cat.jpg" in caplog.text
+
+
+def test_masks_are_computed_once(paths: list[Path], tmp_path: Path) -> None:
+    segmenter = CountingSegmenter()
+    first = cached_masks(paths, segmenter, "teddy", tmp_path / "cache", 24)
+    assert segmenter.calls == 3 and len(list((tmp_path / "cache").iterdir())) == 3
+    second = cached_masks(paths, segmenter, "teddy", tmp_path / "cache", 24)
+    assert segmenter.calls == 3
+    for seed, (mask, again) in enumerate(zip(first, second, strict=True)):
+        assert mask.shape == (1, 24, 24) and mask.max() == 1 and torch.equal(mask, again)
+        expected = torch.from_numpy(np.array(square(noise(seed, 64, 40), 24).convert("L"))).float()
+        assert torch.allclose(mask[0], expected / expected.max(), atol=1e-4)
+
+
+def test_the_cache_key_covers_all_that_matters(paths: list[Path], tmp_path: Path) -> None:
+    cache, segmenter = tmp_path / "cache", CountingSegmenter()
+    cached_masks(paths, segmenter, "teddy", cache, 24)
+    cached_masks(paths, segmenter, "clock", cache, 24)
+    cached_masks(paths, segmenter, "teddy", cache, 16)
+    assert segmenter.calls == 9
+    other = CountingSegmenter("two")
+    cached_masks(paths, other, "teddy", cache, 24)
+    assert other.calls == 3
+    noise(9).save(paths[0])
+    cached_masks(paths, segmenter, "teddy", cache, 24)
+    assert segmenter.calls == 10
+    paths[1] = paths[1].rename(tmp_path / "renamed.png")
+    cached_masks(paths, segmenter, "teddy", cache, 24)
+    assert segmenter.calls == 10
+
+
+def test_broken_cache_entries_are_made_again(paths: list[Path], tmp_path: Path) -> None:
+    cache, segmenter = tmp_path / "cache", CountingSegmenter()
+    before = cached_masks(paths, segmenter, "teddy", cache, 24)
+    empty, cut, other = sorted(cache.iterdir())
+    empty.write_bytes(b"")
+    cut.write_bytes(cut.read_bytes()[:-40])
+    Image.new("L", (24, 24), 255).save(other)
+    after = cached_masks(paths, segmenter, "teddy", cache, 24)
+    assert segmenter.calls == 6
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    cached_masks(paths, segmenter, "teddy", cache, 24)
+    assert segmenter.calls == 6
+
+
+def test_a_real_segmenter_fills_the_cache(segmenter: ZeroShotSegmenter, paths: list[Path], tmp_path: Path) -> None:
+    masks = cached_masks(paths, segmenter, "teddy", tmp_path / "cache", 40)
+    raw = segmenter.segment([square(noise(0, 64, 40), 40)], "teddy", 40)[0]
+    assert torch.allclose(masks[0][0], raw / raw.max(), atol=1e-3)
+
+
+def test_the_overlay_darkens_what_is_hidden() -> None:
+    mask = torch.zeros(1, 4, 4)
+    mask[..., 2:] = 1
+    pair = np.asarray(mask_overlay(Image.new("RGB", (32, 32), (100, 150, 200)), mask))
+    assert pair.shape == (32, 64, 3)
+    assert (pair[:, :32] == [100, 150, 200]).all()
+    assert (pair[:, 32:48] == 0).all() and (pair[:, 48:] == [100, 150, 200]).all()

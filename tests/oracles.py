@@ -1,0 +1,83 @@
+"""Weights of our modules under the names that diffusers' independent implementation of the same networks uses."""
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+RESNET = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}
+ENDS = {
+    "input_blocks.0.0": "conv_in", "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+    "out.0": "conv_norm_out", "out.2": "conv_out",
+}
+SELF_ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}
+
+
+def randomise(module: nn.Module, seed: int = 0, scale: float = 0.05) -> nn.Module:
+    """Fills every parameter, the zero-initialised ones too, so that no branch is silent; norms stay near one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = scale * torch.randn(parameter.shape, generator=generator)
+            around_one = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(noise + 1 if around_one else noise)
+    return module
+
+
+def diffusers_unet_state(state: dict[str, Tensor], num_res_blocks: int) -> dict[str, Tensor]:
+    """The state dict of a UNetModel with spatial transformers, as `UNet2DConditionModel` takes it."""
+    return {_place(key, num_res_blocks): tensor for key, tensor in state.items()}
+
+
+def diffusers_self_attention_state(
+    state: dict[str, Tensor], num_res_blocks: int, head_width: int
+) -> dict[str, Tensor]:
+    """The state dict of a UNetModel with attention blocks, as `UNet2DModel` takes it.
+
+    There 1x1 convolutions over positions are linear layers, and q, k, v, stacked head by head here, are apart.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        path = _place(key, num_res_blocks)
+        tensor = value.squeeze(-1) if value.ndim == 3 else value
+        block, _, rest = path.rpartition("attentions.")
+        index, name, kind = rest.split(".") if block else ("", "", "")
+        if name == "qkv":
+            per_head = tensor.view(-1, 3, head_width, *tensor.shape[1:])
+            renamed |= {path.replace("qkv", f"to_{x}"): per_head[:, i].flatten(0, 1) for i, x in enumerate("qkv")}
+        else:
+            renamed[f"{block}attentions.{index}.{SELF_ATTENTION[name]}.{kind}" if block else path] = tensor
+    return renamed
+
+
+def _place(key: str, per_level: int) -> str:
+    for ours, theirs in ENDS.items():
+        if key.startswith(ours + "."):
+            return theirs + key.removeprefix(ours)
+    if middle := re.match(r"middle_block\.(\d)\.(.*)", key):
+        position = int(middle[1])
+        kind = "attentions.0" if position == 1 else f"resnets.{position // 2}"
+        return f"mid_block.{kind}.{_inner(middle[2])}"
+    half, block, layer, rest = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", key).groups()
+    if half == "input":
+        level, index = divmod(int(block) - 1, per_level + 1)
+        place = f"down_blocks.{level}"
+    else:
+        level, index = divmod(int(block), per_level + 1)
+        place = f"up_blocks.{level}"
+    if rest.startswith("op."):
+        return f"{place}.downsamplers.0.conv.{rest.removeprefix('op.')}"
+    if rest.startswith("conv."):
+        return f"{place}.upsamplers.0.{rest}"
+    return f"{place}.{'resnets' if layer == '0' else 'attentions'}.{index}.{_inner(rest)}"
+
+
+def _inner(rest: str) -> str:
+    for ours, theirs in RESNET.items():
+        if rest.startswith(ours + "."):
+            return theirs + rest.removeprefix(ours)
+    return rest

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+
+from ldm.errors import UserError, one_line_errors
+
+
+def test_a_users_mistake_is_one_line_and_status_two(capsys: pytest.CaptureFixture[str]) -> None:
+    @one_line_errors
+    def main(name: str) -> None:
+        raise UserError(f"{name}: no such file")
+
+    with pytest.raises(SystemExit) as left:
+        main("a.ckpt")
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: a.ckpt: no such file\n"
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    @one_line_errors
+    def main() -> None:
+        raise KeyError("a mistake of ours")
+
+    with pytest.raises(KeyError):
+        main()
+    assert main.__name__ == "main"
+
+
+def test_no_error_no_exit() -> None:
+    seen: list[int] = []
+    one_line_errors(seen.append)(3)
+    assert seen == [3]

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldm.errors import UserError
+from ldm.util import count_params, default, get_obj_from_str, instantiate_from_config, pick_device, refuse_unknown_params
+
+
+class Base:
+    def __init__(self, size: int, colour: str = "red", *, depth: int = 1) -> None:
+        self.given = {"size": size, "colour": colour, "depth": depth}
+
+
+class PassingOn(Base):
+    def __init__(self, extra: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.given["extra"] = extra
+
+
+class Silent(PassingOn):
+    """Has no constructor of its own."""
+
+
+class Closed(PassingOn):
+    def __init__(self, only: int = 0) -> None:
+        super().__init__(size=only)
+
+
+class Module(nn.Module):
+    def __init__(self, width: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+def double(value: int, **ignored: Any) -> int:
+    return 2 * value
+
+
+halve = functools.partial(lambda value, by: value / by, by=2)
+
+
+def built(name: str, **params: Any) -> Any:
+    return instantiate_from_config({"target": f"test_util.{name}", "params": params})
+
+
+def test_params_go_through_every_constructor_that_passes_them_on() -> None:
+    expected = {"size": 3, "colour": "red", "depth": 2, "extra": 7}
+    for name in ("PassingOn", "Silent"):
+        assert built(name, size=3, depth=2, extra=7).given == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "named", "known"),
+    [
+        ("Base", {"size": 1, "sise": 2, "color": 3}, "color, sise", "colour, depth, size"),
+        ("PassingOn", {"size": 1, "dept": 2}, "dept", "colour, depth, extra, size"),
+        ("Silent", {"size": 1, "dept": 2}, "dept", "colour, depth, extra, size"),
+        ("Closed", {"size": 1}, "size", "only"),
+        ("Module", {"width": 1, "with": 2}, "with", "width"),
+        ("double", {"value": 1, "valeu": 2}, "valeu", "value"),
+        ("Base", {"size": 1, "self": 2}, "self", "colour, depth, size"),
+        ("Base", {"size": 1, 5: 2}, "5", "colour, depth, size"),
+    ],
+)
+def test_unknown_params_are_refused_by_name(name: str, params: dict[Any, Any], named: str, known: str) -> None:
+    with pytest.raises(UserError) as refused:
+        instantiate_from_config({"target": f"test_util.{name}", "params": params})
+    assert str(refused.value) == f"test_util.{name} does not know {named}; it knows {known}"
+
+
+def test_unknown_params_of_other_peoples_classes() -> None:
+    refuse_unknown_params("a linear layer", nn.Linear, {"in_features": 1, "bias": False, "device": "cpu"})
+    with pytest.raises(UserError, match="a linear layer does not know in_feature;"):
+        refuse_unknown_params("a linear layer", nn.Linear, {"in_feature": 1})
+
+
+def test_functions_and_what_else_can_be_called() -> None:
+    assert built("double", value=4) == 8
+    assert built("halve", value=4) == 2
+    assert isinstance(instantiate_from_config({"target": "torch.nn.Identity"}), nn.Identity)
+    assert instantiate_from_config({"target": "builtins.dict", "params": {}}) == {}
+
+
+def test_missing_params_are_named() -> None:
+    with pytest.raises(UserError, match=r"test_util.Base needs size"):
+        built("Base", colour="blue")
+
+
+def test_extra_goes_before_params() -> None:
+    config = {"target": "test_util.Base", "params": {"size": 1, "depth": 2}}
+    assert instantiate_from_config(config, size=5).given == {"size": 5, "colour": "red", "depth": 2}
+    assert instantiate_from_config({"target": "test_util.Base"}, size=5).given["size"] == 5
+
+
+def test_omegaconf_is_resolved_to_plain_values() -> None:
+    config = OmegaConf.create({"width": 4, "part": {"target": "test_util.Base", "params": {
+        "size": "${width}", "colour": {"list": [1, 2]}}}})
+    given = instantiate_from_config(config.part).given
+    assert given["size"] == 4 and type(given["colour"]) is dict and type(given["colour"]["list"]) is list
+
+
+def test_omegaconf_that_refers_to_nothing() -> None:
+    config = OmegaConf.create({"target": "test_util.Base", "params": {"size": "${width}"}})
+    with pytest.raises(UserError, match=r"test_util.Base.*width"):
+        instantiate_from_config(config)
+
+
+@pytest.mark.parametrize("word", ["__is_first_stage__", "__is_unconditional__"])
+def test_words_for_no_module(word: str) -> None:
+    assert instantiate_from_config(word) is None
+
+
+@pytest.mark.parametrize("config", [{}, {"params": {}}, "target", None, [1], 3])
+def test_sections_without_a_target(config: Any) -> None:
+    with pytest.raises(UserError, match="target"):
+        instantiate_from_config(config)
+
+
+@pytest.mark.parametrize("params", [[1, 2], "size=3", OmegaConf.create([1])])
+def test_params_that_are_no_mapping(params: Any) -> None:
+    with pytest.raises(UserError, match=r"test_util.Base"):
+        instantiate_from_config({"target": "test_util.Base", "params": params})
+
+
+@pytest.mark.parametrize(
+    "target", ["no.such.module.Thing", "torch.nn.NoSuchLayer", "nodots", "", ".nn.Linear", "torch..nn.Linear", None, 5]
+)
+def test_targets_that_do_not_import(target: Any) -> None:
+    with pytest.raises(UserError, match="cannot be imported") as refused:
+        get_obj_from_str(target)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_target_is_found() -> None:
+    assert get_obj_from_str("torch.nn.Linear") is nn.Linear
+
+
+def test_default() -> None:
+    assert default(None, 3) == 3 and default(0, 3) == 0
+
+
+def test_counting_parameters() -> None:
+    layer = nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    assert (count_params(layer), count_params(layer, trainable_only=True)) == (8, 6)
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu", "meta", "cuda:99", "xla", "vulkan", "cpu:x", ""])
+def test_devices_that_are_not_there(name: str) -> None:
+    with pytest.raises(UserError, match="--device"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_best_device_is_picked(cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.ones(*size))
+    assert pick_device() == torch.device(expected)
+
+
+def test_a_named_device() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
