@@ -1,7 +1,7 @@
 """Trains whatever a config describes: a concept, a base model, a first stage.
 
     python main.py --base configs/perfusion.yaml
-    python main.py --base configs/perfusion.yaml --data_root my_photos/ --init_word "teddy bear" --placeholder "<my-teddy>"
+    python main.py --base configs/perfusion.yaml --data_root photos/ --init_word "teddy bear" --placeholder "<my-teddy>"
 """
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class LambdaWarmUpCosineScheduler2:
                  f_start: Sequence[float], cycle_lengths: Sequence[int], verbosity_interval: int = 0) -> None:
         lists = (warm_up_steps, f_min, f_max, f_start, cycle_lengths)
         if not cycle_lengths or len({len(values) for values in lists}) != 1:
-            raise UserError("warm_up_steps, f_min, f_max, f_start, cycle_lengths: give each of them one entry per cycle")
+            raise UserError("warm_up_steps, f_min, f_max, f_start, cycle_lengths: give each one entry per cycle")
         self.cycles = list(zip(*lists, strict=True))
         self.ends = list(accumulate(cycle_lengths))
         self.verbosity_interval = verbosity_interval

@@ -2,6 +2,7 @@
 
     python scripts/export_mini.py autoencoder logs/..._autoencoder
     python scripts/export_mini.py clip logs/..._clip
+    python scripts/export_mini.py covariance logs/..._clip
     python scripts/export_mini.py segmenter logs/..._segmenter
     python scripts/export_mini.py text2img logs/..._text2img
 
@@ -11,6 +12,7 @@ averaged weights where a run kept averages, and word tables without the rows of 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
@@ -24,7 +26,9 @@ from ldm.checkpoint import read_state_dict  # noqa: E402
 from ldm.data.scenes import SceneDataset  # noqa: E402
 from ldm.errors import UserError, one_line_errors  # noqa: E402
 from ldm.files import save_tensors, write_whole  # noqa: E402
-from ldm.modules.encoders.modules import TOKENIZER  # noqa: E402
+from ldm.models.clip import CLIP_MEAN, CLIP_STD  # noqa: E402
+from ldm.modules.covariance import encoder_fingerprint, estimate_covariance, save_covariance  # noqa: E402
+from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder  # noqa: E402
 from ldm.modules.encoders.vocabulary import pack_table  # noqa: E402
 from ldm.util import instantiate_from_config  # noqa: E402
 
@@ -45,11 +49,15 @@ def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.half() if "." in key and value.is_floating_point() else value for key, value in tensors.items()}
 
 
-def words_in_use(tokenizer: object, count: int = 20_000) -> Tensor:
-    """Numbers of the word pieces in the captions of the mini world."""
+def captions_of_the_world(count: int = 20_000) -> list[str]:
+    """Distinct captions of scenes, sorted."""
     scenes = SceneDataset(seed=2)
-    captions = sorted({scenes[index]["caption"] for index in range(count)})
-    return torch.tensor(sorted({piece for row in tokenizer(captions)["input_ids"] for piece in row}))
+    return sorted({scenes[index]["caption"] for index in range(count)})
+
+
+def words_in_use(tokenizer: object) -> Tensor:
+    """Numbers of the word pieces in the captions of the mini world."""
+    return torch.tensor(sorted({piece for row in tokenizer(captions_of_the_world())["input_ids"] for piece in row}))
 
 
 def pack_words(tensors: dict[str, Tensor], tokenizer: object) -> dict[str, Tensor]:
@@ -99,10 +107,13 @@ def export_clip(run: Path) -> None:
     save_tensors(PARTS / "text_encoder" / "model.safetensors", text, {"format": "pt", "run": run.name})
     for folder in (PARTS / "text_encoder", MINI / "text_encoder"):
         model.clip.config.text_config.save_pretrained(folder)
-    preprocessing = ('{"size": {"height": 64, "width": 64}, "resample": 3, '
-                     '"image_mean": [0.48145466, 0.4578275, 0.40821073], '
-                     '"image_std": [0.26862954, 0.26130258, 0.27577711]}\n')
-    write_whole(MINI / "clip" / "preprocessor_config.json", lambda aside: aside.write_text(preprocessing))
+    write_preprocessing(MINI / "clip")
+
+
+def write_preprocessing(folder: Path) -> None:
+    """How the image towers want their pictures, in `transformers`' words."""
+    settings = {"size": {"height": 64, "width": 64}, "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    write_whole(folder / "preprocessor_config.json", lambda aside: aside.write_text(json.dumps(settings) + "\n"))
 
 
 def export_text2img(run: Path) -> None:
@@ -118,7 +129,27 @@ def export_text2img(run: Path) -> None:
     save_tensors(MINI / "model.safetensors", packed, {"format": "pt", "run": run.name})
 
 
-EXPORTS = {"autoencoder": export_autoencoder, "clip": export_clip, "text2img": export_text2img}
+def export_segmenter(run: Path) -> None:
+    """The segmenter for `transformers`, as `ldm.modules.segmentation` loads it."""
+    tensors, config = last_checkpoint(run)
+    model = instantiate_from_config({key: config.model[key] for key in ("target", "params")})
+    whole = {key.removeprefix("segmenter."): value for key, value in tensors.items()}
+    save_tensors(MINI / "segmenter" / "model.safetensors", half(pack_words(whole, model.tokenizer)),
+                 {"format": "pt", "run": run.name})
+    model.segmenter.config.save_pretrained(MINI / "segmenter")
+    write_preprocessing(MINI / "segmenter")
+
+
+def export_covariance(run: Path) -> None:
+    """C of the text tower that is exported, over captions of the mini world."""
+    encoder = FrozenCLIPEmbedder(str(PARTS / "text_encoder"), max_length=32)
+    estimate = estimate_covariance(encoder, captions_of_the_world())
+    save_covariance(MINI / "covariance.safetensors", estimate.covariance, source="captions of ldm.data.scenes",
+                    captions=estimate.captions, tokens="words", encoder=encoder_fingerprint(encoder))
+
+
+EXPORTS = {"autoencoder": export_autoencoder, "clip": export_clip, "segmenter": export_segmenter,
+           "covariance": export_covariance, "text2img": export_text2img}
 
 
 @one_line_errors

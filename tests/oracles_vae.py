@@ -1,4 +1,5 @@
 """Weights of our first stage under the names that diffusers' independent implementation of the same network uses."""
+
 from __future__ import annotations
 
 import re
@@ -26,8 +27,9 @@ def diffusers_vae_state(state: dict[str, Tensor], levels: int) -> dict[str, Tens
 
     There decoder levels are counted from the coarsest, and attention's 1x1 convolutions are linear layers.
     """
-    return {_theirs(key, levels): value.flatten(1) if _is_attention_weight(key) else value
-            for key, value in state.items()}
+    return {
+        _theirs(key, levels): value.flatten(1) if _is_attention_weight(key) else value for key, value in state.items()
+    }
 
 
 def _is_attention_weight(key: str) -> bool:

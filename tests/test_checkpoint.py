@@ -98,12 +98,17 @@ def test_a_harmful_class_of_a_package_that_records_come_from_is_not_run_either(t
 
 def test_public_checkpoints_with_the_state_of_their_training_run(tmp_path: Path) -> None:
     """Stable Diffusion 1's files are keyed by Lightning's callbacks; others hold configs and NumPy's numbers."""
-    torch.save({
-        "state_dict": weights(), "epoch": 3, "pytorch-lightning_version": "1.4.2",
-        "callbacks": {ModelCheckpoint: {"best_model_score": np.float64(0.5), "scores": np.arange(3.0)}},
-        "hyper_parameters": OmegaConf.create({"lr": 1e-4, "list": [1, {"a": None}], "name": "x"}),
-        "counts": collections.defaultdict(int),
-    }, tmp_path / "x.ckpt")
+    torch.save(
+        {
+            "state_dict": weights(),
+            "epoch": 3,
+            "pytorch-lightning_version": "1.4.2",
+            "callbacks": {ModelCheckpoint: {"best_model_score": np.float64(0.5), "scores": np.arange(3.0)}},
+            "hyper_parameters": OmegaConf.create({"lr": 1e-4, "list": [1, {"a": None}], "name": "x"}),
+            "counts": collections.defaultdict(int),
+        },
+        tmp_path / "x.ckpt",
+    )
     before = dict(torch.serialization._weights_only_unpickler._get_user_allowed_globals())
     assert equal(read_state_dict(tmp_path / "x.ckpt"), weights())
     assert torch.serialization._weights_only_unpickler._get_user_allowed_globals() == before
@@ -196,11 +201,13 @@ def test_unexpected_keys_alone_are_a_warning(tmp_path: Path, caplog: pytest.LogC
     assert "1 keys unexpected (third.weight)" in caplog.text and equal(module.state_dict(), weights(1))
 
 
-def test_keys_that_no_model_reads_are_passed_over_in_silence(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    unread = ("model_ema.firstweight", "loss.discriminator.main.0.weight", "first_stage_model.loss.logvar",
-              "cond_stage_model.transformer.text_model.embeddings.position_ids")
+def test_keys_that_no_model_reads_are_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unread = (
+        "model_ema.firstweight",
+        "loss.discriminator.main.0.weight",
+        "first_stage_model.loss.logvar",
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    )
     torch.save({**weights(1), **dict.fromkeys(unread, torch.ones(1))}, tmp_path / "x.ckpt")
     with caplog.at_level(logging.WARNING):
         load_weights(Tiny(), tmp_path / "x.ckpt")
@@ -233,7 +240,9 @@ def test_a_model_is_built_ready_to_sample(tmp_path: Path) -> None:
         assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("config", "named"), [(described(), "--ckpt"), ({"data": {}}, "model"), ({"model": {}}, "--ckpt")])
+@pytest.mark.parametrize(
+    ("config", "named"), [(described(), "--ckpt"), ({"data": {}}, "model"), ({"model": {}}, "--ckpt")]
+)
 def test_configs_without_a_model_or_weights(config: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         load_model(config)

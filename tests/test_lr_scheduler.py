@@ -1,4 +1,5 @@
 """Learning-rate factors at the steps where their formulas are easy to tell."""
+
 from __future__ import annotations
 
 import math
@@ -15,12 +16,26 @@ from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler,
 from ldm.models.optimisation import optimizer_and_schedule
 
 SINGLE = {"warm_up_steps": 100, "lr_start": 0.01, "lr_max": 1.0, "lr_min": 0.1, "max_decay_steps": 500}
-CYCLES = {"warm_up_steps": [10, 0], "f_start": [0.2, 0.0], "f_max": [1.0, 0.5], "f_min": [0.1, 0.0], "cycle_lengths": [50, 20]}
+CYCLES = {
+    "warm_up_steps": [10, 0],
+    "f_start": [0.2, 0.0],
+    "f_max": [1.0, 0.5],
+    "f_min": [0.1, 0.0],
+    "cycle_lengths": [50, 20],
+}
 
 
 @pytest.mark.parametrize(
     ("step", "factor"),
-    [(0, 0.01), (50, 0.505), (100, 1.0), (200, 0.1 + 0.45 * (1 + math.sqrt(0.5))), (300, 0.55), (500, 0.1), (10**9, 0.1)],
+    [
+        (0, 0.01),
+        (50, 0.505),
+        (100, 1.0),
+        (200, 0.1 + 0.45 * (1 + math.sqrt(0.5))),
+        (300, 0.55),
+        (500, 0.1),
+        (10**9, 0.1),
+    ],
 )
 def test_warm_up_and_half_a_cosine(step: int, factor: float) -> None:
     schedule = LambdaWarmUpCosineScheduler(**SINGLE)
@@ -29,14 +44,25 @@ def test_warm_up_and_half_a_cosine(step: int, factor: float) -> None:
 
 @pytest.mark.parametrize(
     ("step", "factor"),
-    [(0, 0.2), (5, 0.6), (10, 1.0), (30, 0.55), (49, 0.1 + 0.45 * (1 + math.cos(math.pi * 39 / 40))),
-     (50, 0.5), (60, 0.25), (70, 0.0), (1000, 0.0)],
+    [
+        (0, 0.2),
+        (5, 0.6),
+        (10, 1.0),
+        (30, 0.55),
+        (49, 0.1 + 0.45 * (1 + math.cos(math.pi * 39 / 40))),
+        (50, 0.5),
+        (60, 0.25),
+        (70, 0.0),
+        (1000, 0.0),
+    ],
 )
 def test_cycles_of_cosines(step: int, factor: float) -> None:
     assert LambdaWarmUpCosineScheduler2(**CYCLES)(step) == pytest.approx(factor, abs=1e-12)
 
 
-@pytest.mark.parametrize(("step", "factor"), [(0, 0.2), (5, 0.6), (10, 0.1 + 0.9 * 0.8), (25, 0.55), (50, 0.5), (60, 0.25), (70, 0)])
+@pytest.mark.parametrize(
+    ("step", "factor"), [(0, 0.2), (5, 0.6), (10, 0.1 + 0.9 * 0.8), (25, 0.55), (50, 0.5), (60, 0.25), (70, 0)]
+)
 def test_cycles_of_lines(step: int, factor: float) -> None:
     assert LambdaLinearScheduler(**CYCLES)(step) == pytest.approx(factor, abs=1e-12)
 
@@ -74,7 +100,9 @@ def test_lists_of_other_lengths_are_refused(changes: dict[str, list[float]]) -> 
 
 def learning_rates(settings: dict[str, Any], read: Callable[[torch.optim.Optimizer], float]) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    described = optimizer_and_schedule(optimizer, {"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler", "params": settings})
+    described = optimizer_and_schedule(
+        optimizer, {"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler", "params": settings}
+    )
     rates = []
     for _ in range(4):
         rates.append(read(optimizer))

@@ -9,7 +9,14 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.errors import UserError
-from ldm.util import count_params, default, get_obj_from_str, instantiate_from_config, pick_device, refuse_unknown_params
+from ldm.util import (
+    count_params,
+    default,
+    get_obj_from_str,
+    instantiate_from_config,
+    pick_device,
+    refuse_unknown_params,
+)
 
 
 class Base:
@@ -98,8 +105,9 @@ def test_extra_goes_before_params() -> None:
 
 
 def test_omegaconf_is_resolved_to_plain_values() -> None:
-    config = OmegaConf.create({"width": 4, "part": {"target": "test_util.Base", "params": {
-        "size": "${width}", "colour": {"list": [1, 2]}}}})
+    config = OmegaConf.create(
+        {"width": 4, "part": {"target": "test_util.Base", "params": {"size": "${width}", "colour": {"list": [1, 2]}}}}
+    )
     given = instantiate_from_config(config.part).given
     assert given["size"] == 4 and type(given["colour"]) is dict and type(given["colour"]["list"]) is list
 
@@ -156,7 +164,9 @@ def test_devices_that_are_not_there(name: str) -> None:
         pick_device(name)
 
 
-@pytest.mark.parametrize(("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
 def test_the_best_device_is_picked(cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)

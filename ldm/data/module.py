@@ -1,12 +1,12 @@
 """Data loaders from a config, as the LDM family's YAML files describe them."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from ldm.errors import UserError
 from ldm.util import default, instantiate_from_config

@@ -1,4 +1,4 @@
-"""Training of a CLIPSeg of any size (Lüddecke & Ecker, "Image Segmentation Using Text and Image Prompts", CVPR 2022)."""
+"""Training of a CLIPSeg of any size (Lüddecke & Ecker, "Image Segmentation Using Text and Image Prompts", 2022)."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,12 @@ from ldm.models.clip import clip_pixels
 from ldm.models.optimisation import optimizer_and_schedule
 from ldm.modules.encoders.modules import TOKENIZER
 from ldm.modules.encoders.vocabulary import load_pretrained
+
+
+@torch.no_grad()
+def start_smooth(layer: torch.nn.ConvTranspose2d) -> None:
+    """Makes every pixel of a patch start alike: from random weights, noise within patches takes long to die out."""
+    layer.weight.copy_(layer.weight.sum((2, 3), keepdim=True) / layer.kernel_size[0])
 
 
 class SegmenterTrainer(pl.LightningModule):
@@ -39,6 +45,7 @@ class SegmenterTrainer(pl.LightningModule):
             projection_dim=start.config.projection_dim, reduce_dim=reduce_dim, extract_layers=list(extract_layers),
             **(decoder or {})))
         self.segmenter.clip.load_state_dict(start.state_dict())
+        start_smooth(self.segmenter.decoder.transposed_convolution)
         self.segmenter.clip.text_model.requires_grad_(False)
         self.segmenter.clip.text_projection.requires_grad_(False)
         self.max_length = start.config.text_config.max_position_embeddings

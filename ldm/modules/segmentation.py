@@ -25,6 +25,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ldm.data.images import read_image, square
 from ldm.errors import UserError
 from ldm.files import write_whole
+from ldm.modules.encoders.modules import TOKENIZER
 from ldm.modules.encoders.vocabulary import load_pretrained
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class ZeroShotSegmenter:
             raise UserError(f"segmenter {path}: no such folder; {remedy}")
         try:
             model = load_pretrained(CLIPSegForImageSegmentation, path)
-            tokenizer = CLIPTokenizer.from_pretrained(path)
+            tokenizer = CLIPTokenizer.from_pretrained(_tokenizer_folder(folder) if folder.is_dir() else path)
             config, _ = ImageProcessingMixin.get_image_processor_dict(path)
             _refuse_other_vocabulary(path, len(tokenizer), model.config.text_config.vocab_size)
             preprocessing = Preprocessing.from_config(config, model.config.vision_config.image_size)
@@ -133,6 +134,12 @@ class ZeroShotSegmenter:
         if size is not None:
             probabilities = interpolate(probabilities, size=size, mode="bilinear", antialias=True, align_corners=False)
         return probabilities[:, 0].clamp(0, 1)
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer's files lie: with the model, or else those of CLIP's vocabulary that ship with the project."""
+    own = any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+    return folder if own else TOKENIZER
 
 
 def _refuse_other_vocabulary(path: str | Path, words: int, rows: int) -> None:

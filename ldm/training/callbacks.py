@@ -1,13 +1,15 @@
-"""What happens beside the training steps: configs and pictures in the log folder."""
+"""What happens beside the training steps: configs and pictures in the log folder, progress, stopping cleanly."""
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.data.images import from_tensor, save_grid
@@ -65,8 +67,54 @@ class ImageLogger(pl.Callback):
         pl_module.train(was_training)
         for name, images in shown.items():
             images = images[: self.max_images].detach().float().cpu().clamp(-1, 1)
-            path = Path(trainer.log_dir or ".") / "images" / "train" / f"{name}_gs-{step:06}.png"
+            path = Path(trainer.default_root_dir) / "images" / "train" / f"{name}_gs-{step:06}.png"
             save_grid([from_tensor(image) for image in images], path, columns=min(4, len(images)))
             for logger in trainer.loggers:
                 if hasattr(logger.experiment, "add_images"):
                     logger.experiment.add_images(f"train/{name}", (images + 1) / 2, step)
+
+
+class StepProgress(TQDMProgressBar):
+    """Lightning's progress bar, counting the steps of the run rather than those of an epoch."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        bar = self.train_progress_bar
+        bar.set_description("training")
+        bar.reset(total=trainer.max_steps if trainer.max_steps > 0 else None)
+        bar.initial = bar.n = bar.last_print_n = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The bar goes on: it counts the steps of the run."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        bar = self.train_progress_bar
+        bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+        bar.update(trainer.global_step - bar.n)
+
+    def get_metrics(self, trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, model)
+        metrics.pop("v_num", None)
+        return {name.removeprefix("train/"): value for name, value in metrics.items()}
+
+
+class StopAfterStep(pl.Callback):
+    """Ctrl-C ends training after the step at hand, with a checkpoint to go on from; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.previous: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def stop(*_: object) -> None:
+            signal.signal(signal.SIGINT, self.previous)
+            trainer.should_stop = True
+            log.info("stopping after this step")
+
+        self.previous = signal.signal(signal.SIGINT, stop)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+        if trainer.should_stop and trainer.global_step < trainer.max_steps:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+            log.info("stopped after %d steps; go on with: python main.py --resume %s", trainer.global_step,
+                     trainer.default_root_dir)

@@ -32,22 +32,11 @@ class ConceptSaver(pl.Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, model: Perfusion) -> None:
-        if trainer.interrupted:
-            return
         path = self.save(trainer, model)
-        log.info("concept %s, a %s: %s (%.1f KB)", model.placeholder, model.super_category, path,
-                 path.stat().st_size / 1e3)
+        log.info("concept %s, a %s, after %d steps: %s (%.1f KB)", model.placeholder, model.super_category,
+                 trainer.global_step, path, path.stat().st_size / 1e3)
         log.info('next: python scripts/txt2img.py --concept %s --prompt "a photo of a %s on the beach"', path,
                  model.placeholder)
-
-    @rank_zero_only
-    def on_exception(self, trainer: pl.Trainer, model: Perfusion, exception: BaseException) -> None:
-        if not isinstance(exception, KeyboardInterrupt) or model.concept is None:
-            return
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
-        path = self.save(trainer, model)
-        log.info("interrupted after %d steps; the concept so far: %s", trainer.global_step, path)
-        log.info("go on with: python main.py --resume %s", trainer.default_root_dir)
 
 
 class BeforeDuringAfter(pl.Callback):
@@ -86,9 +75,9 @@ class BeforeDuringAfter(pl.Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, model: Perfusion) -> None:
-        if not trainer.interrupted:
-            self._draw("after", trainer, model)
-            log.info("pictures: %s", self._folder(trainer) / "before_during_after.png")
+        self._draw("after" if trainer.global_step >= trainer.max_steps else f"stopped at step {trainer.global_step}",
+                   trainer, model)
+        log.info("pictures: %s", self._folder(trainer) / "before_during_after.png")
 
     def _draw(self, name: str, trainer: pl.Trainer, model: Perfusion) -> None:
         started = trainer.global_step > 0

@@ -89,6 +89,21 @@ def test_block_whose_first_attention_reads_the_context_too() -> None:
     assert torch.allclose(block(x, PromptContext.plain(context)), block(x, context), atol=1e-6)
 
 
+def test_concepts_reach_the_first_attention_too() -> None:
+    block = BasicTransformerBlock(16, 2, 8, context_dim=10, disable_self_attn=True)
+    randomise(block, scale=0.5)
+    name_text_layers(block)
+    encoding = torch.randn(2, 5, 10)
+    target = {name: torch.randn(1, 16) for name in ("attn1", "attn2")}
+    results = []
+    for edited in ((), ("attn1",), ("attn2",)):
+        values = {name: target[name] if name in edited else torch.zeros(1, 16) for name in target}
+        keys = {name: torch.zeros(1, 16) for name in target}
+        context = PromptContext(encoding, encoding, torch.ones(2, 5, 1), values, keys)
+        results.append(block(torch.ones(2, 9, 16), context))
+    assert all(not torch.allclose(results[0], other, atol=1e-3) for other in results[1:])
+
+
 def test_block_without_text_attends_to_the_image_twice() -> None:
     block = BasicTransformerBlock(16, 2, 8)
     assert block.attn2.to_k.weight.shape == (16, 16)

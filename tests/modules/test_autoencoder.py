@@ -1,4 +1,5 @@
 """The first stage against diffusers' implementation, and the parts of it that diffusers does not have."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -19,8 +20,18 @@ from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, image_batch
 from ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Downsample, Encoder, ResnetBlock, Upsample, make_attn
 
-SETTINGS = {"ch": 32, "out_ch": 3, "ch_mult": (1, 2, 4, 4), "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3,
-            "resolution": 32, "z_channels": 4, "double_z": True, "dropout": 0.0}
+SETTINGS = {
+    "ch": 32,
+    "out_ch": 3,
+    "ch_mult": (1, 2, 4, 4),
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "in_channels": 3,
+    "resolution": 32,
+    "z_channels": 4,
+    "double_z": True,
+    "dropout": 0.0,
+}
 NO_LOSS = {"target": "torch.nn.Identity"}
 
 
@@ -33,8 +44,11 @@ def oracle(model: AutoencoderKL, config: Mapping[str, Any]) -> diffusers.Autoenc
     levels = len(config["ch_mult"])
     widths = [config["ch"] * factor for factor in config["ch_mult"]]
     theirs = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=widths, layers_per_block=config["num_res_blocks"], latent_channels=config["z_channels"],
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=widths,
+        layers_per_block=config["num_res_blocks"],
+        latent_channels=config["z_channels"],
         mid_block_add_attention=config.get("attn_type", "vanilla") != "none",
     )
     theirs.load_state_dict(diffusers_vae_state(model.state_dict(), levels))
@@ -43,8 +57,13 @@ def oracle(model: AutoencoderKL, config: Mapping[str, Any]) -> diffusers.Autoenc
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_res_blocks": 2, "ch_mult": (1, 2)}, {"ch_mult": (1, 3, 2)}, {"attn_type": "none", "ch_mult": (1, 2)},
-     {"z_channels": 8, "ch_mult": (1,)}],
+    [
+        {},
+        {"num_res_blocks": 2, "ch_mult": (1, 2)},
+        {"ch_mult": (1, 3, 2)},
+        {"attn_type": "none", "ch_mult": (1, 2)},
+        {"z_channels": 8, "ch_mult": (1,)},
+    ],
 )
 @torch.no_grad()
 def test_equals_diffusers(changes: dict[str, Any]) -> None:
@@ -67,8 +86,11 @@ def test_attention_within_levels_equals_diffusers() -> None:
     assert [len(level.attn) for level in model.encoder.down] == [0, 1]
     assert [len(level.attn) for level in model.decoder.up] == [0, 2]
     theirs = diffusers.models.autoencoders.vae.Encoder(
-        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), block_out_channels=(32, 64),
-        layers_per_block=1, out_channels=4)
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        out_channels=4,
+    )
     # their block of that name splits channels over heads; ours, as the papers have it, a single head
     for block in (theirs.down_blocks[1].attentions[0], theirs.mid_block.attentions[0]):
         block.heads = 1
@@ -85,12 +107,16 @@ def test_stable_diffusions_first_stage_has_the_published_size() -> None:
     with torch.device("meta"):
         model = AutoencoderKL(public, NO_LOSS, 4)
         published = diffusers.AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
     assert sum(p.numel() for p in model.parameters()) == 83_653_863
     state = diffusers_vae_state(model.state_dict(), 4)
     assert {key: value.shape for key, value in state.items()} == {
-        key: value.shape for key, value in published.state_dict().items()}
+        key: value.shape for key, value in published.state_dict().items()
+    }
 
 
 @settings(max_examples=8, deadline=None)
@@ -102,7 +128,10 @@ def test_patches_are_pixels_folded_into_channels(patch: int, seed: int) -> None:
     folded = {**config, "in_channels": 3 * patch**2, "out_ch": 3 * patch**2}
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(1, 3, 16, 8 * patch, generator=generator)
-    pairs = (Encoder(**config, patch_size=patch), Encoder(**folded)), (Decoder(**config, patch_size=patch), Decoder(**folded))
+    pairs = (
+        (Encoder(**config, patch_size=patch), Encoder(**folded)),
+        (Decoder(**config, patch_size=patch), Decoder(**folded)),
+    )
     for ours, plain in pairs:
         plain.load_state_dict(randomise(ours, seed, scale=0.1).state_dict())
     features = pairs[0][0](x)
@@ -110,7 +139,9 @@ def test_patches_are_pixels_folded_into_channels(patch: int, seed: int) -> None:
     assert torch.allclose(features, pairs[0][1](blocks), atol=1e-6)
     assert features.shape == (1, 8, 8 // patch, 4)
     z = features[:, :4]
-    grid = pairs[1][1](z).view(1, 3, patch, patch, 16 // patch, 8).permute(0, 1, 4, 2, 5, 3).reshape(1, 3, 16, 8 * patch)
+    grid = (
+        pairs[1][1](z).view(1, 3, patch, patch, 16 // patch, 8).permute(0, 1, 4, 2, 5, 3).reshape(1, 3, 16, 8 * patch)
+    )
     assert torch.allclose(pairs[1][0](z), grid, atol=1e-6)
 
 
@@ -133,7 +164,9 @@ def test_attention_is_a_weighted_mean_over_positions() -> None:
     block = randomise(AttnBlock(32), scale=0.3)
     x = torch.randn(1, 32, 3, 2)
     normed = F.group_norm(x, 32, block.norm.weight, block.norm.bias, 1e-6)
-    q, k, v = ((layer.weight.flatten(1) @ normed.flatten(2) + layer.bias[:, None])[0] for layer in (block.q, block.k, block.v))
+    q, k, v = (
+        (layer.weight.flatten(1) @ normed.flatten(2) + layer.bias[:, None])[0] for layer in (block.q, block.k, block.v)
+    )
     mixed = v @ torch.softmax(q.T @ k / 32**0.5, dim=1).T
     expected = x + (block.proj_out.weight.flatten(1) @ mixed + block.proj_out.bias[:, None]).view(x.shape)
     assert torch.allclose(block(x), expected, atol=1e-5)
@@ -192,13 +225,17 @@ def test_reconstruction_samples_or_takes_the_mean() -> None:
 
 def test_weights_come_from_a_file(tmp_path: Path) -> None:
     model = first_stage(ch_mult=(1,))
-    torch.save({"state_dict": {**model.state_dict(), "loss.discriminator.main.0.weight": torch.ones(2)}}, tmp_path / "a.ckpt")
+    torch.save(
+        {"state_dict": {**model.state_dict(), "loss.discriminator.main.0.weight": torch.ones(2)}}, tmp_path / "a.ckpt"
+    )
     again = AutoencoderKL({**SETTINGS, "ch_mult": (1,)}, NO_LOSS, 4, ckpt_path=str(tmp_path / "a.ckpt"))
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_training_improves_the_loss_and_reaches_every_parameter() -> None:
-    model = AutoencoderKL({**SETTINGS, "ch_mult": (1,)}, {"target": "ldm.modules.losses.reconstruction.ReconstructionKL"}, 4)
+    model = AutoencoderKL(
+        {**SETTINGS, "ch_mult": (1,)}, {"target": "ldm.modules.losses.reconstruction.ReconstructionKL"}, 4
+    )
     model.learning_rate = 1e-2
     optimizer = model.configure_optimizers()["optimizer"]
     batch = {"image": torch.rand(2, 3, 8, 8) * 2 - 1}
@@ -215,8 +252,15 @@ def test_training_improves_the_loss_and_reaches_every_parameter() -> None:
     assert trained == {id(p) for p in model.parameters()} and all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("shape", "expected"), [((2, 8, 6, 3), (2, 3, 8, 6)), ((2, 3, 8, 6), (2, 3, 8, 6)),
-                                                 ((2, 1, 8, 3), (2, 1, 8, 3)), ((2, 8, 6, 1), (2, 1, 8, 6))])
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 8, 6, 3), (2, 3, 8, 6)),
+        ((2, 3, 8, 6), (2, 3, 8, 6)),
+        ((2, 1, 8, 3), (2, 1, 8, 3)),
+        ((2, 8, 6, 1), (2, 1, 8, 6)),
+    ],
+)
 def test_batches_of_either_layout(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     images: Tensor = torch.rand(shape, dtype=torch.float64)
     got = image_batch({"picture": images}, "picture")

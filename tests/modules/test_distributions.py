@@ -1,4 +1,5 @@
 """The posterior of the first stage against torch.distributions."""
+
 from __future__ import annotations
 
 import torch

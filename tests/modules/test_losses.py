@@ -1,4 +1,5 @@
 """The reconstruction loss against its formula."""
+
 from __future__ import annotations
 
 import torch

@@ -71,7 +71,7 @@ class LatentDiffusion(DDPM):
 
     @torch.no_grad()
     def encode_first_stage(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w), drawn from the posterior where there is one."""
+        """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w), drawn from the posterior, if there is one."""
         posterior = self.first_stage_model.encode(images)
         sampled = posterior.sample(generator) if isinstance(posterior, DiagonalGaussianDistribution) else posterior
         return self.scale_factor * sampled
@@ -120,7 +120,8 @@ class LatentDiffusion(DDPM):
         samples, _ = DDIMSampler(self).sample(
             steps, batch_size, self.latent_shape, cond, eta=eta, verbose=verbose, generators=generators,
             unconditional_guidance_scale=scale, unconditional_conditioning=unconditional)
-        return self.decode_first_stage(samples).clamp(-1, 1)
+        images = [self.decode_first_stage(z) for z in samples.split(1)]  # decoding needs the most memory of all
+        return torch.cat(images).clamp(-1, 1)
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8, ddim_steps: int = 50,

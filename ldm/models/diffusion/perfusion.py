@@ -88,8 +88,12 @@ class Perfusion(LatentDiffusion):
         if stage != "fit" or self.concept is not None:
             return
         data = self._photos()
+        if self._initial_weights[0] is None:
+            raise UserError("no base model to teach: name its checkpoint with --actual_resume, or in the config as "
+                            "model.params.ckpt_path")
         if not self.super_category:
-            raise UserError("no super-category: say what kind of thing the photos show, e.g. --init_word \"teddy bear\"")
+            raise UserError("no super-category: say what kind of thing it is, for example --init_word \"teddy bear\"")
+        self.to(self.trainer.strategy.root_device)  # Lightning does so only after this, too late for what follows
         encoder = self.cond_stage_model
         start = word_vector(encoder, self.super_category)
         tokens = encoder.tokenize([fill(t, self.placeholder) for t in data.templates], [self.placeholder])
@@ -104,7 +108,8 @@ class Perfusion(LatentDiffusion):
         data = getattr(self.trainer, "datamodule", None)
         photos = getattr(data, "datasets", {}).get("train")
         if not isinstance(photos, PersonalizedBase):
-            raise UserError("Perfusion learns from photos: data.params.train must be ldm.data.personalized.PersonalizedBase")
+            raise UserError("Perfusion learns from photos: "
+                            "data.params.train must be an ldm.data.personalized.PersonalizedBase")
         return photos
 
     def _make_masks(self, data: PersonalizedBase) -> None:
@@ -147,15 +152,18 @@ class Perfusion(LatentDiffusion):
         encoder = self.cond_stage_model
         distinct = sorted(set(prompts))
         tokens = encoder.tokenize(distinct, [self.placeholder]).to(self.device)
-        encoding = encoder.encode_tokens(tokens, self.concept.embedding)
+        with torch.autocast(self.device.type, enabled=False):  # C^-1 would magnify what half precision rounds off
+            encoding = encoder.encode_tokens(tokens, self.concept.embedding)
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
         if average:
             here = self._concept_positions(tokens)
-            self.concept.move_target_input(encoding[rows][here[rows]], self.target_input_decay)
+            parts = self.trainer.accumulate_grad_batches  # each moves i* by its share of the step
+            self.concept.move_target_input(encoding[rows][here[rows]], self.target_input_decay ** (1 / parts))
         return self.concept.edit(self.bias, self.temperature).context(encoding, self.inverse_covariance()).select(rows)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
+        part = batch_idx % self.trainer.accumulate_grad_batches  # of the gradient that this step adds up
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step + part * 15_485_863)
         moments = self._moments.to(self.device)[batch["index"], batch["flipped"].long()]
         z = self.scale_factor * DiagonalGaussianDistribution(moments).sample(generator)
         noise = torch.randn(z.shape, generator=generator).to(z)

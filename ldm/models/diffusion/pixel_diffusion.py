@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import UserError
 from ldm.models.autoencoder import image_batch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.objectives import check_loss_type, error_per_sample, training_target
@@ -58,6 +59,8 @@ class DDPM(pl.LightningModule):
         super().__init__()
         check_parameterization(parameterization)
         check_loss_type(loss_type)
+        if use_positional_encodings:
+            raise UserError("use_positional_encodings is not supported; leave it out of the config")
         self.parameterization, self.loss_type, self.monitor = parameterization, loss_type, monitor
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.log_every_t, self.scheduler_config = log_every_t, scheduler_config

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.modules.concept import Concept, base_fingerprint, check_base, stack_concepts
-from ldm.modules.context import Edit, PromptContext, TextLayer
+from ldm.modules.context import PromptContext, TextLayer
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,46 @@ def word_vector(encoder: TextEncoder, word: str) -> Tensor:
     return encoder.token_table[pieces].mean(0, keepdim=True)
 
 
+def check_placeholders(prompts: Sequence[str], placeholders: Sequence[str]) -> None:
+    """Raises for a <word> that no concept has; warns of a concept that no prompt names.
+
+    Raises:
+        UserError: see above.
+    """
+    loaded = {word.lower() for word in placeholders}
+    for prompt in prompts:
+        for word in re.findall(r"<[^\s<>]+>", prompt):
+            if word.lower() not in loaded:
+                have = f"loaded are {', '.join(placeholders)}" if loaded else "none is loaded, see --concept"
+                raise UserError(f"the prompt {prompt!r} names {word}, but no loaded concept has that word; {have}")
+    for word in placeholders:
+        if not any(_names(prompt, word) for prompt in prompts):
+            log.warning("warning: concept %s is loaded, but its word does not stand in the prompt", word)
+
+
+def _names(prompt: str, word: str) -> bool:
+    """Whether the text encoder will see the placeholder in the prompt: whole, in any case."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, flags=re.IGNORECASE) is not None
+
+
+def with_settings(concepts: Sequence[Concept], biases: Sequence[float] | None = None,
+                  temperatures: Sequence[float] | None = None) -> list[Concept]:
+    """The concepts with beta or tau in place of their own: one value for all, or one for each.
+
+    Raises:
+        UserError: another number of values.
+    """
+    changed = list(concepts)
+    for name, values in (("bias", biases), ("temperature", temperatures)):
+        if values is None:
+            continue
+        if len(values) not in (1, len(changed)):
+            raise UserError(f"{len(values)} values of {name} for {len(changed)} concepts; give one, or one each")
+        each = values if len(values) == len(changed) else [values[0]] * len(changed)
+        changed = [replace(concept, **{name: value}) for concept, value in zip(changed, each, strict=True)]
+    return changed
+
+
 class ConceptPrompts:
     """Encodes prompts under the edit of some concepts.
 
@@ -62,8 +102,8 @@ class ConceptPrompts:
         self.encoder, self.text_layers, self.concepts = encoder, text_layers, list(concepts)
         self.placeholders = [concept.placeholder for concept in self.concepts]
         if len({word.lower() for word in self.placeholders}) < len(self.placeholders):
-            raise UserError(f"two concepts share a placeholder ({', '.join(self.placeholders)}); merge_embeddings.py "
-                            "gives them different ones")
+            raise UserError(f"two concepts share a placeholder ({', '.join(self.placeholders)}, where case does not "
+                            "count); merge_embeddings.py --placeholders gives them different ones")
         if self.concepts and inverse_covariance is None:
             raise ValueError("concepts need the inverse covariance of the text encoder")
         fingerprint = base_fingerprint(text_layers) if self.concepts else ""
@@ -73,21 +113,8 @@ class ConceptPrompts:
         self.inverse_covariance = None if inverse_covariance is None else inverse_covariance.to(table.device)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises for a <word> that no concept has; warns of a concept that no prompt names.
-
-        Raises:
-            UserError: see above.
-        """
-        loaded = {word.lower() for word in self.placeholders}
-        for prompt in prompts:
-            for word in re.findall(r"<[^\s<>]+>", prompt):
-                if word.lower() not in loaded:
-                    have = f"loaded are {', '.join(self.placeholders)}" if loaded else "none is loaded, see --concept"
-                    raise UserError(f"the prompt {prompt!r} names {word}, but no loaded concept has that word; {have}")
-        text = " ".join(prompts).lower()
-        for word in self.placeholders:
-            if word.lower() not in text:
-                log.warning("warning: concept %s is loaded, but its word does not stand in the prompt", word)
+        """`check_placeholders` with those of the loaded concepts."""
+        check_placeholders(prompts, self.placeholders)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], biases: Sequence[float] | None = None,
@@ -96,7 +123,7 @@ class ConceptPrompts:
 
         Args:
             biases, temperatures: beta and tau of each concept in place of its own.
-            global_locking: take the keys of the whole prompt from that with the super-categories in the concepts' stead.
+            global_locking: keys of the whole prompt come from that with super-categories in the concepts' stead.
 
         Raises:
             UserError: a prompt is too long, or there is not one bias or temperature per concept.
@@ -110,17 +137,5 @@ class ConceptPrompts:
         if global_locking:
             vectors = torch.cat([word_vector(self.encoder, concept.super_category) for concept in self.concepts])
             instead = self.encoder.encode_tokens(tokens, vectors)
-        edit = self._edit(biases, temperatures)
+        edit = stack_concepts(with_settings(self.concepts, biases, temperatures), self.text_layers)
         return edit.context(encoding, self.inverse_covariance, super_encoding=instead, cache=True)
-
-    def _edit(self, biases: Sequence[float] | None, temperatures: Sequence[float] | None) -> Edit:
-        settings = {"bias": biases, "temperature": temperatures}
-        changed = self.concepts
-        for name, values in settings.items():
-            if values is None:
-                continue
-            if len(values) not in (1, len(changed)):
-                raise UserError(f"{len(values)} values of {name} for {len(changed)} concepts; give one, or one each")
-            values = list(values) * (len(changed) if len(values) == 1 else 1)
-            changed = [replace(concept, **{name: value}) for concept, value in zip(changed, values, strict=True)]
-        return stack_concepts(changed, self.text_layers)

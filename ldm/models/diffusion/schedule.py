@@ -68,7 +68,7 @@ def diffusion_buffers(
         given_betas = make_beta_schedule(
             beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s
         )
-    betas = torch.as_tensor(given_betas, dtype=torch.float64).detach().cpu()
+    betas = torch.as_tensor(given_betas, dtype=torch.float64, device="cpu").detach()
     _check_betas(betas)
     if not 0 <= v_posterior <= 1:
         raise UserError(f"v_posterior {v_posterior} must lie between 0 and 1")

@@ -19,10 +19,15 @@ PARTS = ("rows", "row_numbers", "rest", "size")
 
 
 def pack_table(name: str, table: Tensor, used: Tensor) -> dict[str, Tensor]:
-    """The parts to store of `table` (V, d), of which only the rows `used` were trained; the rest becomes their mean."""
+    """The parts to store of `table` (V, d), of which only the rows `used` were trained.
+
+    All others become one row: the one that they have in common already, or else the mean of those in use.
+    """
     used = used.unique()
-    rows = table[used]
-    parts = (rows, used, rows.float().mean(0).to(table.dtype), torch.tensor(len(table)))
+    others = torch.ones(len(table), dtype=torch.bool).index_fill(0, used, False)
+    common = len(table[others]) > 0 and bool((table[others] == table[others][:1]).all())
+    rest = table[others][0] if common else table[used].float().mean(0).to(table.dtype)
+    parts = (table[used], used, rest, torch.tensor(len(table)))
     return {f"{name}.{part}": value for part, value in zip(PARTS, parts, strict=True)}
 
 

@@ -1,0 +1,251 @@
+"""From a base model's config and concept files to pictures: what every script that draws shares.
+
+The order in which a script calls these is that of their cost: `read_model_config`, `latent_size`, `ready_concepts` and
+`check_placeholders` find the user's mistakes before `load_base` loads anything heavy.
+"""
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoint import load_model
+from ldm.data.images import from_tensor
+from ldm.errors import UserError
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.prompts import ConceptPrompts, with_settings
+from ldm.modules.attention import name_text_layers
+from ldm.modules.concept import Concept, base_fingerprint, check_base, load_concepts, merge_concepts
+from ldm.modules.context import PromptContext
+from ldm.modules.covariance import cached_covariance
+from ldm.modules.rank_one import invert_covariance
+
+log = logging.getLogger(__name__)
+
+# What these take where a config does not say; see UNetModel, Encoder and DDPM.
+USUAL_LEVELS = (1, 2, 4, 8)
+USUAL_IMAGE_SIZE = 256
+USUAL_TIMESTEPS = 1000
+
+
+class Job(NamedTuple):
+    """One picture to draw: it depends on these two and the `Sampling`, not on what else is drawn along with it."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures come from noise.
+
+    Attributes:
+        latent_size: (h, w) of the latents, see the function of this name.
+        steps: 1 up to the model's timesteps.
+        scale: guidance, 1 is none.
+        eta: 0..1, share of DDPM's noise in each step; 0 with `plms`.
+        plms: PLMS instead of DDIM.
+        batch_size: pictures drawn at a time.
+        autocast: whether the U-Net runs in 16 bits; prompts are encoded and latents decoded in full precision anyway.
+    """
+
+    latent_size: tuple[int, int]
+    steps: int = 50
+    scale: float = 6.0
+    eta: float = 0.0
+    plms: bool = False
+    batch_size: int = 4
+    autocast: bool = False
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts encoded once, for any number of pictures.
+
+    The negative prompt (or the empty one) goes through the same edit as the others. So the rule h = W e_perp + g o*
+    acts on both halves of guidance alike, and what guidance enlarges is the difference between the prompts, not that
+    between an edited and an unedited layer.
+
+    Attributes:
+        context: (P, N, d), each distinct prompt once.
+        rows: where each stands in it.
+        negative: the prompt that guidance leads away from.
+    """
+
+    context: PromptContext
+    rows: dict[str, int]
+    negative: str
+
+    def of(self, prompts: Sequence[str]) -> PromptContext:
+        """(B, N, d): one row for each of `prompts`, which may repeat."""
+        return self.context.select([self.rows[prompt] for prompt in prompts])
+
+
+def read_model_config(path: str | Path) -> DictConfig:
+    """A config that describes a model.
+
+    Raises:
+        UserError: the file is missing, no YAML, or describes no model.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as a config ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(config, DictConfig) or _setting(config, "target") is None:
+        raise UserError(f"{path}: describes no model (it has no model.target); name the base model's config")
+    return config
+
+
+def latent_size(config: DictConfig, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """(h, w) of the latents of pictures of this size, or of the model's own.
+
+    Raises:
+        UserError: a side is no multiple of what the first stage and the U-Net halve it to.
+    """
+    usual = _setting(config, "params.image_size", USUAL_IMAGE_SIZE)
+    rows, columns = (usual, usual) if isinstance(usual, int) else usual
+    factor = _first_stage_factor(config)
+    step = factor * 2 ** (len(_setting(config, "params.unet_config.params.channel_mult", USUAL_LEVELS)) - 1)
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (side < step or side % step):
+            nearest = max(1, round(side / step)) * step
+            raise UserError(f"{name} {side}: this model draws multiples of {step} pixels; the nearest is {nearest}")
+    return rows if height is None else height // factor, columns if width is None else width // factor
+
+
+def check_steps(config: DictConfig, steps: int) -> None:
+    """Raises a UserError where sampling cannot have that many steps."""
+    most = _setting(config, "params.timesteps", USUAL_TIMESTEPS)
+    if not 1 <= steps <= most:
+        raise UserError(f"{steps} sampling steps: this model has {most}; give 1 to {most}")
+
+
+def ready_concepts(paths: Sequence[str | Path], biases: Sequence[float] | None = None,
+                   temperatures: Sequence[float] | None = None) -> list[Concept]:
+    """The concepts of all files, renamed where placeholders are equal, with these settings in place of their own.
+
+    Each is logged with its word, since that is what prompts need.
+
+    Raises:
+        UserError: a file is no concept file, they are of different base models, or there is not one setting, or one
+            for each concept.
+    """
+    loaded = [concept for path in paths for concept in load_concepts(path)]
+    concepts = with_settings(merge_concepts(loaded), biases, temperatures)
+    for concept, before in zip(concepts, loaded, strict=True):
+        renamed = "" if concept.placeholder == before.placeholder else f" (there {before.placeholder})"
+        log.info("%s: the %s of %s%s, bias %g, temperature %g", concept.placeholder, concept.super_category,
+                 concept.source, renamed, concept.bias, concept.temperature)
+    return concepts
+
+
+def load_base(config: DictConfig, checkpoint: str | Path | None, device: torch.device | str) -> Any:
+    """The model of `config`, ready to sample from prompts.
+
+    Raises:
+        UserError: weights that are missing or do not fit, or a model that reads no prompts.
+    """
+    model = load_model(config, checkpoint, device)
+    if not hasattr(getattr(model, "cond_stage_model", None), "encode_tokens"):
+        raise UserError(f"{_setting(config, 'target')} of this config reads no prompts; "
+                        "choose the config of a text-to-image model")
+    if model.use_ema:  # averages are for training; sampling would only pay for a second U-Net
+        del model.model_ema
+        model.use_ema = False
+    return model
+
+
+def prompt_encoder(model: Any, concepts: Sequence[Concept]) -> ConceptPrompts:
+    """What encodes prompts for `model` under the edit of `concepts`.
+
+    C^-1 is the model's own where it has one (`Perfusion`), otherwise that of the default captions, which takes time
+    when it is computed first.
+
+    Raises:
+        UserError: a concept of another base model, or two with the same placeholder.
+    """
+    layers = name_text_layers(model.model.diffusion_model)
+    if not concepts:
+        return ConceptPrompts(model.cond_stage_model, layers, ())
+    fingerprint = base_fingerprint(layers)
+    for concept in concepts:  # before the covariance, which may take long
+        check_base(concept, fingerprint)
+    own = getattr(model, "inverse_covariance", None)
+    inverse = invert_covariance(cached_covariance(model.cond_stage_model)) if own is None else own()
+    return ConceptPrompts(model.cond_stage_model, layers, concepts, inverse)
+
+
+def encode_once(encoder: ConceptPrompts, prompts: Sequence[str], negative: str | None = None,
+                **settings: Any) -> EncodedPrompts:
+    """All prompts and the negative one in a single batch; `settings` as for `ConceptPrompts.encode`.
+
+    Raises:
+        UserError: as for `ConceptPrompts.encode`, such as for a prompt that is too long.
+    """
+    distinct = list(dict.fromkeys([*prompts, negative or ""]))
+    rows = {prompt: row for row, prompt in enumerate(distinct)}
+    return EncodedPrompts(encoder.encode(distinct, **settings), rows, negative or "")
+
+
+def draw_pictures(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], sampling: Sampling,
+                  verbose: bool = False) -> Iterator[Image.Image]:
+    """Yields the picture of each job in turn, as soon as its batch is done.
+
+    Every picture has a generator of its own, on the CPU: up to rounding, the same job gives the same picture whatever
+    the batch size, the other jobs and the device are.
+    """
+    try:
+        for first in range(0, len(jobs), sampling.batch_size):
+            for latent in draw_latents(model, encoded, jobs[first:first + sampling.batch_size], sampling, verbose):
+                # one at a time: decoding a picture takes more memory than sampling it
+                yield from_tensor(model.decode_first_stage(latent[None])[0])
+    except torch.OutOfMemoryError:
+        raise UserError(f"{model.betas.device} has no memory for {sampling.batch_size} such pictures at a time; "
+                        "lower --batch_size, or draw smaller ones") from None
+
+
+def draw_latents(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], sampling: Sampling,
+                 verbose: bool = False) -> Tensor:
+    """The scaled latents (B, C, h, w), float32, of B jobs as one batch."""
+    sampler = (PLMSSampler if sampling.plms else DDIMSampler)(model)
+    conditional = encoded.of([job.prompt for job in jobs])
+    unconditional = None if sampling.scale == 1 else encoded.of([encoded.negative] * len(jobs))
+    with _sixteen_bits(model.betas.device, sampling.autocast):
+        latents, _ = sampler.sample(
+            sampling.steps, len(jobs), (model.channels, *sampling.latent_size), conditional, eta=sampling.eta,
+            verbose=verbose, generators=[torch.Generator().manual_seed(job.seed) for job in jobs],
+            unconditional_guidance_scale=sampling.scale, unconditional_conditioning=unconditional)
+    return latents.float()
+
+
+def _sixteen_bits(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16, whose range no activation leaves, or to float16 on GPUs that have only that."""
+    modern = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device.type, torch.bfloat16 if modern else torch.float16, enabled=enabled)
+
+
+def _first_stage_factor(config: DictConfig) -> int:
+    """Pixels on a side for which one position of the latents stands."""
+    settings = _setting(config, "params.first_stage_config.params.ddconfig")
+    if settings is None:
+        return 1
+    return settings.get("patch_size", 1) * 2 ** (len(settings.get("ch_mult", USUAL_LEVELS)) - 1)
+
+
+def _setting(config: DictConfig, path: str, usual: Any = None) -> Any:
+    """The value at `path` in the model's section."""
+    try:
+        return OmegaConf.select(config, f"model.{path}", default=usual)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: model.{path} cannot be read ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,173 @@
+"""Command-line flags that the scripts which draw pictures share, checked as they are read.
+
+Nothing here imports torch, so `--help` and typing mistakes are answered at once.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ldm.errors import UserError
+
+SEED_LIMIT = 2**63
+TOLD_APART = "of one concept, or one for each in the order in which they are listed"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, and that takes no flag by half of its name."""
+
+    def __init__(self, description: str, epilog: str) -> None:
+        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def whole(least: int = 0, below: int | None = None) -> Callable[[str], int]:
+    """A flag's type: a whole number from `least` up, and under `below` where that is given."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if value < least or (below is not None and value >= below):
+            most = "" if below is None else f" and less than {below}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {least} or more{most}")
+        return value
+
+    return read
+
+
+def number(least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Callable[[str], float]:
+    """A flag's type: a finite number from `least` to `most`, and larger than `above`."""
+    bounds = [f"{word} {bound:g}" for word, bound in (("at least", least), ("above", above), ("at most", most))
+              if math.isfinite(bound)]
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not (math.isfinite(value) and least <= value <= most and value > above):
+            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds) or 'a finite number'}")
+        return value
+
+    return read
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to draw")
+    group.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT",
+                       help="one prompt or several, each in quotes")
+    group.add_argument("--from-file", "--from_file", dest="from_file", metavar="FILE",
+                       help="text file with one prompt per line; added to those of --prompt")
+    group.add_argument("--negative_prompt", metavar="TEXT",
+                       help="what guidance leads away from, in place of the empty prompt")
+
+
+def add_concept_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("learned concepts")
+    group.add_argument("--concept", "--embedding_path", dest="concept", nargs="+", action="extend", default=[],
+                       metavar="FILE", help="concept files, each of one concept or merged of several; without this "
+                       "flag the base model draws alone")
+    group.add_argument("--bias", nargs="+", type=number(), metavar="NUMBER",
+                       help=f"beta: higher follows the prompt more and the concept less; {TOLD_APART}. 0.6 to 0.75 is "
+                       "usual, with --global_locking 0.4 to 0.6 (default: that of training)")
+    group.add_argument("--temperature", nargs="+", type=number(above=0), metavar="NUMBER",
+                       help=f"tau: how softly the concept sets in; {TOLD_APART}. 0.15 is usual (default: that of "
+                       "training)")
+    group.add_argument("--global_locking", action="store_true",
+                       help="lock the keys of the whole prompt, not only the concept's, to those of its super-category")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to draw it")
+    group.add_argument("--ddim_steps", type=whole(1), default=50, metavar="N", help="sampling steps (default: 50)")
+    group.add_argument("--ddim_eta", type=number(0, 1), default=0.0, metavar="NUMBER",
+                       help="noise added in each step, from 0, none, to 1 (default: 0)")
+    group.add_argument("--plms", action="store_true", help="sample by PLMS instead of DDIM; needs fewer steps")
+    group.add_argument("--scale", type=number(0), default=6.0, metavar="NUMBER",
+                       help="guidance: 1 is none, higher follows the prompt more closely (default: 6)")
+    group.add_argument("--seed", type=whole(0, SEED_LIMIT), default=1, metavar="N",
+                       help="of each prompt's first picture; the next ones count up from it (default: 1)")
+
+
+def add_amount_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how many, how large")
+    group.add_argument("--n_samples", type=whole(1), default=4, metavar="N", help="pictures per prompt (default: 4)")
+    group.add_argument("--n_iter", type=whole(1), default=1, metavar="N",
+                       help="so many times as many, with further seeds (default: 1)")
+    group.add_argument("--batch_size", type=whole(1), metavar="N",
+                       help="pictures drawn at a time; fewer take less memory (default: as --n_samples)")
+    group.add_argument("--H", type=whole(1), metavar="PIXELS", help="height (default: the model's)")
+    group.add_argument("--W", type=whole(1), metavar="PIXELS", help="width (default: the model's)")
+
+
+def add_model_options(parser: argparse.ArgumentParser, outdir: str) -> None:
+    group = parser.add_argument_group("base model, machine, output")
+    group.add_argument("--config", default="configs/perfusion.yaml", metavar="FILE",
+                       help="the base model's config (default: %(default)s)")
+    group.add_argument("--ckpt", metavar="FILE",
+                       help=".safetensors or .ckpt of the base model (default: the one that the config names)")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ... (default: the fastest there is)")
+    group.add_argument("--precision", choices=("full", "autocast"),
+                       help="autocast: sample in 16 bits, full: in 32 (default: autocast on cuda, full elsewhere)")
+    group.add_argument("--outdir", default=outdir, metavar="FOLDER", help="where to write (default: %(default)s)")
+
+
+def check_together(options: argparse.Namespace) -> None:
+    """Raises a UserError where flags contradict each other, or files and folders they name cannot be used."""
+    given = {"--bias": options.bias, "--temperature": options.temperature, "--global_locking": options.global_locking}
+    idle = [flag for flag, value in given.items() if value]
+    if idle and not options.concept:
+        raise UserError(f"{idle[0]} acts on learned concepts; name a file of one with --concept")
+    if options.plms and options.ddim_eta:
+        raise UserError(f"--ddim_eta {options.ddim_eta:g}: PLMS adds no noise; leave out --plms or --ddim_eta")
+    if options.negative_prompt is not None and options.scale == 1:
+        raise UserError("--negative_prompt acts through guidance, and --scale 1 is none; raise --scale")
+    if options.ckpt is not None and not Path(options.ckpt).is_file():
+        raise UserError(f"--ckpt {options.ckpt}: no such file")
+    if not Path(options.config).is_file():
+        raise UserError(f"--config {options.config}: no such file; name one, from the project's own folder those in "
+                        "configs/")
+    check_outdir(Path(options.outdir))
+
+
+def check_outdir(folder: Path) -> None:
+    """Raises a UserError where `folder` is none, or could not be made or written to; makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--outdir {folder}: {there} is no folder; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--outdir {folder}: {there} cannot be written to; choose another place")
+
+
+def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
+    """The prompts given one by one and, after them, those of a text file; at least one.
+
+    Raises:
+        UserError: the file is missing, no text or empty, or there is no prompt at all.
+    """
+    lines = [] if file is None else _lines(Path(file))
+    if not prompts and not lines:
+        raise UserError('nothing to draw; give --prompt "a photo of a dog" or --from-file FILE')
+    return [*(prompt.strip() for prompt in prompts), *lines]
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"--from-file {path}: no such file; give a text file with one prompt per line")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError):
+        raise UserError(f"--from-file {path}: not a text file in UTF-8; save it as one") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"--from-file {path}: no prompts in it; write one per line")
+    return lines

@@ -1,0 +1,134 @@
+"""What a training run is told: the flags of the LDM family, and YAML files that they and key=value pairs override."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.errors import UserError
+
+SECTIONS = {"": ("model", "data", "lightning"), "model": ("target", "params", "base_learning_rate"),
+            "data": ("target", "params"), "lightning": ("trainer", "callbacks", "modelcheckpoint", "seed")}
+TRAINER_FLAGS = ("accelerator", "devices", "max_steps", "precision")
+DEFAULT_SEED = 23
+FLAG_PATHS = {  # flag: the keys of the config that it sets, those that are there
+    "data_root": ("data.params.train.params.data_root", "data.params.validation.params.data_root"),
+    "init_word": ("model.params.super_category",),
+    "placeholder": ("model.params.placeholder",),
+    "masks": ("data.params.train.params.mask_root",),
+    "actual_resume": ("model.params.ckpt_path",),
+}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The flags of the LDM family that mean something here, and those of teaching a concept."""
+    parser = argparse.ArgumentParser(
+        prog="main.py", description="Train what a config describes. Anything of the form key=value after the flags "
+        "overrides that key of the YAML, for example: lightning.trainer.max_steps=100")
+    parser.add_argument("-b", "--base", nargs="*", default=[], metavar="base.yaml", help="configs, later ones win")
+    parser.add_argument("-n", "--name", default="", help="name of the run's log folder, after the date")
+    parser.add_argument("-f", "--postfix", default="", help="text after that name")
+    parser.add_argument("-l", "--logdir", default="logs", help="folder of all log folders (default: logs)")
+    parser.add_argument("-r", "--resume", default="", help="go on with a run: its log folder or one of its checkpoints")
+    parser.add_argument("-t", "--train", nargs="?", const=True, default=True, type=_flag,
+                        help="train (the default); '-t false' builds everything, reports, and stops")
+    parser.add_argument("--no-test", nargs="?", const=True, default=True, type=_flag,
+                        help="kept from the LDM family: testing is done by evaluation/")
+    parser.add_argument("-s", "--seed", type=int, help=f"seed of everything random (default: {DEFAULT_SEED})")
+    parser.add_argument("-d", "--debug", action="store_true", help="show full error traces")
+    parser.add_argument("--scale_lr", nargs="?", const=True, default=True, type=_flag,
+                        help="multiply base_learning_rate by devices x batch size x accumulation (default: true)")
+    parser.add_argument("--data_root", help="folder of 1 to 20 photos of the thing to learn")
+    parser.add_argument("--init_word", help='what kind of thing it is: its super-category, e.g. "teddy bear"')
+    parser.add_argument("--placeholder", "--placeholder_string", help='its own word in prompts, e.g. "<my-teddy>"')
+    parser.add_argument("--masks", help="folder of masks (one picture per photo, same name, white where the thing is), "
+                        "or 'none'; by default masks are made automatically")
+    parser.add_argument("--actual_resume", help="checkpoint of the base model to start from")
+    parser.add_argument("--accelerator", help="cpu, gpu or mps (default: the best there is)")
+    parser.add_argument("--devices", help="how many, or which ones")
+    parser.add_argument("--max_steps", type=int, help="training steps")
+    parser.add_argument("--precision", help="arithmetic, as Lightning names it: 32-true, bf16-mixed, 16-mixed")
+    return parser
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError("true or false")
+
+
+def read_config(options: argparse.Namespace, overrides: Sequence[str]) -> DictConfig:
+    """The merged config: YAML files in order, then flags, then key=value overrides.
+
+    Raises:
+        UserError: a file or an override cannot be read, or a section is not one that a run has.
+    """
+    if not options.base:
+        raise UserError("no config: give one with --base, for example --base configs/perfusion.yaml")
+    config = OmegaConf.create({"lightning": {"trainer": {}}})
+    for path in options.base:
+        if not Path(path).is_file():
+            raise UserError(f"--base {path}: no such file")
+        config = OmegaConf.merge(config, _parsed(path, lambda path=path: OmegaConf.load(path)))
+    _check_sections(config)
+    _apply_flags(config, options)
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(f"{override}: neither a flag (see --help) nor a key=value override")
+    config = OmegaConf.merge(config, _parsed(" ".join(overrides), lambda: OmegaConf.from_dotlist(list(overrides))))
+    _check_sections(config)
+    return config
+
+
+def _check_sections(config: DictConfig) -> None:
+    for place, known in SECTIONS.items():
+        section = OmegaConf.select(config, place) if place else config
+        if not isinstance(section, DictConfig):
+            raise UserError(f"config: there is no section {place}; a run needs {', '.join(SECTIONS[''])}")
+        unknown = sorted(set(section) - set(known))
+        if unknown:
+            raise UserError(f"config: unknown key {', '.join(unknown)} in {place or 'the top level'}; "
+                            f"known: {', '.join(known)}")
+
+
+def _apply_flags(config: DictConfig, options: argparse.Namespace) -> None:
+    for flag, paths in FLAG_PATHS.items():
+        value = getattr(options, flag)
+        if flag == "masks" and value == "none":
+            _set_flag(config, flag, ("model.params.segmenter",), None)
+        elif value is not None:
+            _set_flag(config, flag, paths, value)
+    for flag in TRAINER_FLAGS:
+        if (value := getattr(options, flag)) is not None:
+            config.lightning.trainer[flag] = value
+    seed = config.lightning.get("seed", DEFAULT_SEED)
+    config.lightning.seed = seed if options.seed is None else options.seed
+
+
+def _parsed(name: str, read: Callable[[], DictConfig | ListConfig]) -> DictConfig:
+    try:
+        config = read()
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: not readable as a config ({reason})") from None
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{name}: a config has keys with values at its top level")
+    return config
+
+
+def _set_flag(config: DictConfig, flag: str, paths: Sequence[str], value: str | None) -> None:
+    present = []
+    for path in paths:
+        parent = OmegaConf.select(config, path.rpartition(".")[0])
+        if isinstance(parent, DictConfig) and path.rpartition(".")[2] in parent:
+            present.append(path)
+    if not present:
+        raise UserError(f"--{flag}: this config has no {' or '.join(paths)} to set")
+    for path in present:
+        OmegaConf.update(config, path, value)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import Dataset
+
+from ldm.data.module import DataModuleFromConfig
+from ldm.errors import UserError
+
+
+class Numbers(Dataset):
+    def __init__(self, count: int = 10, offset: int = 0) -> None:
+        self.count, self.offset = count, offset
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return self.offset + index
+
+
+def numbers(**params: Any) -> dict[str, Any]:
+    return {"target": "test_module.Numbers", "params": params}
+
+
+def prepared(**settings: Any) -> DataModuleFromConfig:
+    module = DataModuleFromConfig(4, **settings)
+    module.setup("fit")
+    return module
+
+
+def batches(loader: Any) -> list[list[int]]:
+    return [batch.tolist() for batch in loader]
+
+
+def test_training_batches_are_full_and_shuffled() -> None:
+    module = prepared(train=numbers(count=10))
+    torch.manual_seed(0)
+    first, second = batches(module.train_dataloader()), batches(module.train_dataloader())
+    for epoch in (first, second):
+        assert [len(batch) for batch in epoch] == [4, 4] and len(set(sum(epoch, []))) == 8
+    assert first != second
+    assert batches(prepared(train=numbers(), shuffle=False).train_dataloader()) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [("validation", "val_dataloader"), ("test", "test_dataloader"), ("predict", "predict_dataloader")],
+)
+def test_other_batches_are_in_order_and_complete(name: str, loader: str) -> None:
+    module = prepared(**{name: numbers(count=6, offset=100)})
+    assert batches(getattr(module, loader)()) == [[100, 101, 102, 103], [104, 105]]
+
+
+def test_lightning_sees_only_the_loaders_there_are() -> None:
+    class Counter(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.seen: dict[str, int] = {"train": 0, "val": 0}
+
+        def training_step(self, batch: Sized, batch_idx: int) -> torch.Tensor:
+            self.seen["train"] += len(batch)
+            return self.weight.sum()
+
+        def validation_step(self, batch: Sized, batch_idx: int) -> None:
+            self.seen["val"] += len(batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    for given, expected in (({}, 0), ({"validation": numbers(count=3)}, 3)):
+        model = Counter()
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(model, DataModuleFromConfig(4, train=numbers(count=8), **given))
+        assert model.seen == {"train": 8, "val": expected}
+
+
+def test_fewer_items_than_a_batch() -> None:
+    with pytest.raises(UserError, match="3 training items do not fill a batch of 4"):
+        prepared(train=numbers(count=3)).train_dataloader()
+    assert len(prepared(validation=numbers(count=3)).val_dataloader()) == 1
+
+
+def test_setting_up_twice_keeps_the_datasets() -> None:
+    module = prepared(train=numbers())
+    dataset = module.datasets["train"]
+    module.setup("test")
+    assert module.datasets["train"] is dataset

@@ -1,0 +1,385 @@
+"""Perfusion's training: what is learned, from where it starts, how it moves, and what is kept of it."""
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import tiny_models
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.personalized import PersonalizedBase
+from ldm.errors import UserError
+from ldm.models.diffusion.perfusion import Perfusion
+from ldm.models.diffusion.prompts import word_vector
+from ldm.modules.concept import load_concepts, save_concepts
+from ldm.modules.context import PromptContext
+from ldm.modules.covariance import encoder_fingerprint, save_covariance
+from ldm.modules.rank_one import gate, similarity
+from ldm.util import instantiate_from_config
+
+WORD = "<toy>"
+LAYERS = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a base model, its text encoder's covariance, and two photos."""
+    path = tmp_path_factory.mktemp("perfusion")
+    base = tiny_models.built(path, use_ema=False)
+    torch.save({"state_dict": base.state_dict()}, path / "base.ckpt")
+    words = base.get_learned_conditioning(["a cat in a red box", "the dog and a cup", "a bear on a bike"]).flatten(0, 1)
+    save_covariance(path / "covariance.safetensors", words.mT @ words / len(words), source="test", captions=3,
+                    tokens="all", encoder=encoder_fingerprint(base.cond_stage_model))
+    (path / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    for number, photo in enumerate(pixels):
+        Image.fromarray(photo).save(path / "photos" / f"{number}.png")
+    return path
+
+
+def unprepared(folder: Path, **params: Any) -> Perfusion:
+    given = {"super_category": "cat", "placeholder": WORD, "covariance": str(folder / "covariance.safetensors"),
+             "ckpt_path": str(folder / "base.ckpt"), "first_stage_key": "image", **params}
+    return instantiate_from_config(tiny_models.latent_diffusion(folder, "perfusion.Perfusion", **given))
+
+
+def photos(folder: Path) -> PersonalizedBase:
+    return PersonalizedBase(folder / "photos", size=16, placeholder_token=WORD, templates=tiny_models.TEMPLATES)
+
+
+def attached(model: Perfusion, data: object, parts: int = 1) -> Perfusion:
+    """The model with as much of a trainer as it looks at."""
+    model.trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(datasets={"train": data}), default_root_dir="unused", global_step=0,
+        accumulate_grad_batches=parts, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    model.log = model.log_dict = lambda *_, **__: None
+    return model
+
+
+def prepared(folder: Path, parts: int = 1, **params: Any) -> Perfusion:
+    model = attached(unprepared(folder, **params), photos(folder), parts)
+    model.setup("fit")
+    model.configure_optimizers()
+    return model.train()
+
+
+def batch() -> dict[str, Any]:
+    mask = torch.ones(2, 1, 16, 16)
+    mask[0, :, :, 8:] = 0.5
+    return {"caption": [template.replace("{}", WORD) for template in tiny_models.TEMPLATES], "mask": mask,
+            "index": torch.tensor([0, 1]), "flipped": torch.tensor([False, True])}
+
+
+def encodings_of(model: Perfusion, word: str) -> Tensor:
+    """(2, d): what the text encoder makes of a word of one piece in each of the templates, by plain prompts."""
+    encoder = model.cond_stage_model
+    (piece,) = encoder.word_pieces(word)
+    prompts = [template.replace("{}", word) for template in tiny_models.TEMPLATES]
+    return torch.stack([encoder([prompt])[0][encoder.tokenize([prompt])[0] == piece][0] for prompt in prompts])
+
+
+def stir(model: Perfusion) -> None:
+    """Numbers as after some training."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.trained_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.concept.target_input.add_(torch.randn_like(model.concept.target_input) * 0.05)
+
+
+# The start
+
+
+def test_everything_starts_at_the_super_category(folder: Path) -> None:
+    model = prepared(folder)
+    concept, at_word = model.concept, encodings_of(model, "cat").mean(0)
+    assert torch.equal(concept.embedding, model.cond_stage_model.token_table[model.cond_stage_model.word_pieces("cat")])
+    assert torch.allclose(concept.super_input, at_word, atol=1e-5)
+    assert torch.equal(concept.target_input, concept.super_input)
+    for output, layer in zip(concept.target_outputs_v, model.text_layers.values(), strict=True):
+        assert torch.allclose(output[0], layer.to_v.weight @ at_word, atol=1e-4)
+    assert len(concept.target_outputs_v) == len(model.text_layers) == LAYERS and concept.distance() == 0
+
+
+def test_the_first_step_moves_encodings_along_the_concept_only(folder: Path) -> None:
+    """With o* = W i*, Eq. 3 is h = W (e + (g - s) i*): the plain model, on encodings moved along i* by gate minus s."""
+    model = prepared(folder)
+    target, inverse = model.concept.target_input, model.inverse_covariance()
+    with torch.no_grad():
+        edited = model.prompt_context(batch()["caption"])
+        plain = model.get_learned_conditioning([t.replace("{}", "cat") for t in tiny_models.TEMPLATES])
+        assert torch.allclose(edited.encoding, plain, atol=1e-5)
+        dual = inverse.double() @ target.double()
+        exact = plain.double() @ dual / (target.double() @ dual)
+        assert torch.allclose(similarity(plain, target[None], inverse)[..., 0].double(), exact, atol=1e-4)
+        moved = plain + (gate(exact, 0.75, 0.1) - exact)[..., None].float() * target
+        x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 700])
+        expected, got = model.apply_model(x, t, moved), model.apply_model(x, t, edited)
+        assert torch.allclose(got, expected, atol=1e-4 * float(expected.abs().max()))
+        assert not torch.allclose(got, model.apply_model(x, t, plain), atol=1e-3)
+
+
+def test_a_super_category_of_several_pieces_is_their_mean(folder: Path) -> None:
+    model = prepared(folder, super_category="teddy bear birdbath")
+    encoder = model.cond_stage_model
+    pieces = encoder.word_pieces("teddy bear birdbath")
+    assert len(pieces) > 3
+    assert torch.allclose(model.concept.embedding, encoder.token_table[pieces].mean(0, keepdim=True), atol=1e-6)
+    context = model.prompt_context(batch()["caption"])
+    places = encoder.tokenize(batch()["caption"], [WORD]) == len(encoder.token_table)
+    assert places.sum(1).tolist() == [1, 1]
+    assert torch.allclose(context.encoding[places].mean(0), model.concept.super_input, atol=1e-5)
+
+
+@pytest.mark.parametrize(("params", "named"), [
+    ({"super_category": None}, "--init_word"), ({"super_category": "  "}, "teddy bear"),
+    ({"ckpt_path": None}, "--actual_resume"), ({"placeholder": "two words"}, "white space"),
+    ({"locking": "global"}, "local, trained"), ({"temperature": 0.0}, "above 0"),
+    ({"covariance": "missing.safetensors"}, "missing.safetensors"), ({"ckpt_path": "missing.ckpt"}, "missing.ckpt"),
+])
+def test_params_that_no_concept_can_have(folder: Path, params: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named) as refused:
+        prepared(folder, **params)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_word_of_no_pieces_is_no_super_category(folder: Path) -> None:
+    encoder = SimpleNamespace(word_pieces=lambda word: [7, 7], tokenizer=SimpleNamespace(eos_token_id=7),
+                              token_table=torch.zeros(8, 2))
+    with pytest.raises(UserError, match="'☃' cannot be expressed"):
+        word_vector(encoder, "☃")
+
+
+def test_only_photos_teach(folder: Path) -> None:
+    with pytest.raises(UserError, match="PersonalizedBase"):
+        attached(unprepared(folder), [1, 2]).setup("fit")
+
+
+# A step
+
+
+def gradients(model: Perfusion) -> dict[str, Tensor]:
+    model.training_step(batch(), 0).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("locking", ["local", "trained"])
+def test_exactly_the_concept_gets_gradients_recomputed_or_not(folder: Path, locking: str) -> None:
+    kept, recomputed = (gradients(prepared(folder, locking=locking, unet_config=tiny_models.unet(use_checkpoint=flag)))
+                        for flag in (False, True))
+    tables = ["target_outputs_v"] + ["target_outputs_k"] * (locking == "trained")
+    assert set(kept) == {"concept.embedding"} | {f"concept.{t}.{n}" for t in tables for n in range(LAYERS)}
+    assert set(recomputed) == set(kept)
+    for name, gradient in kept.items():
+        assert gradient.abs().max() > 0, name
+        assert torch.allclose(gradient, recomputed[name], rtol=1e-4, atol=1e-6 * float(gradient.abs().max())), name
+
+
+def test_the_optimiser_has_two_rates_for_the_concept_alone(folder: Path) -> None:
+    model = prepared(folder, locking="trained", embedding_lr=0.5, value_lr=0.25)
+    groups = model.configure_optimizers()["optimizer"].param_groups
+    assert [group["lr"] for group in groups] == [0.5, 0.25]
+    given = [parameter for group in groups for parameter in group["params"]]
+    assert {id(p) for p in given} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(given) == 1 + 2 * LAYERS
+    assert not any(m.training for part in (model.first_stage_model, model.cond_stage_model) for m in part.modules())
+
+
+def test_the_target_input_is_a_moving_average(folder: Path) -> None:
+    model = prepared(folder)
+    start, first = model.concept.target_input.clone(), encodings_of(model, "cat")
+    prompts = [batch()["caption"][n] for n in (0, 0, 1)]  # the mean is over the batch, not over different prompts
+    model.prompt_context(prompts, average=True)
+    expected = 0.99 * start + 0.01 * (2 * first[0] + first[1]) / 3
+    assert torch.allclose(model.concept.target_input, expected, atol=1e-6)
+    with torch.no_grad():  # as if v had become another word
+        model.concept.embedding.copy_(word_vector(model.cond_stage_model, "dog"))
+    model.prompt_context(prompts[1:], average=True)
+    expected = 0.99 * expected + 0.01 * encodings_of(model, "dog").mean(0)
+    assert torch.allclose(model.concept.target_input, expected, atol=1e-6)
+    model.prompt_context(prompts)
+    assert torch.allclose(model.concept.target_input, expected, atol=1e-6)
+    assert not model.concept.target_input.requires_grad and torch.equal(model.concept.super_input, start)
+
+
+def test_parts_of_a_step_move_the_average_as_far_as_the_whole(folder: Path) -> None:
+    whole, parted = prepared(folder, target_input_decay=0.5), prepared(folder, parts=4, target_input_decay=0.5)
+    for model, times in ((whole, 1), (parted, 4)):
+        with torch.no_grad():
+            model.concept.embedding.copy_(word_vector(model.cond_stage_model, "dog"))
+        for _ in range(times):
+            model.prompt_context(batch()["caption"], average=True)
+    assert torch.allclose(whole.concept.target_input, parted.concept.target_input, atol=1e-5)
+
+
+def given_to_the_objective(model: Perfusion, step: int = 0, part: int = 0) -> tuple[Any, ...]:
+    """Latents, context, timesteps, noise and weight of one training step."""
+    seen: list[tuple[Any, ...]] = []
+    model.p_losses = lambda *args: seen.append(args) or (torch.zeros(()), {})
+    model.trainer.global_step = step
+    model.training_step(batch(), part)
+    return seen[0]
+
+
+def test_what_a_step_is_made_of(folder: Path) -> None:
+    model = prepared(folder)
+    z, context, t, noise, weight = given_to_the_objective(model)
+    assert isinstance(context, PromptContext) and context.batch_size == 2 and not context.cache
+    assert z.shape == noise.shape == (2, 4, 8, 8) and t.shape == (2,) and 0 <= int(t.min()) <= int(t.max()) < 1000
+    images = torch.stack([photos(folder)[n]["image"] for n in range(2)])
+    flipped = [photos(folder)[n]["flipped"] for n in range(2)]
+    upright = torch.stack([image.flip(-1) if f else image for image, f in zip(images, flipped, strict=True)])
+    upright[1] = upright[1].flip(-1)  # as the batch says
+    posterior = model.first_stage_model.encode(upright)
+    drawn = (z / 0.18215 - posterior.mean) / posterior.std
+    assert 0.8 < float(drawn.std()) < 1.2
+    model._moments[:, :, 4:] = -30.0  # without the posterior's variance, latents are its mean
+    assert torch.allclose(given_to_the_objective(model)[0], 0.18215 * posterior.mean, atol=1e-4)
+    assert not torch.allclose(posterior.mean[0], posterior.mean[0].flip(-1), atol=1e-2)
+    assert weight.shape == (2, 1, 8, 8) and weight[0, 0, 0].tolist() == [1.0] * 4 + [0.5] * 4 and weight[1].min() == 1
+
+
+def test_a_step_depends_on_seed_and_step_and_part_alone(folder: Path) -> None:
+    model = prepared(folder, parts=2)
+
+    def drawn(step: int, part: int, by: Perfusion = model) -> Tensor:
+        z, _, t, noise, _ = given_to_the_objective(by, step, part)
+        return torch.cat([z.flatten(), t, noise.flatten()])
+
+    reference = drawn(5, 0)
+    torch.manual_seed(99)
+    assert torch.equal(drawn(5, 0), reference) and torch.equal(drawn(5, 2), reference)
+    other = prepared(folder, parts=2, seed=1)
+    for changed in (drawn(6, 0), drawn(5, 1), drawn(5, 0, other)):
+        assert not torch.equal(changed, reference)
+
+
+def test_masks_decide_where_errors_count(folder: Path) -> None:
+    model = prepared(folder)
+    inside = batch()
+    inside["mask"] = torch.zeros(2, 1, 16, 16)
+    inside["mask"][..., :8] = 1
+    outputs = torch.randn(2, 4, 8, 8)
+    losses = []
+    for spoiled in (0.0, 9.0):
+        outputs[..., 4:] += spoiled
+        model.apply_model = lambda x, t, cond: outputs
+        losses.append(float(model.training_step(inside, 0)))
+    assert losses[0] == losses[1] > 0
+
+
+def test_half_precision_does_not_reach_the_similarity(folder: Path) -> None:
+    model = prepared(folder)
+    with torch.no_grad():
+        plain = model.prompt_context(batch()["caption"])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under = model.prompt_context(batch()["caption"])
+    assert under.encoding.dtype == torch.float32
+    assert torch.equal(under.encoding, plain.encoding) and torch.equal(under.gates, plain.gates)
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("locking", ["local", "trained"])
+def test_a_saved_concept_draws_what_was_learned(folder: Path, tmp_path: Path, locking: str) -> None:
+    model = prepared(folder, locking=locking, super_category="teddy bear")
+    stir(model)
+    learned = model.learned()
+    assert (learned.placeholder, learned.super_category, learned.steps) == (WORD, "teddy bear", 0)
+    assert set(learned.target_output_v) == set(model.text_layers)
+    assert set(learned.target_output_k) == (set(model.text_layers) if locking == "trained" else set())
+    for precision, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-2)):
+        path = save_concepts(tmp_path / "concept.safetensors", [learned], precision)
+        other = unprepared(folder).eval()
+        got = other.prompts(load_concepts(path)).encode(batch()["caption"])
+        with torch.no_grad():
+            expected = model.prompt_context(batch()["caption"])
+            assert torch.allclose(got.gates, expected.gates, atol=tolerance)
+            for name, layer in model.text_layers.items():
+                for ours, theirs in zip(got.keys_values(name, layer.to_k, layer.to_v),
+                                        expected.keys_values(name, layer.to_k, layer.to_v), strict=True):
+                    assert torch.allclose(ours, theirs, atol=tolerance * float(theirs.abs().max()))
+
+
+def test_trained_keys_are_used(folder: Path) -> None:
+    model = prepared(folder, locking="trained")
+    name, layer = next(iter(model.text_layers.items()))
+
+    def keys() -> Tensor:
+        return model.prompt_context(batch()["caption"]).keys_values(name, layer.to_k, layer.to_v)[0].detach()
+
+    before = keys()
+    locked = prepared(folder).prompt_context(batch()["caption"]).keys_values(name, layer.to_k, layer.to_v)[0]
+    assert torch.allclose(before, locked, atol=1e-4)
+    with torch.no_grad():
+        model.concept.target_outputs_k[0].add_(1.0)
+    gates = model.prompt_context(batch()["caption"]).gates
+    assert torch.allclose(keys() - before, gates.detach().expand_as(before), atol=1e-4)
+
+
+def test_a_picture_of_a_concept(folder: Path) -> None:
+    model = prepared(folder)
+    stir(model)
+    model.eval()
+    prompts = [f"a {WORD} in the snow", "a dog"]
+    with_concept = model.draw(prompts, [model.learned()], [1, 2], steps=2)
+    assert with_concept.shape == (2, 3, 16, 16)
+    assert torch.allclose(model.draw(prompts[:1], [model.learned()], [1], steps=2), with_concept[:1], atol=1e-4)
+    plain = model.draw(["a cat in the snow", "a dog"], [], [1, 2], steps=2)
+    assert not torch.allclose(plain[0], with_concept[0], atol=1e-3)
+
+
+class SameBatch(pl.LightningDataModule):
+    """The batch above, again and again."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.datasets = {"train": photos(folder)}
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader([batch()] * 12, batch_size=None)
+
+
+def fit(folder: Path, root: Path, steps: int, resumed: Path | None = None, **settings: Any) -> Perfusion:
+    model = unprepared(folder)
+    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=root, **settings)
+    trainer.fit(model, datamodule=SameBatch(folder), ckpt_path=resumed, weights_only=True)
+    trainer.save_checkpoint(root / "last.ckpt")
+    return model
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_going_on_from_a_checkpoint_is_going_on(folder: Path, tmp_path: Path, parts: int) -> None:
+    settings = {"accumulate_grad_batches": parts}
+    straight = fit(folder, tmp_path / "a", 4, **settings)
+    half = fit(folder, tmp_path / "b", 2, **settings)
+    kept = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["state_dict"]
+    assert set(kept) == {f"concept.{name}" for name in ("embedding", "super_input", "target_input", *(
+        f"target_outputs_v.{n}" for n in range(LAYERS)))}
+    resumed = fit(folder, tmp_path / "c", 4, tmp_path / "b" / "last.ckpt", **settings)
+    for name, value in straight.concept.state_dict().items():
+        assert torch.equal(resumed.concept.state_dict()[name], value), name
+        if name != "super_input":
+            assert not torch.equal(half.concept.state_dict()[name], value), name
+
+
+def test_a_run_leaves_its_concept(folder: Path, tmp_path: Path) -> None:
+    model = fit(folder, tmp_path, 2)
+    (concept,) = load_concepts(tmp_path / "concept.safetensors")
+    assert concept.steps == 2 and concept.placeholder == WORD and concept.base
+    assert torch.equal(concept.embedding, model.learned().embedding.half().float())
+
+
+def test_the_base_model_is_left_as_it_was(folder: Path, tmp_path: Path) -> None:
+    model = fit(folder, tmp_path, 2)
+    before = torch.load(folder / "base.ckpt", weights_only=True)["state_dict"]
+    after = {key: value for key, value in model.state_dict().items() if not key.startswith("concept.")}
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)

@@ -1,0 +1,313 @@
+"""FrozenCLIPEmbedder with a tiny tower, against the same tower called plainly."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ldm.checkpoint import load_weights
+from ldm.errors import UserError
+from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder, split_at_placeholders
+
+PROMPTS = ["a photo of a teddy bear", "", "It's a café -- with 3 supercalifragilistic owls!"]
+WIDTH, WORDS = 8, 49408
+SHAPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 24,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+    "initializer_factor": 20.0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tokenizers_are_read_once() -> Iterator[None]:
+    """Reading CLIP's word pieces takes most of a second."""
+    with mock.patch.object(CLIPTokenizer, "from_pretrained", functools.cache(CLIPTokenizer.from_pretrained)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def tower() -> CLIPTextModel:
+    torch.manual_seed(0)
+    return CLIPTextModel(CLIPTextConfig(**SHAPE)).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tower: CLIPTextModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("tower")
+    tower.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> FrozenCLIPEmbedder:
+    return FrozenCLIPEmbedder(str(folder), max_length=24)
+
+
+def reference_tokens(prompts: list[str], length: int = 24) -> Tensor:
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")[
+        "input_ids"
+    ]
+
+
+def test_equals_the_plain_tower(encoder: FrozenCLIPEmbedder, tower: CLIPTextModel) -> None:
+    expected = tower(reference_tokens(PROMPTS)).last_hidden_state
+    assert encoder(PROMPTS).shape == (3, 24, WIDTH)
+    assert torch.allclose(encoder(PROMPTS), expected, atol=1e-5)
+    assert torch.allclose(encoder.encode(PROMPTS[0]), expected[:1], atol=1e-5)
+
+
+def test_tokens_are_clips(encoder: FrozenCLIPEmbedder) -> None:
+    assert torch.equal(encoder.tokenize(PROMPTS), reference_tokens(PROMPTS))
+    assert encoder.word_pieces("supercalifragilistic") == reference_tokens(["supercalifragilistic"])[0, 1:6].tolist()
+
+
+@pytest.mark.parametrize("layer_idx", [0, 1, -1])
+def test_hidden_layers(folder: Path, tower: CLIPTextModel, layer_idx: int) -> None:
+    hidden = FrozenCLIPEmbedder(str(folder), max_length=24, layer="hidden", layer_idx=layer_idx)
+    output = tower(reference_tokens(PROMPTS), output_hidden_states=True)
+    assert torch.allclose(hidden(PROMPTS), output.hidden_states[layer_idx], atol=1e-5)
+    if layer_idx == -1:  # what leaves the last layer only lacks the final norm
+        assert torch.allclose(tower.final_layer_norm(hidden(PROMPTS)), output.last_hidden_state, atol=1e-5)
+
+
+def test_a_placeholder_is_one_token(encoder: FrozenCLIPEmbedder) -> None:
+    row = encoder.tokenize(["a photo of <my-teddy> on Teddy*'s table"], ["teddy*", "<my-teddy>"])[0].tolist()
+    before, between, after = (encoder.word_pieces(text) for text in ("a photo of", "on", "'s table"))
+    expected = [49406, *before, WORDS + 1, *between, WORDS, *after]
+    assert row == expected + [49407] * (24 - len(expected))
+
+
+def grown(tower: CLIPTextModel, vectors: Tensor) -> tuple[CLIPTextModel, nn.Parameter]:
+    """A copy whose word table has the vectors as its last rows, all of it trainable."""
+    longer = copy.deepcopy(tower)
+    table = nn.Parameter(torch.cat([tower.get_input_embeddings().weight.detach(), vectors]))
+    longer.set_input_embeddings(nn.Embedding.from_pretrained(table, freeze=False))
+    return longer, longer.get_input_embeddings().weight
+
+
+def test_vectors_and_their_gradient_are_those_of_a_longer_table(
+    encoder: FrozenCLIPEmbedder, tower: CLIPTextModel
+) -> None:
+    vectors = torch.randn(2, WIDTH, requires_grad=True)
+    tokens = encoder.tokenize(["a <one> and a two next to a <one>", "two owls", "no thing"], ["<one>", "two"])
+    longer, table = grown(tower, vectors.detach())
+    weights = torch.randn(3, 24, WIDTH)
+    ours, theirs = encoder.encode_tokens(tokens, vectors), longer(tokens).last_hidden_state
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    assert vectors.grad.abs().sum(1).gt(0).all()
+    assert torch.allclose(vectors.grad, table.grad[WORDS:], atol=1e-4)
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_a_vector_that_no_prompt_uses_gets_no_gradient(encoder: FrozenCLIPEmbedder) -> None:
+    vectors = torch.randn(2, WIDTH, requires_grad=True)
+    encoder.encode_tokens(encoder.tokenize(["a two"], ["<one>", "two"]), vectors).sum().backward()
+    assert not vectors.grad[0].any()
+
+
+def test_a_vector_equal_to_a_words_is_that_word(encoder: FrozenCLIPEmbedder) -> None:
+    bear = encoder.token_table[encoder.word_pieces("bear")]
+    tokens = encoder.tokenize(["a photo of a <mine>, sitting"], ["<mine>"])
+    assert torch.allclose(encoder.encode_tokens(tokens, bear), encoder("a photo of a bear, sitting"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "placeholders", "expected"),
+    [
+        ("a CAT and a cat", ["cat"], ["a ", 0, " and a ", 0]),
+        ("a <toy-2> and <toy>", ["<toy>", "<toy-2>"], ["a ", 1, " and ", 0]),
+        ("my red teddy bear", ["teddy", "red teddy bear"], ["my ", 1]),
+        ("teddys steady teddy", ["teddy"], ["teddys steady ", 0]),
+        ("a sks* dog (x.y) xay", ["sks*", "x.y"], ["a ", 0, " dog (", 1, ") xay"]),
+        ("*", ["*"], [0]),
+        ("<A><b>,<a>", ["<a>", "<b>"], [0, 1, ",", 0]),
+        ("Straße", ["straße"], [0]),
+        ("ſock", ["sock"], [0]),
+        ("nothing here", ["cat"], ["nothing here"]),
+        ("nothing", [], ["nothing"]),
+        ("", ["cat"], []),
+    ],
+)
+def test_splitting(prompt: str, placeholders: list[str], expected: list[str | int]) -> None:
+    assert split_at_placeholders(prompt, placeholders) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text("aB<->* ıſK.", max_size=4), max_size=6),
+    st.lists(st.text("ab<->*iskK.", min_size=1, max_size=3), min_size=1, max_size=3, unique_by=str.casefold),
+)
+@example(["ı"], ["i"])
+def test_splitting_loses_nothing(words: list[str], placeholders: list[str]) -> None:
+    prompt = " ".join(words)
+    parts = split_at_placeholders(prompt, placeholders)
+    kept = [re.escape(part) if isinstance(part, str) else f"(?i:{re.escape(placeholders[part])})" for part in parts]
+    assert re.fullmatch(r"\s*" + r"\s*".join(kept) + r"\s*", prompt)
+
+
+def test_prompts_that_are_too_long(encoder: FrozenCLIPEmbedder) -> None:
+    fits = " ".join(["owl"] * 22)
+    assert encoder(fits).shape == (1, 24, WIDTH)
+    for prompt, placeholders in ((fits + " owl", []), (fits + " <mine>", ["<mine>"])):
+        with pytest.raises(UserError, match=r"has 23 tokens, but the text encoder takes 22; shorten it"):
+            encoder.tokenize([prompt], placeholders)
+
+
+def test_frozen_means_frozen(folder: Path) -> None:
+    frozen = FrozenCLIPEmbedder(str(folder), max_length=24)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert not frozen.train().training and not frozen.transformer.training
+    free = FrozenCLIPEmbedder(str(folder), max_length=24, freeze=False)
+    assert free.train().training and free.transformer.training
+    free("a cat").sum().backward()
+    rows = free.token_table.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert rows == sorted({49406, 49407, *free.word_pieces("a cat")})
+
+
+def test_keys_are_spelt_as_compvis_spells_them(encoder: FrozenCLIPEmbedder) -> None:
+    keys = list(encoder.state_dict())
+    assert len(keys) == len(set(keys)) == len(encoder.transformer.state_dict())
+    assert all(key.startswith("transformer.text_model.") for key in keys)
+    assert "transformer.text_model.embeddings.token_embedding.weight" in keys
+
+
+class Model(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.cond_stage_model = encoder
+        self.transformer = nn.Linear(2, 2)
+
+
+def other_spelling(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace("transformer.text_model.", "transformer."): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("old_buffer", [False, True])
+def test_both_spellings_load(
+    encoder: FrozenCLIPEmbedder, tmp_path: Path, short: bool, nested: bool, old_buffer: bool
+) -> None:
+    def make() -> nn.Module:
+        another = copy.deepcopy(encoder, {id(encoder.tokenizer): encoder.tokenizer})
+        nn.init.normal_(another.transformer.final_layer_norm.weight)
+        return Model(another) if nested else another
+
+    source = make()
+    state = other_spelling(source.state_dict()) if short else dict(source.state_dict())
+    strict = make()
+    strict.load_state_dict(state)
+    from_file = make()
+    if old_buffer:
+        prefix = "cond_stage_model." if nested else ""
+        state[f"{prefix}transformer.text_model.embeddings.position_ids"] = torch.arange(24)[None]
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    load_weights(from_file, tmp_path / "x.ckpt")
+    for loaded in (strict, from_file):
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in source.state_dict().items())
+
+
+def test_missing_weights_of_the_tower_are_noticed(encoder: FrozenCLIPEmbedder, tmp_path: Path) -> None:
+    state = encoder.state_dict()
+    state.pop("transformer.text_model.final_layer_norm.bias")
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="1 keys missing .transformer.text_model.final_layer_norm.bias"):
+        load_weights(encoder, tmp_path / "x.safetensors")
+
+
+def test_a_folder_without_weights_is_for_a_checkpoint_to_fill(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "config.json", tmp_path)
+    encoder = FrozenCLIPEmbedder(str(tmp_path), max_length=24)
+    assert encoder("a cat").shape == (1, 24, WIDTH)
+
+
+def test_stable_diffusions_tower_needs_no_download() -> None:
+    with torch.device("meta"):
+        encoder = FrozenCLIPEmbedder()
+    assert sum(p.numel() for p in encoder.parameters()) == 123_060_480
+    assert encoder.transformer.config.hidden_act == "quick_gelu" and encoder.max_length == 77
+
+
+def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    words = ["a", "b</w>", "a</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={word: row for row, word in enumerate(words)}, merges=[("a", "b</w>")]).save_pretrained(
+        tmp_path
+    )
+    CLIPTextModel(CLIPTextConfig(**{**SHAPE, "vocab_size": 6, "bos_token_id": 4, "eos_token_id": 5})).save_pretrained(
+        tmp_path
+    )
+    encoder = FrozenCLIPEmbedder(str(tmp_path), max_length=6)
+    assert encoder.tokenize(["ab <x> a"], ["<x>"]).tolist() == [[4, 3, 6, 2, 5, 5]]
+
+
+def test_a_tokenizer_that_knows_more_than_its_tower(tmp_path: Path) -> None:
+    CLIPTextConfig(**{**SHAPE, "vocab_size": 100}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="49408 word pieces, its model 100"):
+        FrozenCLIPEmbedder(str(tmp_path), max_length=24)
+
+
+def spoil(folder: Path, how: str) -> None:
+    if how == "cut":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    elif how == "a weight":
+        state = load_file(folder / "model.safetensors")
+        save_file(
+            {key: value for key, value in state.items() if "final_layer_norm" not in key},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+    elif how == "config":
+        (folder / "config.json").write_text("{")
+    else:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("how", ["cut", "a weight", "config", "all"])
+def test_towers_that_cannot_be_loaded(folder: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    place = shutil.copytree(folder, tmp_path / "copy")
+    spoil(place, how)
+    with pytest.raises(UserError, match="copy") as refused:
+        FrozenCLIPEmbedder(str(place), max_length=24)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"layer": "pooled"}, "pooled"),
+        ({"layer": "hidden"}, "layer_idx None"),
+        ({"layer_idx": 1}, "layer_idx 1"),
+        ({"layer": "hidden", "layer_idx": 3}, "2 layers"),
+        ({"layer": "hidden", "layer_idx": -4}, "2 layers"),
+        ({"max_length": 77}, "24 tokens"),
+    ],
+)
+def test_options_that_do_not_fit(folder: Path, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        FrozenCLIPEmbedder(**{"version": str(folder), "max_length": 24, **options})

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldm.errors import UserError
+from ldm.training.run import get_parser, read_config
+
+
+def read(*arguments: str) -> object:
+    options, overrides = get_parser().parse_known_args(arguments)
+    return read_config(options, overrides)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"model: [1",
+        b"a: b: c",
+        b"\tmodel: 1",
+        b"- a\n- b",
+        b"\xff\xfe\x00\x9a",
+        b"a: ${b",
+        b"a: 1\na: 2",
+        b"!!python/object/apply:os.getcwd []",
+    ],
+)
+def test_files_that_are_no_configs(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="x.yaml: ") as refused:
+        read("--base", str(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_mistake_of_ours_is_not_taken_for_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str) -> None:
+        raise TypeError("a bug")
+
+    (tmp_path / "x.yaml").write_text("model: {}")
+    monkeypatch.setattr("ldm.training.run.OmegaConf.load", broken)
+    with pytest.raises(TypeError):
+        read("--base", str(tmp_path / "x.yaml"))
