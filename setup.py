@@ -1,4 +1,4 @@
-"""Installs the package `ldm` with what Perfusion needs to train, sample and evaluate; `.[test]` adds what tests need."""
+"""Installs the package `ldm` with what Perfusion needs to train and sample; `.[test]` adds what tests need."""
 from setuptools import find_packages, setup
 
 setup(

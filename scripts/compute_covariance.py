@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.checkpoint import load_model  # noqa: E402
 from ldm.errors import UserError, one_line_errors  # noqa: E402
+from ldm.inference import read_model_config  # noqa: E402
 from ldm.modules.covariance import (  # noqa: E402
     BATCH_SIZE,
     TOKENS,
@@ -34,7 +33,6 @@ from ldm.modules.covariance import (  # noqa: E402
     read_captions,
     save_covariance,
 )
-from ldm.training.run import get_parser, read_config  # noqa: E402
 from ldm.util import pick_device  # noqa: E402
 
 
@@ -60,15 +58,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
-
-
-def load_config(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
-    config = read_config(get_parser().parse_args(["--base", str(path)]), [])
-    if "model" not in config:
-        raise UserError(f"--config {path}: describes no model")
-    return config
 
 
 def text_encoder(model: Any, config: Path) -> Any:
@@ -103,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.output.is_dir():  # found out before hours of work, not after
         raise UserError(f"--output {options.output}: is a folder; name a file in it, such as covariance.safetensors")
-    config, device = load_config(options.config), pick_device(options.device)
+    config, device = read_model_config(options.config), pick_device(options.device)
     captions, source = choose_captions(options.captions, options.limit)
     encoder = text_encoder(load_model(config, options.ckpt, device), options.config)
     found = estimate_covariance(encoder, captions, options.tokens, options.batch_size)

@@ -23,12 +23,15 @@ from ldm.errors import UserError, one_line_errors  # noqa: E402
 from ldm.files import write_whole  # noqa: E402
 
 PACKAGES = {  # set: npm package, its .tgz, SHA-256 of that, where a code point's picture lies
-    "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-               "package/assets/{}.webp"),
-    "noto": ("emoji-datasource-google@16.0.0", "emoji-datasource-google-16.0.0.tgz", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-             "package/img/google/64/{}.png"),
-    "twemoji": ("emoji-datasource-twitter@16.0.0", "emoji-datasource-twitter-16.0.0.tgz", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-                "package/img/twitter/64/{}.png"),
+    "fluent": (
+        "@lobehub/fluent-emoji-3d@1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", "package/assets/{}.webp"),
+    "noto": (
+        "emoji-datasource-google@16.0.0", "emoji-datasource-google-16.0.0.tgz",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438", "package/img/google/64/{}.png"),
+    "twemoji": (
+        "emoji-datasource-twitter@16.0.0", "emoji-datasource-twitter-16.0.0.tgz",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877", "package/img/twitter/64/{}.png"),
 }
 SIDE = 96  # the longer side of a drawing kept: scenes are 64 pixels wide
 

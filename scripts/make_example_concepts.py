@@ -36,8 +36,8 @@ def pictures(kind: str, look: Look, size: int, seed: int) -> list[Image.Image]:
     source = drawings_of(kind, held_out=True)[0]
     made = []
     for place in PLACES:
-        thing = Thing(kind, source, look, (0.5 + rng.uniform(-0.06, 0.06), rng.uniform(0.5, 0.58)),
-                      rng.uniform(0.62, 0.8), float(rng.uniform(-8, 8)), bool(rng.random() < 0.5))
+        thing = Thing(kind, source, look, (0.5 + rng.uniform(-0.03, 0.03), 0.55 + rng.uniform(-0.02, 0.02)),
+                      rng.uniform(0.66, 0.76), float(rng.uniform(-4, 4)))
         made.append(compose(place, int(rng.integers(48)), [thing], size)[0])
     return made
 

@@ -110,15 +110,16 @@ class SceneDataset(Dataset):
         coloured: share of the others that are in one colour instead of the drawing's own.
         empty_caption: share of captions left empty, for classifier-free guidance.
         jitter: how much places, sizes and angles vary, 0 (not at all) to 1; less makes a world that is learned sooner.
+        flips: share of things that are mirrored.
         held_out: compose with the drawings that models never see instead of those they are trained on.
     """
 
     def __init__(self, size: int = 64, length: int = 100_000, seed: int = 0, two_things: float = 0.2,
                  coloured: float = 0.35, patterned: float = 0.2, empty_caption: float = 0.0,
-                 held_out: bool = False, jitter: float = 1.0) -> None:
+                 held_out: bool = False, jitter: float = 1.0, flips: float = 0.5) -> None:
         self.size, self.length, self.seed = size, length, seed
         self.two_things, self.coloured, self.patterned = two_things, coloured, patterned
-        self.empty_caption, self.jitter = empty_caption, jitter
+        self.empty_caption, self.jitter, self.flips = empty_caption, jitter, flips
         self.held_out = held_out
         self.kinds = [kind for kind in KINDS if drawings_of(kind.name, held_out)]
 
@@ -156,7 +157,7 @@ class SceneDataset(Dataset):
                 name, sources[rng.integers(len(sources))], self._look(rng),
                 centre=(across + self._about(rng, 0, 0.07) * (1.0 if alone else 0.3), self._about(rng, 0.55, 0.05)),
                 extent=self._about(rng, 0.71, 0.09) if alone else self._about(rng, 0.48, 0.04),
-                angle=self._about(rng, 0, 8), flip=bool(rng.random() < 0.5), phase=int(rng.integers(4)) / 18))
+                angle=self._about(rng, 0, 8), flip=bool(rng.random() < self.flips), phase=int(rng.integers(4)) / 18))
         return things
 
     def _about(self, rng: np.random.Generator, middle: float, spread: float) -> float:

@@ -47,6 +47,7 @@ COLOURS = {
     "blue": (52, 110, 220), "purple": (140, 75, 190), "pink": (245, 130, 175), "grey": (140, 145, 150),
 }
 PATTERNS = ("striped", "spotted")
+CYCLES = 2.2  # of a pattern over a drawing: wide enough for latents that are eight pixels apart
 
 
 @cache
@@ -72,8 +73,8 @@ def recolour(rgb: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
 
 def pattern_mask(pattern: str, height: int, width: int, phase: float = 0.0) -> np.ndarray:
     """(H, W) in [0, 1]: where a pattern paints its second colour; it scales with the drawing's size."""
-    rows = (np.arange(height, dtype=np.float32)[:, None] / height + phase) * 4.5
-    columns = (np.arange(width, dtype=np.float32)[None] / width + phase) * 4.5
+    rows = (np.arange(height, dtype=np.float32)[:, None] / height + phase) * CYCLES
+    columns = (np.arange(width, dtype=np.float32)[None] / width + phase) * CYCLES
     wave = {"striped": np.sin(2 * np.pi * rows) + 0.0 * columns,
             "spotted": np.cos(2 * np.pi * rows) + np.cos(2 * np.pi * columns) - 0.9}[pattern]
     return np.clip(wave * 2.5 + 0.5, 0.0, 1.0)

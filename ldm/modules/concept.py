@@ -269,13 +269,13 @@ def _first_repeated(words: Sequence[str]) -> str:
 
 
 def _distinct(words: Sequence[str]) -> list[str]:
-    """The words with later equal ones numbered from 2, never giving one a name that another already has."""
-    taken = set(words)
+    """The words, later equal ones (in any case, as prompts read them) numbered from 2 without taking another's name."""
+    taken = {word.lower() for word in words}
     result: list[str] = []
     for word in words:
-        if word in result:
-            word = next(name for name in _numbered(word) if name not in taken)
-            taken.add(word)
+        if word.lower() in (earlier.lower() for earlier in result):
+            word = next(name for name in _numbered(word) if name.lower() not in taken)
+            taken.add(word.lower())
         result.append(word)
     return result
 

@@ -137,7 +137,7 @@ class ZeroShotSegmenter:
 
 
 def _tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer's files lie: with the model, or else those of CLIP's vocabulary that ship with the project."""
+    """Where the tokenizer lies: with the model, or else in the folder of CLIP's own that ships with the project."""
     own = any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
     return folder if own else TOKENIZER
 

@@ -9,10 +9,10 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor
 
-from ldm.data.images import from_tensor, save_grid
+from ldm.data.images import save_grid, to_tensor
 from ldm.data.templates import fill
+from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder
 from ldm.models.diffusion.perfusion import Perfusion
 from ldm.modules.concept import save_concepts
 from ldm.modules.segmentation import mask_overlay
@@ -53,10 +53,11 @@ class BeforeDuringAfter(pl.Callback):
                  seed: int = 1) -> None:
         self.prompts, self.during, self.steps, self.scale, self.seed = list(prompts), during, steps, scale, seed
         self.rows: dict[str, list[Image.Image]] = {}
+        self.last_step = -1
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        interval = max(1, trainer.max_steps // (self.during + 1))
-        return trainer.global_step % interval == 0 and trainer.global_step < trainer.max_steps
+        step, interval = trainer.global_step, max(1, trainer.max_steps // (self.during + 1))
+        return 0 < step < trainer.max_steps and step % interval == 0 and step != self.last_step
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, model: Perfusion) -> None:
@@ -80,15 +81,18 @@ class BeforeDuringAfter(pl.Callback):
         log.info("pictures: %s", self._folder(trainer) / "before_during_after.png")
 
     def _draw(self, name: str, trainer: pl.Trainer, model: Perfusion) -> None:
-        started = trainer.global_step > 0
-        word = model.placeholder if started else model.super_category
+        self.last_step = trainer.global_step
+        concepts = [model.learned()] if self.last_step else []
+        prompts = [fill(prompt, model.placeholder if concepts else model.super_category) for prompt in self.prompts]
         training = model.training
         model.eval()
-        images = model.draw([fill(prompt, word) for prompt in self.prompts], [model.learned()] if started else [],
-                            list(range(self.seed, self.seed + len(self.prompts))), self.steps, self.scale)
+        encoded = encode_once(prompt_encoder(model, concepts), prompts)
+        sampling = Sampling(model.latent_shape[1:], self.steps, self.scale, batch_size=len(prompts))
+        jobs = [Job(prompt, self.seed + number) for number, prompt in enumerate(prompts)]
+        pictures = list(draw_pictures(model, encoded, jobs, sampling))
         model.train(training)
-        self._log(name, images, trainer)
-        self._show(name, [from_tensor(image) for image in images], trainer)
+        self._log(pictures, trainer)
+        self._show(name, pictures, trainer)
 
     def _show(self, name: str, images: Sequence[Image.Image], trainer: pl.Trainer) -> None:
         """Adds a row, filled up or cut to the number of prompts, and writes the sheet."""
@@ -98,13 +102,14 @@ class BeforeDuringAfter(pl.Callback):
         cells, titles = [], []
         for row, pictures in self.rows.items():
             cells += pictures
-            titles += [f"{row}: {prompt}" if row != "photos" else row for prompt in self.prompts]
+            titles += ["a photo" if row == "photos" else f"{row}: {fill(prompt, '…')}" for prompt in self.prompts]
         save_grid(cells, self._folder(trainer) / "before_during_after.png", width, titles)
 
-    def _log(self, name: str, images: Tensor, trainer: pl.Trainer) -> None:
+    def _log(self, pictures: Sequence[Image.Image], trainer: pl.Trainer) -> None:
+        images = torch.stack([(to_tensor(picture) + 1) / 2 for picture in pictures])
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_images"):
-                logger.experiment.add_images("samples", (images + 1) / 2, trainer.global_step)
+                logger.experiment.add_images("samples", images, trainer.global_step)
 
     @staticmethod
     def _folder(trainer: pl.Trainer) -> Path:

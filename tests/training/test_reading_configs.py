@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.training.run import get_parser, read_config
+from ldm.training.options import get_parser, read_config
 
 
 def read(*arguments: str) -> object:
@@ -39,6 +39,6 @@ def test_a_mistake_of_ours_is_not_taken_for_the_users(tmp_path: Path, monkeypatc
         raise TypeError("a bug")
 
     (tmp_path / "x.yaml").write_text("model: {}")
-    monkeypatch.setattr("ldm.training.run.OmegaConf.load", broken)
+    monkeypatch.setattr("ldm.training.options.OmegaConf.load", broken)
     with pytest.raises(TypeError):
         read("--base", str(tmp_path / "x.yaml"))

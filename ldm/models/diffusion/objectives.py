@@ -25,7 +25,8 @@ def check_loss_type(name: str) -> None:
         raise UserError(f"loss_type {name!r} is unknown; choose one of {', '.join(ERRORS)}")
 
 
-def training_target(schedule: NoiseSchedule, parameterization: str, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def training_target(schedule: NoiseSchedule, parameterization: str, x_start: Tensor, noise: Tensor,
+                    t: Tensor) -> Tensor:
     """What the network should give for x_t: the noise, the image, or the velocity, (B, C, H, W)."""
     check_parameterization(parameterization)
     if parameterization == "v":
@@ -34,12 +35,12 @@ def training_target(schedule: NoiseSchedule, parameterization: str, x_start: Ten
 
 
 def error_per_sample(prediction: Tensor, target: Tensor, loss_type: str, weight: Tensor | None = None) -> Tensor:
-    """Mean error of each sample, (B,), each position weighed by `weight` (B, 1, H, W), in [0, 1], where one is given."""
+    """Mean error of each sample, (B,), each position weighed by `weight` (B, 1, H, W) in [0, 1] where it is given."""
     error = ERRORS[loss_type](prediction.float(), target.float())
     return (error if weight is None else error * weight).flatten(1).mean(1)
 
 
 def mask_on_latents(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """A mask (B, 1, H, W) in [0, 1] averaged down to the latent grid `size`, (B, 1, h, w), its largest value kept at 1."""
+    """A mask (B, 1, H, W) in [0, 1] averaged down to the latent grid `size`, (B, 1, h, w), its maximum back at 1."""
     small = torch.nn.functional.interpolate(mask, size=tuple(size), mode="area")
     return small / small.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)

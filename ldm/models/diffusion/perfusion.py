@@ -6,7 +6,7 @@ cross-attention layer. The edit itself is in `ldm.modules.rank_one`; prompts for
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ldm.data.templates import fill
 from ldm.errors import UserError
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.diffusion.objectives import mask_on_latents
-from ldm.models.diffusion.prompts import ConceptPrompts, word_vector
+from ldm.models.diffusion.prompts import word_vector
 from ldm.models.optimisation import optimizer_and_schedule
 from ldm.modules.attention import name_text_layers
 from ldm.modules.concept import Concept, base_fingerprint, is_placeholder
@@ -47,14 +47,15 @@ class Perfusion(LatentDiffusion):
         covariance: file of the text encoder's covariance C; None: computed once from default captions and cached.
         segmenter: folder or hub name of a CLIPSeg that makes the masks of the zero-shot mask loss; None: no masks,
             unless the data bring their own.
-        seed: of noise and timesteps; each step draws from (seed, step), so that a resumed run repeats them.
+        seed: of noise and timesteps, by default the run's; each step draws from (seed, step), so that a resumed run
+            repeats them.
     """
 
     def __init__(self, super_category: str | None = None, placeholder: str = "<concept>", bias: float = 0.75,
                  temperature: float = 0.1, embedding_lr: float = 0.006, value_lr: float = 0.03,
                  locking: str = "local", target_input_decay: float = 0.99, covariance: str | None = None,
-                 segmenter: str | None = None, seed: int = 0, **latent_diffusion: Any) -> None:
-        super().__init__(use_ema=False, **latent_diffusion)
+                 segmenter: str | None = None, seed: int | None = None, **latent_diffusion: Any) -> None:
+        super().__init__(**{**latent_diffusion, "use_ema": False})  # nothing is trained that has an average
         if not is_placeholder(placeholder):
             raise UserError(f"placeholder {placeholder!r}: must be a word without white space, such as <my-teddy>")
         if locking not in LOCKINGS:
@@ -93,6 +94,9 @@ class Perfusion(LatentDiffusion):
                             "model.params.ckpt_path")
         if not self.super_category:
             raise UserError("no super-category: say what kind of thing it is, for example --init_word \"teddy bear\"")
+        if self.trainer.world_size > 1:
+            raise UserError("one concept is learned on one device; leave out --devices")
+        self.seed = torch.initial_seed() % 2**32 if self.seed is None else self.seed
         self.to(self.trainer.strategy.root_device)  # Lightning does so only after this, too late for what follows
         encoder = self.cond_stage_model
         start = word_vector(encoder, self.super_category)
@@ -190,20 +194,6 @@ class Perfusion(LatentDiffusion):
         return self.concept.to_concept(
             placeholder=self.placeholder, super_category=self.super_category, bias=float(self.bias),
             temperature=float(self.temperature), steps=int(self.global_step), base=base_fingerprint(self.text_layers))
-
-    def prompts(self, concepts: list[Concept]) -> ConceptPrompts:
-        """The encoder of prompts in which these concepts stand."""
-        return ConceptPrompts(self.cond_stage_model, self.text_layers, concepts,
-                              self.inverse_covariance() if concepts else None)
-
-    @torch.no_grad()
-    def draw(self, prompts: list[str], concepts: list[Concept], seeds: list[int], steps: int = 50, scale: float = 6.0,
-             progress: Callable[[int], None] | None = None, **settings: Any) -> Tensor:
-        """One image (3, H, W) in [-1, 1] per prompt and seed, stacked; `settings` as for `ConceptPrompts.encode`."""
-        encoder = self.prompts(concepts)
-        cond, unconditional = encoder.encode(prompts, **settings), encoder.encode([""] * len(prompts), **settings)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return self.sample_images(cond, len(prompts), steps, scale, unconditional, generators=generators)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         from ldm.training.concept_progress import ConceptSaver

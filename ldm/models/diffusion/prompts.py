@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.modules.concept import Concept, base_fingerprint, check_base, stack_concepts
 from ldm.modules.context import PromptContext, TextLayer
+from ldm.modules.encoders.modules import whole_word
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def check_placeholders(prompts: Sequence[str], placeholders: Sequence[str]) -> N
 
 def _names(prompt: str, word: str) -> bool:
     """Whether the text encoder will see the placeholder in the prompt: whole, in any case."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, flags=re.IGNORECASE) is not None
+    return re.search(whole_word(word), prompt, flags=re.IGNORECASE) is not None
 
 
 def with_settings(concepts: Sequence[Concept], biases: Sequence[float] | None = None,

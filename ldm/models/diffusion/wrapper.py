@@ -16,7 +16,7 @@ Condition = Tensor | PromptContext | Sequence[Any] | Mapping[str, Sequence[Any]]
 
 
 class DiffusionWrapper(nn.Module):
-    """`diffusion_model` called with its condition as channels of the input, as cross-attention's context, or as classes.
+    """`diffusion_model` with its condition as channels of the input, as cross-attention's context, or as classes.
 
     Args:
         diff_model_config: config of the U-Net.
@@ -32,7 +32,7 @@ class DiffusionWrapper(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, c_concat: Sequence[Tensor] | None = None,
                 c_crossattn: Sequence[Tensor | PromptContext] | None = None) -> Tensor:
-        """x (B, C, H, W), t (B,); contexts of one prompt each are joined along the tokens. Returns the output's shape."""
+        """x (B, C, H, W), t (B,); several contexts of the same prompts are joined along the tokens."""
         if self.conditioning_key in ("concat", "hybrid"):
             x = torch.cat([x, *(c_concat or ())], dim=1)
         if self.conditioning_key in ("crossattn", "hybrid"):

@@ -142,13 +142,20 @@ def split_at_placeholders(prompt: str, placeholders: Sequence[str]) -> list[str 
     if not placeholders:
         return [prompt]
     numbers = sorted(range(len(placeholders)), key=lambda number: -len(placeholders[number]))
-    alternatives = "|".join(f"({re.escape(placeholders[number])})" for number in numbers)
+    alternatives = "|".join(f"({whole_word(placeholders[number])})" for number in numbers)
     parts: list[str | int] = []
     done = 0
-    for found in re.finditer(rf"(?<!\w)(?:{alternatives})(?!\w)", prompt, flags=re.IGNORECASE):
+    for found in re.finditer(alternatives, prompt, flags=re.IGNORECASE):
         parts += [prompt[done:found.start()], numbers[found.lastindex - 1]]
         done = found.end()
     return [part for part in [*parts, prompt[done:]] if isinstance(part, int) or part.strip()]
+
+
+def whole_word(word: str) -> str:
+    """A pattern for `word` that does not match inside a longer word; `<x>` ends by itself, so `<x>s` contains it."""
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w$", word) else ""
+    return f"{before}{re.escape(word)}{after}"
 
 
 def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
