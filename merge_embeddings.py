@@ -5,6 +5,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.command_line import Parser
 from ldm.errors import UserError, one_line_errors
 from ldm.modules.concept import Concept, load_concepts, merge_concepts, save_concepts
 
@@ -17,11 +18,7 @@ Then use both in one picture:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nThe files must come from the same base model. Nothing is trained or changed.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(f"{__doc__}\nThe files must come from the same base model. Nothing is trained or changed.", EXAMPLE)
     parser.add_argument(
         "--manager_ckpts", "--concepts", nargs="+", required=True, metavar="FILE",
         help="concept files to combine, each made by training or by this script",
@@ -56,8 +53,8 @@ def write(path: Path, concepts: Sequence[Concept]) -> None:
 
 
 @one_line_errors
-def main() -> None:
-    options = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     before = [concept for path in options.manager_ckpts for concept in load_concepts(path)]
     after = merge_concepts(before, options.placeholders)
     path = Path(options.output_path)

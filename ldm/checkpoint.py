@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with safe_globals([(_Record, name) for name in _records_in(path)]):
+        with safe_globals([(_Record, name) for name in _records_in(path)]), warnings.catch_warnings(action="ignore"):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: is no checkpoint, or holds more than weights, which is not run; "

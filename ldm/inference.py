@@ -24,7 +24,12 @@ from ldm.data.images import from_tensor
 from ldm.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.prompts import ConceptPrompts, with_settings
+from ldm.models.diffusion.prompts import (
+    ConceptPrompts,
+    warn_of_idle_concepts,
+    warn_of_unknown_words,
+    with_settings,
+)
 from ldm.modules.attention import name_text_layers
 from ldm.modules.concept import Concept, base_fingerprint, check_base, load_concepts, merge_concepts
 from ldm.modules.context import PromptContext
@@ -135,8 +140,6 @@ def ready_concepts(paths: Sequence[str | Path], biases: Sequence[float] | None =
                    temperatures: Sequence[float] | None = None) -> list[Concept]:
     """The concepts of all files, renamed where placeholders are equal, with these settings in place of their own.
 
-    Each is logged with its word, since that is what prompts need.
-
     Raises:
         UserError: a file is no concept file, they are of different base models, or there is not one setting, or one
             for each concept.
@@ -144,10 +147,18 @@ def ready_concepts(paths: Sequence[str | Path], biases: Sequence[float] | None =
     loaded = [concept for path in paths for concept in load_concepts(path)]
     concepts = with_settings(merge_concepts(loaded), biases, temperatures)
     for concept, before in zip(concepts, loaded, strict=True):
-        renamed = "" if concept.placeholder == before.placeholder else f" (there {before.placeholder})"
-        log.info("%s: the %s of %s%s, bias %g, temperature %g", concept.placeholder, concept.super_category,
-                 concept.source, renamed, concept.bias, concept.temperature)
+        if concept.placeholder != before.placeholder:  # prompts need to know
+            log.info("%s stands for the %s of %s", concept.placeholder, before.placeholder, concept.source)
     return concepts
+
+
+def say_what_is_drawn(encoder: ConceptPrompts, prompts: Sequence[str]) -> None:
+    """Logs each concept with its word and settings; warns of those, and of words, that will not be seen."""
+    for concept in encoder.concepts:
+        log.info("%s: the %s of %s, bias %g, temperature %g", concept.placeholder, concept.super_category,
+                 concept.source, concept.bias, concept.temperature)
+    warn_of_idle_concepts(prompts, encoder.placeholders)
+    warn_of_unknown_words(encoder.encoder, prompts, encoder.placeholders)
 
 
 def load_base(config: DictConfig, checkpoint: str | Path | None, device: torch.device | str) -> Any:

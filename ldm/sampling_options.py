@@ -5,60 +5,14 @@ Nothing here imports torch, so `--help` and typing mistakes are answered at once
 from __future__ import annotations
 
 import argparse
-import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from ldm.command_line import check_folder, number, whole
 from ldm.errors import UserError
 
 SEED_LIMIT = 2**63
 TOLD_APART = "of one concept, or one for each in the order in which they are listed"
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, and that takes no flag by half of its name."""
-
-    def __init__(self, description: str, epilog: str) -> None:
-        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def whole(least: int = 0, below: int | None = None) -> Callable[[str], int]:
-    """A flag's type: a whole number from `least` up, and under `below` where that is given."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-        if value < least or (below is not None and value >= below):
-            most = "" if below is None else f" and less than {below}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {least} or more{most}")
-        return value
-
-    return read
-
-
-def number(least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Callable[[str], float]:
-    """A flag's type: a finite number from `least` to `most`, and larger than `above`."""
-    bounds = [f"{word} {bound:g}" for word, bound in (("at least", least), ("above", above), ("at most", most))
-              if math.isfinite(bound)]
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-        if not (math.isfinite(value) and least <= value <= most and value > above):
-            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds) or 'a finite number'}")
-        return value
-
-    return read
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -136,16 +90,7 @@ def check_together(options: argparse.Namespace) -> None:
     if not Path(options.config).is_file():
         raise UserError(f"--config {options.config}: no such file; name one, from the project's own folder those in "
                         "configs/")
-    check_outdir(Path(options.outdir))
-
-
-def check_outdir(folder: Path) -> None:
-    """Raises a UserError where `folder` is none, or could not be made or written to; makes nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--outdir {folder}: {there} is no folder; choose another place")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--outdir {folder}: {there} cannot be written to; choose another place")
+    check_folder("--outdir", Path(options.outdir))
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:

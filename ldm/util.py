@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.errors import UserError
+from ldm.kinds import annotated_kinds, described, fits
 
 T = TypeVar("T")
 
@@ -40,6 +42,10 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         return None
     if not isinstance(config, Mapping) or "target" not in config:
         raise UserError(f"config section without a `target`: {config}")
+    unknown = sorted(map(str, set(config) - {"target", "params"}))
+    if unknown:
+        raise UserError(f"config section of {config['target']}: unknown key {', '.join(unknown)}; "
+                        "it has a target and params")
     name, params = config["target"], config.get("params") or {}
     target = get_obj_from_str(name)
     if isinstance(params, DictConfig | ListConfig):
@@ -51,7 +57,21 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     missing = [p.name for p in _named(target) if p.default is p.empty and p.name not in given]
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)} in its params")
-    return target(**given)
+    refuse_wrong_kinds(name, target, params)
+    with blamed_on(f"{name} cannot be built from its params"):
+        return target(**given)
+
+
+@contextmanager
+def blamed_on(what: str, *also: type[Exception]) -> Iterator[None]:
+    """Turns what libraries raise for values that they cannot use, and `also`, into a UserError that begins so."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, *also) as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise UserError(f"{what} ({type(error).__name__}: {reason[:300]}); change them") from error
 
 
 def _resolved(name: str, params: DictConfig | ListConfig) -> Any:
@@ -73,6 +93,17 @@ def refuse_unknown_params(name: str, target: Any, params: Mapping[str, Any]) -> 
     unknown = sorted(set(map(str, params)) - known)
     if unknown:
         raise UserError(f"{name} does not know {', '.join(unknown)}; it knows {', '.join(sorted(known)) or 'none'}")
+
+
+def refuse_wrong_kinds(name: str, target: Any, params: Mapping[str, Any]) -> None:
+    """Raises a UserError where a param is of another kind than the annotation says, such as text for a number."""
+    functions = list(_constructors(target)) if inspect.isclass(target) else [target]
+    kinds: dict[str, Any] = {}
+    for function in reversed(functions):
+        kinds |= annotated_kinds(function)
+    for key, value in params.items():
+        if key in kinds and not fits(value, kinds[key]):
+            raise UserError(f"{name}: {key} must be {described(kinds[key])}, not {value!r}")
 
 
 def _constructors(cls: type) -> Iterator[Callable[..., None]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.checkpoint import load_model  # noqa: E402
+from ldm.command_line import Parser, check_file, whole  # noqa: E402
 from ldm.errors import UserError, one_line_errors  # noqa: E402
 from ldm.inference import read_model_config  # noqa: E402
 from ldm.modules.covariance import (  # noqa: E402
@@ -37,7 +38,7 @@ from ldm.util import pick_device  # noqa: E402
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the base model")
     parser.add_argument("--ckpt", type=Path, help="its weights (default: those that the config names)")
     parser.add_argument("--captions", type=Path, metavar="FILE",
@@ -45,19 +46,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     choices = "; ".join(f"{name}: {meaning}" for name, meaning in TOKENS.items())
     parser.add_argument("--tokens", choices=TOKENS, default="words",
                         help=f"which tokens of a caption count (default: words). {choices}")
-    parser.add_argument("--limit", type=positive, metavar="N", help="use N captions, evenly spread (default: all)")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="use N captions, evenly spread (default: all)")
     parser.add_argument("--output", type=Path, default=Path("covariance.safetensors"), metavar="FILE",
                         help="where to write the result (default: covariance.safetensors)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, metavar="N",
+    parser.add_argument("--batch_size", type=whole(1), default=BATCH_SIZE, metavar="N",
                         help=f"captions encoded at a time (default: {BATCH_SIZE})")
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
 
 
 def text_encoder(model: Any, config: Path) -> Any:
@@ -90,8 +85,7 @@ def describe(found: Estimate, tokens: str, source: str) -> list[str]:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    if options.output.is_dir():  # found out before hours of work, not after
-        raise UserError(f"--output {options.output}: is a folder; name a file in it, such as covariance.safetensors")
+    check_file("--output", options.output)  # found out before hours of work, not after
     config, device = read_model_config(options.config), pick_device(options.device)
     captions, source = choose_captions(options.captions, options.limit)
     encoder = text_encoder(load_model(config, options.ckpt, device), options.config)

@@ -9,6 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import sampling_options as flags  # noqa: E402
+from ldm.command_line import Parser  # noqa: E402
 from ldm.errors import one_line_errors  # noqa: E402
 
 DESCRIPTION = f"""{__doc__}
@@ -27,7 +28,7 @@ Which word stands for which concept is printed; of equal words the second become
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = flags.Parser(DESCRIPTION, EXAMPLES)
+    parser = Parser(DESCRIPTION, EXAMPLES)
     flags.add_prompt_options(parser)
     flags.add_concept_options(parser)
     flags.add_sampling_options(parser)
@@ -58,11 +59,13 @@ def draw(options: argparse.Namespace, prompts: Sequence[str]) -> Mapping[str, Se
     inference.check_steps(config, options.ddim_steps)
     device = pick_device(options.device)
     concepts = inference.ready_concepts(options.concept, options.bias, options.temperature)
-    check_placeholders([*prompts, options.negative_prompt or ""], [concept.placeholder for concept in concepts])
+    texts = [*prompts, options.negative_prompt or ""]
+    check_placeholders(texts, [concept.placeholder for concept in concepts])
 
     model = inference.load_base(config, options.ckpt, device)
     encoder = inference.prompt_encoder(model, concepts)
     encoded = inference.encode_once(encoder, prompts, options.negative_prompt, global_locking=options.global_locking)
+    inference.say_what_is_drawn(encoder, texts)
     sampling = inference.Sampling(
         size, options.ddim_steps, options.scale, options.ddim_eta, options.plms,
         batch_size=options.batch_size or options.n_samples,

@@ -20,7 +20,7 @@ from ldm.util import (
 
 
 class Base:
-    def __init__(self, size: int, colour: str = "red", *, depth: int = 1) -> None:
+    def __init__(self, size: int, colour: Any = "red", *, depth: int = 1) -> None:
         self.given = {"size": size, "colour": colour, "depth": depth}
 
 

@@ -85,17 +85,21 @@ def read_folder(folder: str | Path) -> Iterator[tuple[Path, Image.Image]]:
     Raises:
         UserError: as `list_images`, or none of the files can be used.
     """
+    refused: list[UserError] = []
     usable = 0
     for path in list_images(folder):
         try:
             image = read_image(path)
         except UserError as error:
-            logger.warning("left out %s", error)
+            refused.append(error)
             continue
         usable += 1
         yield path, image
     if not usable:
-        raise UserError(f"{folder}: none of its pictures can be used (see the warnings); put JPEG or PNG files there")
+        more = f"; {len(refused) - 1} more likewise" if len(refused) > 1 else ""
+        raise UserError(f"{folder}: none of its pictures can be used: {refused[0]}{more}")
+    for error in refused:
+        logger.warning("left out %s", error)
 
 
 def load_folder(folder: str | Path) -> list[tuple[Path, Image.Image]]:

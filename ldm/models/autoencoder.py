@@ -37,13 +37,16 @@ class AutoencoderKL(pl.LightningModule):
         image_key: where a batch keeps its images.
         monitor: the logged number by which checkpoints are ranked.
         scheduler_config: config of a learning-rate multiplier.
+        train_encoder: False trains the decoder alone, so that models of the latents stay valid.
     """
 
     def __init__(self, ddconfig: Mapping[str, Any], lossconfig: Mapping[str, Any], embed_dim: int,
                  ckpt_path: str | None = None, ignore_keys: Sequence[str] = (), image_key: str = "image",
-                 monitor: str | None = None, scheduler_config: Mapping[str, Any] | None = None) -> None:
+                 monitor: str | None = None, scheduler_config: Mapping[str, Any] | None = None,
+                 train_encoder: bool = True) -> None:
         super().__init__()
         self.image_key, self.monitor, self.scheduler_config = image_key, monitor, scheduler_config
+        self.train_encoder = train_encoder
         refuse_unknown_params("ddconfig", Decoder, ddconfig)
         if not ddconfig.get("double_z", True):
             raise UserError("ddconfig: AutoencoderKL needs a mean and a log-variance; set double_z: true")
@@ -81,8 +84,11 @@ class AutoencoderKL(pl.LightningModule):
         return self._step(batch, "val")
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trained = [*self.encoder.parameters(), *self.decoder.parameters(), *self.quant_conv.parameters(),
-                   *self.post_quant_conv.parameters()]
+        trained = [*self.decoder.parameters(), *self.post_quant_conv.parameters()]
+        encoder = [*self.encoder.parameters(), *self.quant_conv.parameters()]
+        for parameter in encoder:
+            parameter.requires_grad_(self.train_encoder)
+        trained += encoder if self.train_encoder else []
         return optimizer_and_schedule(torch.optim.Adam(trained, lr=self.learning_rate, betas=(0.5, 0.9)),
                                       self.scheduler_config)
 

@@ -330,8 +330,11 @@ def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLa
     """
     for concept in concepts:
         odd = sorted(set(concept.target_output_v) ^ set(text_layers))
+        odd += [name for name, layer in text_layers.items() if not odd and layer.to_v.weight.shape != torch.Size(
+            [len(concept.target_output_v[name]), len(concept.super_input)])]
         if odd:
-            raise UserError(f"concept {concept.label} does not fit this model: they differ in layer {odd[0]}")
+            raise UserError(f"concept {concept.label} does not fit this model: they differ in layer {odd[0]}; "
+                            "train it again")
     locked = locked_keys(text_layers, torch.stack([concept.super_input for concept in concepts]))
     device = next(iter(locked.values())).device
     values, keys = {}, {}

@@ -160,8 +160,6 @@ def estimate_covariance(embedder: TextEncoder, captions: Sequence[str], tokens: 
         raise UserError(f"tokens {tokens!r}: give one of {', '.join(TOKENS)}")
     pieces = _pieces_that_fit(embedder, captions)
     skipped = len(captions) - len(pieces)
-    if skipped:
-        log.warning("%d of %d captions left out: more than %d tokens", skipped, len(captions), embedder.max_length - 2)
     total, count = torch.zeros((), dtype=torch.float64), 0
     with torch.inference_mode(), tqdm(total=len(pieces), desc="covariance", unit=" captions",
                                       disable=None if progress else True) as bar:
@@ -171,7 +169,10 @@ def estimate_covariance(embedder: TextEncoder, captions: Sequence[str], tokens: 
             count += len(rows)
             bar.update(len(batch))
     if not count:
-        raise UserError(f"no token to estimate a covariance from in {len(captions)} captions; give others")
+        raise UserError(f"no token to estimate a covariance from in {len(captions)} captions ({skipped} have more than "
+                        f"{embedder.max_length - 2}); give others")
+    if skipped:
+        log.warning("%d of %d captions left out: more than %d tokens", skipped, len(captions), embedder.max_length - 2)
     if not total.isfinite().all():
         raise UserError("the text encoder gives numbers that are not finite; load undamaged weights, in float32")
     return Estimate(total / count, len(pieces), skipped, count)

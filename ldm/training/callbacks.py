@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class SetupCallback(pl.Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        log.info("logs in %s", self.folder.parent)
         for name, config in self.configs.items():
             write_whole(self.folder / name, lambda aside, config=config: OmegaConf.save(config, aside))
 
@@ -98,23 +100,40 @@ class StepProgress(TQDMProgressBar):
         return {name.removeprefix("train/"): value for name, value in metrics.items()}
 
 
+class WholeEpochs(pl.Callback):
+    """A run that goes on after the last batch of an epoch begins the next; Lightning would add a batch to the old one.
+
+    Where gradients add up over several batches, that one would count as a whole step.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if progress.current.completed >= trainer.num_training_batches:
+            progress.reset_on_run()
+
+
 class StopAfterStep(pl.Callback):
     """Ctrl-C ends training after the step at hand, with a checkpoint to go on from; a second one ends it at once."""
 
     def __init__(self) -> None:
         self.previous: Any = None
+        self.last_step: int | None = None  # that had been taken when the user asked
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         def stop(*_: object) -> None:
             signal.signal(signal.SIGINT, self.previous)
-            trainer.should_stop = True
+            self.last_step = trainer.global_step
             log.info("stopping after this step")
 
         self.previous = signal.signal(signal.SIGINT, stop)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self.last_step is not None and trainer.global_step > self.last_step:  # a step may take several batches
+            trainer.should_stop = True
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGINT, self.previous)
-        if trainer.should_stop and trainer.global_step < trainer.max_steps:
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        if self.last_step is not None and trainer.global_step != trainer.max_steps:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=False)
             log.info("stopped after %d steps; go on with: python main.py --resume %s", trainer.global_step,
-                     trainer.default_root_dir)
+                     shlex.quote(str(trainer.default_root_dir)))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.data.images import save_grid, to_tensor
 from ldm.data.templates import fill
+from ldm.errors import UserError
 from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder
 from ldm.models.diffusion.perfusion import Perfusion
-from ldm.modules.concept import save_concepts
+from ldm.modules.concept import Concept, save_concepts
 from ldm.modules.segmentation import mask_overlay
 
 log = logging.getLogger(__name__)
@@ -35,8 +37,8 @@ class ConceptSaver(pl.Callback):
         path = self.save(trainer, model)
         log.info("concept %s, a %s, after %d steps: %s (%.1f KB)", model.placeholder, model.super_category,
                  trainer.global_step, path, path.stat().st_size / 1e3)
-        log.info('next: python scripts/txt2img.py --concept %s --prompt "a photo of a %s on the beach"', path,
-                 model.placeholder)
+        log.info('next: python scripts/txt2img.py --concept %s --prompt "a photo of a %s on the beach"',
+                 shlex.quote(str(path)), model.placeholder)
 
 
 class BeforeDuringAfter(pl.Callback):
@@ -51,6 +53,9 @@ class BeforeDuringAfter(pl.Callback):
 
     def __init__(self, prompts: Sequence[str], during: int = 1, steps: int = 25, scale: float = 6.0,
                  seed: int = 1) -> None:
+        if not prompts or steps < 1 or during < 0:
+            raise UserError(f"BeforeDuringAfter: {len(prompts)} prompts, {steps} steps, {during} rows between; "
+                            "give 1 or more prompts and steps, or leave the callback out")
         self.prompts, self.during, self.steps, self.scale, self.seed = list(prompts), during, steps, scale, seed
         self.rows: dict[str, list[Image.Image]] = {}
         self.last_step = -1
@@ -66,23 +71,23 @@ class BeforeDuringAfter(pl.Callback):
         if data.has_masks:
             overlays = [mask_overlay(image, data.mask(n)) for n, image in enumerate(data.images)]
             save_grid(overlays, self._folder(trainer) / "masks.png", columns=2)
-        self._draw(f"before ({model.super_category})" if not trainer.global_step else
-                   f"resumed at step {trainer.global_step}", trainer, model)
+        self._draw(f"before ({model.super_category})", [], trainer, model)
+        if trainer.global_step:
+            self._draw(f"resumed at step {trainer.global_step}", [model.learned()], trainer, model)
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: pl.Trainer, model: Perfusion, *_: object) -> None:
         if self._due(trainer):
-            self._draw(f"step {trainer.global_step}", trainer, model)
+            self._draw(f"step {trainer.global_step}", [model.learned()], trainer, model)
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, model: Perfusion) -> None:
-        self._draw("after" if trainer.global_step >= trainer.max_steps else f"stopped at step {trainer.global_step}",
-                   trainer, model)
+        name = "after" if trainer.global_step >= trainer.max_steps else f"stopped at step {trainer.global_step}"
+        self._draw(name, [model.learned()] if trainer.global_step else [], trainer, model)
         log.info("pictures: %s", self._folder(trainer) / "before_during_after.png")
 
-    def _draw(self, name: str, trainer: pl.Trainer, model: Perfusion) -> None:
+    def _draw(self, name: str, concepts: Sequence[Concept], trainer: pl.Trainer, model: Perfusion) -> None:
         self.last_step = trainer.global_step
-        concepts = [model.learned()] if self.last_step else []
         prompts = [fill(prompt, model.placeholder if concepts else model.super_category) for prompt in self.prompts]
         training = model.training
         model.eval()

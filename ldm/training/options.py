@@ -9,12 +9,17 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.command_line import Parser, whole
 from ldm.errors import UserError
+from ldm.kinds import fits
 
 SECTIONS = {"": ("model", "data", "lightning"), "model": ("target", "params", "base_learning_rate"),
             "data": ("target", "params"), "lightning": ("trainer", "callbacks", "modelcheckpoint", "seed")}
+NEEDED = "model, data and, if need be, lightning"
+FREE_SECTIONS = ("lightning.trainer", "lightning.callbacks", "lightning.modelcheckpoint")
 TRAINER_FLAGS = ("accelerator", "devices", "max_steps", "precision")
 DEFAULT_SEED = 23
+SEED_LIMIT = 2**32
 FLAG_PATHS = {  # flag: the keys of the config that it sets, those that are there
     "data_root": ("data.params.train.params.data_root", "data.params.validation.params.data_root"),
     "init_word": ("model.params.super_category",),
@@ -26,9 +31,8 @@ FLAG_PATHS = {  # flag: the keys of the config that it sets, those that are ther
 
 def get_parser() -> argparse.ArgumentParser:
     """The flags of the LDM family that mean something here, and those of teaching a concept."""
-    parser = argparse.ArgumentParser(
-        prog="main.py", description="Train what a config describes. Anything of the form key=value after the flags "
-        "overrides that key of the YAML, for example: lightning.trainer.max_steps=100")
+    parser = Parser("Train what a config describes. Anything of the form key=value after the flags\noverrides that key "
+                    "of the YAML, for example: lightning.trainer.max_steps=100", prog="main.py")
     parser.add_argument("-b", "--base", nargs="*", default=[], metavar="base.yaml", help="configs, later ones win")
     parser.add_argument("-n", "--name", default="", help="name of the run's log folder, after the date")
     parser.add_argument("-f", "--postfix", default="", help="text after that name")
@@ -38,7 +42,8 @@ def get_parser() -> argparse.ArgumentParser:
                         help="train (the default); '-t false' builds everything, reports, and stops")
     parser.add_argument("--no-test", nargs="?", const=True, default=True, type=_flag,
                         help="kept from the LDM family: testing is done by evaluation/")
-    parser.add_argument("-s", "--seed", type=int, help=f"seed of everything random (default: {DEFAULT_SEED})")
+    parser.add_argument("-s", "--seed", type=whole(0, SEED_LIMIT),
+                        help=f"seed of everything random (default: {DEFAULT_SEED})")
     parser.add_argument("-d", "--debug", action="store_true", help="show full error traces")
     parser.add_argument("--scale_lr", nargs="?", const=True, default=True, type=_flag,
                         help="multiply base_learning_rate by devices x batch size x accumulation (default: true)")
@@ -50,7 +55,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--actual_resume", help="checkpoint of the base model to start from")
     parser.add_argument("--accelerator", help="cpu, gpu or mps (default: the best there is)")
     parser.add_argument("--devices", help="how many, or which ones")
-    parser.add_argument("--max_steps", type=int, help="training steps")
+    parser.add_argument("--max_steps", type=whole(1), help="training steps")
     parser.add_argument("--precision", help="arithmetic, as Lightning names it: 32-true, bf16-mixed, 16-mixed")
     return parser
 
@@ -82,15 +87,28 @@ def read_config(options: argparse.Namespace, overrides: Sequence[str]) -> DictCo
         if "=" not in override or override.startswith("-"):
             raise UserError(f"{override}: neither a flag (see --help) nor a key=value override")
     config = OmegaConf.merge(config, _parsed(" ".join(overrides), lambda: OmegaConf.from_dotlist(list(overrides))))
+    _parsed("config", lambda: OmegaConf.create(OmegaConf.to_container(config, resolve=True)))
     _check_sections(config)
+    _check_values(config)
     return config
 
 
+def _check_values(config: DictConfig) -> None:
+    seed, rate = config.lightning.seed, config.model.get("base_learning_rate")
+    if not fits(seed, int) or not 0 <= seed < SEED_LIMIT:
+        raise UserError(f"config: lightning.seed must be a whole number from 0 to {SEED_LIMIT - 1}, not {seed!r}")
+    if rate is not None and not (fits(rate, float) and rate > 0):
+        raise UserError(f"config: model.base_learning_rate must be a number above 0, not {rate!r}")
+
+
 def _check_sections(config: DictConfig) -> None:
+    for place in FREE_SECTIONS:
+        if not isinstance(OmegaConf.select(config, place, default=OmegaConf.create()), DictConfig):
+            raise UserError(f"config: {place} must hold keys with values")
     for place, known in SECTIONS.items():
         section = OmegaConf.select(config, place) if place else config
         if not isinstance(section, DictConfig):
-            raise UserError(f"config: there is no section {place}; a run needs {', '.join(SECTIONS[''])}")
+            raise UserError(f"config: there is no section {place} with keys in it; a run needs {NEEDED}")
         unknown = sorted(set(section) - set(known))
         if unknown:
             raise UserError(f"config: unknown key {', '.join(unknown)} in {place or 'the top level'}; "

@@ -4,9 +4,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,19 +16,25 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ldm.command_line import check_folder
 from ldm.errors import UserError
-from ldm.training.callbacks import SetupCallback, StepProgress, StopAfterStep
+from ldm.training.callbacks import SetupCallback, StepProgress, StopAfterStep, WholeEpochs
+from ldm.training.folder import check_resumable, removed_on_failure
 from ldm.training.options import get_parser, read_config
-from ldm.util import instantiate_from_config, refuse_unknown_params
+from ldm.util import blamed_on, instantiate_from_config, refuse_unknown_params, refuse_wrong_kinds
 
 log = logging.getLogger(__name__)
 
 def log_folder(options: argparse.Namespace, now: str) -> Path:
     """Where the run writes: a new folder, or that of the run to go on with."""
     if not options.resume:
-        name = options.name or Path(options.base[0]).stem
-        return Path(options.logdir) / f"{now}_{name}{options.postfix}"
+        name = (options.name or Path(options.base[0]).stem) + options.postfix
+        if Path(name).name != name:
+            raise UserError(f"--name {name}: names a folder in --logdir; leave out what is no name")
+        check_folder("--logdir", Path(options.logdir))
+        return Path(options.logdir) / f"{now}_{name}"
     given = Path(options.resume)
     if not given.exists():
         raise UserError(f"--resume {given}: no such log folder or checkpoint")
@@ -34,7 +42,10 @@ def log_folder(options: argparse.Namespace, now: str) -> Path:
     options.checkpoint = folder / "checkpoints" / "last.ckpt" if given.is_dir() else given
     if not options.checkpoint.is_file():
         raise UserError(f"--resume {given}: there is no checkpoint {options.checkpoint} to go on from")
+    check_resumable(options.checkpoint)
     options.base = [*map(str, sorted(folder.glob("configs/*.yaml"))), *options.base]
+    if not options.base:
+        raise UserError(f"--resume {given}: {folder} has no configs/*.yaml of its run; name its config with --base")
     return folder
 
 
@@ -44,17 +55,30 @@ def make_trainer(config: DictConfig, logdir: Path, now: str) -> pl.Trainer:
     settings = {"accelerator": "auto", "devices": 1, "max_epochs": -1, "enable_model_summary": False,
                 "num_sanity_val_steps": 0, "benchmark": True, "log_every_n_steps": 10}
     settings |= OmegaConf.to_container(lightning.trainer, resolve=True)
-    refuse_unknown_params("lightning.trainer", pl.Trainer, settings)
+    _check_settings("lightning.trainer", pl.Trainer, settings)
     checkpoints = {"dirpath": logdir / "checkpoints", "filename": "{epoch:06}-{step:08}", "save_last": True,
-                   "auto_insert_metric_name": False, "monitor": None, "save_top_k": 1}
+                   "auto_insert_metric_name": False, "monitor": None, "save_top_k": 1,
+                   "enable_version_counter": False}  # --resume looks for last.ckpt, not for last-v1.ckpt
     checkpoints |= OmegaConf.to_container(lightning.get("modelcheckpoint") or {}, resolve=True)
-    refuse_unknown_params("lightning.modelcheckpoint", ModelCheckpoint, checkpoints)
+    _check_settings("lightning.modelcheckpoint", ModelCheckpoint, checkpoints)
     plain = {"model": config.model, "data": config.data}
-    callbacks = [SetupCallback(now, logdir, OmegaConf.create(plain), lightning), ModelCheckpoint(**checkpoints),
-                 LearningRateMonitor(logging_interval="step"), StepProgress(), StopAfterStep(),
-                 *(instantiate_from_config(entry) for entry in (lightning.get("callbacks") or {}).values())]
+    own = [instantiate_from_config(entry) for entry in (lightning.get("callbacks") or {}).values()]
+    with blamed_on("lightning.modelcheckpoint cannot be used", MisconfigurationException):
+        callbacks = [SetupCallback(now, logdir, OmegaConf.create(plain), lightning), ModelCheckpoint(**checkpoints),
+                     LearningRateMonitor(logging_interval="step"), StepProgress(), WholeEpochs(), StopAfterStep(),
+                     *own]
     logger = TensorBoardLogger(save_dir=logdir, name="", version="tensorboard")
-    return pl.Trainer(**settings, callbacks=callbacks, logger=logger, default_root_dir=logdir)
+    with blamed_on("lightning.trainer, --accelerator or --devices cannot be used", MisconfigurationException):
+        return pl.Trainer(**settings, callbacks=callbacks, logger=logger, default_root_dir=logdir)
+
+
+def _check_settings(name: str, target: type, settings: Mapping[str, Any]) -> None:
+    """Raises a UserError for settings that the target does not have, or not in this range."""
+    refuse_unknown_params(name, target, settings)
+    refuse_wrong_kinds(name, target, settings)
+    for key in ("max_steps", "accumulate_grad_batches"):
+        if settings.get(key) == 0:
+            raise UserError(f"{name}: {key} 0 trains nothing; give 1 or more")
 
 
 def scaled_learning_rate(config: DictConfig, trainer: pl.Trainer, scale: bool) -> float | None:
@@ -68,29 +92,57 @@ def scaled_learning_rate(config: DictConfig, trainer: pl.Trainer, scale: bool) -
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `main.py` with these arguments, those of the command line by default."""
     options, overrides = get_parser().parse_known_args(arguments)
+    try:
+        _run(options, overrides)
+    except UserError:
+        if options.debug:
+            traceback.print_exc()
+        raise
+
+
+def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     quiet()
     now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     logdir = log_folder(options, now) if options.base or options.resume else Path()
     config = read_config(options, overrides)
     pl.seed_everything(config.lightning.seed, workers=True, verbose=False)
-    model = instantiate_from_config({key: config.model[key] for key in ("target", "params") if key in config.model})
-    model.to(memory_format=torch.channels_last)
-    data = instantiate_from_config(config.data)
-    data.setup()
-    trainer = make_trainer(config, logdir, now)
+    trainer, data, model = _parts(config, logdir, now)  # in this order: what is cheap finds mistakes first
     rate = scaled_learning_rate(config, trainer, options.scale_lr)
     if rate is not None:
         model.learning_rate = rate
         log.info("learning rate %.2e", rate)
-    log.info("logs in %s", logdir)
-    if options.train:
+    if not options.train:
+        log.info("model and data are ready; with '-t false' that is all")
+        return
+    with removed_on_failure(logdir, lambda: trainer.global_step > 0):
         trainer.fit(model, data, ckpt_path=str(options.checkpoint) if options.resume else None, weights_only=True)
+
+
+def _parts(config: DictConfig, logdir: Path, now: str
+           ) -> tuple[pl.Trainer, pl.LightningDataModule, pl.LightningModule]:
+    """What the config describes, ready to be trained."""
+    trainer = make_trainer(config, logdir, now)
+    data = instantiate_from_config(config.data)
+    _refuse_other_kinds("data", data, pl.LightningDataModule)
+    data.setup()
+    model = instantiate_from_config({key: config.model[key] for key in ("target", "params") if key in config.model})
+    _refuse_other_kinds("model", model, pl.LightningModule)
+    if trainer.world_size > getattr(model, "most_devices", trainer.world_size):
+        raise UserError(f"{config.model.target} is trained on one device; "
+                        f"leave out --devices {config.lightning.trainer.devices}")
+    return trainer, data, model.to(memory_format=torch.channels_last)
+
+
+def _refuse_other_kinds(section: str, built: object, kind: type) -> None:
+    if not isinstance(built, kind):
+        raise UserError(f"config: {section}.target must name a {kind.__name__}, not a {type(built).__name__}")
 
 
 def quiet() -> None:
     """Silences what libraries say at every start and what no user can act on."""
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line per attempt where there is no network
     transformers.utils.logging.disable_progress_bar()
     for message in (".*does not have many workers.*", ".*tensorboardX.*", ".*Checkpoint directory.*",
                     ".*isinstance.treespec.*", ".*`LeafSpec`.*", ".*in eval mode at the start of training.*",

@@ -38,13 +38,41 @@ def batches(loader: Any) -> list[list[int]]:
 
 
 def test_training_batches_are_full_and_shuffled() -> None:
-    module = prepared(train=numbers(count=10))
-    torch.manual_seed(0)
-    first, second = batches(module.train_dataloader()), batches(module.train_dataloader())
+    loader = prepared(train=numbers(count=10)).train_dataloader()
+    first, second = batches(loader), batches(loader)
     for epoch in (first, second):
         assert [len(batch) for batch in epoch] == [4, 4] and len(set(sum(epoch, []))) == 8
     assert first != second
     assert batches(prepared(train=numbers(), shuffle=False).train_dataloader()) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_the_seed_decides_the_order() -> None:
+    def order(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return batches(prepared(train=numbers(count=40)).train_dataloader())
+
+    assert order(1) == order(1) != order(2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_a_loader_goes_on_where_another_stopped(before: int, workers: int) -> None:
+    torch.manual_seed(0)
+    straight = prepared(train=numbers(count=9)).train_dataloader()
+    expected = [batch for _ in range(3) for batch in batches(straight)]
+    module = prepared(train=numbers(count=9), num_workers=workers)
+    stopped, resumed = module.train_dataloader(), module.train_dataloader()
+    got: list[list[int]] = []
+    while len(got) < before:
+        for batch in stopped:
+            got.append(batch.tolist())
+            if len(got) == before:
+                break
+    resumed.load_state_dict(stopped.state_dict() if before else {"drawn": 0})
+    assert len(straight) == len(resumed) == 2
+    while len(got) < len(expected):
+        got += batches(resumed)
+    assert got == expected
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from ldm.errors import UserError
-from ldm.models.diffusion.prompts import ConceptPrompts, check_placeholders, with_settings, word_vector
+from ldm.models.diffusion.prompts import (
+    ConceptPrompts,
+    check_placeholders,
+    warn_of_idle_concepts,
+    with_settings,
+    word_vector,
+)
 from ldm.modules.concept import Concept, base_fingerprint
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.rank_one import invert_covariance
@@ -177,13 +183,14 @@ def test_what_cannot_be_used_is_refused(
 
 
 def test_words_that_no_concept_has_and_concepts_that_no_prompt_names(caplog: pytest.LogCaptureFixture) -> None:
-    check_placeholders(["a <MY-teddy>, here", "a <mug>"], ["<my-teddy>", "<mug>"])
+    for check in (check_placeholders, warn_of_idle_concepts):
+        check(["a <MY-teddy>, here", "a <mug>"], ["<my-teddy>", "<mug>"])
     check_placeholders(["1 < 2 and 3 > 2", "I <3 it"], [])
     assert not caplog.records
     for loaded, message in (([], "none is loaded"), (["<a>", "<b>"], "loaded are <a>, <b>")):
         with pytest.raises(UserError, match=f"names <mug>.*{message}"):
             check_placeholders(["a cat", "a <mug>"], loaded)
-    check_placeholders(["a mask", "a cup"], ["sks", "cup"])  # in "mask" no encoder would find "sks"
+    warn_of_idle_concepts(["a mask", "a cup"], ["sks", "cup"])  # in "mask" no encoder would find "sks"
     assert [record.getMessage() for record in caplog.records if "sks" in record.getMessage()]
     assert not [record for record in caplog.records if "cup" in record.getMessage()]
 

@@ -159,8 +159,8 @@ def test_what_cannot_be_used_is_named(
 ) -> None:
     assert "no base model: name its checkpoint with --ckpt" in failure(script, files, capsys)
     assert "is a folder" in failure(script, files, capsys, "--output", files.config.parent)
-    assert "nothing.yaml: no such file" in failure(script, files, capsys, "--config", "nothing.yaml")
-    assert "'0' is no whole number above 0" in failure(script, files, capsys, "--limit", 0)
+    assert "nothing.yaml: not readable as a config" in failure(script, files, capsys, "--config", "nothing.yaml")
+    assert "--limit: 0: must be 1 or more" in failure(script, files, capsys, "--limit", 0)
     monkeypatch.setattr(script, "load_model", lambda *_: SimpleNamespace(cond_stage_model=None))
     assert "has no text encoder" in failure(script, files, capsys)
     files.config.write_text("data: {}\n")

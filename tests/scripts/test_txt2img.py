@@ -195,7 +195,8 @@ def test_equal_words_are_renamed_and_prompts_come_from_a_file(
     both = draw("--concept", world.teddy, "--concept", world.teddy, "--from-file", tmp_path / "prompts.txt",
                 "--n_samples", 1)
     assert len(both) == 2 and apart(both[:1], both[1:]) <= 2 * ROUNDING  # the same concept under two names
-    assert f"<teddy-2>: the teddy bear of {world.teddy} (there <teddy>), bias 0.75" in caplog.text
+    assert f"<teddy-2> stands for the <teddy> of {world.teddy}\n" in caplog.text
+    assert f"<teddy-2>: the teddy bear of {world.teddy}, bias 0.75" in caplog.text
     assert [read_note(path)["prompt"] for path in pictures(tmp_path / "out")] == ["a <teddy>", "a <teddy-2>"]
     draw("--concept", world.teddy, "--prompt", "a cat", "--n_samples", 1)
     assert "<teddy> is loaded, but its word does not stand in the prompt" in caplog.text

@@ -20,7 +20,7 @@ from ldm.data.templates import fill
 from ldm.errors import UserError
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.diffusion.objectives import mask_on_latents
-from ldm.models.diffusion.prompts import word_vector
+from ldm.models.diffusion.prompts import check_super_category, word_vector
 from ldm.models.optimisation import optimizer_and_schedule
 from ldm.modules.attention import name_text_layers
 from ldm.modules.concept import Concept, base_fingerprint, is_placeholder
@@ -30,6 +30,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.learned_concept import LOCKINGS, LearnedConcept
 from ldm.modules.rank_one import invert_covariance
 from ldm.modules.segmentation import ZeroShotSegmenter, cached_masks
+from ldm.util import blamed_on
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +52,27 @@ class Perfusion(LatentDiffusion):
             repeats them.
     """
 
+    most_devices = 1
+
     def __init__(self, super_category: str | None = None, placeholder: str = "<concept>", bias: float = 0.75,
                  temperature: float = 0.1, embedding_lr: float = 0.006, value_lr: float = 0.03,
                  locking: str = "local", target_input_decay: float = 0.99, covariance: str | None = None,
                  segmenter: str | None = None, seed: int | None = None, **latent_diffusion: Any) -> None:
-        super().__init__(**{**latent_diffusion, "use_ema": False})  # nothing is trained that has an average
         if not is_placeholder(placeholder):
             raise UserError(f"placeholder {placeholder!r}: must be a word without white space, such as <my-teddy>")
         if locking not in LOCKINGS:
             raise UserError(f"locking {locking!r} is unknown; choose one of {', '.join(LOCKINGS)}")
-        if temperature <= 0:
-            raise UserError(f"temperature {temperature} must be above 0; 0.1 is usual")
-        self.super_category, self.placeholder = super_category, placeholder
+        for name, value in (("temperature", temperature), ("embedding_lr", embedding_lr), ("value_lr", value_lr)):
+            if value <= 0:
+                raise UserError(f"{name} {value} must be above 0")
+        if not 0 <= target_input_decay < 1:
+            raise UserError(f"target_input_decay {target_input_decay} must be at least 0 and below 1; 0.99 is usual")
+        if covariance is not None and not Path(covariance).is_file():  # before weights, which take longer to load
+            raise UserError(f"covariance {covariance}: no such file; compute it with scripts/compute_covariance.py, "
+                            "or set null")
+        super().__init__(**{**latent_diffusion, "use_ema": False})  # nothing is trained that has an average
+        self.super_category = None if super_category is None else " ".join(super_category.split())
+        self.placeholder = placeholder
         self.bias, self.temperature = bias, temperature
         self.embedding_lr, self.value_lr = embedding_lr, value_lr
         self.locking, self.target_input_decay = locking, target_input_decay
@@ -94,13 +104,16 @@ class Perfusion(LatentDiffusion):
                             "model.params.ckpt_path")
         if not self.super_category:
             raise UserError("no super-category: say what kind of thing it is, for example --init_word \"teddy bear\"")
-        if self.trainer.world_size > 1:
-            raise UserError("one concept is learned on one device; leave out --devices")
         self.seed = torch.initial_seed() % 2**32 if self.seed is None else self.seed
         self.to(self.trainer.strategy.root_device)  # Lightning does so only after this, too late for what follows
         encoder = self.cond_stage_model
+        check_super_category(encoder, self.super_category)
         start = word_vector(encoder, self.super_category)
+        encoder.tokenize([fill(template, self.super_category) for template in data.templates])  # whether they fit
         tokens = encoder.tokenize([fill(t, self.placeholder) for t in data.templates], [self.placeholder])
+        if not bool((self._concept_positions(tokens).sum(1) == 1).all()):
+            raise UserError(f"placeholder {self.placeholder!r}: stands in the training sentences by itself; "
+                            "give a word of its own, such as <my-teddy>")
         encodings = encoder.encode_tokens(tokens, start)
         super_input = encodings[self._concept_positions(tokens)].mean(0)
         self.concept = LearnedConcept(start, super_input, self.text_layers, self.locking)
@@ -119,8 +132,8 @@ class Perfusion(LatentDiffusion):
     def _make_masks(self, data: PersonalizedBase) -> None:
         if data.has_masks or self.segmenter is None:
             return
-        log.info("masks of %s by %s", self.super_category, self.segmenter)
         segmenter = ZeroShotSegmenter.from_path(self.segmenter, self.device)
+        log.info("masks of %s by %s", self.super_category, self.segmenter)
         folder = Path(self.trainer.default_root_dir) / "masks"
         data.set_masks(cached_masks(data.paths, segmenter, self.super_category, folder, data.size))
 
@@ -130,10 +143,23 @@ class Perfusion(LatentDiffusion):
         encoded = []
         for photo in data.images:
             image = to_tensor(photo).to(self.device)
-            posterior = self.first_stage_model.encode(torch.stack([image, image.flip(-1)]))
+            with blamed_on(f"photos of {data.size} pixels (data.params.train.params.size) do not fit the first stage"):
+                posterior = self.first_stage_model.encode(torch.stack([image, image.flip(-1)]))
             gaussian = isinstance(posterior, DiagonalGaussianDistribution)
             encoded.append(posterior.parameters if gaussian else torch.cat([posterior, posterior - torch.inf], 1))
         self._moments = torch.stack(encoded)
+        self._check_latents(self._moments.shape[2] // 2, *self._moments.shape[3:])
+
+    def _check_latents(self, channels: int, height: int, width: int) -> None:
+        """Raises a UserError where the U-Net cannot have latents as the first stage gives them, or of `image_size`."""
+        if channels != self.channels:
+            raise UserError(f"channels {self.channels} (model.params), but the first stage's latents have {channels}; "
+                            "give its number")
+        step = 2 ** (len(getattr(self.model.diffusion_model, "channel_mult", (1,))) - 1)
+        odd = [side for side in (height, width, *self.latent_shape[1:]) if side % step]
+        if odd:
+            raise UserError(f"latents of {odd[0]} a side, by size (data.params.train.params) or image_size "
+                            f"(model.params), but the U-Net takes multiples of {step}; change it")
 
     def _concept_positions(self, tokens: Tensor) -> Tensor:
         """(B, N) booleans: where the placeholder's token stands."""

@@ -1,8 +1,11 @@
 """Prompts in which the words of learned concepts stand, encoded for a model that has never heard of them."""
 from __future__ import annotations
 
+import difflib
 import logging
 import re
+import string
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -13,9 +16,12 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.modules.concept import Concept, base_fingerprint, check_base, stack_concepts
 from ldm.modules.context import PromptContext, TextLayer
-from ldm.modules.encoders.modules import whole_word
+from ldm.modules.encoders.modules import split_at_placeholders, whole_word
 
 log = logging.getLogger(__name__)
+
+MOST_WORDS = 100  # that an error lists
+PLACEHOLDER = r"<[^\s<>]+>"  # what in a prompt is surely meant to be one
 
 
 class TextEncoder(Protocol):
@@ -24,6 +30,10 @@ class TextEncoder(Protocol):
     token_table: Tensor
 
     def word_pieces(self, text: str) -> list[int]: ...
+
+    def unknown_words(self, text: str) -> list[str]: ...
+
+    def known_words(self) -> list[str]: ...
 
     def tokenize(self, prompts: Sequence[str], placeholders: Sequence[str] = ()) -> Tensor: ...
 
@@ -45,18 +55,45 @@ def word_vector(encoder: TextEncoder, word: str) -> Tensor:
     return encoder.token_table[pieces].mean(0, keepdim=True)
 
 
-def check_placeholders(prompts: Sequence[str], placeholders: Sequence[str]) -> None:
-    """Raises for a <word> that no concept has; warns of a concept that no prompt names.
+def check_super_category(encoder: TextEncoder, words: str) -> None:
+    """Raises a UserError for a super-category that says nothing to the text encoder; warns of single such words."""
+    if re.search(PLACEHOLDER, words):
+        raise UserError(f"the super-category {words!r} holds a placeholder; give plain words, such as \"teddy bear\"")
+    if not any(letter.isalnum() or unicodedata.category(letter) == "So" for letter in words):  # So: emoji
+        raise UserError(f"the super-category {words!r} has no word in it; give a plain one, such as \"teddy bear\"")
+    unknown = encoder.unknown_words(words)
+    if not unknown:
+        return
+    if not {word.strip(string.punctuation) for word in words.split()} - {"", *unknown}:
+        known = encoder.known_words()
+        near = [close for word in unknown for close in difflib.get_close_matches(word, known)] or known[:MOST_WORDS]
+        raise UserError(f"the super-category {words!r} cannot be expressed: this text encoder was never taught the "
+                        f"word {', '.join(unknown)}; give another, it knows {', '.join(near)}")
+    log.warning("warning: this text encoder was never taught %s; of the super-category it sees only the rest",
+                ", ".join(unknown))
 
-    Raises:
-        UserError: see above.
-    """
+
+def warn_of_unknown_words(encoder: TextEncoder, prompts: Sequence[str], placeholders: Sequence[str] = ()) -> None:
+    """A warning that names the words of the prompts, other than placeholders, that say nothing to the text encoder."""
+    texts = [part for prompt in prompts for part in split_at_placeholders(prompt, placeholders)
+             if isinstance(part, str)]
+    unknown = encoder.unknown_words(" ".join(texts))
+    if unknown:
+        log.warning("warning: this text encoder was never taught %s; pictures will not follow", ", ".join(unknown))
+
+
+def check_placeholders(prompts: Sequence[str], placeholders: Sequence[str]) -> None:
+    """Raises a UserError for a <word> in the prompts that no concept has."""
     loaded = {word.lower() for word in placeholders}
     for prompt in prompts:
-        for word in re.findall(r"<[^\s<>]+>", prompt):
+        for word in re.findall(PLACEHOLDER, prompt):
             if word.lower() not in loaded:
                 have = f"loaded are {', '.join(placeholders)}" if loaded else "none is loaded, see --concept"
                 raise UserError(f"the prompt {prompt!r} names {word}, but no loaded concept has that word; {have}")
+
+
+def warn_of_idle_concepts(prompts: Sequence[str], placeholders: Sequence[str]) -> None:
+    """A warning for each concept that no prompt names."""
     for word in placeholders:
         if not any(_names(prompt, word) for prompt in prompts):
             log.warning("warning: concept %s is loaded, but its word does not stand in the prompt", word)
@@ -108,14 +145,13 @@ class ConceptPrompts:
         if self.concepts and inverse_covariance is None:
             raise ValueError("concepts need the inverse covariance of the text encoder")
         fingerprint = base_fingerprint(text_layers) if self.concepts else ""
+        table = encoder.token_table
         for concept in self.concepts:
             check_base(concept, fingerprint)
-        table = encoder.token_table
+            if concept.embedding.shape[1] != table.shape[1]:
+                raise UserError(f"concept {concept.label} does not fit this model: its embedding has "
+                                f"{concept.embedding.shape[1]} numbers, words have {table.shape[1]}; train it again")
         self.inverse_covariance = None if inverse_covariance is None else inverse_covariance.to(table.device)
-
-    def check(self, prompts: Sequence[str]) -> None:
-        """`check_placeholders` with those of the loaded concepts."""
-        check_placeholders(prompts, self.placeholders)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], biases: Sequence[float] | None = None,

@@ -65,6 +65,8 @@ def diffusion_buffers(
         UserError: fewer than two betas, one outside 0..1, or `v_posterior` outside 0..1.
     """
     if given_betas is None:
+        if timesteps < 2:
+            raise UserError(f"timesteps {timesteps}: a noise schedule has two or more; 1000 is usual")
         given_betas = make_beta_schedule(
             beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s
         )

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import re
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,26 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         """The numbers of the word pieces of `text`, without start and end."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of `text`, without punctuation, of which every piece has a row that training has not touched."""
+        words = dict.fromkeys(bare for word in text.split() if (bare := word.strip(string.punctuation)))
+        untouched = self._untouched_rows()
+        return [word for word in words if bool(untouched[self.word_pieces(word)].all())]
+
+    def known_words(self) -> list[str]:
+        """Every whole word of letters that training has touched, sorted; none where it has touched most of them."""
+        untouched = self._untouched_rows()
+        whole = {piece.removesuffix("</w>"): number for piece, number in self.tokenizer.get_vocab().items()
+                 if piece.endswith("</w>") and piece.removesuffix("</w>").isalpha()}
+        return sorted(word for word, number in whole.items() if not untouched[number]) if untouched.any() else []
+
+    def _untouched_rows(self) -> Tensor:
+        """(vocabulary,) booleans: rows that equal most others, as in tables that were trained on few words."""
+        table = self.token_table.detach()
+        usual = table[::max(1, len(table) // 255)].median(0).values  # column by column that of a row, if most are equal
+        untouched = (table == usual).all(1)
+        return untouched & (2 * untouched.sum() > len(table))
+
     def tokenize(self, prompts: Sequence[str], placeholders: Sequence[str] = ()) -> Tensor:
         """(B, max_length) numbers of word pieces; the j-th placeholder is one token, number `vocabulary size + j`.
 
@@ -110,7 +131,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             pieces += self.word_pieces(part) if isinstance(part, str) else [len(self.token_table) + part]
         room = self.max_length - 2
         if len(pieces) > room:
-            raise UserError(f"the prompt {prompt!r} has {len(pieces)} tokens, but the text encoder takes {room}; "
+            shown = prompt if len(prompt) <= 80 else f"{prompt[:79]}…"
+            raise UserError(f"the prompt {shown!r} has {len(pieces)} tokens, but the text encoder takes {room}; "
                             "shorten it")
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return torch.tensor([start, *pieces, *[end] * (self.max_length - 1 - len(pieces))])
@@ -170,7 +192,8 @@ def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
             if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
                 return tokenizer, load_pretrained(CLIPTextModel, folder)
             return tokenizer, CLIPTextModel(CLIPTextConfig.from_pretrained(folder))
-        return CLIPTokenizer.from_pretrained(version), load_pretrained(CLIPTextModel, version)
+        model = load_pretrained(CLIPTextModel, version)  # first: where there is no network, it asks the fewest times
+        return CLIPTokenizer.from_pretrained(version), model
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"text encoder {version!r} cannot be loaded ({reason}); give a local folder") from None

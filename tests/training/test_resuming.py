@@ -1,0 +1,139 @@
+"""Runs that are stopped, by Ctrl-C, by force or by themselves, and go on to the result of one that is not."""
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from teaching import BASE, FEW_PICTURES, QUICK, resume, start, state_of, teach
+
+from ldm.errors import UserError
+from ldm.modules.concept import load_concepts
+from ldm.training.run import main as train
+
+STEPS = 12
+LONG = (*FEW_PICTURES, "--max_steps", STEPS, "data.params.batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return teach(tmp_path_factory.mktemp("straight"), *LONG)
+
+
+def same(logdir: Path, other: Path) -> None:
+    """Both runs end in the same concept file, and the last checkpoint has the same numbers in full precision."""
+    assert (logdir / "concept.safetensors").read_bytes() == (other / "concept.safetensors").read_bytes()
+    ours, theirs = state_of(logdir), state_of(other)
+    assert ours["global_step"] == theirs["global_step"] and ours["state_dict"].keys() == theirs["state_dict"].keys()
+    for name, value in ours["state_dict"].items():
+        assert torch.equal(value, theirs["state_dict"][name]), name
+
+
+def signalled(folder: Path, number: int, when: Callable[[str, Path], bool], *arguments: object) -> tuple[int, str]:
+    """Starts a run in `folder` and signals it when its output and folder are so; exit status and whole output."""
+    process = start("main.py", *BASE, "-l", folder, *LONG, *arguments)
+    output = ""
+    while character := process.stdout.read(1):
+        output += character
+        if when(output, folder):
+            process.send_signal(number)
+            break
+    output += process.stdout.read()
+    return process.wait(), output
+
+
+def test_ctrl_c_keeps_the_concept_and_says_how_to_go_on(straight: Path, tmp_path: Path) -> None:
+    status, output = signalled(tmp_path, signal.SIGINT, lambda text, _: f" 3/{STEPS} " in text)
+    (logdir,) = tmp_path.iterdir()
+    assert status == 0 and "Traceback" not in output, output
+    (concept,) = load_concepts(logdir / "concept.safetensors")
+    assert 3 <= concept.steps < STEPS
+    assert state_of(logdir)["global_step"] == concept.steps
+    command = re.search(rf"stopped after {concept.steps} steps; go on with: python main.py (.*)", output)
+    resume(logdir, *shlex.split(command[1])[2:])
+    assert shlex.split(command[1])[:2] == ["--resume", str(logdir)]
+    same(logdir, straight)
+    (concept,) = load_concepts(logdir / "concept.safetensors")
+    assert concept.steps == STEPS
+    assert [path.name for path in (logdir / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(straight: Path, tmp_path: Path) -> None:
+    def kept(_: str, folder: Path) -> bool:
+        return any(folder.glob("*/checkpoints/last.ckpt"))
+
+    status, output = signalled(tmp_path, signal.SIGKILL, kept, "lightning.modelcheckpoint.every_n_train_steps=4")
+    (logdir,) = tmp_path.iterdir()
+    assert status == -signal.SIGKILL, output
+    assert state_of(logdir)["global_step"] < STEPS and not (logdir / "concept.safetensors").exists()
+    same(resume(logdir), straight)
+
+
+def short(parts: int, *arguments: object) -> tuple[object, ...]:
+    """A run of 6 steps of `parts` batches; an epoch has 5 batches, so that its last step may have fewer."""
+    return (*QUICK, "--max_steps", 6, "data.params.train.params.repeats=2",
+            f"lightning.trainer.accumulate_grad_batches={parts}", *arguments)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Such runs with a checkpoint of every step."""
+
+    @functools.cache
+    def run(parts: int) -> Path:
+        return teach(tmp_path_factory.mktemp("whole"), *short(parts), "lightning.modelcheckpoint.every_n_train_steps=1",
+                     "lightning.modelcheckpoint.save_top_k=-1")
+
+    return run
+
+
+@pytest.mark.parametrize(("parts", "step"), [(1, 2), (1, 5), (2, 1), (2, 3)])
+def test_going_on_from_any_checkpoint(whole: Callable[[int], Path], tmp_path: Path, parts: int, step: int) -> None:
+    """Within and at the end of an epoch."""
+    shutil.copytree(whole(parts), tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob(f"*-{step:08}.ckpt")
+    (tmp_path / "run" / "concept.safetensors").unlink()
+    resume(checkpoint)
+    same(tmp_path / "run", whole(parts))
+
+
+@pytest.mark.parametrize(("parts", "steps"), [(1, 4), (1, 5), (2, 3)])
+def test_a_run_of_more_steps_is_a_longer_run(
+    whole: Callable[[int], Path], tmp_path: Path, parts: int, steps: int
+) -> None:
+    logdir = teach(tmp_path, *short(parts), "--max_steps", steps)
+    assert state_of(logdir)["global_step"] == steps
+    same(resume(logdir, "--max_steps", 6), whole(parts))
+
+
+@pytest.mark.parametrize(("parts", "batch", "steps"), [(1, 4, 5), (2, 2, 2)])
+def test_ctrl_c_ends_with_a_whole_step(
+    whole: Callable[[int], Path], tmp_path: Path, parts: int, batch: int, steps: int
+) -> None:
+    logdir = teach(tmp_path, *short(parts), "lightning.callbacks.ctrl_c.target=teaching.CtrlC",
+                   f"lightning.callbacks.ctrl_c.params.batch={batch}")
+    assert state_of(logdir)["global_step"] == steps
+    same(resume(logdir, "lightning.callbacks.ctrl_c.params.batch=-1"), whole(parts))
+
+
+def test_a_resumed_run_shows_its_pictures_from_the_start(tmp_path: Path) -> None:
+    logdir = teach(tmp_path / "logs", *QUICK, "lightning.callbacks.pictures.params.during=0")
+    sheet = logdir / "images" / "before_during_after.png"
+    rows_before = Image.open(sheet).height  # photos, before, after
+    resume(logdir / "checkpoints" / "last.ckpt", "--max_steps", 3)
+    assert Image.open(sheet).height == pytest.approx(rows_before * 4 / 3, rel=0.02)  # and resumed
+
+
+@pytest.mark.parametrize("given", ["nowhere", "", "last.ckpt"])
+def test_nothing_to_go_on_from(tmp_path: Path, given: str) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=re.escape(f"--resume {tmp_path / 'run' / given}: ")):
+        train(["--resume", str(tmp_path / "run" / given)])
+    assert not list((tmp_path / "run").iterdir())
