@@ -4,13 +4,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_weights
 from ldm.errors import UserError
-from ldm.models.optimisation import optimizer_and_schedule
+from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config, refuse_unknown_params
@@ -26,7 +25,7 @@ def image_batch(batch: Mapping[str, Tensor], key: str) -> Tensor:
     return images.float().contiguous(memory_format=torch.channels_last)
 
 
-class AutoencoderKL(pl.LightningModule):
+class AutoencoderKL(OneStepModule):
     """An autoencoder with a Gaussian latent: images (B, 3, H, W) in [-1, 1] to latents (B, embed_dim, H/f, W/f).
 
     Args:
@@ -70,18 +69,12 @@ class AutoencoderKL(pl.LightningModule):
         posterior = self.encode(x)
         return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
-    def _step(self, batch: Mapping[str, Tensor], split: str) -> Tensor:
+    def step(self, batch: Mapping[str, Tensor], split: str) -> Tensor:
         images = image_batch(batch, self.image_key)
         reconstructions, posterior = self(images)
         loss, log = self.loss(images, reconstructions, posterior, split=split)
         self.log_dict(log, prog_bar=True, batch_size=len(images))
         return loss
-
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        return self._step(batch, "val")
 
     def configure_optimizers(self) -> dict[str, Any]:
         trained = [*self.decoder.parameters(), *self.post_quant_conv.parameters()]

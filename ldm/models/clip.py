@@ -4,12 +4,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from ldm.models.optimisation import optimizer_and_schedule
+from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
 
 # What CLIP's image tower expects of a picture in [0, 1]; the project's own towers are trained with the same figures.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,7 +21,7 @@ def clip_pixels(images: Tensor) -> Tensor:
     return ((images + 1) / 2 - mean) / std
 
 
-class CLIPTrainer(pl.LightningModule):
+class CLIPTrainer(OneStepModule):
     """Learns a text and an image tower from pictures with captions.
 
     Args:
@@ -58,7 +57,7 @@ class CLIPTrainer(pl.LightningModule):
         output = self.clip(input_ids=self.tokens(list(batch["caption"])), pixel_values=clip_pixels(batch["image"]))
         return output.logits_per_text
 
-    def _step(self, batch: Mapping[str, Any], split: str) -> Tensor:
+    def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
         logits = self.similarities(batch)
         target = torch.arange(len(logits), device=logits.device)
         loss = (torch.nn.functional.cross_entropy(logits, target) +
@@ -67,12 +66,6 @@ class CLIPTrainer(pl.LightningModule):
         self.log_dict({f"{split}/loss": loss.detach(), f"{split}/top1_of_64": top}, prog_bar=True,
                       batch_size=len(logits))
         return loss
-
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
-
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        return self._step(batch, "val")
 
     def configure_optimizers(self) -> dict[str, Any]:
         matrices = [p for name, p in self.clip.named_parameters() if p.ndim > 1 and "embedding" not in name]

@@ -4,14 +4,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
 from ldm.models.clip import clip_pixels
-from ldm.models.optimisation import optimizer_and_schedule
+from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
 from ldm.modules.encoders.modules import TOKENIZER
 from ldm.modules.encoders.vocabulary import load_pretrained
 
@@ -22,7 +21,7 @@ def start_smooth(layer: torch.nn.ConvTranspose2d) -> None:
     layer.weight.copy_(layer.weight.sum((2, 3), keepdim=True) / layer.kernel_size[0])
 
 
-class SegmenterTrainer(pl.LightningModule):
+class SegmenterTrainer(OneStepModule):
     """Learns to find, in a picture, the thing that a word names; the text tower is that of a trained CLIP, frozen.
 
     Batches bring "image", "mask" and "word", and with "other" a word of something that is not in the picture: that
@@ -62,7 +61,7 @@ class SegmenterTrainer(pl.LightningModule):
         output = self.segmenter(pixel_values=clip_pixels(images), conditional_embeddings=asked)
         return output.logits.reshape(len(images), *images.shape[-2:])
 
-    def _step(self, batch: Mapping[str, Any], split: str) -> Tensor:
+    def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
         absent = torch.arange(len(batch["image"]), device=self.device) % 4 == 3
         pairs = zip(batch["word"], batch["other"], absent.tolist(), strict=True)
         logits = self.logits(batch["image"], [other if is_absent else word for word, other, is_absent in pairs])
@@ -74,12 +73,6 @@ class SegmenterTrainer(pl.LightningModule):
         self.log_dict({f"{split}/loss": loss.detach(), f"{split}/iou": overlap.mean()}, prog_bar=True,
                       batch_size=len(logits))
         return loss
-
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
-
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        return self._step(batch, "val")
 
     def configure_optimizers(self) -> dict[str, Any]:
         trained = [p for p in self.segmenter.parameters() if p.requires_grad]
