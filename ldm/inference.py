@@ -31,7 +31,7 @@ from ldm.models.diffusion.prompts import (
     with_settings,
 )
 from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import Concept, base_fingerprint, check_base, load_concepts, merge_concepts
+from ldm.modules.concept import Concept, load_concepts, merge_concepts
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance
 from ldm.modules.rank_one import invert_covariance
@@ -186,15 +186,9 @@ def prompt_encoder(model: Any, concepts: Sequence[Concept]) -> ConceptPrompts:
     Raises:
         UserError: a concept of another base model, or two with the same placeholder.
     """
-    layers = name_text_layers(model.model.diffusion_model)
-    if not concepts:
-        return ConceptPrompts(model.cond_stage_model, layers, ())
-    fingerprint = base_fingerprint(layers)
-    for concept in concepts:  # before the covariance, which may take long
-        check_base(concept, fingerprint)
-    own = getattr(model, "inverse_covariance", None)
-    inverse = invert_covariance(cached_covariance(model.cond_stage_model)) if own is None else own()
-    return ConceptPrompts(model.cond_stage_model, layers, concepts, inverse)
+    encoder = model.cond_stage_model
+    inverse = getattr(model, "inverse_covariance", None) or (lambda: invert_covariance(cached_covariance(encoder)))
+    return ConceptPrompts(encoder, name_text_layers(model.model.diffusion_model), concepts, inverse)
 
 
 def encode_once(encoder: ConceptPrompts, prompts: Sequence[str], negative: str | None = None,

@@ -6,7 +6,7 @@ import logging
 import re
 import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.modules.concept import Concept, base_fingerprint, check_base, stack_concepts
 from ldm.modules.context import PromptContext, TextLayer
-from ldm.modules.encoders.modules import split_at_placeholders, whole_word
+from ldm.modules.encoders.modules import split_at_placeholders
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +95,8 @@ def check_placeholders(prompts: Sequence[str], placeholders: Sequence[str]) -> N
 def warn_of_idle_concepts(prompts: Sequence[str], placeholders: Sequence[str]) -> None:
     """A warning for each concept that no prompt names."""
     for word in placeholders:
-        if not any(_names(prompt, word) for prompt in prompts):
+        if not any(0 in split_at_placeholders(prompt, [word]) for prompt in prompts):
             log.warning("warning: concept %s is loaded, but its word does not stand in the prompt", word)
-
-
-def _names(prompt: str, word: str) -> bool:
-    """Whether the text encoder will see the placeholder in the prompt: whole, in any case."""
-    return re.search(whole_word(word), prompt, flags=re.IGNORECASE) is not None
 
 
 def with_settings(concepts: Sequence[Concept], biases: Sequence[float] | None = None,
@@ -129,14 +124,15 @@ class ConceptPrompts:
         encoder: the base model's text encoder.
         text_layers: its cross-attention layers by name, from `name_text_layers`.
         concepts: none or more, with different placeholders.
-        inverse_covariance: C^-1 of the text encoder, (d, d); only read where there are concepts.
+        inverse_covariance: C^-1 of the text encoder, (d, d), or what computes it: called where there are concepts,
+            after they have been checked, since it may take long.
 
     Raises:
         UserError: a concept belongs to another base model, or two have the same placeholder.
     """
 
     def __init__(self, encoder: TextEncoder, text_layers: dict[str, TextLayer], concepts: Sequence[Concept],
-                 inverse_covariance: Tensor | None = None) -> None:
+                 inverse_covariance: Tensor | Callable[[], Tensor] | None = None) -> None:
         self.encoder, self.text_layers, self.concepts = encoder, text_layers, list(concepts)
         self.placeholders = [concept.placeholder for concept in self.concepts]
         if len({word.lower() for word in self.placeholders}) < len(self.placeholders):
@@ -151,7 +147,9 @@ class ConceptPrompts:
             if concept.embedding.shape[1] != table.shape[1]:
                 raise UserError(f"concept {concept.label} does not fit this model: its embedding has "
                                 f"{concept.embedding.shape[1]} numbers, words have {table.shape[1]}; train it again")
-        self.inverse_covariance = None if inverse_covariance is None else inverse_covariance.to(table.device)
+        if self.concepts:
+            found = inverse_covariance() if callable(inverse_covariance) else inverse_covariance
+            self.inverse_covariance = found.to(table.device)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], biases: Sequence[float] | None = None,
