@@ -25,8 +25,16 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "models" / "mini" / "examples"
 CONCEPTS = {
     "teddy": ("teddy bear", Look("purple", "striped", "yellow")),
     "teapot": ("teapot", Look("green", "spotted", "pink")),
+    "cat": ("cat", Look("blue", "striped", "orange")),
+    "robot": ("robot", Look("red", "spotted", "yellow")),
+    "backpack": ("backpack", Look("yellow", "striped", "green")),
+    "car": ("car", Look("pink", "striped", "purple")),
+    "mushroom": ("mushroom", Look("blue", "spotted", "yellow")),
+    "owl": ("owl", Look("green", "striped", "red")),
+    "mug": ("mug", Look("orange", "spotted", "blue")),
+    "dinosaur": ("dinosaur", Look("red", "striped", "blue")),
 }
-# The beach, the snow, the sea, the desert and space are left for prompts.
+# The other fifteen places are left for prompts.
 PLACES = ("meadow", "table", "city", "mountains", "forest")
 
 
@@ -37,7 +45,7 @@ def pictures(kind: str, look: Look, size: int, seed: int) -> list[Image.Image]:
     made = []
     for place in PLACES:
         thing = Thing(kind, source, look, (0.5 + rng.uniform(-0.03, 0.03), 0.55 + rng.uniform(-0.02, 0.02)),
-                      rng.uniform(0.66, 0.76), float(rng.uniform(-4, 4)))
+                      rng.uniform(0.62, 0.78), float(rng.uniform(-6, 6)))
         made.append(compose(place, int(rng.integers(48)), [thing], size)[0])
     return made
 
@@ -47,10 +55,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--outdir", type=Path, default=EXAMPLES, help="where to (default: models/mini/examples)")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (default: 128)")
-    parser.add_argument("--seed", type=int, default=7, help="of places, sizes and turns (default: 7)")
+    parser.add_argument("--seed", type=int, default=7,
+                        help="of the first concept's places, sizes and turns; the next ones count up (default: 7)")
     options = parser.parse_args()
-    for name, (kind, look) in CONCEPTS.items():
-        for number, picture in enumerate(pictures(kind, look, options.size, options.seed)):
+    for seed, (name, (kind, look)) in enumerate(CONCEPTS.items(), start=options.seed):
+        for number, picture in enumerate(pictures(kind, look, options.size, seed)):
             write_whole(options.outdir / name / f"{number}.png",
                         lambda aside, picture=picture: picture.save(aside, "PNG"))
         logging.info("%s: %d pictures in %s", name, len(PLACES), options.outdir / name)

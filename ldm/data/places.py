@@ -181,6 +181,134 @@ def space(rng: Rng, size: int) -> Image.Image:
     return canvas.finished()
 
 
+def night(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (10, 18, 60), 6), _near(rng, (40, 60, 120), 6), horizon=0.7)
+    for x, y in rng.uniform((0, 0), (1, 0.5), (14, 2)):
+        canvas.ellipse(x, y, 0.01, 0.01, (250, 250, 220))
+    x, y = rng.uniform(0.12, 0.88), rng.uniform(0.1, 0.2)
+    canvas.ellipse(x, y, 0.09, 0.09, (250, 245, 205))
+    canvas.ellipse(x + 0.045, y - 0.02, 0.075, 0.075, (20, 30, 75))
+    canvas.hills(rng, rng.uniform(0.6, 0.68), 0.05, _near(rng, (18, 34, 50), 6))
+    canvas.hills(rng, rng.uniform(0.76, 0.82), 0.03, _near(rng, (10, 22, 32), 5))
+    return canvas.finished()
+
+
+def sunset(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (120, 50, 120)), _near(rng, (255, 165, 70)), horizon=0.6)
+    x = rng.uniform(0.2, 0.8)
+    canvas.ellipse(x, 0.56, 0.17, 0.17, (255, 225, 120))
+    canvas.box(0, 0.6, 1, 1, _near(rng, (110, 50, 95)))
+    for number, y in enumerate(np.linspace(0.64, 0.95, 5)):
+        half = 0.17 - 0.02 * number + rng.uniform(0, 0.05)
+        canvas.box(x - half, y, x + half, y + 0.025, (250, 170, 90))
+    return canvas.finished()
+
+
+def garden(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (165, 215, 245)), _near(rng, (225, 240, 245)), horizon=0.4)
+    for x in rng.uniform(0, 1, 8):
+        canvas.ellipse(x, rng.uniform(0.3, 0.36), 0.14, 0.12, _near(rng, (50, 130, 60)))
+    canvas.box(0, 0.36, 1, 0.6, _near(rng, (60, 140, 65)))
+    for x in np.arange(rng.uniform(-0.05, 0.03), 1, 0.12):
+        canvas.polygon([(x, 0.7), (x, 0.36), (x + 0.04, 0.31), (x + 0.08, 0.36), (x + 0.08, 0.7)], (250, 250, 245))
+    canvas.box(0, 0.46, 1, 0.5, (235, 235, 230))
+    canvas.box(0, 0.68, 1, 1, _near(rng, (120, 190, 80)))
+    for x, y in rng.uniform((0, 0.72), (1, 1), (10, 2)):
+        canvas.ellipse(x, y, 0.03, 0.03, ((235, 60, 80), (250, 210, 60), (200, 90, 210))[rng.integers(3)])
+    return canvas.finished()
+
+
+def kitchen(rng: Rng, size: int) -> Image.Image:
+    tile = ((225, 240, 240), (245, 240, 220), (225, 235, 250))[rng.integers(3)]
+    canvas = Canvas(size, tile, tile)
+    for at in np.arange(rng.uniform(0, 0.1), 1, 0.14):
+        canvas.box(at, 0, at + 0.014, 0.64, (185, 200, 205))
+        canvas.box(0, at * 0.64, 1, at * 0.64 + 0.014, (185, 200, 205))
+    cupboard = _near(rng, ((110, 160, 150), (190, 120, 90), (120, 130, 170))[rng.integers(3)])
+    canvas.box(0, 0, 1, 0.14, cupboard)
+    canvas.box(0, 0.62, 1, 0.7, _near(rng, (95, 95, 105)))
+    canvas.box(0, 0.7, 1, 1, cupboard)
+    for x in np.arange(rng.uniform(0.1, 0.3), 1, 0.34):
+        canvas.box(x, 0.72, x + 0.015, 1, (60, 65, 70))
+        canvas.ellipse(x - 0.05, 0.8, 0.02, 0.02, (240, 225, 150))
+    return canvas.finished()
+
+
+def library(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, (95, 60, 35), (80, 48, 28))
+    spines = ((170, 50, 45), (45, 90, 140), (60, 120, 75), (205, 165, 75), (110, 60, 120), (225, 215, 190))
+    for shelf in (0.02, 0.26, 0.5):
+        left = rng.uniform(-0.04, 0)
+        while left < 1:
+            wide, tall = rng.uniform(0.045, 0.08), rng.uniform(0.15, 0.2)
+            canvas.box(left, shelf + 0.2 - tall, left + wide, shelf + 0.2, _near(rng, spines[rng.integers(6)]))
+            left += wide + 0.008
+        canvas.box(0, shelf + 0.2, 1, shelf + 0.235, (140, 92, 55))
+    canvas.box(0, 0.76, 1, 1, _near(rng, (120, 45, 50)))
+    return canvas.finished()
+
+
+def road(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (120, 190, 240)), _near(rng, (220, 235, 245)), horizon=0.45)
+    canvas.hills(rng, 0.43, 0.02, _near(rng, (95, 150, 90)))
+    canvas.box(0, 0.46, 1, 1, _near(rng, (130, 180, 80)))
+    x = rng.uniform(0.42, 0.58)
+    canvas.polygon([(x - 0.03, 0.45), (x + 0.03, 0.45), (1.1, 1), (-0.1, 1)], _near(rng, (90, 92, 98)))
+    for near in (0.2, 0.42, 0.72):
+        y, half = 0.45 + 0.55 * near, 0.004 + 0.03 * near
+        canvas.polygon([(x - half, y), (x + half, y), (x + 1.4 * half, y + 0.14 * near + 0.03),
+                        (x - 1.4 * half, y + 0.14 * near + 0.03)], (250, 240, 200))
+    return canvas.finished()
+
+
+def cave(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (48, 38, 42), 6), _near(rng, (70, 56, 54), 6))
+    x, y = rng.uniform(0.35, 0.65), rng.uniform(0.36, 0.46)
+    for wide, shade in ((0.46, (82, 68, 64)), (0.36, (120, 104, 96)), (0.27, (190, 200, 205))):
+        canvas.ellipse(x, y, wide, wide * 0.85, shade)
+    for at in np.arange(rng.uniform(-0.05, 0.05), 1.05, 0.13):
+        canvas.polygon([(at - 0.07, 0), (at, rng.uniform(0.12, 0.3)), (at + 0.07, 0)], _near(rng, (40, 31, 35), 5))
+    canvas.hills(rng, rng.uniform(0.7, 0.76), 0.03, _near(rng, (62, 48, 46), 6))
+    return canvas.finished()
+
+
+def farm(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (150, 205, 240)), _near(rng, (235, 240, 230)), horizon=0.5)
+    canvas.hills(rng, 0.5, 0.02, _near(rng, (190, 195, 90)))
+    x, side = rng.uniform(0.02, 0.6), rng.uniform(0.36, 0.42)
+    canvas.box(x, 0.26, x + side, 0.58, _near(rng, (180, 45, 40)))
+    canvas.polygon([(x - 0.04, 0.28), (x + side / 2, 0.06), (x + side + 0.04, 0.28)], _near(rng, (95, 70, 65)))
+    canvas.box(x + side * 0.3, 0.38, x + side * 0.7, 0.58, (245, 240, 235))
+    canvas.box(x + side * 0.34, 0.41, x + side * 0.66, 0.58, (130, 35, 32))
+    canvas.box(0, 0.57, 1, 1, _near(rng, (215, 185, 90)))
+    for y in np.linspace(0.64, 0.94, 4):
+        canvas.box(0, y, 1, y + 0.025, _near(rng, (185, 150, 65)))
+    return canvas.finished()
+
+
+def stage(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (60, 10, 25), 6), _near(rng, (90, 16, 35), 6))
+    x = rng.uniform(0.42, 0.58)
+    canvas.polygon([(x - 0.06, 0), (x + 0.06, 0), (x + 0.42, 0.8), (x - 0.42, 0.8)], _near(rng, (225, 190, 140)))
+    for left in (0.0, 0.76):
+        for number in range(4):
+            shade = ((190, 25, 45), (150, 15, 35))[number % 2]
+            canvas.box(left + 0.06 * number, 0, left + 0.06 * number + 0.06, 0.78, shade)
+    canvas.box(0, 0, 1, 0.09, (200, 30, 50))
+    canvas.box(0, 0.76, 1, 1, _near(rng, (150, 100, 60)))
+    canvas.ellipse(x, 0.86, 0.4, 0.08, (225, 185, 120))
+    return canvas.finished()
+
+
+def sky(rng: Rng, size: int) -> Image.Image:
+    canvas = Canvas(size, _near(rng, (70, 150, 240)), _near(rng, (165, 215, 250)))
+    for y in (0.1, 0.36, 0.62, 0.9):
+        x = rng.uniform(0, 1)
+        for dx, dy, radius in ((-0.13, 0.02, 0.09), (0, 0, 0.12), (0.13, 0.02, 0.09)):
+            canvas.ellipse(x + dx, y + dy, radius, radius * 0.62, (250, 252, 255))
+    return canvas.finished()
+
+
 PLACES: dict[str, tuple[Callable[[Rng, int], Image.Image], tuple[str, ...]]] = {
     "beach": (beach, ("on the beach", "at the beach")),
     "snow": (snow, ("in the snow",)),
@@ -192,4 +320,14 @@ PLACES: dict[str, tuple[Callable[[Rng, int], Image.Image], tuple[str, ...]]] = {
     "mountains": (mountains, ("in the mountains",)),
     "table": (table, ("on a wooden table", "on a table")),
     "space": (space, ("in space", "among the stars")),
+    "night": (night, ("at night",)),
+    "sunset": (sunset, ("at sunset",)),
+    "garden": (garden, ("in a garden", "in the garden")),
+    "kitchen": (kitchen, ("in a kitchen", "in the kitchen")),
+    "library": (library, ("in a library",)),
+    "road": (road, ("on a road", "on the road")),
+    "cave": (cave, ("in a cave",)),
+    "farm": (farm, ("on a farm",)),
+    "stage": (stage, ("on a stage", "on stage")),
+    "sky": (sky, ("in the sky", "among the clouds")),
 }

@@ -12,10 +12,22 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.places import PLACES
-from ldm.data.world import COLOURS, KINDS, PATTERNS, drawing, drawings_of, pattern_mask, recolour
+from ldm.data.styles import STYLES
+from ldm.data.world import COLOURS, KIND_NAMES, KINDS, PATTERNS, SETS, drawing, drawings_of, pattern_mask, recolour
+from ldm.errors import UserError
 
-TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}", "{}")
+PLAIN_TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}", "{}")
+TEMPLATE_SHARES = (0.5, 0.15, 0.1, 0.25)
+PLACE_NAMES = tuple(PLACES)
 BACKGROUNDS_PER_PLACE = 48
+# Where two things stand, (centre, extent) of the first and of the second, and how often a caption says it so. "and" and
+# "next to" name the left one first, as one reads.
+SIDE_BY_SIDE = (((0.27, 0.56), 0.48), ((0.73, 0.56), 0.48))
+RELATIONS = {
+    "and": (SIDE_BY_SIDE, 0.3), "next to": (SIDE_BY_SIDE, 0.3), "left of": (SIDE_BY_SIDE, 0.12),
+    "right of": (SIDE_BY_SIDE[::-1], 0.12), "on top of": ((((0.5, 0.27), 0.42), ((0.5, 0.72), 0.48)), 0.16)}
+SIZES = {"small": 0.42, "big": 0.87}  # of the side; a thing of which no size is said takes up 0.71
+EXTENT = 0.71
 
 
 @dataclass(frozen=True)
@@ -35,17 +47,30 @@ class Thing:
     source: str
     look: Look = field(default_factory=Look)
     centre: tuple[float, float] = (0.5, 0.56)
-    extent: float = 0.7
+    extent: float = EXTENT
     angle: float = 0.0
     flip: bool = False
     phase: float = 0.0
 
 
-@lru_cache(maxsize=16)
+@dataclass
+class Scene:
+    """All that is in a picture: its place, its things with the words for them, its style, and what is said of it."""
+
+    place: str
+    variant: int
+    things: list[Thing]
+    words: list[str]
+    absent: str
+    style: str | None = None
+    caption: str = ""
+
+
+@lru_cache(maxsize=64)
 def background_bank(place: str, size: int, count: int = BACKGROUNDS_PER_PLACE) -> tuple[Image.Image, ...]:
     """`count` variants of a place, the same on every machine."""
     paint, _ = PLACES[place]
-    first = list(PLACES).index(place) * 1000
+    first = PLACE_NAMES.index(place) * 1000
     return tuple(paint(np.random.default_rng(first + number), size) for number in range(count))
 
 
@@ -80,14 +105,15 @@ def place_thing(scene: Image.Image, thing: Thing) -> np.ndarray:
     return np.asarray(mask, dtype=np.float32) / 255.0
 
 
-def compose(place: str, variant: int, things: Sequence[Thing], size: int = 64) -> tuple[Image.Image, np.ndarray]:
+def compose(place: str, variant: int, things: Sequence[Thing], size: int = 64,
+            style: str | None = None) -> tuple[Image.Image, np.ndarray]:
     """The picture of a scene and one mask per thing, (things, size, size), those in front hiding those behind."""
     scene = background_bank(place, size)[variant % BACKGROUNDS_PER_PLACE].copy()
     masks: list[np.ndarray] = []
     for thing in things:
         mask = place_thing(scene, thing)
         masks = [earlier * (1 - mask) for earlier in masks] + [mask]
-    return scene, np.stack(masks)
+    return (STYLES[style](scene) if style else scene), np.stack(masks)
 
 
 def with_article(phrase: str) -> str:
@@ -105,78 +131,107 @@ class SceneDataset(Dataset):
         size: side of the pictures in pixels.
         length: how many scenes make an epoch.
         seed: another seed gives other scenes.
-        two_things: share of scenes with two things side by side.
+        two_things: share of scenes with two things in a relation.
         patterned: share of things with a striped or spotted pattern in a second colour.
         coloured: share of the others that are in one colour instead of the drawing's own.
+        sized: share of single things that are small or big.
+        styled: share of scenes that are a sketch, pixel art or a painting.
         empty_caption: share of captions left empty, for classifier-free guidance.
         jitter: how much places, sizes and angles vary, 0 (not at all) to 1; less makes a world that is learned sooner.
         flips: share of things that are mirrored.
         held_out: compose with the drawings that models never see instead of those they are trained on.
+        sources: picture sets to take drawings from (see `ldm.data.world.SETS`); all of them where None. A kind whose
+            drawing is in none of them has those of the other sets.
+
+    Raises:
+        UserError: `sources` names a set that does not exist.
     """
 
-    def __init__(self, size: int = 64, length: int = 100_000, seed: int = 0, two_things: float = 0.2,
-                 coloured: float = 0.35, patterned: float = 0.2, empty_caption: float = 0.0,
-                 held_out: bool = False, jitter: float = 1.0, flips: float = 0.5) -> None:
+    def __init__(self, size: int = 64, length: int = 100_000, seed: int = 0, two_things: float = 0.25,
+                 coloured: float = 0.35, patterned: float = 0.15, sized: float = 0.12, styled: float = 0.1,
+                 empty_caption: float = 0.0, held_out: bool = False, jitter: float = 1.0, flips: float = 0.5,
+                 sources: Sequence[str] | None = None) -> None:
+        unknown = sorted(set(sources or ()) - set(SETS))
+        if unknown:
+            raise UserError(f"sources: there is no picture set {unknown[0]!r}; choose from {', '.join(SETS)}")
         self.size, self.length, self.seed = size, length, seed
         self.two_things, self.coloured, self.patterned = two_things, coloured, patterned
+        self.sized, self.styled = sized, styled
         self.empty_caption, self.jitter, self.flips = empty_caption, jitter, flips
-        self.held_out = held_out
-        self.kinds = [kind for kind in KINDS if drawings_of(kind.name, held_out)]
+        self.drawings = {name: _preferred(drawings_of(name, held_out), sources) for name in KIND_NAMES}
+        self.kinds = [kind for kind in KINDS if self.drawings[kind.name]]
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        scene = self.plan(index)
+        picture, masks = compose(scene.place, scene.variant, scene.things, self.size, scene.style)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
+        return {"image": pixels, "caption": scene.caption, "mask": torch.from_numpy(masks[0])[None],
+                "kind": KIND_NAMES.index(scene.things[0].kind), "word": scene.words[0], "other": scene.absent,
+                "place": PLACE_NAMES.index(scene.place)}
+
+    def plan(self, index: int) -> Scene:
+        """What is in scene `index` and what is said of it, nothing drawn yet."""
         rng = np.random.default_rng((self.seed, index))
-        place = list(PLACES)[rng.integers(len(PLACES))]
-        count = 2 if rng.random() < self.two_things else 1
-        chosen = [self.kinds[k] for k in rng.choice(len(self.kinds), count + 1, replace=False)]
-        *present, absent = chosen
-        things = self._things(rng, [kind.name for kind in present])
+        place = PLACE_NAMES[rng.integers(len(PLACE_NAMES))]
+        two = rng.random() < self.two_things
+        relation = _choice(rng, tuple(RELATIONS), [share for _, share in RELATIONS.values()]) if two else None
+        size = ("small", "big")[rng.integers(2)] if not two and rng.random() < self.sized else None
+        style = tuple(STYLES)[rng.integers(len(STYLES))] if rng.random() < self.styled else None
+        *present, absent = [self.kinds[k] for k in rng.choice(len(self.kinds), 3 if two else 2, replace=False)]
+        things = self._things(rng, [kind.name for kind in present], relation, size)
         words = [kind.words[0] if rng.random() < 0.8 else kind.words[-1] for kind in present]
-        scene, masks = compose(place, int(rng.integers(BACKGROUNDS_PER_PLACE)), things, self.size)
-        pixels = torch.from_numpy(np.asarray(scene).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
-        return {"image": pixels, "caption": self._caption(rng, things, words, place),
-                "mask": torch.from_numpy(masks[0])[None], "kind": KINDS.index(present[0]), "word": words[0],
-                "other": absent.name, "place": list(PLACES).index(place)}
+        scene = Scene(place, int(rng.integers(BACKGROUNDS_PER_PLACE)), things, words, absent.name, style)
+        scene.caption = self._caption(rng, scene, relation, size)
+        return scene
 
     def _look(self, rng: np.random.Generator) -> Look:
         colours = rng.permutation(list(COLOURS))
         if rng.random() < self.patterned:
-            first = colours[0] if rng.random() < 0.7 else None
-            return Look(first, PATTERNS[rng.integers(len(PATTERNS))], colours[1])
-        return Look(colours[0]) if rng.random() < self.coloured else Look()
+            first = str(colours[0]) if rng.random() < 0.7 else None
+            return Look(first, PATTERNS[rng.integers(len(PATTERNS))], str(colours[1]))
+        return Look(str(colours[0])) if rng.random() < self.coloured else Look()
 
-    def _things(self, rng: np.random.Generator, names: list[str]) -> list[Thing]:
+    def _things(self, rng: np.random.Generator, names: Sequence[str], relation: str | None,
+                size: str | None) -> list[Thing]:
+        spots = RELATIONS[relation][0] if relation else (((0.5, 0.55), SIZES.get(size, EXTENT)),)
+        loose = 0.4 if relation else 1.0
         things = []
-        for position, name in enumerate(names):
-            alone = len(names) == 1
-            across = 0.5 if alone else (0.27, 0.73)[position]
-            sources = drawings_of(name, self.held_out)
+        for name, ((x, y), extent) in zip(names, spots, strict=True):
+            sources = self.drawings[name]
             things.append(Thing(
                 name, sources[rng.integers(len(sources))], self._look(rng),
-                centre=(across + self._about(rng, 0, 0.07) * (1.0 if alone else 0.3), self._about(rng, 0.55, 0.05)),
-                extent=self._about(rng, 0.71, 0.09) if alone else self._about(rng, 0.48, 0.04),
-                angle=self._about(rng, 0, 8), flip=bool(rng.random() < self.flips), phase=int(rng.integers(4)) / 18))
+                centre=(x + loose * self._about(rng, 0.07), y + loose * self._about(rng, 0.05)),
+                extent=extent * (1 + loose * self._about(rng, 0.12)), angle=self._about(rng, 8),
+                flip=bool(rng.random() < self.flips), phase=int(rng.integers(4)) / 18))
         return things
 
-    def _about(self, rng: np.random.Generator, middle: float, spread: float) -> float:
-        return middle + self.jitter * rng.uniform(-spread, spread)
+    def _about(self, rng: np.random.Generator, spread: float) -> float:
+        return self.jitter * rng.uniform(-spread, spread)
 
-    def _caption(self, rng: np.random.Generator, things: list[Thing], words: list[str], place: str) -> str:
+    def _caption(self, rng: np.random.Generator, scene: Scene, relation: str | None, size: str | None) -> str:
         if rng.random() < self.empty_caption:
             return ""
-        phrases = [self._phrase(rng, thing.look, word) for thing, word in zip(things, words, strict=True)]
-        if len(phrases) == 2:
-            phrases = [f"{phrases[0]} {'next to' if rng.random() < 0.6 else 'and'} {phrases[1]}"]
-        caption = TEMPLATES[rng.choice(len(TEMPLATES), p=(0.5, 0.15, 0.1, 0.25))].format(phrases[0])
+        phrases = [_phrase(rng, thing.look, word, size) for thing, word in zip(scene.things, scene.words, strict=True)]
+        template = scene.style or _choice(rng, PLAIN_TEMPLATES, TEMPLATE_SHARES)
+        caption = template.format(f" {relation} ".join(phrases))
         if rng.random() < 0.08:
             return caption
-        where = PLACES[place][1]
+        where = PLACES[scene.place][1]
         return f"{caption} {where[rng.integers(len(where))]}"
 
-    @staticmethod
-    def _phrase(rng: np.random.Generator, look: Look, word: str) -> str:
-        """The thing with most of its looks named: what captions leave out, a model learns to vary by itself."""
-        parts = [part for part in (look.colour, look.pattern) if part and rng.random() < 0.8]
-        return with_article(" ".join([*parts, word]))
+
+def _preferred(drawings: list[str], sources: Sequence[str] | None) -> list[str]:
+    return [source for source in drawings if sources is None or source in sources] or drawings
+
+
+def _choice(rng: np.random.Generator, options: Sequence[str], shares: Sequence[float]) -> str:
+    return options[rng.choice(len(options), p=shares)]
+
+
+def _phrase(rng: np.random.Generator, look: Look, word: str, size: str | None) -> str:
+    """The thing with most of its looks named: what captions leave out, a model learns to vary by itself."""
+    parts = [part for part in (size, look.colour, look.pattern) if part and rng.random() < 0.8]
+    return with_article(" ".join([*parts, word]))
