@@ -13,10 +13,7 @@ from ldm.models.diffusion.schedule import (
     diffusion_buffers,
     get_v,
     lvlb_weights,
-    predict_eps_from_z_and_v,
-    predict_noise_from_start,
-    predict_start_from_noise,
-    predict_start_from_z_and_v,
+    noised,
     q_sample,
     read_output,
 )
@@ -101,14 +98,12 @@ def test_conversions_invert_each_other(schedule):
     x_t = q_sample(schedule, x, STEPS, noise)
     v = get_v(schedule, x, noise, STEPS)
     close = {"rtol": 1e-3, "atol": 1e-4}
-    torch.testing.assert_close(predict_start_from_noise(schedule, x_t, STEPS, noise), x, **close)
-    torch.testing.assert_close(predict_noise_from_start(schedule, x_t, STEPS, x), noise, **close)
-    torch.testing.assert_close(predict_start_from_z_and_v(schedule, x_t, STEPS, v), x, **close)
-    torch.testing.assert_close(predict_eps_from_z_and_v(schedule, x_t, STEPS, v), noise, **close)
+    kept = schedule.alphas_cumprod[STEPS].view(-1, 1, 1, 1)
     for name, output in {"eps": noise, "v": v, "x0": x}.items():
-        prediction = read_output(schedule, name, x_t, STEPS, output)
+        prediction = read_output(name, x_t, kept, output)
         torch.testing.assert_close(prediction.eps, noise, **close)
         torch.testing.assert_close(prediction.x0, x, **close)
+        torch.testing.assert_close(noised(prediction, kept), x_t, **close)
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
@@ -116,7 +111,8 @@ def test_bound_weights_are_the_divergence_of_posteriors(buffers, schedule, param
     """An error of the output moves the posterior mean; equal Gaussians d apart diverge by d^2 / (2 variance)."""
     t = torch.tensor([1, 10, 500, 999])
     x_t = torch.zeros(len(t), 1, 1, 1)
-    guess = read_output(schedule, parameterization, x_t, t, torch.ones_like(x_t)).x0.flatten()
+    kept = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    guess = read_output(parameterization, x_t, kept, torch.ones_like(x_t)).x0.flatten()
     shift = buffers["posterior_mean_coef1"][t] * guess
     expected = shift**2 / (2 * buffers["posterior_variance"][t])
     torch.testing.assert_close(lvlb_weights(buffers, parameterization)[t], expected, rtol=1e-4, atol=0)
@@ -143,10 +139,10 @@ def test_bad_betas_are_refused(betas):
         diffusion_buffers("linear", 10, given_betas=betas)
 
 
-def test_bad_settings_are_refused(buffers, schedule):
+def test_bad_settings_are_refused(buffers):
     with pytest.raises(UserError, match="v_posterior"):
         diffusion_buffers("linear", 10, v_posterior=1.5)
     with pytest.raises(UserError, match="eps, v, x0"):
         lvlb_weights(buffers, "score")
     with pytest.raises(UserError, match="eps, v, x0"):
-        read_output(schedule, "score", images(0), STEPS, images(0))
+        read_output("score", images(0), 0.5, images(0))

@@ -229,7 +229,7 @@ def test_class_labels_and_residual_resampling() -> None:
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    ({"use_fp16": True}, "use_fp16"), ({"n_embed": 512}, "n_embed"), ({"num_heads": -1}, "num_head_channels"),
+    ({"n_embed": 512}, "n_embed"), ({"num_heads": -1}, "num_head_channels"),
     ({"num_heads": 5}, "num_heads"), ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks"),
     ({"context_dim": None}, "context_dim"), ({"num_head_channels": 24}, "num_head_channels"),
 ])

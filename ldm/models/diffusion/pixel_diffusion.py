@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -16,13 +15,13 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.objectives import check_loss_type, error_per_sample, training_target
 from ldm.models.diffusion.schedule import check_parameterization, diffusion_buffers, lvlb_weights, q_sample
 from ldm.models.diffusion.wrapper import Condition, DiffusionWrapper, as_keywords
-from ldm.models.optimisation import optimizer_and_schedule
+from ldm.models.optimisation import ResumableModule, optimizer_and_schedule
 from ldm.modules.ema import LitEma
 
 log = logging.getLogger(__name__)
 
 
-class DDPM(pl.LightningModule):
+class DDPM(ResumableModule):
     """A denoising network, its noise schedule and its objective.
 
     Args:
@@ -96,9 +95,9 @@ class DDPM(pl.LightningModule):
 
         path, ignore_keys, only_unet = self._initial_weights
         if path is not None:
-            load_weights(self.model if only_unet else self, path, [*ignore_keys, *self.schedule_names])
-            if self.use_ema:  # training starts from these weights, whichever averages the file had
-                self.model_ema = LitEma(self.model)
+            loaded = load_weights(self.model if only_unet else self, path, [*ignore_keys, *self.schedule_names])
+            if self.use_ema and not {f"model_ema.{name}" for name in self.model_ema.state_dict()} <= loaded:
+                self.model_ema = LitEma(self.model)  # the file had no averages: they start from these weights
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

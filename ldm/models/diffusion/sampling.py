@@ -1,66 +1,41 @@
-"""What the samplers share: a grid of times, a guided denoiser, a source of noise, and the loop that walks the grid.
+"""What the samplers share: a guided denoiser, a source of noise, the step from one time to the next, and the walk.
 
-A sampler proper is a `Step`: a function from (x, place on the grid) to (x one place on, its guess of the final image).
-Steps see the model only through a `Denoiser`. Guidance is Ho & Salimans 2022, eq. 6, with a scale of 1 + w: 1 is none.
+A sampler proper is a grid of times and a way of refining the denoiser on it: what it takes to be the noise in x, and
+the image behind it, for the whole of a step. All of them then take the step of DDIM, which is exact where those two
+stay what they are. Guidance is Ho & Salimans 2022, eq. 6, with a scale of 1 + w: 1 is none.
 """
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Generator, Tensor
 from tqdm import trange
 
 from ldm.errors import UserError
-from ldm.models.diffusion.schedule import NoiseSchedule, Prediction, check_parameterization, q_sample, read_output
+from ldm.models.diffusion.grids import TimeGrid
+from ldm.models.diffusion.schedule import Prediction, check_parameterization, noised, read_output
 from ldm.modules.context import PromptContext
-from ldm.modules.diffusionmodules.util import make_ddim_timesteps
 
 Conditioning = Tensor | PromptContext
-Denoiser = Callable[[Tensor, int], Prediction]
+Denoiser = Callable[[Tensor, int], Prediction]  # of x and a place on the grid
 NoiseSource = Callable[[], Tensor]
-Step = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Step = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # to x one place on, and the guess of the final image
 
 
-class DiffusionModel(NoiseSchedule, Protocol):
+class DiffusionModel(Protocol):
     """What a sampler needs of a model: its schedule, what its output means, and the output itself."""
 
-    num_timesteps: int
     parameterization: str
-    betas: Tensor
     alphas_cumprod: Tensor
-    alphas_cumprod_prev: Tensor
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning | None) -> Tensor:
-        """The network's output on x (B, C, H, W) at the steps t (B,)."""
-
-
-@dataclass(frozen=True)
-class TimeGrid:
-    """The times that sampling visits, noisiest first; `kept` is a(t) there, `kept_after` a(t) where the step leads."""
-
-    times: tuple[int, ...]
-    kept: tuple[float, ...]
-    kept_after: tuple[float, ...]
-
-    def __len__(self) -> int:
-        return len(self.times)
-
-
-def time_grid(model: DiffusionModel, steps: int) -> TimeGrid:
-    """`steps` evenly spaced times of the model's schedule; the last step leads to the time just before the last one.
-
-    Raises:
-        UserError: `steps` is not within 1..num_timesteps.
-    """
-    times = make_ddim_timesteps("uniform", steps, model.num_timesteps)[::-1].tolist()
-    kept = model.alphas_cumprod.cpu()[times].tolist()
-    last = model.alphas_cumprod_prev[times[-1]].item()
-    return TimeGrid(tuple(times), tuple(kept), (*kept[1:], last))
+        """The network's output on x (B, C, H, W) at the steps t (B,), whole or fractions."""
 
 
 def noise_source(size: Sequence[int], device: torch.device, generators: Sequence[Generator] | None) -> NoiseSource:
@@ -95,9 +70,10 @@ def guidance_batch(unconditional: Conditioning, conditional: Conditioning) -> Co
 
 
 def guided_denoiser(
-    model: DiffusionModel, conditioning: Conditioning | None, unconditional: Conditioning | None, scale: float
+    model: DiffusionModel, grid: TimeGrid, conditioning: Conditioning | None, unconditional: Conditioning | None,
+    scale: float,
 ) -> Denoiser:
-    """The model as a function of (x, time): `scale` of the way from its unconditional to its conditional output.
+    """The model on a grid: `scale` of the way from its unconditional to its conditional output.
 
     At scale 1 the unconditional output drops out and is not computed. The batch of both conditionings is built here,
     once, so that what it caches serves every step. The three parameterizations are affine in each other at a fixed x,
@@ -108,26 +84,44 @@ def guided_denoiser(
     if isinstance(context, PromptContext):
         context = replace(context, cache=True)  # a copy: weights may change before its owner uses it again
 
-    def denoise(x: Tensor, time: int) -> Prediction:
-        times = torch.full((len(x),), time, device=x.device, dtype=torch.long)
+    def denoise(x: Tensor, i: int) -> Prediction:
+        inputs = torch.cat([x, x]) if guided else x
+        times = torch.full((len(inputs),), grid.times[i], device=x.device)  # integers for a whole time
+        output = model.apply_model(inputs, times, context).to(x.dtype)  # the network may run in 16 bits
         if guided:
-            both = model.apply_model(torch.cat([x, x]), torch.cat([times, times]), context)
-            output = torch.lerp(*both.chunk(2), scale)
-        else:
-            output = model.apply_model(x, times, context)
-        return read_output(model, model.parameterization, x, times, output)
+            output = torch.lerp(*output.chunk(2), scale)
+        return read_output(model.parameterization, x, grid.kept[i], output)
 
     return denoise
 
 
-def inpainting(model: DiffusionModel, x0: Tensor, mask: Tensor, draw: NoiseSource) -> Callable[[Tensor, int], Tensor]:
-    """A function of (x, time) that puts a noised `x0` in place of x where the mask is 1."""
+def ddim_sigma(kept: float, kept_after: float, eta: float) -> float:
+    """Standard deviation of the noise that a step from a(t) = `kept` to `kept_after` adds; DDIM eq. 16."""
+    return eta * math.sqrt((1 - kept_after) / (1 - kept) * (1 - kept / kept_after))
 
-    def restore(x: Tensor, time: int) -> Tensor:
-        times = torch.full((len(x),), time, device=x.device, dtype=torch.long)
-        return torch.lerp(x, q_sample(model, x0, times, draw()), mask)
 
-    return restore
+def ddim_step(predict: Denoiser, grid: TimeGrid, eta: float, draw: NoiseSource) -> Step:
+    """The step of DDIM (eq. 12) with what `predict` says; `draw` is where it takes the noise that `eta` asks for."""
+
+    def step(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        prediction, after = predict(x, i), grid.kept_after[i]
+        sigma = ddim_sigma(grid.kept[i], after, eta)
+        if not sigma:
+            return noised(prediction, after), prediction.x0
+        old_noise = math.sqrt(max(1 - after - sigma**2, 0.0))
+        return math.sqrt(after) * prediction.x0 + old_noise * prediction.eps + sigma * draw(), prediction.x0
+
+    return step
+
+
+def inpainting(step: Step, grid: TimeGrid, x0: Tensor, mask: Tensor, draw: NoiseSource) -> Step:
+    """`step` with `x0` in place of x where the mask is 1: noised before each step, and as it is after the last."""
+
+    def inpaint(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        after, guess = step(torch.lerp(x, noised(Prediction(draw(), x0), grid.kept[i]), mask), i)
+        return (torch.lerp(after, x0, mask) if i + 1 == len(grid) else after), guess
+
+    return inpaint
 
 
 def walk(
@@ -149,20 +143,43 @@ def walk(
 
 
 class Sampler(ABC):
-    """A model together with a way of walking from noise to an image."""
+    """A model together with a way of walking from noise to an image.
+
+    Attributes:
+        label: the method's name in messages.
+        takes_noise: whether it works with an eta above 0.
+        usual_eta: its eta where none is given.
+    """
+
+    label: ClassVar[str]
+    takes_noise: ClassVar[bool] = True
+    usual_eta: ClassVar[float] = 0.0
 
     def __init__(self, model: DiffusionModel) -> None:
         check_parameterization(model.parameterization)
         self.model = model
 
     @abstractmethod
-    def make_step(self, denoise: Denoiser, grid: TimeGrid, eta: float, draw: NoiseSource) -> Step:
-        """The sampler proper on this grid; `draw` is where it takes the noise that `eta` asks for."""
+    def make_grid(self, steps: int) -> TimeGrid:
+        """The times of that many steps; raises a UserError where the schedule has not so many."""
 
-    def check_eta(self, eta: float) -> None:
-        """Raises a UserError where this sampler cannot work with `eta`."""
+    def refined(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
+        """What to take for noise and image during each step of the grid, called in order; as a rule those at its start.
+
+        Whatever it remembers of earlier steps belongs to one walk.
+        """
+        return denoise
+
+    @classmethod
+    def checked_eta(cls, eta: float | None) -> float:
+        """`eta`, or this sampler's own where it is None; raises a UserError where it cannot work with it."""
+        if eta is None:
+            return cls.usual_eta
+        if eta and not cls.takes_noise:
+            raise UserError(f"{cls.label} adds no noise, so eta must be 0, not {eta:g}; take DDIM or ancestral Euler")
         if not 0 <= eta <= 1:
-            raise UserError(f"eta {eta} must lie between 0 (no noise added) and 1 (as much as DDPM)")
+            raise UserError(f"eta {eta:g} must lie between 0 (no noise added) and 1 (as much as DDPM)")
+        return eta
 
     @torch.no_grad()
     def sample(
@@ -174,9 +191,10 @@ class Sampler(ABC):
         *,
         callback: Callable[[int], None] | None = None,
         img_callback: Callable[[Tensor, int], None] | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
         mask: Tensor | None = None,
         x0: Tensor | None = None,
+        strength: float | None = None,
         temperature: float = 1.0,
         verbose: bool = True,
         x_T: Tensor | None = None,
@@ -188,52 +206,55 @@ class Sampler(ABC):
         """Draws `batch_size` latents.
 
         Args:
-            S: how many steps, 1..num_timesteps.
+            S: how many steps, 1..num_timesteps, a whole walk from noise to image has.
             shape: (C, H, W) of one latent.
             conditioning: (batch_size, N, d), encoded prompts; None for a model without conditioning.
             callback: called after each step with its number i, 0..S-1.
             img_callback: called after each step with the guess of the final latents (batch_size, C, H, W) and i.
-            eta: 0..1, the share of DDPM's noise that is added at each step.
-            mask: broadcasts to (batch_size, C, H, W); where it is 1, the latents follow `x0`.
-            x0: (batch_size, C, H, W), the latents to keep; goes with `mask`.
+            eta: 0..1, the share of DDPM's noise that is added at each step; None: 1 for ancestral Euler, else 0.
+            mask: broadcasts to (batch_size, C, H, W); where it is 1, the latents follow `x0` and end there.
+            x0: (batch_size, C, H, W), the latents to keep by `mask` or to start from by `strength`.
+            strength: above 0 and up to 1, the share of the S steps, the last ones, that are taken, one or more; they
+                start from `x0` with the noise of their first time. At 1, as when None, the start is noise alone.
             temperature: scales the noise of `eta`.
             verbose: shows a progress bar.
-            x_T: (batch_size, C, H, W), the noise to start from; drawn where None.
+            x_T: (batch_size, C, H, W), the noise to start from or to add to `x0`; drawn where None.
             log_every_t: keep every so many steps, counted from the last, in the intermediates.
             unconditional_guidance_scale: 1 means no guidance.
             unconditional_conditioning: of the same shape as `conditioning`; needed unless the scale is 1.
             generators: one per image, the sources of all noise of that image; the global one where None.
 
         Returns:
-            The latents (batch_size, C, H, W), and {"x_inter", "pred_x0"}: the start noise, then after the first step,
-            every `log_every_t` steps and the last one the latents, and the guesses of the final latents.
+            The latents (batch_size, C, H, W), and {"x_inter", "pred_x0"}: the start, then after the first step, every
+            `log_every_t` steps and the last one the latents, and the guesses of the final latents.
 
         Raises:
             UserError: an argument is out of its range or does not fit the others. Nothing has been computed then.
         """
-        grid = time_grid(self.model, S)
-        self.check_eta(eta)
+        grid, eta = self.make_grid(S), self.checked_eta(eta)
         if log_every_t < 1:
             raise UserError(f"log_every_t {log_every_t} must be 1 or more")
         size = _latent_size(batch_size, shape)
         _check_noise(size, eta, temperature, x_T)
         _check_guidance(batch_size, conditioning, unconditional_conditioning, unconditional_guidance_scale)
-        _check_inpainting(size, mask, x0)
-        device = self.model.betas.device
+        _check_original(size, mask, x0, strength)
+        device = self.model.alphas_cumprod.device
         draw = noise_source(size, device, generators)
+        x = draw() if x_T is None else x_T.to(device)
+        original = x if x0 is None else x0.to(x)
+        if strength is not None and strength < 1:
+            grid = grid.end(max(1, round(strength * S)))
+            x = noised(Prediction(x, original), grid.kept[0])
 
-        denoise = guided_denoiser(self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
-        step = self.make_step(denoise, grid, eta, lambda: temperature * draw())
-        if mask is not None:
-            step = _preceded(step, grid, inpainting(self.model, x0.to(device), mask.to(x0).to(device), draw))
-        start = draw() if x_T is None else x_T.to(device)
-        return walk(
-            step, start, S, log_every_t=log_every_t, verbose=verbose, callback=callback, img_callback=img_callback
+        denoise = guided_denoiser(
+            self.model, grid, conditioning, unconditional_conditioning, unconditional_guidance_scale
         )
-
-
-def _preceded(step: Step, grid: TimeGrid, before: Callable[[Tensor, int], Tensor]) -> Step:
-    return lambda x, i: step(before(x, grid.times[i]), i)
+        step = ddim_step(self.refined(denoise, grid), grid, eta, lambda: temperature * draw())
+        if mask is not None:
+            step = inpainting(step, grid, original, mask.to(original), draw)
+        return walk(
+            step, x, len(grid), log_every_t=log_every_t, verbose=verbose, callback=callback, img_callback=img_callback
+        )
 
 
 def _latent_size(batch_size: int, shape: Sequence[int]) -> tuple[int, ...]:
@@ -266,12 +287,15 @@ def _check_guidance(
         raise UserError(f"unconditional_conditioning and conditioning differ in shape, {shapes}; encode them alike")
 
 
-def _check_inpainting(size: tuple[int, ...], mask: Tensor | None, x0: Tensor | None) -> None:
-    if (mask is None) != (x0 is None):
-        raise UserError("mask and x0 belong together: give both or neither")
-    if mask is None or x0 is None:
-        return
-    if tuple(x0.shape) != size:
+def _check_original(size: tuple[int, ...], mask: Tensor | None, x0: Tensor | None, strength: float | None) -> None:
+    """Of latents to keep or to start from."""
+    if strength is not None and not 0 < strength <= 1:
+        raise UserError(f"strength {strength} must be above 0 (x0 stays as it is) and at most 1 (it is not looked at)")
+    if (x0 is None) != (mask is None and strength is None):
+        raise UserError("x0 belongs together with a mask or a strength: give it with one of them or both, or none")
+    if x0 is not None and tuple(x0.shape) != size:
         raise UserError(f"x0 has shape {tuple(x0.shape)}, but the latents have {size}")
+    if mask is None:
+        return
     if mask.ndim > 4 or any(have not in (1, want) for have, want in zip(mask.shape[::-1], size[::-1], strict=False)):
         raise UserError(f"mask of shape {tuple(mask.shape)} does not broadcast to the latents' {size}")

@@ -20,6 +20,7 @@ from ldm.errors import UserError
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
 
 PARAMETERIZATIONS = ("eps", "v", "x0")
+Level = float | Tensor  # a(t), within 0..1; a tensor broadcasts to (B, ...)
 
 
 class NoiseSchedule(Protocol):
@@ -27,8 +28,6 @@ class NoiseSchedule(Protocol):
 
     sqrt_alphas_cumprod: Tensor
     sqrt_one_minus_alphas_cumprod: Tensor
-    sqrt_recip_alphas_cumprod: Tensor
-    sqrt_recipm1_alphas_cumprod: Tensor
 
 
 class Prediction(NamedTuple):
@@ -137,30 +136,9 @@ def q_sample(schedule: NoiseSchedule, x_start: Tensor, t: Tensor, noise: Tensor)
     return _mix(t, (schedule.sqrt_alphas_cumprod, x_start), (schedule.sqrt_one_minus_alphas_cumprod, noise))
 
 
-def predict_start_from_noise(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_0 from x_t (B, ...), t (B,) and the noise in it."""
-    return _mix(t, (schedule.sqrt_recip_alphas_cumprod, x_t), (-schedule.sqrt_recipm1_alphas_cumprod, noise))
-
-
-def predict_noise_from_start(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
-    """eps from x_t (B, ...), t (B,) and the image behind it."""
-    rest = x_t - extract_into_tensor(schedule.sqrt_alphas_cumprod, t, x_t.shape) * x_start
-    return rest / extract_into_tensor(schedule.sqrt_one_minus_alphas_cumprod, t, x_t.shape)
-
-
 def get_v(schedule: NoiseSchedule, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """v from x_0 (B, ...), eps and t (B,)."""
     return _mix(t, (schedule.sqrt_alphas_cumprod, noise), (-schedule.sqrt_one_minus_alphas_cumprod, x_start))
-
-
-def predict_start_from_z_and_v(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    """x_0 from x_t (B, ...), t (B,) and v."""
-    return _mix(t, (schedule.sqrt_alphas_cumprod, x_t), (-schedule.sqrt_one_minus_alphas_cumprod, v))
-
-
-def predict_eps_from_z_and_v(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    """eps from x_t (B, ...), t (B,) and v."""
-    return _mix(t, (schedule.sqrt_alphas_cumprod, v), (schedule.sqrt_one_minus_alphas_cumprod, x_t))
 
 
 def _mix(t: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
@@ -168,16 +146,32 @@ def _mix(t: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
     return sum(extract_into_tensor(coefficients, t, tensor.shape) * tensor for coefficients, tensor in terms)
 
 
-def read_output(schedule: NoiseSchedule, parameterization: str, x_t: Tensor, t: Tensor, output: Tensor) -> Prediction:
-    """Noise and image from a network's `output` (B, ...) on x_t at the steps t (B,), whichever of the three it means.
+def noised(prediction: Prediction, kept: Level) -> Tensor:
+    """x_t of DDPM eq. 4 from its two parts, where a(t) = `kept`."""
+    return kept**0.5 * prediction.x0 + (1 - kept) ** 0.5 * prediction.eps
+
+
+def with_noise(x_t: Tensor, eps: Tensor, kept: Level) -> Prediction:
+    """`eps` and the image that it leaves of x_t (B, ...) at a(t) = `kept`."""
+    return Prediction(eps, (x_t - (1 - kept) ** 0.5 * eps) / kept**0.5)
+
+
+def with_image(x_t: Tensor, x0: Tensor, kept: Level) -> Prediction:
+    """`x0` and the noise that it leaves of x_t (B, ...) at a(t) = `kept`."""
+    return Prediction((x_t - kept**0.5 * x0) / (1 - kept) ** 0.5, x0)
+
+
+def with_velocity(x_t: Tensor, v: Tensor, kept: Level) -> Prediction:
+    """Noise and image of x_t (B, ...) that moves with `v` at a(t) = `kept`."""
+    return Prediction(kept**0.5 * v + (1 - kept) ** 0.5 * x_t, kept**0.5 * x_t - (1 - kept) ** 0.5 * v)
+
+
+def read_output(parameterization: str, x_t: Tensor, kept: Level, output: Tensor) -> Prediction:
+    """Noise and image from a network's `output` (B, ...) on x_t at a(t) = `kept`, whichever of the three it means.
 
     Raises:
         UserError: the parameterization is unknown.
     """
     check_parameterization(parameterization)
-    if parameterization == "v":
-        eps = predict_eps_from_z_and_v(schedule, x_t, t, output)
-        return Prediction(eps, predict_start_from_z_and_v(schedule, x_t, t, output))
-    if parameterization == "x0":
-        return Prediction(predict_noise_from_start(schedule, x_t, t, output), output)
-    return Prediction(output, predict_start_from_noise(schedule, x_t, t, output))
+    readings = {"eps": with_noise, "v": with_velocity, "x0": with_image}
+    return readings[parameterization](x_t, output, kept)

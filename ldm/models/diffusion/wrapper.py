@@ -36,7 +36,11 @@ class DiffusionWrapper(nn.Module):
         if self.conditioning_key in ("concat", "hybrid"):
             x = torch.cat([x, *(c_concat or ())], dim=1)
         if self.conditioning_key in ("crossattn", "hybrid"):
-            return self.diffusion_model(x, t, context=joined(c_crossattn or ()))
+            context = joined(c_crossattn or ())
+            weights = context.weights if isinstance(context, PromptContext) else {}
+            if weights:
+                return torch.func.functional_call(self.diffusion_model, dict(weights), (x, t), {"context": context})
+            return self.diffusion_model(x, t, context=context)
         if self.conditioning_key == "adm":
             return self.diffusion_model(x, t, y=(c_crossattn or ())[0])
         return self.diffusion_model(x, t)

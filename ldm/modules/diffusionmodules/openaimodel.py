@@ -191,6 +191,7 @@ class UNetModel(nn.Module):
         context_dim: width of the context that the spatial transformers read.
         legacy: how the first models counted heads, see `_attention`.
         use_linear_in_transformer: as in Stable Diffusion 2.
+        use_fp16: kept for the public configs; weights stay in 32 bits, and autocast decides what is computed in 16.
 
     Raises:
         UserError: a param that is not supported, or params that contradict each other.
@@ -207,7 +208,7 @@ class UNetModel(nn.Module):
         use_linear_in_transformer: bool = False,
     ) -> None:
         super().__init__()
-        _refuse_unsupported(use_fp16=use_fp16, n_embed=n_embed)
+        _refuse_unsupported(n_embed=n_embed)
         if num_heads == -1 and num_head_channels == -1:
             raise UserError("UNetModel: give num_heads or num_head_channels")
         if use_spatial_transformer != (context_dim is not None):

@@ -1,0 +1,70 @@
+"""Models of a few numbers for samplers to walk on, one of them with a known answer."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.diffusion.samplers import SAMPLERS, sampler_class
+from ldm.models.diffusion.sampling import Sampler
+from ldm.models.diffusion.schedule import diffusion_buffers
+
+SHAPE = (2, 6, 6)
+ALL: dict[str, type[Sampler]] = {name: sampler_class(name) for name in SAMPLERS}
+DETERMINISTIC = ("plms", "dpm", "euler", "heun")
+
+
+class TinyModel(nn.Module):
+    """What a sampler sees of a LatentDiffusion; `network` (x, t, cond) -> output. Counts and keeps its calls."""
+
+    def __init__(self, network: Callable[..., Tensor], parameterization: str = "eps", timesteps: int = 1000) -> None:
+        super().__init__()
+        for name, tensor in diffusion_buffers("linear", timesteps, 0.00085, 0.012).items():
+            self.register_buffer(name, tensor)
+        self.num_timesteps, self.parameterization, self.network = timesteps, parameterization, network
+        self.calls: list[tuple[Tensor, Tensor, object]] = []
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
+        self.calls.append((x, t, cond))
+        return self.network(x, t, cond)
+
+    def kept(self, t: Tensor) -> Tensor:
+        """a(t) for whole and fractional t (B,), (B, 1, 1, 1) in float64."""
+        sigmas = ((1 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt()
+        between = np.interp(t.double(), np.arange(len(sigmas)), sigmas.log())
+        return 1 / (1 + torch.from_numpy(between).mul(2).exp()).view(-1, 1, 1, 1)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def start_noise(batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(batch, *SHAPE, generator=seeded(seed))
+
+
+WEIGHT = torch.randn(2, 2, 3, 3, generator=seeded(11)) * 0.3
+
+
+def convolution(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    """A smooth made-up network that reads all it is given."""
+    clock = torch.sin(t.float() / 150).view(-1, 1, 1, 1)
+    text = 0 if cond is None else cond.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+    return torch.tanh(F.conv2d(x, WEIGHT, padding=1) + clock + text)
+
+
+def gaussian(mean: float | Tensor, std: float, parameterization: str = "eps", timesteps: int = 1000) -> TinyModel:
+    """The exact denoiser of independent pixels N(mean, std^2); with a std of 0, one that knows its image."""
+
+    def network(x: Tensor, t: Tensor, cond: object) -> Tensor:
+        kept = model.kept(t)
+        x0 = (mean * (1 - kept) + std**2 * kept.sqrt() * x) / (std**2 * kept + 1 - kept)
+        eps = (x - kept.sqrt() * x0) / (1 - kept).sqrt()
+        v = kept.sqrt() * eps - (1 - kept).sqrt() * x0
+        return {"eps": eps, "v": v, "x0": x0}[parameterization].float()
+
+    model = TinyModel(network, parameterization, timesteps)
+    return model
