@@ -20,6 +20,8 @@ setup(
         "safetensors>=0.4",
         "tensorboard",
         "tqdm",
+        "taming-transformers-rom1504",  # the quantizer and the discriminator of the public first stages
+        "einops",  # which that package imports without saying so
     ],
     extras_require={"test": ["pytest", "hypothesis", "scipy", "diffusers>=0.30", "perfusion-pytorch", "ruff"]},
 )

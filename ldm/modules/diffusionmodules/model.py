@@ -1,8 +1,9 @@
 """Encoder and Decoder of the first-stage autoencoders, with CompVis latent-diffusion's parameter names.
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022), appendix G; the shape goes
-back to Esser et al., "Taming Transformers" (CVPR 2021). One addition: `patch_size` folds blocks of pixels into channels
-before the first and after the last convolution, so that a small autoencoder does its work on a coarse grid.
+back to Esser et al., "Taming Transformers" (CVPR 2021). Two additions, for small autoencoders: `patch_size` folds
+blocks of pixels into channels before the first and after the last convolution, so that the work is done on a coarse
+grid; `linear_skip` adds a linear code beside the network, which then has only to learn what a linear code misses.
 """
 from __future__ import annotations
 
@@ -131,12 +132,13 @@ class Encoder(nn.Module):
         attn_resolutions: side lengths of the feature maps that get self-attention, for inputs of side `resolution`.
         z_channels, double_z: channels of the latent; twice as many come out where a mean and a log-variance do.
         patch_size: side of the pixel blocks folded into channels first.
+        linear_skip: add a linear map of each block of f x f pixels to the features.
     """
 
     def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
                  attn_resolutions: Sequence[int], dropout: float = 0.0, resamp_with_conv: bool = True,
                  in_channels: int, resolution: int, z_channels: int, double_z: bool = True,
-                 attn_type: str = "vanilla", patch_size: int = 1) -> None:
+                 attn_type: str = "vanilla", patch_size: int = 1, linear_skip: bool = False) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.conv_in = _conv3(in_channels * patch_size**2, ch)
@@ -153,27 +155,31 @@ class Encoder(nn.Module):
         self.mid = _middle(widths[-1], dropout, attn_type)
         self.norm_out = Normalize(widths[-1])
         self.conv_out = _conv3(widths[-1], 2 * z_channels if double_z else z_channels)
+        self.factor = patch_size * 2 ** (len(ch_mult) - 1)
+        self.skip = nn.Conv2d(in_channels * self.factor**2, self.conv_out.out_channels, 1) if linear_skip else None
 
     def forward(self, x: Tensor) -> Tensor:
+        linear = 0.0 if self.skip is None else self.skip(F.pixel_unshuffle(x, self.factor))
         x = self.conv_in(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
         for level in self.down:
             x = _through_level(level, x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(_through_middle(self.mid, x))))
+        return self.conv_out(F.silu(self.norm_out(_through_middle(self.mid, x)))) + linear
 
 
 class Decoder(nn.Module):
     """Latents (B, z_channels, h, w) to images (B, out_ch, f h, f w); arguments as the Encoder's.
 
-    `give_pre_end` leaves out the last normalisation and convolution; `tanh_out` squashes the result to (-1, 1).
+    `give_pre_end` leaves out the last normalisation and convolution and the linear skip; `tanh_out` squashes the result
+    to (-1, 1).
     """
 
     def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
                  attn_resolutions: Sequence[int], dropout: float = 0.0, resamp_with_conv: bool = True,
                  in_channels: int, resolution: int, z_channels: int, double_z: bool = True,
                  give_pre_end: bool = False, tanh_out: bool = False, attn_type: str = "vanilla",
-                 patch_size: int = 1) -> None:
+                 patch_size: int = 1, linear_skip: bool = False) -> None:
         super().__init__()
         self.patch_size, self.give_pre_end, self.tanh_out = patch_size, give_pre_end, tanh_out
         widths = [ch * factor for factor in ch_mult]
@@ -192,6 +198,8 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(reversed(levels))  # numbered from the finest, like the encoder's
         self.norm_out = Normalize(inner)
         self.conv_out = _conv3(inner, out_ch * patch_size**2)
+        self.factor = patch_size * 2 ** (len(widths) - 1)
+        self.skip = _conv3(z_channels, out_ch * self.factor**2) if linear_skip else None
 
     @property
     def last_layer(self) -> Tensor:
@@ -199,6 +207,7 @@ class Decoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:
+        linear = 0.0 if self.skip is None else F.pixel_shuffle(self.skip(z), self.factor)
         x = _through_middle(self.mid, self.conv_in(z))
         for level in reversed(self.up):
             x = _through_level(level, x)
@@ -207,5 +216,5 @@ class Decoder(nn.Module):
         if self.give_pre_end:
             return x
         x = self.conv_out(F.silu(self.norm_out(x)))
-        x = F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
+        x = (F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x) + linear
         return torch.tanh(x) if self.tanh_out else x

@@ -1,0 +1,36 @@
+"""The loss of the public KL first stages (Rombach et al., CVPR 2022, appendix G)."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.losses.adversarial import AdversarialLoss, named
+
+
+class LPIPSWithDiscriminator(AdversarialLoss):
+    """Distances, summed over each picture, plus `kl_weight` times the KL of its latent, plus the adversarial terms.
+
+    Args (beside those of `AdversarialLoss`):
+        logvar_init: logarithm of the variance that distances are measured in. The public training gave it to no
+            optimiser, so it is a constant with a key of its own.
+        kl_weight: of the KL, summed over each latent.
+    """
+
+    def __init__(self, disc_start: int, logvar_init: float = 0.0, kl_weight: float = 1.0, **adversarial: Any) -> None:
+        super().__init__(disc_start, **adversarial)
+        self.kl_weight = kl_weight
+        self.logvar = nn.Parameter(torch.tensor(float(logvar_init)), requires_grad=False)
+
+    def forward(self, inputs: Tensor, reconstructions: Tensor, posterior: DiagonalGaussianDistribution,
+                split: str = "train", *, step: int, last_layer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures (B, C, H, W) in [-1, 1] to (loss of autoencoder and discriminator together, numbers to log)."""
+        distances, _ = self.distances(inputs, reconstructions)
+        nll = (distances / self.logvar.exp() + self.logvar).sum() / len(inputs)
+        kl = posterior.kl().mean()
+        fooling, telling, log = self.adversarial(inputs, reconstructions, nll, step, last_layer)
+        loss = nll + self.kl_weight * kl + fooling
+        log |= {"total_loss": loss, "logvar": self.logvar, "kl_loss": kl, "nll_loss": nll, "rec_loss": distances}
+        return loss + telling, named(log, split)

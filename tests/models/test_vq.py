@@ -1,0 +1,200 @@
+"""Autoencoders with a codebook: against diffusers' model and a search through all codes, and what they are told."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from oracles import randomise
+from oracles_vae import diffusers_vae_state
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.models.autoencoder import VQModel, VQModelInterface
+from ldm.modules.losses.vqperceptual import VQLPIPSWithDiscriminator
+from ldm.util import instantiate_from_config
+
+NO_LOSS = {"target": "torch.nn.Identity"}
+SETTINGS = {"ch": 32, "out_ch": 3, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3,
+            "resolution": 16, "z_channels": 4, "double_z": False, "dropout": 0.0}
+VQ_LOSS = {"target": "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+           "params": {"disc_start": 0, "disc_ndf": 8, "perceptual_weight": 0.0, "disc_num_layers": 1}}
+
+
+def built(kind: type[VQModel] = VQModel, embed_dim: int = 3, n_embed: int = 24, lossconfig: Any = None,
+          ddconfig: dict[str, Any] | None = None, **params: Any) -> VQModel:
+    torch.manual_seed(0)
+    model = kind(ddconfig={**SETTINGS, **(ddconfig or {})}, lossconfig=lossconfig or NO_LOSS, n_embed=n_embed,
+                 embed_dim=embed_dim, **params)
+    return spread(model)
+
+
+def spread(model: VQModel) -> VQModel:
+    """Random weights, with a codebook about as wide as the latents, so that many codes are used."""
+    randomise(model, scale=0.1)
+    with torch.no_grad():
+        latents = model.encode_to_prequant(pictures())
+        scale = latents.std((0, 2, 3)), latents.mean((0, 2, 3))
+        noise = torch.randn(model.quantize.embedding.weight.shape, generator=torch.Generator().manual_seed(1))
+        model.quantize.embedding.weight.copy_(noise * scale[0] + scale[1])
+    return model.eval()
+
+
+def pictures(count: int = 2, side: int = 16) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+def oracle(model: VQModel, levels: int) -> diffusers.VQModel:
+    return diffusers.VQModel(
+        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=[level.block[0].conv2.out_channels for level in model.encoder.down],
+        layers_per_block=len(model.encoder.down[0].block), latent_channels=model.post_quant_conv.out_channels,
+        num_vq_embeddings=model.n_embed, vq_embed_dim=model.embed_dim,
+        mid_block_add_attention=hasattr(model.encoder.mid.attn_1, "q"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"ch_mult": (1, 1, 2)}, {"attn_type": "none", "num_res_blocks": 2}])
+@torch.no_grad()
+def test_equals_diffusers(changes: dict[str, Any]) -> None:
+    model, levels = built(ddconfig=changes), len({**SETTINGS, **changes}["ch_mult"])
+    theirs = oracle(model, levels)
+    theirs.load_state_dict(diffusers_vae_state(model.state_dict(), levels))
+    theirs.eval()
+    x = pictures()
+    latents = theirs.encode(x).latents
+    quant, loss, (_, _, codes) = model.encode(x)
+    their_quant, their_loss, (_, _, their_codes) = theirs.quantize(latents)
+    assert torch.allclose(model.encode_to_prequant(x), latents, atol=1e-4)
+    assert torch.equal(codes.flatten(), their_codes.flatten()) and len(codes.unique()) > 4
+    assert torch.allclose(quant, their_quant, atol=1e-4) and torch.allclose(loss, their_loss, atol=1e-4)
+    assert torch.allclose(model.decode(quant), theirs.decode(quant, force_not_quantize=True).sample, atol=1e-4)
+    assert torch.allclose(model(x)[0], theirs(x).sample, atol=1e-4)
+
+    interface = built(VQModelInterface, ddconfig=changes)
+    interface.load_state_dict(model.state_dict())
+    assert torch.allclose(interface.encode(x), latents, atol=1e-4)
+    for kept in (False, True):
+        expected = theirs.decode(latents, force_not_quantize=kept).sample
+        assert torch.allclose(interface.decode(latents, force_not_quantize=kept), expected, atol=1e-4)
+    assert not torch.allclose(interface.decode(latents), interface.decode(latents, force_not_quantize=True), atol=1e-3)
+
+
+@torch.no_grad()
+def test_codes_are_those_of_the_nearest_vectors() -> None:
+    model = built(sane_index_shape=True)
+    x = pictures()
+    latents, book = model.encode_to_prequant(x), model.quantize.embedding.weight
+    quant, loss, (_, _, codes) = model.encode(x)
+    for place in np.ndindex(2, 8, 8):
+        picture, row, column = place
+        here = latents[picture, :, row, column]
+        distances = [float((here - vector).square().sum()) for vector in book]
+        assert int(codes[place]) == int(np.argmin(distances))
+        assert torch.allclose(quant[picture, :, row, column], book[codes[place]], atol=1e-6)
+    error = (quant - latents).square().mean()
+    assert torch.allclose(loss, 1.25 * error, rtol=1e-4)
+    assert torch.allclose(model.decode_code(codes), model.decode(quant), atol=1e-5)
+    assert torch.equal(model(x, return_pred_indices=True)[2], codes) and len(model(x)) == 2
+
+
+def test_gradients_pass_through_quantization() -> None:
+    model, x = built(), pictures()
+    reconstructions, loss = model(x)
+    (reconstructions.square().mean() + loss).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_codes_may_be_counted_among_those_in_use(tmp_path: Path) -> None:
+    used = [3, 5, 8, 13]
+    np.save(tmp_path / "used.npy", np.array(used))
+    plain = built(sane_index_shape=True)
+    torch.save(plain.state_dict(), tmp_path / "plain.ckpt")
+    model = VQModel({**SETTINGS}, NO_LOSS, n_embed=24, embed_dim=3, sane_index_shape=True,
+                    remap=str(tmp_path / "used.npy"), ckpt_path=str(tmp_path / "plain.ckpt"))
+    codes, all_codes = model.encode(pictures())[2][2], plain.encode(pictures())[2][2]
+    assert codes.shape == all_codes.shape and codes.max() < len(used)
+    for place, code in enumerate(used):
+        assert (codes[all_codes == code] == place).all()
+
+
+@pytest.mark.parametrize(
+    ("params", "named"),
+    [({"remap": "nowhere.npy"}, "nowhere.npy"), ({"batch_resize_range": [32]}, "batch_resize_range"),
+     ({"batch_resize_range": [32, 16]}, "batch_resize_range"), ({"ddconfig": {"double_z": True}}, "double_z: false"),
+     ({"ddconfig": {"chanels": 3}}, "chanels")],
+)
+def test_settings_that_cannot_be(params: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        built(**params)
+
+
+def test_batches_are_resized_for_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = built(batch_resize_range=[16, 70]), {"image": pictures(side=48)}
+    assert model.pictures(batch, "train").shape[2:] == (64, 64)  # the first steps: the largest
+    assert model.pictures(batch, "val").shape[2:] == (48, 48)
+    monkeypatch.setattr(VQModel, "global_step", 10)
+    sides = {model.pictures(batch, "train").shape[2] for _ in range(60)}
+    assert sides == {16, 32, 48, 64}
+
+
+def test_public_losses_name_is_ours() -> None:
+    """taming's own class would fetch a network from the web here."""
+    model = built(lossconfig={"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+                              "params": {"disc_start": 0, "disc_conditional": False, "disc_in_channels": 3}})
+    assert type(model.loss) is VQLPIPSWithDiscriminator and model.loss.perceptual_loss is None
+
+
+def test_learning_rates_and_what_they_are_for() -> None:
+    model = built(lossconfig=VQ_LOSS, lr_g_factor=0.5)
+    model.learning_rate = 1e-3
+    autoencoder, discriminator = model.configure_optimizers()["optimizer"].param_groups
+    assert (autoencoder["lr"], discriminator["lr"], autoencoder["betas"]) == (5e-4, 1e-3, (0.5, 0.9))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(names[id(p)].startswith("loss.discriminator.") for p in discriminator["params"])
+    assert len(autoencoder["params"]) + len(discriminator["params"]) == len(names)
+
+
+def test_moving_averages(tmp_path: Path) -> None:
+    plain = built(lossconfig=VQ_LOSS)
+    torch.save(plain.state_dict(), tmp_path / "plain.ckpt")
+    model = built(lossconfig=VQ_LOSS, use_ema=True)
+    assert "model_ema.encoderconv_inweight" in model.state_dict()
+    started = instantiate_from_config({"target": "ldm.models.autoencoder.VQModel", "params": {
+        "ddconfig": {**SETTINGS, "ch_mult": [1, 2]}, "lossconfig": VQ_LOSS, "n_embed": 24, "embed_dim": 3,
+        "use_ema": True, "ckpt_path": str(tmp_path / "plain.ckpt")}})
+    first = plain.encoder.conv_in.weight.detach().clone()
+    assert torch.equal(started.model_ema.encoderconv_inweight, first)
+    with torch.no_grad():
+        started.encoder.conv_in.weight += 1
+    started.on_train_batch_end()
+    with started.ema_scope():
+        inside = started.encoder.conv_in.weight.detach().clone()
+    assert torch.allclose(inside, first + 9 / 11, atol=1e-5)  # the first update keeps 2/11 of the start
+    assert torch.allclose(started.encoder.conv_in.weight, first + 1)
+
+
+@torch.no_grad()
+def test_label_maps_are_shown_in_colours() -> None:
+    labels = torch.nn.functional.one_hot(torch.randint(5, (2, 16, 16)), 5)  # channels last, as datasets give them
+    shape = {**SETTINGS, "in_channels": 5, "out_ch": 5}
+    model = VQModel(shape, NO_LOSS, n_embed=24, embed_dim=3, image_key="segmentation", colorize_nlabels=5)
+    shown = model.log_images({"segmentation": labels}, N=1)
+    assert {name: images.shape for name, images in shown.items()} == dict.fromkeys(
+        ("inputs", "reconstructions"), (1, 3, 16, 16))
+    colours = shown["inputs"][0].flatten(1).T
+    assert len(colours.unique(dim=0)) == 5 and (colours.min(), colours.max()) == (-1, 1)
+    expected = model.colorize[:, 2, 0, 0] - model.colorize[:, 1, 0, 0]
+    flat = labels[0].flatten(0, 1).argmax(1)
+    difference = colours[flat == 2][0] - colours[flat == 1][0]
+    assert torch.allclose(difference / difference.norm(), expected / expected.norm(), atol=1e-4)
+    plain = VQModel(shape, NO_LOSS, n_embed=24, embed_dim=3, image_key="segmentation")
+    assert torch.equal(plain.log_images({"segmentation": labels})["inputs"], labels.movedim(-1, 1)[:, :3])
+
+
+def test_a_loss_that_trains_nothing_is_refused_when_training_starts() -> None:
+    with pytest.raises(UserError, match="Identity trains nothing"):
+        built().setup("fit")
