@@ -241,11 +241,13 @@ def encoder_fingerprint(embedder: TextEncoder) -> str:
     """sha256 of the word table and all other weights of a text encoder, and of the layer its encodings are taken from.
 
     Weights are hashed as float16, so an encoder has the same fingerprint on any device, and whether it was loaded from
-    its 16-bit or its 32-bit file; under the names of `state_dict`, which no release of `transformers` changes.
+    its 16-bit or its 32-bit file; under the names of `state_dict`, which no release of `transformers` changes. Weights
+    that encodings do not depend on (the encoder's `unread_keys`) do not count: some files lack them.
     """
+    unread = getattr(embedder, "unread_keys", ())
     digest = hashlib.sha256(f"layer {getattr(embedder, 'layer_idx', None)}".encode())
     for name, weight in sorted(embedder.state_dict().items()):
-        if weight.is_floating_point():
+        if weight.is_floating_point() and not name.startswith(unread):
             half = weight.detach().to("cpu", torch.float16).contiguous()
             digest.update(f"{name} {tuple(half.shape)}".encode())
             digest.update(half.numpy())

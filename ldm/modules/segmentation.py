@@ -25,12 +25,13 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ldm.data.images import read_image, square
 from ldm.errors import UserError
 from ldm.files import write_whole
-from ldm.modules.encoders.modules import TOKENIZER
+from ldm.modules.encoders.clip import TOKENIZER
 from ldm.modules.encoders.vocabulary import load_pretrained
 
 logger = logging.getLogger(__name__)
 
 FAINTEST = 0.05  # below this everywhere, a segmentation shows noise rather than the thing
+LIKELY = 0.5  # a thing that is nowhere more likely than this is not drawn over
 LEVELS = 65535  # cached probabilities are PNG files with 16 bits a pixel
 CACHE_FORMAT = "squares-1"  # part of every key: change it when crop or storage change
 
@@ -158,6 +159,21 @@ def soft_mask(probabilities: torch.Tensor, name: str = "a photo") -> torch.Tenso
         logger.warning("%s: the segmenter does not find the super-category in it; used without a mask", name)
         return torch.ones_like(probabilities)
     return probabilities / surest
+
+
+def clear_mask(probabilities: torch.Tensor, text: str, name: str) -> torch.Tensor:
+    """A segmentation (H, W) of the picture `name` as ones, where it shows `text`, and zeros.
+
+    It does where it is at least half as likely as at its surest point: segmenters differ in how sure they are.
+
+    Raises:
+        UserError: it is nowhere more likely than not.
+    """
+    surest = probabilities.max()
+    if not surest > LIKELY:  # written so that NaN fails too
+        raise UserError(f"{name}: the segmenter finds no {text} in it ({100 * surest:.0f} % likely at most); choose "
+                        "another word, or paint a mask yourself")
+    return (probabilities >= surest / 2).float()
 
 
 def cached_masks(

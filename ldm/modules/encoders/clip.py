@@ -1,0 +1,132 @@
+"""CLIP's text tower (Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021)."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.func import functional_call
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ldm.errors import UserError
+from ldm.modules.encoders.prompts import PromptEncoder
+from ldm.modules.encoders.vocabulary import load_pretrained
+
+PROJECT = Path(__file__).resolve().parents[3]
+TOKENIZER = PROJECT / "models" / "clip_tokenizer"
+# Text towers whose weights come with a Stable Diffusion checkpoint: known by name, nothing to download.
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "projection_dim": 768, "hidden_act": "quick_gelu"},
+}
+
+
+class ClipWords(PromptEncoder):
+    """Prompts in CLIP's word pieces, which mark where a word ends."""
+
+    def _whole_words(self) -> dict[str, int]:
+        ending = "</w>"
+        return {piece.removesuffix(ending): number for piece, number in self.tokenizer.get_vocab().items()
+                if piece.endswith(ending)}
+
+
+class FrozenCLIPEmbedder(ClipWords):
+    """The text tower of a CLIP: prompts to encodings (B, max_length, d).
+
+    Args:
+        version: a folder with config.json (and weights, if no checkpoint brings them), or a hub name.
+        device: kept for the public configs; the module moves with the model it is part of.
+        max_length: tokens per prompt, start and end included.
+        freeze: whether the tower's parameters are taken out of training.
+        layer, layer_idx: "last", or "hidden" with the number of a layer whose output is taken instead, without the
+            final norm; 0 is what enters the first layer, -1 what leaves the last one.
+
+    Raises:
+        UserError: there is no such tower, it is incomplete, or it has no such layer or not that many positions.
+    """
+
+    def __init__(self, version: str = "openai/clip-vit-large-patch14", device: str = "cuda", max_length: int = 77,
+                 freeze: bool = True, layer: str = "last", layer_idx: int | None = None) -> None:
+        super().__init__()
+        if layer not in ("last", "hidden") or (layer == "hidden") != (layer_idx is not None):
+            raise UserError(f"FrozenCLIPEmbedder: layer {layer!r} with layer_idx {layer_idx}; "
+                            "give 'last' alone or 'hidden' with a number")
+        self.max_length, self.layer_idx = max_length, layer_idx
+        self.tokenizer, self.transformer = _clip_tower(version)
+        self._check_fit(version)
+        self.register_state_dict_post_hook(_spell_as_compvis)
+        self.register_load_state_dict_pre_hook(_spell_as_installed)
+        if freeze:
+            self.freeze()
+
+    def _check_fit(self, version: str) -> None:
+        config = self.transformer.config
+        if self.max_length > config.max_position_embeddings:
+            raise UserError(f"text encoder {version!r} takes {config.max_position_embeddings} tokens; "
+                            f"lower max_length ({self.max_length})")
+        if len(self.tokenizer) > config.vocab_size:
+            raise UserError(f"text encoder {version!r}: its tokenizer knows {len(self.tokenizer)} word pieces, its "
+                            f"model {config.vocab_size}; give a folder with files that belong together")
+        layers = config.num_hidden_layers
+        if self.layer_idx is not None and self.layer_idx not in range(-layers - 1, layers + 1):
+            raise UserError(f"text encoder {version!r} has {layers} layers, and no layer_idx {self.layer_idx}; "
+                            f"choose one from 0 to {layers}")
+
+    @property
+    def token_table(self) -> Tensor:
+        return self.transformer.get_input_embeddings().weight
+
+    def _frame(self) -> tuple[int, int, int]:
+        end = self.tokenizer.eos_token_id
+        return self.tokenizer.bos_token_id, end, end
+
+    def _encode_rows(self, rows: Tensor, places: Tensor) -> Tensor:
+        table = self.token_table
+        name = next(n for n, parameter in self.transformer.named_parameters() if parameter is table)
+        output = functional_call(self.transformer, {name: rows}, kwargs={
+            "input_ids": places, "output_hidden_states": self.layer_idx is not None})
+        return output.last_hidden_state if self.layer_idx is None else output.hidden_states[self.layer_idx]
+
+
+def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    folder = Path(version) if Path(version).is_dir() else PROJECT / version
+    try:
+        if version in KNOWN_TOWERS and not Path(version).is_dir():
+            tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+            return tokenizer, CLIPTextModel(CLIPTextConfig(**KNOWN_TOWERS[version], **_special(tokenizer)))
+        if (folder / "config.json").is_file():
+            own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+            tokenizer = CLIPTokenizer.from_pretrained(folder if own else TOKENIZER)
+            if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+                return tokenizer, load_pretrained(CLIPTextModel, folder)
+            return tokenizer, CLIPTextModel(CLIPTextConfig.from_pretrained(folder))
+        model = load_pretrained(CLIPTextModel, version)  # first: where there is no network, it asks the fewest times
+        return CLIPTokenizer.from_pretrained(version), model
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"text encoder {version!r} cannot be loaded ({reason}); give a local folder") from None
+
+
+def _special(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+
+
+# CompVis's checkpoints spell the tower's keys `transformer.text_model.…`; transformers 5 dropped `text_model.`.
+_COMPVIS, _SHORT = "transformer.text_model.", "transformer."
+
+
+def _spell_as_compvis(module: FrozenCLIPEmbedder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix + _SHORT)]:
+        if not key.startswith(prefix + _COMPVIS):
+            state[prefix + _COMPVIS + key.removeprefix(prefix + _SHORT)] = state.pop(key)
+
+
+def _spell_as_installed(module: FrozenCLIPEmbedder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    installed = any(name.startswith("text_model.") for name, _ in module.transformer.named_parameters())
+    for key in [key for key in state if key.startswith(prefix + _SHORT)]:
+        rest = key.removeprefix(prefix + _COMPVIS).removeprefix(prefix + _SHORT)
+        value = state.pop(key)
+        if rest.split(".")[-1] != "position_ids":
+            state[prefix + (_COMPVIS if installed else _SHORT) + rest] = value

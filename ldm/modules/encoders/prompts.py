@@ -1,0 +1,163 @@
+"""What all encoders of prompts share: words to numbers, placeholders of concepts among them, and back from vectors."""
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+
+class AbstractEncoder(nn.Module):
+    """Something that turns a batch of conditions into what the U-Net attends to."""
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
+
+
+class PromptEncoder(AbstractEncoder):
+    """Prompts to encodings (B, max_length, d), where words may stand that the vocabulary has not got.
+
+    A subclass has a `tokenizer` of `transformers`' kind, a `max_length` and a `token_table`, and says how tokens are
+    framed and how their rows of the table become encodings.
+    """
+
+    tokenizer: Any
+    max_length: int
+
+    @property
+    def token_table(self) -> Tensor:
+        """(vocabulary, width): the embedding of every word piece."""
+        raise NotImplementedError
+
+    def _frame(self) -> tuple[int, int, int]:
+        """The numbers of the tokens that start, end and fill up a prompt."""
+        raise NotImplementedError
+
+    def _encode_rows(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Encodings (B, N, d) of tokens that are given by their places (B, N) among embeddings `rows` (n, width)."""
+        raise NotImplementedError
+
+    def _whole_words(self) -> dict[str, int]:
+        """Word pieces that are whole words, and their numbers."""
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> PromptEncoder:
+        """A frozen encoder stays in evaluation mode."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_table.device
+
+    def word_pieces(self, text: str) -> list[int]:
+        """The numbers of the word pieces of `text`, without start and end."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of `text`, without punctuation, that have no piece with a row that training has touched."""
+        words = dict.fromkeys(bare for word in text.split() if (bare := word.strip(string.punctuation)))
+        untouched = self._untouched_rows()
+        untouched[self.tokenizer.unk_token_id] = True
+        return [word for word in words if bool(untouched[self.word_pieces(word)].all())]
+
+    def known_words(self) -> list[str]:
+        """Every whole word of letters that training has touched, sorted; none where it has touched most of them."""
+        untouched = self._untouched_rows()
+        if not untouched.any():
+            return []
+        return sorted(word for word, number in self._whole_words().items() if word.isalpha() and not untouched[number])
+
+    def _untouched_rows(self) -> Tensor:
+        """(vocabulary,) booleans: rows that equal most others, as in tables that were trained on few words."""
+        table = self.token_table.detach()
+        usual = table[::max(1, len(table) // 255)].median(0).values  # column by column that of a row, if most are equal
+        untouched = (table == usual).all(1)
+        return untouched & (2 * untouched.sum() > len(table))
+
+    def tokenize(self, prompts: Sequence[str], placeholders: Sequence[str] = (),
+                 counts: Sequence[int] | None = None) -> Tensor:
+        """(B, max_length) numbers of word pieces; placeholders have numbers past the vocabulary's, counted on.
+
+        Without `counts` a placeholder is one token, so that the j-th has the number `vocabulary size + j`; with them
+        the j-th is counts[j] tokens in a row.
+
+        Raises:
+            UserError: a prompt has more tokens than fit.
+        """
+        numbers: list[range] = []
+        for count in counts or [1] * len(placeholders):
+            first = numbers[-1].stop if numbers else len(self.token_table)
+            numbers.append(range(first, first + count))
+        return torch.stack([self._row(prompt, placeholders, numbers) for prompt in prompts])
+
+    def _row(self, prompt: str, placeholders: Sequence[str], numbers: Sequence[Sequence[int]]) -> Tensor:
+        pieces: list[int] = []
+        for part in split_at_placeholders(prompt, placeholders):
+            pieces += self.word_pieces(part) if isinstance(part, str) else numbers[part]
+        room = self.max_length - 2
+        if len(pieces) > room:
+            shown = prompt if len(prompt) <= 80 else f"{prompt[:79]}…"
+            raise UserError(f"the prompt {shown!r} has {len(pieces)} tokens, but the text encoder takes {room}; "
+                            "shorten it")
+        start, end, padding = self._frame()
+        return torch.tensor([start, *pieces, end, *[padding] * (room - len(pieces))])
+
+    def encode_tokens(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """Encodings (B, N, d) of tokens (B, N), where numbers past the vocabulary stand for the rows of `vectors`.
+
+        The encoder runs on a table of just the words in use, so a gradient with respect to `vectors` (J, width) costs
+        no more than they do, and nothing inside the encoder is replaced.
+        """
+        table = self.token_table
+        tokens = tokens.to(table.device)
+        words, places = tokens.unique(return_inverse=True)
+        known = words < len(table)
+        rows = table[words[known]]
+        if vectors is not None:
+            rows = torch.cat([rows, vectors.to(rows.dtype)[words[~known] - len(table)]])
+        return self._encode_rows(rows, places)
+
+    def forward(self, text: Sequence[str] | str) -> Tensor:
+        return self.encode_tokens(self.tokenize([text] if isinstance(text, str) else text))
+
+
+def word_vector(encoder: PromptEncoder, word: str) -> Tensor:
+    """(1, width): the embedding of a word; of several word pieces, the mean of theirs, as one virtual token.
+
+    Raises:
+        UserError: the vocabulary has no piece for it.
+    """
+    pieces = [piece for piece in encoder.word_pieces(word) if piece != encoder.tokenizer.unk_token_id]
+    if not pieces:
+        raise UserError(f"the super-category {word!r} cannot be expressed in the text encoder's vocabulary; "
+                        "give a plain word, such as \"teddy bear\"")
+    return encoder.token_table[pieces].mean(0, keepdim=True)
+
+
+def split_at_placeholders(prompt: str, placeholders: Sequence[str]) -> list[str | int]:
+    """The prompt cut at whole placeholders (any case, the longest first): texts, and the numbers of placeholders."""
+    if not placeholders:
+        return [prompt]
+    numbers = sorted(range(len(placeholders)), key=lambda number: -len(placeholders[number]))
+    alternatives = "|".join(f"({whole_word(placeholders[number])})" for number in numbers)
+    parts: list[str | int] = []
+    done = 0
+    for found in re.finditer(alternatives, prompt, flags=re.IGNORECASE):
+        parts += [prompt[done:found.start()], numbers[found.lastindex - 1]]
+        done = found.end()
+    return [part for part in [*parts, prompt[done:]] if isinstance(part, int) or part.strip()]
+
+
+def whole_word(word: str) -> str:
+    """A pattern for `word` that does not match inside a longer word; `<x>` ends by itself, so `<x>s` contains it."""
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w$", word) else ""
+    return f"{before}{re.escape(word)}{after}"

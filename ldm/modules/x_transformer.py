@@ -1,0 +1,91 @@
+"""The transformer encoder of latent diffusion's text-to-image model, with the keys of its checkpoints.
+
+Attention and feed-forward layers in turn, each on a norm and with a residual (Vaswani et al. 2017; pre-norm after
+Xiong et al. 2020, arXiv:2002.04745). Names are those of the library x-transformers, part of which the public code has.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD_WIDTH = 64
+INITIAL_SPREAD = 0.02  # of embeddings
+
+
+class Attention(nn.Module):
+    """Every position attends to every other, in `heads` heads of 64: (B, N, dim) to the same."""
+
+    def __init__(self, dim: int, heads: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, heads * HEAD_WIDTH, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(heads * HEAD_WIDTH, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                 for project in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two layers with four times the width between them: (..., dim) to the same."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        widen = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU())
+        self.net = nn.Sequential(widen, nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Encoder(nn.Module):
+    """`depth` times attention and feed-forward layer, without a norm at the end: (B, N, dim) to the same."""
+
+    def __init__(self, dim: int, depth: int, heads: int = 8) -> None:
+        super().__init__()
+        self.dim = dim
+        kinds = [kind for _ in range(depth) for kind in (Attention(dim, heads), FeedForward(dim))]
+        self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), layer]) for layer in kinds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, layer in self.layers:
+            x = x + layer(norm(x))
+        return x
+
+
+class AbsolutePositionalEmbedding(nn.Module):
+    """A learned vector for each of `max_seq_len` positions."""
+
+    def __init__(self, dim: int, max_seq_len: int) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(max_seq_len, dim)
+        nn.init.normal_(self.emb.weight, std=INITIAL_SPREAD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The vectors (N, dim) for an x (B, N, dim)."""
+        return self.emb(torch.arange(x.shape[1], device=x.device))
+
+
+class TransformerWrapper(nn.Module):
+    """Tokens (B, N), N up to `max_seq_len`, to encodings (B, N, dim) or to logits (B, N, num_tokens)."""
+
+    def __init__(self, num_tokens: int, max_seq_len: int, attn_layers: Encoder, emb_dropout: float = 0.0) -> None:
+        super().__init__()
+        dim = attn_layers.dim
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.pos_emb = AbsolutePositionalEmbedding(dim, max_seq_len)
+        self.emb_dropout = nn.Dropout(emb_dropout)
+        self.attn_layers = attn_layers
+        self.norm = nn.LayerNorm(dim)
+        self.to_logits = nn.Linear(dim, num_tokens)
+        nn.init.normal_(self.token_emb.weight, std=INITIAL_SPREAD)
+
+    def encode_embedded(self, embedded: Tensor) -> Tensor:
+        """Encodings of tokens whose embeddings (B, N, dim) are given."""
+        return self.norm(self.attn_layers(self.emb_dropout(embedded + self.pos_emb(embedded))))
+
+    def forward(self, x: Tensor, return_embeddings: bool = False) -> Tensor:
+        encoded = self.encode_embedded(self.token_emb(x))
+        return encoded if return_embeddings else self.to_logits(encoded)

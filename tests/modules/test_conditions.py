@@ -1,0 +1,39 @@
+"""Encoders of conditions other than text."""
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.errors import UserError
+from ldm.modules.encoders.modules import ClassEmbedder, SpatialRescaler
+
+
+def test_a_class_is_one_token() -> None:
+    embedder = ClassEmbedder(6, n_classes=4, key="class_label")
+    assert {key: tuple(value.shape) for key, value in embedder.state_dict().items()} == {"embedding.weight": (4, 6)}
+    labels = torch.tensor([3, 0, 3])
+    expected = F.one_hot(labels, 4).float()[:, None] @ embedder.embedding.weight
+    assert expected.shape == (3, 1, 6)
+    for given in (labels, labels.int(), {"class_label": labels}):
+        assert torch.equal(embedder(given), expected)
+    assert torch.equal(embedder({"other": labels}, key="other"), expected)
+
+
+def test_maps_are_scaled_and_mixed() -> None:
+    x = torch.randn(2, 5, 8, 12, generator=torch.Generator().manual_seed(0))
+    half = SpatialRescaler()(x)
+    assert torch.allclose(half, F.avg_pool2d(x, 2), atol=1e-6)  # what bilinear halving is
+    mixed = SpatialRescaler(n_stages=2, in_channels=5, out_channels=3)
+    assert list(mixed.state_dict()) == ["channel_mapper.weight"]
+    expected = torch.einsum("oi,bihw->bohw", mixed.channel_mapper.weight[..., 0, 0], F.avg_pool2d(x, 4))
+    assert torch.allclose(mixed.encode(x), expected, atol=1e-6)
+    assert torch.equal(SpatialRescaler(n_stages=0)(x), x)
+    doubled = SpatialRescaler(method="nearest", multiplier=2)(x)
+    assert torch.equal(doubled, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize(("params", "named"), [({"method": "trilinear"}, "trilinear"), ({"n_stages": -1}, "-1")])
+def test_params_that_no_map_can_have(params: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        SpatialRescaler(**params)
