@@ -81,15 +81,20 @@ def _resolved(name: str, params: DictConfig | ListConfig) -> Any:
         raise UserError(f"params of {name}: {str(error).splitlines()[0]}") from None
 
 
-def refuse_unknown_params(name: str, target: Any, params: Mapping[str, Any]) -> None:
-    """Raises a UserError that names the params which `target` would not read, and those it would.
-
-    Where a constructor passes `**kwargs` on, the constructors of its base classes are asked; what none of them names
-    counts as unknown.
-    """
+def known_params(target: Any) -> set[str]:
+    """The names of what `target` can be given; where a constructor passes `**kwargs` on, its base classes' too."""
     known = {p.name for p in _named(target)}
     if inspect.isclass(target):
         known |= {p.name for base in _constructors(target) for p in _named(base)} - {"self"}
+    return known
+
+
+def refuse_unknown_params(name: str, target: Any, params: Mapping[str, Any]) -> None:
+    """Raises a UserError that names the params which `target` would not read, and those it would.
+
+    What `known_params` does not name counts as unknown.
+    """
+    known = known_params(target)
     unknown = sorted(set(map(str, params)) - known)
     if unknown:
         raise UserError(f"{name} does not know {', '.join(unknown)}; it knows {', '.join(sorted(known)) or 'none'}")

@@ -127,6 +127,7 @@ def _concepts(folder: Path) -> None:
         "odd_layers": replace(good, target_output_v={"elsewhere": narrow}),
     }.items():
         save_concepts(folder / f"{name}.concept", [concept])
+    save_concepts(folder / "concept.safetensors", [good])
     tensors, metadata = load_tensors(folder / "good.concept")
     metadata["perfusion"]["format_version"] = 2
     save_tensors(folder / "newer.concept", tensors, metadata)
@@ -217,7 +218,9 @@ PHOTOS = [
     ("{here}/cut", "a.png: cannot be read"), ("{here}/tiny", "a.png: 3x3 is too small"),
 ]
 BASES = [
-    ("{here}/none.ckpt", "no such file"), ("models/mini", "no such file"), ("{here}/file", "no checkpoint"),
+    ("{here}/none.ckpt", "no such file"), ("{here}/file", "no checkpoint"),
+    ("{here}", "name a file in it, such as"), ("{here}/empty", "no diffusers folder"),
+    ("{here}/good.concept", "no checkpoint"), ("{here}/concept.safetensors", "a concept of this project: give it with"),
     ("{here}/cut.safetensors", "copy or make it again"), ("{here}/hostile.ckpt", "asks for posix.system"),
     ("{here}/pickle.ckpt", "not run"), ("{here}/odd.safetensors", "2 keys unexpected (a, b), 0 keys of another shape"),
     ("{here}/odd.safetensors", "keys missing (model.diffusion_model."),

@@ -154,7 +154,7 @@ def test_checkpoints_without_weights(tmp_path: Path, content: Any) -> None:
         read_state_dict(tmp_path / "x.ckpt")
 
 
-@pytest.mark.parametrize("name", ["none.ckpt", "none.safetensors", "."])
+@pytest.mark.parametrize("name", ["none.ckpt", "none.safetensors", "folder"])
 def test_files_that_are_not_there(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_state_dict(tmp_path / name)
@@ -203,7 +203,8 @@ def test_unexpected_keys_alone_are_a_warning(tmp_path: Path, caplog: pytest.LogC
 
 def test_keys_that_no_model_reads_are_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     unread = (
-        "model_ema.firstweight",
+        "model_ema.decay",
+        "model_ema.thirdweight",
         "loss.discriminator.main.0.weight",
         "first_stage_model.loss.logvar",
         "cond_stage_model.transformer.text_model.embeddings.position_ids",
@@ -212,6 +213,32 @@ def test_keys_that_no_model_reads_are_passed_over_in_silence(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         load_weights(Tiny(), tmp_path / "x.ckpt")
     assert not caplog.text
+
+
+def with_averages(seed: int) -> dict[str, Tensor]:
+    """Weights and, under the names of public files, others that are their averages."""
+    averages = {f"model_ema.{key.replace('.', '')}": value for key, value in weights(seed + 1).items()}
+    return {**weights(seed), **averages, "model_ema.decay": torch.tensor(0.9999)}
+
+
+def test_averages_are_taken_in_place_of_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"state_dict": with_averages(1)}, tmp_path / "x.ckpt")
+    module = Tiny()
+    with caplog.at_level(logging.INFO):
+        load_weights(module, tmp_path / "x.ckpt")
+    assert equal(module.state_dict(), weights(2)) and "has the averages of 4 weights" in caplog.text
+    load_weights(module, tmp_path / "x.ckpt", ignore_keys=["model_ema."])
+    assert equal(module.state_dict(), weights(1))
+
+
+def test_a_part_takes_its_own_weights_of_a_whole_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for start in ("model.", "model.diffusion_model.", "first_stage_model.", "cond_stage_model."):
+        whole = {start + key: value for key, value in weights(1).items()}
+        torch.save({**whole, "elsewhere.weight": torch.ones(1)}, tmp_path / "x.ckpt")
+        module = Tiny()
+        assert load_weights(module, tmp_path / "x.ckpt") == set(module.state_dict())
+        assert equal(module.state_dict(), weights(1))
+    assert not caplog.records
 
 
 def test_ignored_keys_stay_as_they_are(tmp_path: Path) -> None:

@@ -65,8 +65,13 @@ def of(module: type[nn.Module], *args: Any, **params: Any) -> dict[str, tuple[in
         return shapes(module(*args, **params).state_dict())
 
 
+def config_of_unet(**shape: Any) -> dict[str, Any]:
+    with torch.device("meta"):
+        return dict(UNet2DConditionModel(**shape).config)
+
+
 def test_the_unet_is_what_converters_expect() -> None:
-    ours = convert_ldm_unet_checkpoint(public_model().state_dict(), dict(UNet2DConditionModel().config) | SHAPE_OF_UNET)
+    ours = convert_ldm_unet_checkpoint(public_model().state_dict(), config_of_unet(**SHAPE_OF_UNET))
     assert shapes(ours) == of(UNet2DConditionModel, **SHAPE_OF_UNET)
 
 
@@ -176,10 +181,12 @@ def test_the_concept_config_is_the_papers() -> None:
 
 def tiny_checkpoint(folder: Path) -> dict[str, Tensor]:
     """What a public file holds, at another size: half precision, averages, and a buffer of older transformers."""
-    model = tiny_models.built(folder, use_ema=True)
+    model = tiny_models.built(folder, use_ema=False)
     state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    averages = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": 0.9 * value
+                for key, value in state.items() if key.startswith("model.")}
     positions = "cond_stage_model.transformer.text_model.embeddings.position_ids"
-    return state | {positions: torch.arange(16)[None]}
+    return {**state, **averages, "model_ema.decay": torch.tensor(0.9999), positions: torch.arange(16)[None]}
 
 
 def test_checkpoints_of_both_kinds_load_and_draw(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -195,6 +202,6 @@ def test_checkpoints_of_both_kinds_load_and_draw(tmp_path: Path, caplog: pytest.
         pictures.append(model.sample_images(cond, 1, 3, 4.0, empty, generators=[torch.Generator().manual_seed(1)]))
     assert torch.equal(*pictures) and pictures[0].std() > 0.05
     weight = model.state_dict()["model.diffusion_model.out.2.weight"]
-    assert torch.equal(weight, state["model.diffusion_model.out.2.weight"].float())
+    assert torch.equal(weight, state["model_ema.diffusion_modelout2weight"].float())
     assert float(model.alphas_cumprod[0]) == pytest.approx(1 - 0.00085, abs=1e-7)  # not the file's rounded schedule
     assert not caplog.records

@@ -8,6 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.pickled import readable
+from ldm.errors import UserError
 from ldm.util import instantiate_from_config
 
 
@@ -21,7 +23,28 @@ def optimizer_and_schedule(optimizer: torch.optim.Optimizer, scheduler_config: M
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class OneStepModule(pl.LightningModule):
+class ResumableModule(pl.LightningModule):
+    """A module that goes on from checkpoints of its own kind only."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compares the weights of a checkpoint with those that this module would save.
+
+        Raises:
+            UserError: some are missing, unknown here or of another shape, so that it is another model's.
+        """
+        own = {"state_dict": self.state_dict()}
+        self.on_save_checkpoint(own)
+        ours, theirs = ({key: tuple(value.shape) for key, value in state["state_dict"].items()}
+                        for state in (own, checkpoint))
+        differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        if differing:
+            first = differing[0]
+            raise UserError(f"--resume {self.trainer.ckpt_path}: is of another model than this config's: "
+                            f"{len(differing)} weights differ ({readable(first)}: {theirs.get(first, 'none')} in the "
+                            f"checkpoint, {ours.get(first, 'none')} in the config's model); give the run's own config")
+
+
+class OneStepModule(ResumableModule):
     """A module whose validation computes and logs what its training does, under "val/" instead of "train/"."""
 
     def step(self, batch: Mapping[str, Any], split: str) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.checkpoint import UNREADABLE
+from ldm.checkpoints.pickled import UNREADABLE
 from ldm.errors import UserError
 
 STATE = ("state_dict", "optimizer_states", "global_step", "pytorch-lightning_version")

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.command_line import Parser, whole
 from ldm.errors import UserError
 from ldm.kinds import fits
+from ldm.util import get_obj_from_str, known_params
 
 SECTIONS = {"": ("model", "data", "lightning"), "model": ("target", "params", "base_learning_rate"),
             "data": ("target", "params"), "lightning": ("trainer", "callbacks", "modelcheckpoint", "seed")}
@@ -52,7 +53,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--placeholder", "--placeholder_string", help='its own word in prompts, e.g. "<my-teddy>"')
     parser.add_argument("--masks", help="folder of masks (one picture per photo, same name, white where the thing is), "
                         "or 'none'; by default masks are made automatically")
-    parser.add_argument("--actual_resume", help="checkpoint of the base model to start from")
+    parser.add_argument("--actual_resume", help="base model to start from: .ckpt, .safetensors or diffusers folder")
     parser.add_argument("--accelerator", help="cpu, gpu or mps (default: the best there is)")
     parser.add_argument("--devices", help="how many, or which ones")
     parser.add_argument("--max_steps", type=whole(1), help="training steps")
@@ -80,7 +81,8 @@ def read_config(options: argparse.Namespace, overrides: Sequence[str]) -> DictCo
     for path in options.base:
         if not Path(path).is_file():
             raise UserError(f"--base {path}: no such file")
-        config = OmegaConf.merge(config, _parsed(path, lambda path=path: OmegaConf.load(path)))
+        later = _parsed(path, lambda path=path: OmegaConf.load(path))
+        config = OmegaConf.merge(_for_the_target_of(later, config), later)
     _check_sections(config)
     _apply_flags(config, options)
     for override in overrides:
@@ -90,6 +92,22 @@ def read_config(options: argparse.Namespace, overrides: Sequence[str]) -> DictCo
     _parsed("config", lambda: OmegaConf.create(OmegaConf.to_container(config, resolve=True)))
     _check_sections(config)
     _check_values(config)
+    return config
+
+
+def _for_the_target_of(later: DictConfig, config: DictConfig) -> DictConfig:
+    """`config` without those params of its model that `later`, which names another model, does not share.
+
+    So one file brings photos, base model and schedule, and the next another method. Params that neither knows stay, to
+    be refused when the model is built.
+    """
+    both = (config, later)
+    if not all(isinstance(one.get("model"), DictConfig) and one.model.get("target") for one in both):
+        return config
+    ours, theirs = (known_params(get_obj_from_str(one.model.target)) for one in both)
+    params = config.model.get("params") or {}
+    for name in (ours - theirs) & set(params):
+        del params[name]
     return config
 
 

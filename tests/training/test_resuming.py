@@ -131,6 +131,26 @@ def test_a_resumed_run_shows_its_pictures_from_the_start(tmp_path: Path) -> None
     assert Image.open(sheet).height == pytest.approx(rows_before * 4 / 3, rel=0.02)  # and resumed
 
 
+@pytest.mark.parametrize("change", [
+    lambda weights: weights.update({"concept.embedding": torch.ones(1, 7)}),  # of another text encoder
+    lambda weights: weights.pop("concept.embedding"),
+    lambda weights: (weights.clear(), weights.update({"encoder.conv_in.weight": torch.ones(4, 3, 3, 3)})),
+], ids=["shape", "missing", "autoencoder"])
+def test_a_checkpoint_of_another_model(
+    whole: Callable[[int], Path], tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object]
+) -> None:
+    shutil.copytree(whole(1), tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    state = torch.load(checkpoint, weights_only=True)
+    change(state["state_dict"])
+    torch.save(state, checkpoint)
+    before = sorted((tmp_path / "run").glob("[!t]*/*"))  # tensorboard/ notes every start
+    with pytest.raises(UserError, match=rf"--resume {re.escape(str(checkpoint))}: is of another model than") as refused:
+        resume(tmp_path / "run")
+    assert "\n" not in str(refused.value) and "give the run's own config" in str(refused.value)
+    assert sorted((tmp_path / "run").glob("[!t]*/*")) == before
+
+
 @pytest.mark.parametrize("given", ["nowhere", "", "last.ckpt"])
 def test_nothing_to_go_on_from(tmp_path: Path, given: str) -> None:
     (tmp_path / "run").mkdir()

@@ -1,0 +1,79 @@
+"""Which of the two sets of weights that public checkpoints hold a diffusion model gets."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import load_model
+from ldm.modules.attention import name_text_layers
+from ldm.modules.concept import base_fingerprint
+from ldm.util import instantiate_from_config
+
+KEY, AVERAGE = "model.diffusion_model.out.2.weight", "model_ema.diffusion_modelout2weight"
+NUMBERS = ("model_ema.decay", "model_ema.num_updates")  # all that "emaonly" files keep of the averages
+Public = tuple[Path, dict[str, Tensor]]
+
+
+@pytest.fixture
+def public(tmp_path: Path) -> Public:
+    """A checkpoint with both, and its weights."""
+    model = tiny_models.built(tmp_path, use_ema=True)
+    state = model.state_dict()
+    for key in [key for key in state if key.startswith("model_ema.diffusion")]:
+        state[key] = torch.randn_like(state[key])
+    state["model_ema.num_updates"] = torch.tensor(840_000)
+    torch.save({"state_dict": state}, tmp_path / "both.ckpt")
+    torch.save({"state_dict": {key: value for key, value in state.items()
+                               if not key.startswith("model_ema.") or key in NUMBERS}}, tmp_path / "emaonly.ckpt")
+    return tmp_path, state
+
+
+def described(folder: Path, **params: Any) -> dict[str, Any]:
+    return {"model": tiny_models.latent_diffusion(folder, **params)}
+
+
+@pytest.mark.parametrize("params", [{}, {"use_ema": True}, {"use_ema": False}])
+def test_pictures_are_drawn_with_the_averages(public: Public, params: dict[str, bool]) -> None:
+    folder, state = public
+    model = load_model(described(folder, **params), folder / "both.ckpt")
+    assert torch.equal(model.state_dict()[KEY], state[AVERAGE])
+    assert not any(key.startswith("model_ema.") for key in model.state_dict())
+
+
+def test_concepts_are_taught_and_drawn_with_the_same_weights(public: Public) -> None:
+    folder, _ = public
+    taught = instantiate_from_config(tiny_models.latent_diffusion(
+        folder, "perfusion.Perfusion", ckpt_path=str(folder / "both.ckpt"), super_category="cat"))
+    drawn = load_model(described(folder, use_ema=True), folder / "both.ckpt")
+    fingerprints = {base_fingerprint(name_text_layers(model.model.diffusion_model)) for model in (taught, drawn)}
+    assert len(fingerprints) == 1
+
+
+def test_training_goes_on_from_both(public: Public) -> None:
+    folder, state = public
+    model = tiny_models.latent_diffusion(folder, use_ema=True, ckpt_path=str(folder / "both.ckpt"))
+    loaded = instantiate_from_config(model).state_dict()
+    assert torch.equal(loaded[KEY], state[KEY]) and torch.equal(loaded[AVERAGE], state[AVERAGE])
+    assert loaded["model_ema.num_updates"] == 840_000
+
+
+@pytest.mark.parametrize(("name", "params"), [
+    ("emaonly.ckpt", {}), ("both.ckpt", {"ignore_keys": ["model_ema."]}), ("both.ckpt", {"load_only_unet": True})])
+def test_without_averages_in_the_file_they_begin_at_the_weights(public: Public, name: str, params: Any) -> None:
+    folder, state = public
+    config = tiny_models.latent_diffusion(folder, use_ema=True, ckpt_path=str(folder / name), **params)
+    loaded = instantiate_from_config(config).state_dict()
+    expected = state[AVERAGE if "load_only_unet" in params else KEY]
+    assert torch.equal(loaded[KEY], expected) and torch.equal(loaded[AVERAGE], expected)
+    assert loaded["model_ema.num_updates"] == 0
+
+
+def test_the_averages_can_be_left_alone(public: Public) -> None:
+    folder, state = public
+    model = load_model(described(folder, ignore_keys=["model_ema."]), folder / "both.ckpt")
+    assert torch.equal(model.state_dict()[KEY], state[KEY])
