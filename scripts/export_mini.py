@@ -2,27 +2,32 @@
 
     python scripts/export_mini.py autoencoder logs/..._autoencoder
     python scripts/export_mini.py clip logs/..._clip
-    python scripts/export_mini.py covariance logs/..._clip
-    python scripts/export_mini.py segmenter logs/..._segmenter
+    python scripts/export_mini.py evaluation_clip logs/..._evaluation_clip
     python scripts/export_mini.py text2img logs/..._text2img
+    python scripts/export_mini.py covariance
+    python scripts/export_mini.py segmenter logs/..._segmenter
 
-In this order: the later ones are trained with what the earlier ones exported. Numbers are stored in half precision,
-averaged weights where a run kept averages, and word tables without the rows of words that no caption used.
+In this order: the later ones are trained with what the earlier ones exported; `scripts/rebuild_mini.py` does it all.
+Numbers are stored in half precision, averaged weights where a run kept averages, and word tables without the rows of
+words that no caption used. How each part was trained goes into `training.json` beside the weights.
 """
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.checkpoint import read_state_dict  # noqa: E402
+from ldm.command_line import Parser, check_folder  # noqa: E402
 from ldm.data.scenes import SceneDataset  # noqa: E402
 from ldm.errors import UserError, one_line_errors  # noqa: E402
 from ldm.files import save_tensors, write_whole  # noqa: E402
@@ -30,10 +35,12 @@ from ldm.models.clip import CLIP_MEAN, CLIP_STD  # noqa: E402
 from ldm.modules.covariance import encoder_fingerprint, estimate_covariance, save_covariance  # noqa: E402
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder  # noqa: E402
 from ldm.modules.encoders.vocabulary import pack_table  # noqa: E402
+from ldm.training.record import record_run  # noqa: E402
 from ldm.util import instantiate_from_config  # noqa: E402
 
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
-PARTS = MINI / "parts"  # what only training needs; not kept with the project
+PARTS = "parts"  # folder of what only training needs; not kept with the project
+CAPTIONS = 20_000
 
 
 def last_checkpoint(run: Path) -> tuple[dict[str, Tensor], OmegaConf]:
@@ -49,15 +56,17 @@ def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.half() if "." in key and value.is_floating_point() else value for key, value in tensors.items()}
 
 
-def captions_of_the_world(count: int = 20_000) -> list[str]:
-    """Distinct captions of scenes, sorted."""
+@functools.cache
+def captions_of_the_world(count: int = CAPTIONS) -> tuple[str, ...]:
+    """Distinct captions of scenes, sorted; nothing is drawn for them."""
     scenes = SceneDataset(seed=2)
-    return sorted({scenes[index]["caption"] for index in range(count)})
+    return tuple(sorted({scenes.plan(index).caption for index in range(count)}))
 
 
 def words_in_use(tokenizer: object) -> Tensor:
     """Numbers of the word pieces in the captions of the mini world."""
-    return torch.tensor(sorted({piece for row in tokenizer(captions_of_the_world())["input_ids"] for piece in row}))
+    captions = list(captions_of_the_world())
+    return torch.tensor(sorted({piece for row in tokenizer(captions)["input_ids"] for piece in row}))
 
 
 def pack_words(tensors: dict[str, Tensor], tokenizer: object) -> dict[str, Tensor]:
@@ -70,7 +79,7 @@ def pack_words(tensors: dict[str, Tensor], tokenizer: object) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def export_autoencoder(run: Path) -> None:
+def export_autoencoder(run: Path, folder: Path) -> None:
     """The first stage with its latents shifted and scaled to mean 0 and variance 1 in every channel."""
     tensors, config = last_checkpoint(run)
     model = instantiate_from_config({key: config.model[key] for key in ("target", "params")}).eval()
@@ -81,7 +90,7 @@ def export_autoencoder(run: Path) -> None:
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     logging.info("channel means %.2f to %.2f, deviations %.2f to %.2f", mean.min(), mean.max(), std.min(), std.max())
     fold_normalisation(model, mean, std)
-    save_tensors(PARTS / "autoencoder.safetensors", model.state_dict(), {"run": run.name})
+    save_tensors(folder / PARTS / "autoencoder.safetensors", model.state_dict(), {"run": run.name})
 
 
 def fold_normalisation(model: torch.nn.Module, mean: Tensor, std: Tensor) -> None:
@@ -94,73 +103,96 @@ def fold_normalisation(model: torch.nn.Module, mean: Tensor, std: Tensor) -> Non
     after.weight *= std[:, None, None]
 
 
-def export_clip(run: Path) -> None:
+def export_clip(run: Path, folder: Path) -> None:
     """The whole CLIP for `transformers`, and its text tower alone for the training of the U-Net."""
+    packed, config = export_towers(run, folder / "clip")
+    text = {key: value for key, value in packed.items() if key.startswith("text_model.")}
+    save_tensors(folder / PARTS / "text_encoder" / "model.safetensors", text, {"format": "pt", "run": run.name})
+    for place in (folder / PARTS / "text_encoder", folder / "text_encoder"):
+        config.text_config.save_pretrained(place)
+
+
+def export_evaluation_clip(run: Path, folder: Path) -> None:
+    """The second CLIP, for `transformers`."""
+    export_towers(run, folder / "evaluation_clip")
+
+
+def export_towers(run: Path, folder: Path) -> tuple[dict[str, Tensor], CLIPConfig]:
+    """Writes the CLIP of a run into `folder`; returns the tensors as they are stored, and its settings."""
     tensors, config = last_checkpoint(run)
     model = instantiate_from_config({key: config.model[key] for key in ("target", "params")})
     clip = {key.removeprefix("clip."): value for key, value in tensors.items()}
     model.clip.load_state_dict(clip)
     packed = half(pack_words(clip, model.tokenizer))
-    save_tensors(MINI / "clip" / "model.safetensors", packed, {"format": "pt", "run": run.name})
-    model.clip.config.save_pretrained(MINI / "clip")
-    text = {key: value for key, value in packed.items() if key.startswith("text_model.")}
-    save_tensors(PARTS / "text_encoder" / "model.safetensors", text, {"format": "pt", "run": run.name})
-    for folder in (PARTS / "text_encoder", MINI / "text_encoder"):
-        model.clip.config.text_config.save_pretrained(folder)
-    write_preprocessing(MINI / "clip")
+    save_tensors(folder / "model.safetensors", packed, {"format": "pt", "run": run.name})
+    model.clip.config.save_pretrained(folder)
+    write_preprocessing(folder, model.clip.config.vision_config.image_size)
+    return packed, model.clip.config
 
 
-def write_preprocessing(folder: Path) -> None:
+def write_preprocessing(folder: Path, side: int) -> None:
     """How the image towers want their pictures, in `transformers`' words."""
-    settings = {"size": {"height": 64, "width": 64}, "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    settings = {"size": {"height": side, "width": side}, "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
     write_whole(folder / "preprocessor_config.json", lambda aside: aside.write_text(json.dumps(settings) + "\n"))
 
 
-def export_text2img(run: Path) -> None:
+def export_text2img(run: Path, folder: Path) -> None:
     """One checkpoint as Stable Diffusion's are: averaged U-Net, first stage and text tower."""
     tensors, _ = last_checkpoint(run)
     averaged = {key: "model_ema." + key.removeprefix("model.").replace(".", "")
                 for key in tensors if key.startswith("model.")}
     whole = {key: tensors[averaged[key]] if averaged.get(key) in tensors else value
              for key, value in tensors.items() if not key.startswith("model_ema.")}
-    from transformers import CLIPTokenizer
-
     packed = half(pack_words(whole, CLIPTokenizer.from_pretrained(TOKENIZER)))
-    save_tensors(MINI / "model.safetensors", packed, {"format": "pt", "run": run.name})
+    save_tensors(folder / "model.safetensors", packed, {"format": "pt", "run": run.name})
 
 
-def export_segmenter(run: Path) -> None:
+def export_segmenter(run: Path, folder: Path) -> None:
     """The segmenter for `transformers`, as `ldm.modules.segmentation` loads it."""
     tensors, config = last_checkpoint(run)
     model = instantiate_from_config({key: config.model[key] for key in ("target", "params")})
     whole = {key.removeprefix("segmenter."): value for key, value in tensors.items()}
-    save_tensors(MINI / "segmenter" / "model.safetensors", half(pack_words(whole, model.tokenizer)),
+    save_tensors(folder / "segmenter" / "model.safetensors", half(pack_words(whole, model.tokenizer)),
                  {"format": "pt", "run": run.name})
-    model.segmenter.config.save_pretrained(MINI / "segmenter")
-    write_preprocessing(MINI / "segmenter")
+    model.segmenter.config.save_pretrained(folder / "segmenter")
+    write_preprocessing(folder / "segmenter", model.segmenter.config.vision_config.image_size)
 
 
-def export_covariance(run: Path) -> None:
-    """C of the text tower that is exported, over captions of the mini world."""
-    encoder = FrozenCLIPEmbedder(str(PARTS / "text_encoder"), max_length=32)
+def export_covariance(folder: Path) -> None:
+    """C of the text tower that `export_clip` wrote, over captions of the mini world."""
+    tower = folder / PARTS / "text_encoder"
+    if not (tower / "model.safetensors").is_file():
+        raise UserError(f"{tower}: there is no text tower; export that of a run first (export_mini.py clip RUN)")
+    length = CLIPTextConfig.from_pretrained(tower).max_position_embeddings
+    encoder = FrozenCLIPEmbedder(str(tower.resolve()), max_length=length)
     estimate = estimate_covariance(encoder, captions_of_the_world())
-    save_covariance(MINI / "covariance.safetensors", estimate.covariance, source="captions of ldm.data.scenes",
+    save_covariance(folder / "covariance.safetensors", estimate.covariance, source="captions of ldm.data.scenes",
                     captions=estimate.captions, tokens="words", encoder=encoder_fingerprint(encoder))
 
 
-EXPORTS = {"autoencoder": export_autoencoder, "clip": export_clip, "segmenter": export_segmenter,
-           "covariance": export_covariance, "text2img": export_text2img}
+EXPORTS: dict[str, Callable[[Path, Path], None]] = {
+    "autoencoder": export_autoencoder, "clip": export_clip, "evaluation_clip": export_evaluation_clip,
+    "text2img": export_text2img, "segmenter": export_segmenter}
 
 
 @one_line_errors
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=EXPORTS, help="which of the mini models the run trained")
-    parser.add_argument("run", type=Path, help="log folder of that run")
-    options = parser.parse_args()
-    EXPORTS[options.part](options.run)
-    for path in sorted(MINI.rglob("*.safetensors")):
-        logging.info("%s: %.1f MB", path.relative_to(MINI), path.stat().st_size / 1e6)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("part", choices=[*EXPORTS, "covariance"], help="which of the mini models the run trained")
+    parser.add_argument("run", type=Path, nargs="?", help="log folder of that run; not needed for the covariance")
+    parser.add_argument("--outdir", type=Path, default=MINI, metavar="FOLDER",
+                        help="where the models lie (default: models/mini)")
+    options = parser.parse_args(arguments)
+    check_folder("--outdir", options.outdir)
+    if options.part == "covariance":
+        export_covariance(options.outdir)
+    elif options.run is None:
+        raise UserError(f"{options.part}: name the log folder of its run; see --help")
+    else:
+        EXPORTS[options.part](options.run, options.outdir)
+        record_run(options.outdir / "training.json", options.part, options.run)
+    for path in sorted(options.outdir.rglob("*.safetensors")):
+        logging.info("%s: %.1f MB", path.relative_to(options.outdir), path.stat().st_size / 1e6)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def test_a_log_folder_shows_and_keeps_the_run(teddy: SimpleNamespace) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_teddy", folder.name)
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints", "concept.safetensors", "configs", "images", "masks", "tensorboard"}
-    assert {path.name.split("-")[-1] for path in (folder / "configs").iterdir()} == {"project.yaml", "lightning.yaml"}
+    assert {path.name.split("-")[-1] for path in (folder / "configs").iterdir()} == {
+        "project.yaml", "lightning.yaml", "machine.json"}
     assert (folder / "checkpoints" / "last.ckpt").stat().st_size < 1_000_000
     sheet, masks = (Image.open(folder / "images" / name) for name in ("before_during_after.png", "masks.png"))
     assert sheet.width > 5 * 64 and sheet.height > 4 * 64  # photos, before, during, after, five columns

@@ -1,6 +1,7 @@
 """What happens beside the training steps: configs and pictures in the log folder, progress, stopping cleanly."""
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import signal
@@ -15,15 +16,16 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.data.images import from_tensor, save_grid
 from ldm.files import write_whole
+from ldm.training.record import describe_machine
 
 log = logging.getLogger(__name__)
 
 
 class SetupCallback(pl.Callback):
-    """Writes the configs of a run into its log folder when training starts."""
+    """Writes the configs of a run, and what machine it is on, into its log folder when training starts."""
 
     def __init__(self, now: str, logdir: str | Path, config: DictConfig, lightning_config: DictConfig) -> None:
-        self.folder = Path(logdir) / "configs"
+        self.folder, self.now = Path(logdir) / "configs", now
         self.configs = {f"{now}-project.yaml": config,
                         f"{now}-lightning.yaml": OmegaConf.create({"lightning": lightning_config})}
 
@@ -32,6 +34,8 @@ class SetupCallback(pl.Callback):
         log.info("logs in %s", self.folder.parent)
         for name, config in self.configs.items():
             write_whole(self.folder / name, lambda aside, config=config: OmegaConf.save(config, aside))
+        machine = json.dumps(describe_machine(pl_module.device))
+        write_whole(self.folder / f"{self.now}-machine.json", lambda aside: aside.write_text(machine + "\n"))
 
 
 class ImageLogger(pl.Callback):

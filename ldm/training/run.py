@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def log_folder(options: argparse.Namespace, now: str) -> Path:
     """Where the run writes: a new folder, or that of the run to go on with."""
     if not options.resume:
-        name = (options.name or Path(options.base[0]).stem) + options.postfix
+        name = (options.name or Path(options.base[-1]).stem) + options.postfix
         if Path(name).name != name:
             raise UserError(f"--name {name}: names a folder in --logdir; leave out what is no name")
         check_folder("--logdir", Path(options.logdir))
@@ -59,7 +59,7 @@ def make_trainer(config: DictConfig, logdir: Path, now: str) -> pl.Trainer:
     checkpoints = {"dirpath": logdir / "checkpoints", "filename": "{epoch:06}-{step:08}", "save_last": True,
                    "auto_insert_metric_name": False, "monitor": None, "save_top_k": 1,
                    "enable_version_counter": False}  # --resume looks for last.ckpt, not for last-v1.ckpt
-    checkpoints |= OmegaConf.to_container(lightning.get("modelcheckpoint") or {}, resolve=True)
+    checkpoints |= OmegaConf.to_container(lightning.get("modelcheckpoint") or OmegaConf.create(), resolve=True)
     _check_settings("lightning.modelcheckpoint", ModelCheckpoint, checkpoints)
     plain = {"model": config.model, "data": config.data}
     own = [instantiate_from_config(entry) for entry in (lightning.get("callbacks") or {}).values()]

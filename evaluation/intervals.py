@@ -1,0 +1,43 @@
+"""Means with bootstrap intervals (Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979)."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The mean of `count` values and, where there are several, the ends of its 95 % interval."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    count: int = 1
+
+    def text(self, unit: str) -> str:
+        """Such as "93.5 % (90.0 to 96.5)"."""
+        spread = "" if self.low is None else f" ({self.low:.1f} to {self.high:.1f})"
+        return f"{self.mean:.1f} {unit}{spread}"
+
+
+def bootstrapped(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Figure:
+    """The mean of independent values with its percentile interval; the same values give the same interval.
+
+    Where all values are equal, so are the ends of the interval: resampling cannot show what did not occur.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    given = np.asarray(values, dtype=np.float64)
+    if given.ndim != 1 or not len(given):
+        raise ValueError(f"values of shape {given.shape}: a mean needs at least one number")
+    if len(given) == 1:
+        return Figure(float(given[0]))
+    picks = np.random.default_rng(seed).integers(len(given), size=(resamples, len(given)))
+    low, high = np.quantile(given[picks].mean(1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Figure(float(given.mean()), float(low), float(high), len(given))

@@ -1,0 +1,61 @@
+"""Embeddings against `transformers`' own logits, classes and their recognition on vectors with known answers."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_clips import SIDE, clip_folder
+
+from evaluation.recognise import Recogniser, closest
+from ldm.errors import UserError
+from ldm.models.clip import clip_pixels
+
+TEXTS = ["a cat", "a dog in the snow", "a red car"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Recogniser:
+    return Recogniser.from_path(clip_folder(tmp_path_factory.mktemp("clip")))
+
+
+def pictures(count: int, side: int = SIDE) -> torch.Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_cosines_are_those_of_transformers(clip: Recogniser) -> None:
+    tokens = clip.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = clip.model(**tokens, pixel_values=clip_pixels(pictures(4))).logits_per_text
+    cosines = clip.embed_texts(TEXTS) @ clip.embed_images(pictures(4)).T
+    assert torch.allclose(cosines * clip.model.logit_scale.exp(), expected, atol=1e-4)
+
+
+def test_a_text_means_the_same_beside_longer_ones(clip: Recogniser) -> None:
+    assert torch.allclose(clip.embed_texts(TEXTS)[:1], clip.embed_texts(TEXTS[:1]), atol=1e-5)
+    assert clip.embed_texts(["cat " * 100]).shape == (1, 8)
+
+
+def test_pictures_of_any_size_are_brought_to_the_clips(clip: Recogniser) -> None:
+    smooth = F.interpolate(torch.tensor([[-0.8, 0.1], [0.3, 0.9]]).expand(1, 3, 2, 2), (64, 64), mode="bilinear")
+    small = F.interpolate(smooth, (SIDE, SIDE), mode="area")
+    assert (clip.embed_images(smooth) * clip.embed_images(small)).sum() > 0.99
+    assert torch.allclose(clip.embed_images(smooth).norm(dim=1), torch.ones(1), atol=1e-5)
+
+
+def test_a_class_is_the_mean_direction_of_its_texts(clip: Recogniser) -> None:
+    first, second = clip.embed_classes([TEXTS[:2], TEXTS[2:]])
+    assert torch.allclose(first, F.normalize(clip.embed_texts(TEXTS[:2]).sum(0), dim=0), atol=1e-5)
+    assert torch.allclose(second, clip.embed_texts(TEXTS[2:])[0], atol=1e-5)
+
+
+def test_the_closest_class_is_that_of_the_smallest_angle() -> None:
+    classes = torch.eye(3)
+    seen = F.normalize(torch.tensor([[0.9, 0.8, 0.0], [0.0, 0.2, 0.3], [-1.0, 0.1, 0.0]]), dim=1)
+    assert closest(seen, classes).tolist() == [0, 2, 1]
+
+
+def test_what_is_no_clip_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Recogniser.from_path(tmp_path)

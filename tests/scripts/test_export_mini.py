@@ -1,0 +1,92 @@
+"""What `scripts/export_mini.py` makes of training runs: files that load, small, with a record of the run."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mini_runs import log_folder
+from tiny_clips import SIDE, TOWER, tiny_trainer
+from transformers import CLIPModel
+
+from evaluation.recognise import Recogniser
+from ldm.data.scenes import SceneDataset
+from ldm.modules.covariance import load_covariance
+from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder
+from ldm.modules.encoders.vocabulary import load_pretrained
+from scripts import export_mini
+from scripts.export_mini import captions_of_the_world
+
+CLIP = {"target": "ldm.models.clip.CLIPTrainer", "params": {
+    "tokenizer": str(TOKENIZER), "text_config": TOWER, "projection_dim": 8, "max_length": 32,
+    "vision_config": {**TOWER, "image_size": SIDE, "patch_size": 8}}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_captions() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        captions = captions_of_the_world(50)
+        patch.setattr(export_mini, "captions_of_the_world", lambda: captions)
+        yield captions
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both CLIPs, exported from runs of theirs."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, part in enumerate(("clip", "evaluation_clip")):
+        tensors = tiny_trainer(seed, max_length=32).state_dict()
+        run = log_folder(folder / "logs" / f"today_{part}", CLIP, tensors, steps=7 + seed)
+        export_mini.main([part, str(run), "--outdir", str(folder)])
+    return folder
+
+
+def test_captions_are_those_of_the_scenes() -> None:
+    scenes = SceneDataset(seed=2)
+    assert captions_of_the_world(3) == tuple(sorted({scenes[index]["caption"] for index in range(3)}))
+
+
+@pytest.mark.parametrize(("part", "seed"), [("clip", 0), ("evaluation_clip", 1)])
+def test_a_clip_survives_but_for_words_that_it_never_read(exported: Path, part: str, seed: int,
+                                                          few_captions: tuple[str, ...]) -> None:
+    before, after = tiny_trainer(seed, max_length=32), load_pretrained(CLIPModel, exported / part)
+    assert (exported / part / "model.safetensors").stat().st_size < 60_000
+    tokens = before.tokens(few_captions[:4])
+    with torch.no_grad():
+        expected = before.clip.eval().text_model(tokens).pooler_output
+        found = after.eval().text_model(tokens).pooler_output
+    assert torch.allclose(found, expected, atol=5e-3)
+    assert Recogniser.from_path(exported / part).embed_texts(["a cat"]).shape == (1, 8)
+    size = json.loads((exported / part / "preprocessor_config.json").read_text())["size"]
+    assert size == {"height": SIDE, "width": SIDE}
+
+
+def test_the_text_tower_of_the_first_clip_is_what_conditions(exported: Path) -> None:
+    tower = FrozenCLIPEmbedder(str(exported / "parts" / "text_encoder"), max_length=32)
+    whole = load_pretrained(CLIPModel, exported / "clip").text_model.state_dict()
+    assert torch.equal(tower.token_table, whole["embeddings.token_embedding.weight"])
+    assert (exported / "text_encoder" / "config.json").is_file()
+
+
+def test_the_covariance_is_of_that_tower_and_needs_no_run(exported: Path) -> None:
+    export_mini.main(["covariance", "--outdir", str(exported)])
+    assert load_covariance(exported / "covariance.safetensors").shape == (16, 16)
+
+
+def test_each_export_says_how_its_part_was_trained(exported: Path) -> None:
+    records = json.loads((exported / "training.json").read_text())
+    assert {part: (entry["run"], entry["steps"]) for part, entry in records.items()} == {
+        "clip": ("today_clip", 7), "evaluation_clip": ("today_evaluation_clip", 8)}
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["clip"], "name the log folder"), (["covariance"], "export that of a run first"),
+    (["clip", "nowhere"], "no log folder of a training run"), (["decoder", "run"], "invalid choice")])
+def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], said: str,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export_mini.main([*arguments, "--outdir", str(tmp_path / "models")])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
