@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm.command_line import Parser
 from ldm.errors import UserError, one_line_errors
-from ldm.modules.concept import Concept, load_concepts, merge_concepts, save_concepts
+from ldm.modules.tuned_concept import Learned, load_learned, merge_learned, save_learned
 
 EXAMPLE = """example:
   python merge_embeddings.py --manager_ckpts teddy.safetensors mug.safetensors --output_path both.safetensors
@@ -18,7 +18,8 @@ Then use both in one picture:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(f"{__doc__}\nThe files must come from the same base model. Nothing is trained or changed.", EXAMPLE)
+    parser = Parser(f"{__doc__}\nThe files must come from the same base model and the same method (Perfusion, Textual\n"
+                    "Inversion or Custom Diffusion). Nothing is trained or changed.", EXAMPLE)
     parser.add_argument(
         "--manager_ckpts", "--concepts", nargs="+", required=True, metavar="FILE",
         help="concept files to combine, each made by training or by this script",
@@ -32,7 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def describe(before: Sequence[Concept], after: Sequence[Concept]) -> str:
+def describe(before: Sequence[Learned], after: Sequence[Learned]) -> str:
     """One line per concept: its placeholder, what it is, where it is from, and what it was called before."""
     lines = []
     for old, new in zip(before, after, strict=True):
@@ -41,12 +42,12 @@ def describe(before: Sequence[Concept], after: Sequence[Concept]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, concepts: Sequence[Concept]) -> None:
+def write(path: Path, concepts: Sequence[Learned]) -> None:
     """Writes the combined file without changing a number; a UserError where that is not possible."""
     if path.is_dir():
         raise UserError(f"--output_path {path}: is a folder; name a file, such as {path / 'concepts.safetensors'}")
     try:
-        save_concepts(path, concepts, precision=None)
+        save_learned(path, concepts, precision=None)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--output_path {path}: cannot be written ({reason}); name another place") from None
@@ -55,8 +56,8 @@ def write(path: Path, concepts: Sequence[Concept]) -> None:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    before = [concept for path in options.manager_ckpts for concept in load_concepts(path)]
-    after = merge_concepts(before, options.placeholders)
+    before = [concept for path in options.manager_ckpts for concept in load_learned(path)]
+    after = merge_learned(before, options.placeholders)
     path = Path(options.output_path)
     replaced = " (replaced)" if path.exists() else ""
     write(path, after)

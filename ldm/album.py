@@ -27,12 +27,12 @@ class Album:
     """
 
     def __init__(self, folder: str | Path, columns: int) -> None:
-        self.columns = min(columns, MOST_COLUMNS)
+        self.folder, self.columns = Path(folder), min(columns, MOST_COLUMNS)
         self.pictures: list[Path] = []
         self.sheets: list[Path] = []
         self._waiting: list[tuple[Image.Image, str]] = []
-        self._free_pictures = _free(Path(folder) / "samples", "", 5)
-        self._free_sheets = _free(Path(folder), "grid-", 4)
+        self._free_pictures = _free(self.folder / "samples", "", 5)
+        self._free_sheets = _free(self.folder, "grid-", 4)
 
     def add(self, picture: Image.Image, title: str, note: Mapping[str, Any]) -> Path:
         """Writes a picture as PNG with `note` in it and puts it on the contact sheet under `title`."""
@@ -45,6 +45,11 @@ class Album:
         if len(self._waiting) == self.columns * ROWS:
             self.finish_sheet()
         return path
+
+    def add_beside(self, name: str, picture: Image.Image) -> Path:
+        """Writes a picture that belongs to the run but was not drawn, such as a mask, as `<name>-0000.png`."""
+        path = next(_free(self.folder, f"{name}-", 4))
+        return write_whole(path, lambda aside: picture.save(aside, format="PNG"))
 
     def finish_sheet(self) -> None:
         """Writes the contact sheet of what was added since the last one, if anything was."""

@@ -1,11 +1,13 @@
 """Files that are whole or not there at all, and checkpoints that are read without running anything they contain."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,16 +60,34 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, o
     Raises:
         UserError: the file is missing, cut off, or no safetensors file.
     """
-    path = Path(path)
+    with _opened(Path(path)) as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+        return tensors, _metadata(opened)
+
+
+def load_metadata(path: str | Path) -> dict[str, object]:
+    """The metadata alone of what `save_tensors` wrote, parsed where it is JSON.
+
+    Raises:
+        UserError: as for `load_tensors`.
+    """
+    with _opened(Path(path)) as opened:
+        return _metadata(opened)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         with safe_open(str(path), framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
-            texts = opened.metadata() or {}
+            yield opened
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}); copy or make it again") from None
-    return tensors, {key: _parsed(text) for key, text in texts.items()}
+
+
+def _metadata(opened: Any) -> dict[str, object]:
+    return {key: _parsed(text) for key, text in (opened.metadata() or {}).items()}
 
 
 def _parsed(text: str) -> object:

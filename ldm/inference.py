@@ -22,19 +22,20 @@ from torch import Tensor
 from ldm.checkpoint import load_model
 from ldm.data.images import from_tensor
 from ldm.errors import UserError
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.prompts import (
     ConceptPrompts,
     warn_of_idle_concepts,
     warn_of_unknown_words,
     with_settings,
 )
+from ldm.models.diffusion.samplers import sampler_class
+from ldm.models.diffusion.tuned_prompts import TunedPrompts
 from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import Concept, load_concepts, merge_concepts
+from ldm.modules.concept import base_fingerprint
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance
 from ldm.modules.rank_one import invert_covariance
+from ldm.modules.tuned_concept import Learned, TunedConcept, load_learned, merge_learned
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +43,18 @@ log = logging.getLogger(__name__)
 USUAL_LEVELS = (1, 2, 4, 8)
 USUAL_IMAGE_SIZE = 256
 USUAL_TIMESTEPS = 1000
+USUAL_SEGMENTER = "CIDAS/clipseg-rd64-refined"
 
 
 class Job(NamedTuple):
-    """One picture to draw: it depends on these two and the `Sampling`, not on what else is drawn along with it."""
+    """One picture to draw: it depends on these and the `Sampling`, not on what else is drawn along with it.
+
+    Guidance leads from the negative prompt towards the prompt.
+    """
 
     prompt: str
     seed: int
+    negative_prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ class Sampling:
         latent_size: (h, w) of the latents, see the function of this name.
         steps: 1 up to the model's timesteps.
         scale: guidance, 1 is none.
-        eta: 0..1, share of DDPM's noise in each step; 0 with `plms`.
-        plms: PLMS instead of DDIM.
+        eta: 0..1, share of DDPM's noise in each step; None: the sampler's own.
+        sampler: a name that `sampler_class` knows.
         batch_size: pictures drawn at a time.
         autocast: whether the U-Net runs in 16 bits; prompts are encoded and latents decoded in full precision anyway.
     """
@@ -68,29 +74,42 @@ class Sampling:
     latent_size: tuple[int, int]
     steps: int = 50
     scale: float = 6.0
-    eta: float = 0.0
-    plms: bool = False
+    eta: float | None = None
+    sampler: str = "ddim"
     batch_size: int = 4
     autocast: bool = False
+
+
+@dataclass(frozen=True)
+class Original:
+    """A picture that others are made from.
+
+    Attributes:
+        latents: (1, C, h, w), scaled as the U-Net has them.
+        strength: above 0 and up to 1, how far the others may go from it; 1 does not start from it at all.
+        mask: (1, 1, h, w), 1 where they have to stay the same; None: nowhere.
+    """
+
+    latents: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
     """Prompts encoded once, for any number of pictures.
 
-    The negative prompt (or the empty one) goes through the same edit as the others. So the rule h = W e_perp + g o*
+    Negative prompts (such as the empty one) go through the same edit as the others. So the rule h = W e_perp + g o*
     acts on both halves of guidance alike, and what guidance enlarges is the difference between the prompts, not that
     between an edited and an unedited layer.
 
     Attributes:
         context: (P, N, d), each distinct prompt once.
         rows: where each stands in it.
-        negative: the prompt that guidance leads away from.
     """
 
     context: PromptContext
     rows: dict[str, int]
-    negative: str
 
     def of(self, prompts: Sequence[str]) -> PromptContext:
         """(B, N, d): one row for each of `prompts`, which may repeat."""
@@ -129,6 +148,17 @@ def latent_size(config: DictConfig, height: int | None = None, width: int | None
     return rows if height is None else height // factor, columns if width is None else width // factor
 
 
+def picture_size(config: DictConfig, latents: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the pictures that latents of (h, w) become."""
+    factor = _first_stage_factor(config)
+    return latents[0] * factor, latents[1] * factor
+
+
+def segmenter_of(config: DictConfig) -> str:
+    """The segmenter that a config names for masks, or else the public CLIPSeg: a folder or a hub name."""
+    return _setting(config, "params.segmenter") or USUAL_SEGMENTER
+
+
 def check_steps(config: DictConfig, steps: int) -> None:
     """Raises a UserError where sampling cannot have that many steps."""
     most = _setting(config, "params.timesteps", USUAL_TIMESTEPS)
@@ -137,26 +167,25 @@ def check_steps(config: DictConfig, steps: int) -> None:
 
 
 def ready_concepts(paths: Sequence[str | Path], biases: Sequence[float] | None = None,
-                   temperatures: Sequence[float] | None = None) -> list[Concept]:
+                   temperatures: Sequence[float] | None = None) -> list[Learned]:
     """The concepts of all files, renamed where placeholders are equal, with these settings in place of their own.
 
     Raises:
-        UserError: a file is no concept file, they are of different base models, or there is not one setting, or one
-            for each concept.
+        UserError: a file is no concept file, they are of different methods or base models, there is not one setting,
+            or one for each concept, or the method knows no such setting.
     """
-    loaded = [concept for path in paths for concept in load_concepts(path)]
-    concepts = with_settings(merge_concepts(loaded), biases, temperatures)
+    loaded = [concept for path in paths for concept in load_learned(path)]
+    concepts = with_settings(merge_learned(loaded), biases, temperatures)
     for concept, before in zip(concepts, loaded, strict=True):
         if concept.placeholder != before.placeholder:  # prompts need to know
             log.info("%s stands for the %s of %s", concept.placeholder, before.placeholder, concept.source)
     return concepts
 
 
-def say_what_is_drawn(encoder: ConceptPrompts, prompts: Sequence[str]) -> None:
+def say_what_is_drawn(encoder: ConceptPrompts | TunedPrompts, prompts: Sequence[str]) -> None:
     """Logs each concept with its word and settings; warns of those, and of words, that will not be seen."""
     for concept in encoder.concepts:
-        log.info("%s: the %s of %s, bias %g, temperature %g", concept.placeholder, concept.super_category,
-                 concept.source, concept.bias, concept.temperature)
+        log.info("%s: the %s of %s, %s", concept.placeholder, concept.super_category, concept.source, concept.summary)
     warn_of_idle_concepts(prompts, encoder.placeholders)
     warn_of_unknown_words(encoder.encoder, prompts, encoder.placeholders)
 
@@ -171,14 +200,11 @@ def load_base(config: DictConfig, checkpoint: str | Path | None, device: torch.d
     if not hasattr(getattr(model, "cond_stage_model", None), "encode_tokens"):
         raise UserError(f"{_setting(config, 'target')} of this config reads no prompts; "
                         "choose the config of a text-to-image model")
-    if model.use_ema:  # averages are for training; sampling would only pay for a second U-Net
-        del model.model_ema
-        model.use_ema = False
     return model
 
 
-def prompt_encoder(model: Any, concepts: Sequence[Concept]) -> ConceptPrompts:
-    """What encodes prompts for `model` under the edit of `concepts`.
+def prompt_encoder(model: Any, concepts: Sequence[Learned]) -> ConceptPrompts | TunedPrompts:
+    """What encodes prompts for `model` under the edit of `concepts`, or with the words and weights that they bring.
 
     C^-1 is the model's own where it has one (`Perfusion`), otherwise that of the default captions, which takes time
     when it is computed first.
@@ -188,31 +214,38 @@ def prompt_encoder(model: Any, concepts: Sequence[Concept]) -> ConceptPrompts:
     """
     encoder = model.cond_stage_model
     inverse = getattr(model, "inverse_covariance", None) or (lambda: invert_covariance(cached_covariance(encoder)))
-    return ConceptPrompts(encoder, name_text_layers(model.model.diffusion_model), concepts, inverse)
+    unet = model.model.diffusion_model
+    layers = name_text_layers(unet)
+    if concepts and isinstance(concepts[0], TunedConcept):
+        base = getattr(model, "base", "") or base_fingerprint(layers)  # in training the U-Net is its own no more
+        return TunedPrompts(encoder, unet, concepts, base, inverse)
+    return ConceptPrompts(encoder, layers, concepts, inverse)
 
 
-def encode_once(encoder: ConceptPrompts, prompts: Sequence[str], negative: str | None = None,
-                **settings: Any) -> EncodedPrompts:
-    """All prompts and the negative one in a single batch; `settings` as for `ConceptPrompts.encode`.
+def encode_once(encoder: ConceptPrompts | TunedPrompts, prompts: Sequence[str], **settings: Any) -> EncodedPrompts:
+    """All prompts, negative ones among them, and the empty one in a single batch.
+
+    `settings` as for `ConceptPrompts.encode`.
 
     Raises:
         UserError: as for `ConceptPrompts.encode`, such as for a prompt that is too long.
     """
-    distinct = list(dict.fromkeys([*prompts, negative or ""]))
+    distinct = list(dict.fromkeys([*prompts, ""]))
     rows = {prompt: row for row, prompt in enumerate(distinct)}
-    return EncodedPrompts(encoder.encode(distinct, **settings), rows, negative or "")
+    return EncodedPrompts(encoder.encode(distinct, **settings), rows)
 
 
 def draw_pictures(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], sampling: Sampling,
-                  verbose: bool = False) -> Iterator[Image.Image]:
-    """Yields the picture of each job in turn, as soon as its batch is done.
+                  original: Original | None = None, verbose: bool = False) -> Iterator[Image.Image]:
+    """Yields the picture of each job in turn, as soon as its batch is done; made from `original` where there is one.
 
     Every picture has a generator of its own, on the CPU: up to rounding, the same job gives the same picture whatever
     the batch size, the other jobs and the device are.
     """
     try:
         for first in range(0, len(jobs), sampling.batch_size):
-            for latent in draw_latents(model, encoded, jobs[first:first + sampling.batch_size], sampling, verbose):
+            batch = jobs[first:first + sampling.batch_size]
+            for latent in draw_latents(model, encoded, batch, sampling, original, verbose):
                 # one at a time: decoding a picture takes more memory than sampling it
                 yield from_tensor(model.decode_first_stage(latent[None])[0])
     except torch.OutOfMemoryError:
@@ -221,16 +254,18 @@ def draw_pictures(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], samp
 
 
 def draw_latents(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], sampling: Sampling,
-                 verbose: bool = False) -> Tensor:
+                 original: Original | None = None, verbose: bool = False) -> Tensor:
     """The scaled latents (B, C, h, w), float32, of B jobs as one batch."""
-    sampler = (PLMSSampler if sampling.plms else DDIMSampler)(model)
+    sampler = sampler_class(sampling.sampler)(model)
     conditional = encoded.of([job.prompt for job in jobs])
-    unconditional = None if sampling.scale == 1 else encoded.of([encoded.negative] * len(jobs))
+    unconditional = None if sampling.scale == 1 else encoded.of([job.negative_prompt for job in jobs])
+    start = {} if original is None else {"x0": original.latents.expand(len(jobs), -1, -1, -1), "mask": original.mask,
+                                         "strength": original.strength}
     with _sixteen_bits(model.betas.device, sampling.autocast):
         latents, _ = sampler.sample(
             sampling.steps, len(jobs), (model.channels, *sampling.latent_size), conditional, eta=sampling.eta,
             verbose=verbose, generators=[torch.Generator().manual_seed(job.seed) for job in jobs],
-            unconditional_guidance_scale=sampling.scale, unconditional_conditioning=unconditional)
+            unconditional_guidance_scale=sampling.scale, unconditional_conditioning=unconditional, **start)
     return latents.float()
 
 

@@ -10,9 +10,29 @@ from pathlib import Path
 
 from ldm.command_line import check_folder, number, whole
 from ldm.errors import UserError
+from ldm.models.diffusion.samplers import SAMPLERS
 
 SEED_LIMIT = 2**63
 TOLD_APART = "of one concept, or one for each in the order in which they are listed"
+
+
+def add_drawing_options(parser: argparse.ArgumentParser, outdir: str) -> None:
+    """All flags that every script which draws has."""
+    add_prompt_options(parser)
+    add_concept_options(parser)
+    add_sampling_options(parser)
+    add_amount_options(parser)
+    add_model_options(parser, outdir)
+
+
+def add_original_options(parser: argparse.ArgumentParser, strength: float, meaning: str) -> argparse._ArgumentGroup:
+    """The flags of a picture that others are made from; `meaning` says what `strength`, its usual value given, does."""
+    group = parser.add_argument_group("what to start from")
+    group.add_argument("--init-img", "--init_img", dest="init_img", required=True, metavar="FILE",
+                       help="a picture of any size; its middle is used, in the proportions of --W and --H")
+    group.add_argument("--strength", type=number(above=0, most=1), default=strength, metavar="NUMBER",
+                       help=f"{meaning} (default: %(default)s)")
+    return group
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +41,9 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
                        help="one prompt or several, each in quotes")
     group.add_argument("--from-file", "--from_file", dest="from_file", metavar="FILE",
                        help="text file with one prompt per line; added to those of --prompt")
-    group.add_argument("--negative_prompt", metavar="TEXT",
-                       help="what guidance leads away from, in place of the empty prompt")
+    group.add_argument("--negative_prompt", nargs="+", action="extend", default=[], metavar="TEXT",
+                       help="what guidance leads away from, in place of the empty prompt; one for all prompts, or one "
+                       "for each")
 
 
 def add_concept_options(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +63,17 @@ def add_concept_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to draw it")
-    group.add_argument("--ddim_steps", type=whole(1), default=50, metavar="N", help="sampling steps (default: 50)")
-    group.add_argument("--ddim_eta", type=number(0, 1), default=0.0, metavar="NUMBER",
-                       help="noise added in each step, from 0, none, to 1 (default: 0)")
-    group.add_argument("--plms", action="store_true", help="sample by PLMS instead of DDIM; needs fewer steps")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--sampler", choices=tuple(SAMPLERS), default="ddim",
+                       help="dpm is DPM-Solver++(2M), good from 20 steps on; euler_a, ancestral Euler, adds noise in "
+                       "each step; heun takes twice the time per step (default: ddim)")
+    which.add_argument("--plms", action="store_const", dest="sampler", const="plms", default=argparse.SUPPRESS,
+                       help="short for --sampler plms")
+    group.add_argument("--ddim_steps", "--steps", dest="ddim_steps", type=whole(1), default=50, metavar="N",
+                       help="sampling steps, of any sampler (default: 50)")
+    group.add_argument("--ddim_eta", type=number(0, 1), metavar="NUMBER",
+                       help="noise added in each step, from 0, none, to 1; for ddim (default: 0) and euler_a "
+                       "(default: 1)")
     group.add_argument("--scale", type=number(0), default=6.0, metavar="NUMBER",
                        help="guidance: 1 is none, higher follows the prompt more closely (default: 6)")
     group.add_argument("--seed", type=whole(0, SEED_LIMIT), default=1, metavar="N",
@@ -68,7 +96,7 @@ def add_model_options(parser: argparse.ArgumentParser, outdir: str) -> None:
     group.add_argument("--config", default="configs/perfusion.yaml", metavar="FILE",
                        help="the base model's config (default: %(default)s)")
     group.add_argument("--ckpt", metavar="FILE",
-                       help=".safetensors or .ckpt of the base model (default: the one that the config names)")
+                       help=".safetensors, .ckpt or diffusers folder of the base model (default: the config's)")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ... (default: the fastest there is)")
     group.add_argument("--precision", choices=("full", "autocast"),
                        help="autocast: sample in 16 bits, full: in 32 (default: autocast on cuda, full elsewhere)")
@@ -81,12 +109,10 @@ def check_together(options: argparse.Namespace) -> None:
     idle = [flag for flag, value in given.items() if value]
     if idle and not options.concept:
         raise UserError(f"{idle[0]} acts on learned concepts; name a file of one with --concept")
-    if options.plms and options.ddim_eta:
-        raise UserError(f"--ddim_eta {options.ddim_eta:g}: PLMS adds no noise; leave out --plms or --ddim_eta")
-    if options.negative_prompt is not None and options.scale == 1:
+    if options.negative_prompt and options.scale == 1:
         raise UserError("--negative_prompt acts through guidance, and --scale 1 is none; raise --scale")
-    if options.ckpt is not None and not Path(options.ckpt).is_file():
-        raise UserError(f"--ckpt {options.ckpt}: no such file")
+    if options.ckpt is not None and not Path(options.ckpt).exists():
+        raise UserError(f"--ckpt {options.ckpt}: no such file or folder")
     if not Path(options.config).is_file():
         raise UserError(f"--config {options.config}: no such file; name one, from the project's own folder those in "
                         "configs/")
@@ -103,6 +129,19 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     if not prompts and not lines:
         raise UserError('nothing to draw; give --prompt "a photo of a dog" or --from-file FILE')
     return [*(prompt.strip() for prompt in prompts), *lines]
+
+
+def negative_for_each(negative_prompts: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """The negative prompt of each prompt: the only one, its own, or where there are none the empty one.
+
+    Raises:
+        UserError: there are several, but not one for each prompt.
+    """
+    given = [prompt.strip() for prompt in negative_prompts] or [""]
+    if len(given) not in (1, len(prompts)):
+        raise UserError(f"--negative_prompt: {len(given)} of them for {len(prompts)} prompts; give one for all or one "
+                        "for each")
+    return given * len(prompts) if len(given) == 1 else given
 
 
 def _lines(path: Path) -> list[str]:

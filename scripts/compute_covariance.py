@@ -40,7 +40,8 @@ from ldm.util import pick_device  # noqa: E402
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the base model")
-    parser.add_argument("--ckpt", type=Path, help="its weights (default: those that the config names)")
+    parser.add_argument("--ckpt", type=Path,
+                        help="its weights: .safetensors, .ckpt or diffusers folder (default: the config's)")
     parser.add_argument("--captions", type=Path, metavar="FILE",
                         help="text file, one caption per line, in UTF-8 (default: captions made of ImageNet's names)")
     choices = "; ".join(f"{name}: {meaning}" for name, meaning in TOKENS.items())

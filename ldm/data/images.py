@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff")  # pictures, but none that we read
 SMALLEST_SIDE = 16
+ASPECT_TOLERANCE = 0.02  # a mask drawn at another resolution may be off by a rounded pixel
 MOST_PIXELS = 80_000_000  # below Pillow's own warning; decoded, such a photo takes a quarter of a gigabyte
 
 ORIENTATION_TAG = 0x0112  # EXIF 2.3, table 4: how the camera was held
@@ -56,6 +57,13 @@ def read_mask(path: str | Path) -> Image.Image:
     """
     image = _decoded(Path(path))
     return image.convert("RGBA").getchannel("A") if image.has_transparency_data else _as_rgb(image).convert("L")
+
+
+def refuse_other_proportions(path: str | Path, mask_size: tuple[int, int], photo_size: tuple[int, int]) -> None:
+    """Raises a UserError where the mask at `path` cannot have been drawn over all of a photo of (width, height)."""
+    (width, height), (across, down) = mask_size, photo_size
+    if abs(width * down / (height * across) - 1) > ASPECT_TOLERANCE:
+        raise UserError(f"{path}: {width}x{height} does not fit its photo, {across}x{down}; draw it over all of it")
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -109,9 +117,22 @@ def load_folder(folder: str | Path) -> list[tuple[Path, Image.Image]]:
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """The largest centred square of `image`, resampled (Lanczos) to `size` pixels on a side."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return cut_to(image, size, size)
+
+
+def cut_to(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of `image` in the proportions of width x height, resampled (Lanczos) to this size."""
+    across, down = part_in_proportion(image.size, width, height)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
+
+
+def part_in_proportion(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """(width, height) of the largest rectangle with the proportions of width x height in one of `size`."""
+    across, down = size
+    if across * height < down * width:
+        return across, max(1, round(across * height / width))
+    return max(1, round(down * width / height)), down
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -10,11 +10,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.images import list_images, read_folder, read_mask, square, to_tensor
+from ldm.data.images import list_images, read_folder, read_mask, refuse_other_proportions, square, to_tensor
 from ldm.data.templates import fill, get_templates
 from ldm.errors import UserError
-
-ASPECT_TOLERANCE = 0.02  # a mask drawn at another resolution may be off by a rounded pixel
 
 
 class PersonalizedBase(Dataset):
@@ -144,9 +142,7 @@ def _read_masks(
 def _read_mask(path: Path, photo_size: tuple[int, int], size: int) -> torch.Tensor:
     """One user-made mask (1, size, size), cropped as its photo is, its brightest point 1."""
     drawn = read_mask(path)
-    (width, height), (across, down) = drawn.size, photo_size
-    if abs(width * down / (height * across) - 1) > ASPECT_TOLERANCE:
-        raise UserError(f"{path}: {width}x{height} does not fit its photo, {across}x{down}; draw it over all of it")
+    refuse_other_proportions(path, drawn.size, photo_size)
     levels = torch.from_numpy(np.array(square(drawn, size))).float()
     if not levels.max() > 0:
         raise UserError(f"{path}: black where the photo is used (its centred square); paint the concept white")

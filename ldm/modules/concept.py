@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -77,6 +77,17 @@ class Concept:
         """Its placeholder, and the file it is from where there is one."""
         return f"{self.placeholder} ({self.source})" if self.source else self.placeholder
 
+    @property
+    def summary(self) -> str:
+        """How it was learned and is used, in a few words."""
+        return f"bias {self.bias:g}, temperature {self.temperature:g}"
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers training learned: v and the target outputs."""
+        tables = (*self.target_output_v.values(), *self.target_output_k.values())
+        return self.embedding.numel() + sum(output.numel() for output in tables)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its name in a file, without the leading position."""
         for name in VECTORS:
@@ -100,14 +111,18 @@ def save_concepts(
         UserError: a concept that could not be loaded again, such as one whose training diverged.
     """
     whole = {f"{n}.{name}": tensor.detach().cpu() for n, c in enumerate(concepts) for name, tensor in c.tensors()}
-    if precision is None:
-        exact = all(torch.equal(tensor.half().to(tensor.dtype), tensor) for tensor in whole.values())
-        precision = torch.float16 if exact else torch.float32
+    precision = lossless_precision(whole.values()) if precision is None else precision
     tensors = {name: tensor.to(precision) for name, tensor in whole.items()}
     settings = [{name: getattr(concept, name) for name in SETTINGS} for concept in concepts]
     _assemble(Path(path), settings, tensors)  # refuses what could not be read back
     metadata = {METADATA_KEY: {"format_version": FORMAT_VERSION, "concepts": settings}}
     return save_tensors(path, tensors, metadata)
+
+
+def lossless_precision(tensors: Iterable[Tensor]) -> torch.dtype:
+    """float16 where that changes no number, else float32."""
+    exact = all(torch.equal(tensor.half().to(tensor.dtype), tensor) for tensor in tensors)
+    return torch.float16 if exact else torch.float32
 
 
 def load_concepts(path: str | Path) -> list[Concept]:

@@ -37,6 +37,8 @@ class PromptContext:
         target_outputs_k: layer name -> o*_K, (J, p); not read while J is 0.
         key_projected: (B, N, d), from which keys are computed; None: `projected`.
         key_gates: (B, N, J); None: `gates`.
+        weights: what stands in for weights of the U-Net, by their names in it, while it reads these prompts: methods
+            that Perfusion is compared with change them. Not for training.
         cache: whether the keys and values of each layer are computed once and then reused, as in sampling, where they
             are the same at every timestep. Not for training: weights and graph must then stay as they are.
             What `cat`, `repeat`, `select` and `to` return starts with nothing stored, so join before the loop.
@@ -49,13 +51,16 @@ class PromptContext:
     target_outputs_k: Mapping[str, Tensor]
     key_projected: Tensor | None = None
     key_gates: Tensor | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     cache: bool = False
     _stored: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def plain(cls, encoding: Tensor, cache: bool = False) -> PromptContext:
-        """Prompts without any concept: every layer computes exactly W_K e and W_V e. `encoding`: (B, N, d)."""
-        return cls(encoding, encoding, encoding.new_zeros(*encoding.shape[:-1], 0), {}, {}, cache=cache)
+    def plain(cls, encoding: Tensor, cache: bool = False, weights: Mapping[str, Tensor] | None = None
+              ) -> PromptContext:
+        """Prompts without any edit: every layer computes exactly W_K e and W_V e. `encoding`: (B, N, d)."""
+        gates = encoding.new_zeros(*encoding.shape[:-1], 0)
+        return cls(encoding, encoding, gates, {}, {}, weights=weights or {}, cache=cache)
 
     @property
     def shape(self) -> torch.Size:
@@ -119,7 +124,13 @@ class PromptContext:
         Contexts made by the same `Edit` share its concepts; otherwise the concepts are put side by side and the gates
         of a prompt are zero for those it does not use, as for all of them in a plain prompt. The result caches if all
         of them do.
+
+        Raises:
+            ValueError: they replace weights of the U-Net by different ones, which one batch cannot have.
         """
+        if any(context.weights is not contexts[0].weights and (context.weights or contexts[0].weights)
+               for context in contexts):
+            raise ValueError("prompts under different weights of the U-Net cannot be one batch")
         outputs_v, outputs_k, starts = _side_by_side(contexts)
         total = max(start + context.concept_count for start, context in zip(starts, contexts, strict=True))
         placed = [(context, start, total) for context, start in zip(contexts, starts, strict=True)]
@@ -132,6 +143,7 @@ class PromptContext:
             target_outputs_k=outputs_k,
             key_projected=torch.cat([c._key_side()[0] for c in contexts]) if own_keys else None,
             key_gates=torch.cat([_widened(c._key_side()[1], *place) for c, *place in placed]) if own_keys else None,
+            weights=contexts[0].weights,
             cache=all(c.cache for c in contexts),
         )
 
@@ -146,7 +158,7 @@ class PromptContext:
     def to(self, *args: torch.device | str | torch.dtype, **kwargs: object) -> PromptContext:
         """Everything on another device or in another dtype; arguments as for `Tensor.to`."""
         moved = self._per_row(lambda tensor: tensor.to(*args, **kwargs))
-        for name in ("target_outputs_v", "target_outputs_k"):
+        for name in ("target_outputs_v", "target_outputs_k", "weights"):
             setattr(moved, name, {layer: o.to(*args, **kwargs) for layer, o in getattr(self, name).items()})
         return moved
 

@@ -15,9 +15,9 @@ from ldm.data.images import save_grid, to_tensor
 from ldm.data.templates import fill
 from ldm.errors import UserError
 from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder
-from ldm.models.diffusion.perfusion import Perfusion
-from ldm.modules.concept import Concept, save_concepts
+from ldm.models.diffusion.concept_learner import ConceptLearner
 from ldm.modules.segmentation import mask_overlay
+from ldm.modules.tuned_concept import Learned, save_learned
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,11 @@ class ConceptSaver(pl.Callback):
         self.precision = getattr(torch, precision)
 
     @rank_zero_only
-    def save(self, trainer: pl.Trainer, model: Perfusion) -> Path:
-        return save_concepts(Path(trainer.default_root_dir) / "concept.safetensors", [model.learned()], self.precision)
+    def save(self, trainer: pl.Trainer, model: ConceptLearner) -> Path:
+        return save_learned(Path(trainer.default_root_dir) / "concept.safetensors", [model.learned()], self.precision)
 
     @rank_zero_only
-    def on_train_end(self, trainer: pl.Trainer, model: Perfusion) -> None:
+    def on_train_end(self, trainer: pl.Trainer, model: ConceptLearner) -> None:
         path = self.save(trainer, model)
         log.info("concept %s, a %s, after %d steps: %s (%.1f KB)", model.placeholder, model.super_category,
                  trainer.global_step, path, path.stat().st_size / 1e3)
@@ -65,28 +65,29 @@ class BeforeDuringAfter(pl.Callback):
         return 0 < step < trainer.max_steps and step % interval == 0 and step != self.last_step
 
     @rank_zero_only
-    def on_train_start(self, trainer: pl.Trainer, model: Perfusion) -> None:
+    def on_train_start(self, trainer: pl.Trainer, model: ConceptLearner) -> None:
         data = trainer.datamodule.datasets["train"]
         self._show("photos", data.images, trainer)
         if data.has_masks:
             overlays = [mask_overlay(image, data.mask(n)) for n, image in enumerate(data.images)]
             save_grid(overlays, self._folder(trainer) / "masks.png", columns=2)
-        self._draw(f"before ({model.super_category})", [], trainer, model)
+        if not (trainer.global_step and model.tuned_weights()):  # then the U-Net is no more what it was before
+            self._draw(f"before ({model.super_category})", [], trainer, model)
         if trainer.global_step:
             self._draw(f"resumed at step {trainer.global_step}", [model.learned()], trainer, model)
 
     @rank_zero_only
-    def on_train_batch_end(self, trainer: pl.Trainer, model: Perfusion, *_: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, model: ConceptLearner, *_: object) -> None:
         if self._due(trainer):
             self._draw(f"step {trainer.global_step}", [model.learned()], trainer, model)
 
     @rank_zero_only
-    def on_train_end(self, trainer: pl.Trainer, model: Perfusion) -> None:
+    def on_train_end(self, trainer: pl.Trainer, model: ConceptLearner) -> None:
         name = "after" if trainer.global_step >= trainer.max_steps else f"stopped at step {trainer.global_step}"
         self._draw(name, [model.learned()] if trainer.global_step else [], trainer, model)
         log.info("pictures: %s", self._folder(trainer) / "before_during_after.png")
 
-    def _draw(self, name: str, concepts: Sequence[Concept], trainer: pl.Trainer, model: Perfusion) -> None:
+    def _draw(self, name: str, concepts: Sequence[Learned], trainer: pl.Trainer, model: ConceptLearner) -> None:
         self.last_step = trainer.global_step
         prompts = [fill(prompt, model.placeholder if concepts else model.super_category) for prompt in self.prompts]
         training = model.training

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from ldm.data.images import (
+    cut_to,
     from_tensor,
     list_images,
     load_folder,
+    part_in_proportion,
     read_image,
     read_mask,
     save_grid,
@@ -250,3 +252,18 @@ def test_grids_that_cannot_be(tmp_path: Path, count: int, columns: int, titles: 
     with pytest.raises(ValueError, match="no sheet"):
         save_grid([gradient()] * count, tmp_path / "g.png", columns, titles)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("size", "proportions", "part"), [
+    ((640, 480), (64, 64), (480, 480)), ((640, 480), (96, 64), (640, 427)), ((640, 480), (64, 96), (320, 480)),
+    ((48, 64), (96, 64), (48, 32)), ((64, 64), (512, 512), (64, 64)), ((16, 4000), (4096, 8), (16, 1)),
+])
+def test_the_largest_centred_part_is_cut(
+    size: tuple[int, int], proportions: tuple[int, int], part: tuple[int, int]
+) -> None:
+    assert part_in_proportion(size, *proportions) == part
+    picture = gradient(*size)
+    left, top = (size[0] - part[0]) // 2, (size[1] - part[1]) // 2
+    expected = picture.crop((left, top, left + part[0], top + part[1]))
+    assert np.array_equal(values(cut_to(picture, *part)), values(expected))  # nothing to resample
+    assert cut_to(picture, *proportions).size == proportions

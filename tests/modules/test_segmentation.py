@@ -21,7 +21,14 @@ from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokeniz
 
 from ldm.data.images import square
 from ldm.errors import UserError
-from ldm.modules.segmentation import Preprocessing, ZeroShotSegmenter, cached_masks, mask_overlay, soft_mask
+from ldm.modules.segmentation import (
+    Preprocessing,
+    ZeroShotSegmenter,
+    cached_masks,
+    clear_mask,
+    mask_overlay,
+    soft_mask,
+)
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -239,3 +246,11 @@ def test_the_overlay_darkens_what_is_hidden() -> None:
     assert pair.shape == (32, 64, 3)
     assert (pair[:, :32] == [100, 150, 200]).all()
     assert (pair[:, 32:48] == 0).all() and (pair[:, 48:] == [100, 150, 200]).all()
+
+
+def test_a_clear_mask_is_where_the_segmenter_is_half_as_sure_as_at_best() -> None:
+    found = torch.tensor([[0.8, 0.41, 0.39], [0.1, 0.5, 0.0]])
+    assert clear_mask(found, "cat", "a.png").tolist() == [[1, 1, 0], [0, 1, 0]]
+    for nothing in (torch.full((2, 2), 0.5), torch.full((2, 2), float("nan"))):
+        with pytest.raises(UserError, match="a.png: the segmenter finds no cat"):
+            clear_mask(nothing, "cat", "a.png")

@@ -1,145 +1,59 @@
 """The drawing script as a user runs it, on a tiny model: few times as a process, otherwise in this one to save time."""
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from drawing_world import (
+    PROMPT,
+    QUICK,
+    ROOT,
+    ROUNDING,
+    Draw,
+    Main,
+    World,
+    apart,
+    complaint,
+    drawer,
+    levels,
+    main_of,
+    pictures,
+    process,
+)
 from omegaconf import OmegaConf
-from oracles import randomise
 from PIL import Image
-from transformers import CLIPTextConfig
 
 from ldm import inference
 from ldm.album import Album, read_note
 from ldm.errors import UserError
-from ldm.files import save_tensors
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.modules import covariance
-from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import Concept, base_fingerprint, save_concepts
+from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.util import instantiate_from_config
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "txt2img.py"
-WIDTH, LENGTH, START, END = 16, 16, 49406, 49407
-PROMPT = "a photo of a <teddy> outside"
-QUICK = ("--ddim_steps", "3", "--scale", "2", "--device", "cpu")
-Draw = Callable[..., np.ndarray]
-ROUNDING = 2  # of 255 levels: batches of another size round differently
-
-
-@dataclass(frozen=True)
-class World:
-    """A tiny base model, its config and checkpoint, and two concepts in files."""
-
-    folder: Path
-    config: Path
-    checkpoint: Path
-    teddy: Path
-    mug: Path
-
-
-def model_config(text_encoder: Path) -> dict[str, object]:
-    ddconfig = {"double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
-                "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "attn_type": "none"}
-    unet = {"image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 1],
-            "attention_resolutions": [1], "num_res_blocks": 1, "num_heads": 4, "use_spatial_transformer": True,
-            "context_dim": WIDTH, "legacy": False}
-    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {
-        "image_size": 8, "channels": 4, "conditioning_key": "crossattn", "parameterization": "v", "timesteps": 100,
-        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
-        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {
-            "embed_dim": 4, "lossconfig": {"target": "torch.nn.Identity"}, "ddconfig": ddconfig}},
-        "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": {
-            "version": str(text_encoder), "max_length": LENGTH}}}}}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("world")
-    CLIPTextConfig(hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                   vocab_size=END + 1, max_position_embeddings=LENGTH, bos_token_id=START, eos_token_id=END,
-                   pad_token_id=END).save_pretrained(folder / "text")
-    config = model_config(folder / "text")
-    checkpoint = folder / "base.safetensors"
-    model = randomise(instantiate_from_config(config["model"]), scale=0.15).requires_grad_(False)
-    save_tensors(checkpoint, {k: v for k, v in model.state_dict().items() if not k.startswith("model_ema.")}, {})
-    config["model"]["params"]["ckpt_path"] = str(checkpoint)
-    OmegaConf.save(OmegaConf.create(config), folder / "base.yaml")
-    with pytest.MonkeyPatch.context() as patch:  # the full corpus takes a while even here
-        patch.setattr(covariance, "default_captions", lambda *_: [f"a photo of a {w}" for w in ("dog", "mug", "hat")])
-        covariance.cached_covariance(model.cond_stage_model, folder / "cache", progress=False)
-    teddy = learned(model, "<teddy>", "teddy bear", seed=1)
-    save_concepts(folder / "teddy.safetensors", [teddy], precision=None)
-    save_concepts(folder / "mug.safetensors", [learned(model, "<mug>", "mug", seed=2)], precision=None)
-    save_concepts(folder / "foreign.safetensors", [replace(teddy, base="0" * 64)], precision=None)
-    return World(folder, folder / "base.yaml", checkpoint, folder / "teddy.safetensors", folder / "mug.safetensors")
-
-
-def learned(model: torch.nn.Module, placeholder: str, super_category: str, seed: int) -> Concept:
-    """A concept whose gate is wide open on its word in PROMPT, with target outputs that nobody can overlook."""
-    draw = torch.Generator().manual_seed(seed)
-    encoder, layers = model.cond_stage_model, name_text_layers(model.model.diffusion_model)
-    embedding = torch.randn(1, WIDTH, generator=draw)
-    tokens = encoder.tokenize([PROMPT.replace("<teddy>", placeholder)], [placeholder])
-    target = encoder.encode_tokens(tokens, embedding)[tokens > END].squeeze(0)
-    values = {name: 3 * torch.randn(len(layer.to_v.weight), generator=draw) for name, layer in layers.items()}
-    return Concept(placeholder, super_category, embedding, target, torch.randn(WIDTH, generator=draw), values,
-                   base=base_fingerprint(layers))
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("txt2img", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def main() -> Main:
+    return main_of("txt2img")
 
 
 @pytest.fixture
-def draw(script: ModuleType, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
-    """Runs the script in this process; returns the pictures of the run as (n, H, W, 3) integers."""
-    monkeypatch.setenv("PERFUSION_CACHE", str(world.folder / "cache"))
-
-    def run(*arguments: object, outdir: str = "out") -> np.ndarray:
-        before = pictures(tmp_path / outdir)
-        base = ("--config", world.config, "--outdir", tmp_path / outdir)
-        script.main([str(argument) for argument in (*base, *QUICK, *arguments)])
-        new = [path for path in pictures(tmp_path / outdir) if path not in before]
-        return np.stack([np.asarray(Image.open(path), dtype=int) for path in new])
-
-    return run
-
-
-def pictures(outdir: Path) -> list[Path]:
-    return sorted((outdir / "samples").glob("*.png"))
-
-
-def process(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False,
-                          cwd=ROOT, env={**os.environ, "PERFUSION_CACHE": str(cache)})
-
-
-def apart(one: np.ndarray, other: np.ndarray) -> int:
-    """How many levels the two differ by at most."""
-    return int(np.abs(one - other).max())
+def draw(main: Main, world: World, tmp_path: Path) -> Draw:
+    return drawer(main, world.config, tmp_path)
 
 
 def test_as_a_process_it_draws_the_same_again_and_says_where(draw: Draw, world: World, tmp_path: Path) -> None:
     arguments = ("--config", world.config, "--concept", world.teddy, world.mug, "--prompt", PROMPT, "a <mug>",
                  "--n_samples", 2, "--seed", 5, "--bias", 0.7, "--temperature", 0.15, 0.2, *QUICK)
-    result = process(*arguments, "--outdir", tmp_path / "out", cache=world.folder / "cache")
+    result = process("txt2img", *arguments, "--outdir", tmp_path / "out", cache=world.folder / "cache")
     assert result.returncode == 0, result.stderr
     written = pictures(tmp_path / "out")
     assert [path.name for path in written] == [f"0000{number}.png" for number in range(4)]
@@ -148,7 +62,7 @@ def test_as_a_process_it_draws_the_same_again_and_says_where(draw: Draw, world: 
     assert f"<mug>: the mug of {world.mug}, bias 0.7, temperature 0.2\n" in result.stderr
     assert read_note(written[1])["prompt"] == PROMPT and read_note(written[3])["seed"] == 6
     assert [c["temperature"] for c in read_note(written[0])["concepts"]] == [0.15, 0.2]
-    first = np.stack([np.asarray(Image.open(path), dtype=int) for path in written])
+    first = np.stack([levels(path) for path in written])
     again = draw(*arguments)
     assert np.array_equal(first, again)
     assert len(pictures(tmp_path / "out")) == 8 and (tmp_path / "out" / "grid-0001.png").is_file()
@@ -167,9 +81,49 @@ def test_a_concept_changes_what_its_word_draws_and_settings_change_it(draw: Draw
     concept = ("--concept", world.teddy, "--prompt", PROMPT, "--n_samples", 1)
     local = draw(*concept)
     assert apart(local, draw("--prompt", "a photo of a teddy outside", "--n_samples", 1)) > 20
-    for setting in (("--bias", 1.5), ("--temperature", 1.0), ("--global_locking",), ("--plms",), ("--scale", 5),
+    for setting in (("--bias", 1.5), ("--temperature", 1.0), ("--global_locking",), ("--scale", 5),
                     ("--negative_prompt", "a mug"), ("--ddim_eta", 1), ("--embedding_path", world.mug)):
         assert apart(local, draw(*concept, *setting)) > ROUNDING, setting
+
+
+def test_every_sampler_draws_and_its_name_and_eta_are_kept_in_the_picture(draw: Draw, tmp_path: Path) -> None:
+    drawn = {name: draw("--prompt", "a cat", "--n_samples", 1, "--sampler", name, "--steps", 12, outdir=name)
+             for name in SAMPLERS}
+    notes = [read_note(pictures(tmp_path / name)[0]) for name in SAMPLERS]
+    assert [note["sampler"] for note in notes] == list(SAMPLERS)
+    assert [note["ddim_eta"] for note in notes] == [0, 0, 0, 0, 0, 1] and notes[0]["ddim_steps"] == 12
+    names = list(SAMPLERS)
+    assert all(apart(drawn[one], drawn[other]) > 0 for one in names for other in names[:names.index(one)])
+    assert apart(drawn["plms"], draw("--prompt", "a cat", "--n_samples", 1, "--plms", "--ddim_steps", 12)) == 0
+
+
+def test_negative_prompts_are_for_all_prompts_or_one_for_each(draw: Draw, tmp_path: Path) -> None:
+    both = ("--prompt", "a cat", "a dog", "--n_samples", 1)
+    first = draw(*both, "--negative_prompt", "a mug", outdir="first")
+    assert apart(first[:1], draw(*both, "--negative_prompt", "a mug", "a hat")[:1]) <= ROUNDING
+    own = draw(*both, "--negative_prompt", "a mug", "a hat", outdir="own")
+    assert apart(first[1], own[1]) > ROUNDING
+    assert [read_note(path)["negative_prompt"] for path in pictures(tmp_path / "own")] == ["a mug", "a hat"]
+
+
+def test_pictures_are_made_from_an_original(world: World) -> None:
+    """Its masked part stays, and little strength changes little; what img2img and inpainting build on."""
+    model = instantiate_from_config(OmegaConf.load(world.config).model).eval()
+    encoded = inference.encode_once(inference.prompt_encoder(model, []), ["a cat", "a dog"])
+    jobs = [inference.Job("a cat", seed, "a dog") for seed in (1, 2)]
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    for sampler in ("ddim", "heun"):
+        sampling = inference.Sampling((8, 8), 10, scale=2.0, sampler=sampler)
+        near, far, kept = (
+            inference.draw_latents(model, encoded, jobs, sampling, inference.Original(latents, *how))
+            for how in ((0.1,), (0.8,), (1.0, mask)))
+        assert (near - latents).abs().mean() < (far - latents).abs().mean()
+        assert torch.equal(kept[..., :4], latents[..., :4].expand(2, -1, -1, -1))
+        assert (near[0] - near[1]).abs().max() > 0.01
+    sampling = inference.Sampling((8, 8), 10, batch_size=1)
+    assert len(list(inference.draw_pictures(model, encoded, jobs, sampling, inference.Original(latents, 0.3)))) == 2
 
 
 def test_the_base_models_picture_is_the_samplers_own(draw: Draw, world: World) -> None:
@@ -217,6 +171,11 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--concept", "{world}/foreign.safetensors"), "was trained on base model 000000000000"),
     (("--bias", "0.7"), "--bias acts on learned concepts; .*--concept"),
     (("--plms", "--ddim_eta", "0.5"), "PLMS adds no noise"),
+    (("--sampler", "heun", "--ddim_eta", "0.5"), "Heun adds no noise, so eta must be 0, not 0.5"),
+    (("--sampler", "ddpm"), "--sampler: invalid choice: 'ddpm'"),
+    (("--sampler", "dpm", "--plms"), "--plms: not allowed with argument --sampler"),
+    (("--steps", "0"), "0: must be 1 or more"),
+    (("--prompt", "a dog", "--negative_prompt", "a", "b", "c"), "3 of them for 2 prompts; give one for all"),
     (("--scale", "1", "--negative_prompt", "ugly"), "--scale 1 is none"),
     (("--config", "nowhere.yaml"), "nowhere.yaml: no such file"),
     (("--config", "{world}/text/config.json"), "describes no model"),
@@ -235,16 +194,11 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(mistake[0])[-40:] for mistake in MISTAKES])
 def test_mistakes_are_one_line_and_nothing_is_written(
-    script: ModuleType, world: World, tmp_path: Path, arguments: tuple[str, ...], message: str,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    main: Main, world: World, tmp_path: Path, arguments: tuple[str, ...], message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("PERFUSION_CACHE", str(world.folder / "cache"))
     base = ("--prompt", "a cat", "--config", str(world.config), "--outdir", str(tmp_path / "out"), *QUICK)
-    with pytest.raises(SystemExit) as stopped:
-        script.main([*base, *(argument.format(world=world.folder) for argument in arguments)])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1
+    error = complaint(main, [*base, *(argument.format(world=world.folder) for argument in arguments)], capsys)
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ldm.models.diffusion.pixel_diffusion import DDPM
 from ldm.models.diffusion.wrapper import Condition
 from ldm.modules.context import PromptContext
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -33,12 +36,19 @@ class LatentDiffusion(DDPM):
         cond_stage_forward: name of the encoder's method to call; None: `encode`, or the call itself.
         scale_factor: what latents are multiplied by, so that their variance is about 1.
         scale_by_std: measure that factor on the first batch instead.
+        personalization_config: config of an `EmbeddingManager`: its vectors are trained (Textual Inversion), and
+            nothing else is.
+        embedding_reg_weight: how much their squared distance from where they started counts in the loss.
+
+    Raises:
+        UserError: params that are not supported or that contradict each other.
     """
 
     def __init__(self, first_stage_config: Mapping[str, Any], cond_stage_config: Mapping[str, Any] | str,
                  num_timesteps_cond: int | None = None, cond_stage_key: str = "image",
                  cond_stage_trainable: bool = False, concat_mode: bool = True, cond_stage_forward: str | None = None,
                  conditioning_key: str | None = None, scale_factor: float = 1.0, scale_by_std: bool = False,
+                 personalization_config: Mapping[str, Any] | None = None, embedding_reg_weight: float = 0.0,
                  **ddpm: Any) -> None:
         if num_timesteps_cond not in (None, 1):
             raise UserError(f"num_timesteps_cond {num_timesteps_cond}: only 1 is supported")
@@ -54,11 +64,33 @@ class LatentDiffusion(DDPM):
         else:
             self.scale_factor = scale_factor
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
+        if hasattr(self.first_stage_model, "loss"):
+            self.first_stage_model.loss = None  # a discriminator may be in it, of no use here and in no checkpoint
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
         if self.cond_stage_model is not None and not cond_stage_trainable:
             self.cond_stage_model.eval().requires_grad_(False)
+        self.embedding_reg_weight = embedding_reg_weight
+        self.embedding_manager: EmbeddingManager | None = None
         if type(self) is LatentDiffusion:
             self.load_initial_weights()
+            if personalization_config is not None:
+                self._personalize(personalization_config)
+        elif personalization_config is not None:
+            raise UserError("personalization_config: is for Textual Inversion, with target "
+                            "ldm.models.diffusion.ddpm.LatentDiffusion; leave it out")
+
+    def _personalize(self, config: Mapping[str, Any]) -> None:
+        """Everything is frozen but the vectors of an `EmbeddingManager`, which start from the loaded words."""
+        if not isinstance(self.cond_stage_model, PromptEncoder):
+            raise UserError("personalization_config: needs a model that reads prompts; leave it out")
+        self.cond_stage_trainable, self.strict_loading = False, False
+        self.requires_grad_(False).cond_stage_model.eval()
+        self.embedding_manager = instantiate_from_config(config, embedder=self.cond_stage_model)
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage == "fit" and self.embedding_manager is not None and self._initial_weights[0] is None:
+            raise UserError("no base model to teach: name its checkpoint with --actual_resume, or in the config as "
+                            "model.params.ckpt_path")
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         """What is frozen stays in evaluation mode."""
@@ -70,11 +102,16 @@ class LatentDiffusion(DDPM):
         return self
 
     @torch.no_grad()
-    def encode_first_stage(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w), drawn from the posterior, if there is one."""
-        posterior = self.first_stage_model.encode(images)
-        sampled = posterior.sample(generator) if isinstance(posterior, DiagonalGaussianDistribution) else posterior
-        return self.scale_factor * sampled
+    def encode_first_stage(self, images: Tensor, generator: torch.Generator | None = None,
+                           sample: bool = True) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w).
+
+        Where the first stage gives a posterior, they are drawn from it or, without `sample`, its mean.
+        """
+        found = self.first_stage_model.encode(images)
+        if isinstance(found, DiagonalGaussianDistribution):
+            found = found.sample(generator) if sample else found.mode()
+        return self.scale_factor * found
 
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
@@ -84,6 +121,8 @@ class LatentDiffusion(DDPM):
     def get_learned_conditioning(self, c: Any) -> Tensor | PromptContext:
         """The condition (such as a list of B prompts) encoded, (B, N, d)."""
         stage = self.cond_stage_model
+        if self.embedding_manager is not None:
+            return self.embedding_manager(stage, [c] if isinstance(c, str) else c)
         method = self.cond_stage_forward or ("encode" if hasattr(stage, "encode") else "__call__")
         encoded = getattr(stage, method)(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
@@ -93,7 +132,8 @@ class LatentDiffusion(DDPM):
         if self.cond_stage_model is None:
             return z, None
         raw = batch[self.cond_stage_key]
-        with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
+        learns = self.cond_stage_trainable or self.embedding_manager is not None
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             return z, self.get_learned_conditioning(list(raw) if isinstance(raw, list | tuple) else raw)
 
     @torch.no_grad()
@@ -103,14 +143,31 @@ class LatentDiffusion(DDPM):
             self.scale_factor.fill_(1.0 / z.std())
             log.info("scale_factor %.4f, from the spread of the first batch's latents", self.scale_factor.item())
 
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, numbers = super().shared_step(batch)
+        if self.embedding_manager is not None and self.embedding_reg_weight:
+            distance = self.embedding_manager.distance()
+            loss = loss + self.embedding_reg_weight * distance
+            numbers |= {"loss": loss.detach(), "embedding_distance": distance.detach()}
+        return loss, numbers
+
     def trained_parameters(self) -> list[torch.nn.Parameter]:
+        if self.embedding_manager is not None:
+            return list(self.embedding_manager.parameters())
         encoder = self.cond_stage_model.parameters() if self.cond_stage_trainable else ()
         return [*super().trained_parameters(), *encoder]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves the loss networks of the first stage out: nothing here uses them."""
-        for key in [key for key in checkpoint["state_dict"] if key.startswith("first_stage_model.loss.")]:
-            del checkpoint["state_dict"][key]
+        """Leaves out the loss networks of the first stage, which nothing here uses, and what is frozen for good."""
+        kept = "" if self.embedding_manager is None else "embedding_manager."
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items()
+                                    if key.startswith(kept) and not key.startswith("first_stage_model.loss.")}
+
+    def on_train_end(self) -> None:
+        """Writes the vectors of an `EmbeddingManager` to a small file in the log folder."""
+        if self.embedding_manager is not None and self.trainer.is_global_zero:
+            path = self.embedding_manager.save(Path(self.trainer.default_root_dir) / "embeddings.safetensors")
+            log.info("vectors of %s: %s", ", ".join(self.embedding_manager.placeholders), path)
 
     @torch.no_grad()
     def sample_images(self, cond: Condition, batch_size: int, steps: int = 50, scale: float = 1.0,

@@ -16,7 +16,8 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.modules.concept import Concept, base_fingerprint, check_base, stack_concepts
 from ldm.modules.context import PromptContext, TextLayer
-from ldm.modules.encoders.modules import split_at_placeholders
+from ldm.modules.encoders.prompts import split_at_placeholders, word_vector
+from ldm.modules.tuned_concept import Learned, TunedConcept
 
 log = logging.getLogger(__name__)
 
@@ -35,24 +36,10 @@ class TextEncoder(Protocol):
 
     def known_words(self) -> list[str]: ...
 
-    def tokenize(self, prompts: Sequence[str], placeholders: Sequence[str] = ()) -> Tensor: ...
+    def tokenize(self, prompts: Sequence[str], placeholders: Sequence[str] = (),
+                 counts: Sequence[int] | None = None) -> Tensor: ...
 
     def encode_tokens(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor: ...
-
-
-def word_vector(encoder: TextEncoder, word: str) -> Tensor:
-    """(1, width): the embedding of a word; of several word pieces, the mean of theirs, as one virtual token.
-
-    Raises:
-        UserError: the vocabulary has no piece for it.
-    """
-    pieces = encoder.word_pieces(word)
-    end = getattr(getattr(encoder, "tokenizer", None), "eos_token_id", None)
-    pieces = [piece for piece in pieces if piece != end]  # what a vocabulary lacks, it spells as its unknown token
-    if not pieces:
-        raise UserError(f"the super-category {word!r} cannot be expressed in the text encoder's vocabulary; "
-                        "give a plain word, such as \"teddy bear\"")
-    return encoder.token_table[pieces].mean(0, keepdim=True)
 
 
 def check_super_category(encoder: TextEncoder, words: str) -> None:
@@ -99,22 +86,40 @@ def warn_of_idle_concepts(prompts: Sequence[str], placeholders: Sequence[str]) -
             log.warning("warning: concept %s is loaded, but its word does not stand in the prompt", word)
 
 
-def with_settings(concepts: Sequence[Concept], biases: Sequence[float] | None = None,
-                  temperatures: Sequence[float] | None = None) -> list[Concept]:
+def with_settings(concepts: Sequence[Learned], biases: Sequence[float] | None = None,
+                  temperatures: Sequence[float] | None = None) -> list[Learned]:
     """The concepts with beta or tau in place of their own: one value for all, or one for each.
 
     Raises:
-        UserError: another number of values.
+        UserError: another number of values, or a concept that has no gate.
     """
     changed = list(concepts)
     for name, values in (("bias", biases), ("temperature", temperatures)):
         if values is None:
             continue
+        plain = [concept for concept in changed if isinstance(concept, TunedConcept)]
+        if plain:
+            raise UserError(f"--{name}: concept {plain[0].label} was learned {plain[0].summary} and has none; "
+                            "leave the flag out")
         if len(values) not in (1, len(changed)):
             raise UserError(f"{len(values)} values of {name} for {len(changed)} concepts; give one, or one each")
         each = values if len(values) == len(changed) else [values[0]] * len(changed)
         changed = [replace(concept, **{name: value}) for concept, value in zip(changed, each, strict=True)]
     return changed
+
+
+def check_distinct(placeholders: Sequence[str]) -> None:
+    """Raises a UserError where two placeholders are the same word, as prompts read them."""
+    if len({word.lower() for word in placeholders}) < len(placeholders):
+        raise UserError(f"two concepts share a placeholder ({', '.join(placeholders)}, where case does not "
+                        "count); merge_embeddings.py --placeholders gives them different ones")
+
+
+def check_width(label: str, embedding: Tensor, table: Tensor) -> None:
+    """Raises a UserError where a concept's embedding (k, width) is of another width than the words of the model."""
+    if embedding.shape[1] != table.shape[1]:
+        raise UserError(f"concept {label} does not fit this model: its embedding has {embedding.shape[1]} numbers, "
+                        f"words have {table.shape[1]}; train it again")
 
 
 class ConceptPrompts:
@@ -135,18 +140,14 @@ class ConceptPrompts:
                  inverse_covariance: Tensor | Callable[[], Tensor] | None = None) -> None:
         self.encoder, self.text_layers, self.concepts = encoder, text_layers, list(concepts)
         self.placeholders = [concept.placeholder for concept in self.concepts]
-        if len({word.lower() for word in self.placeholders}) < len(self.placeholders):
-            raise UserError(f"two concepts share a placeholder ({', '.join(self.placeholders)}, where case does not "
-                            "count); merge_embeddings.py --placeholders gives them different ones")
+        check_distinct(self.placeholders)
         if self.concepts and inverse_covariance is None:
             raise ValueError("concepts need the inverse covariance of the text encoder")
         fingerprint = base_fingerprint(text_layers) if self.concepts else ""
         table = encoder.token_table
         for concept in self.concepts:
             check_base(concept, fingerprint)
-            if concept.embedding.shape[1] != table.shape[1]:
-                raise UserError(f"concept {concept.label} does not fit this model: its embedding has "
-                                f"{concept.embedding.shape[1]} numbers, words have {table.shape[1]}; train it again")
+            check_width(concept.label, concept.embedding, table)
         if self.concepts:
             found = inverse_covariance() if callable(inverse_covariance) else inverse_covariance
             self.inverse_covariance = found.to(table.device)

@@ -1,0 +1,68 @@
+"""The methods that Perfusion is compared with have this in common: a word, and perhaps weights of the U-Net.
+
+Unlike Perfusion they edit no layer: prompts are encoded with vectors in the place of the word, and that is all.
+"""
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ldm.data.personalized import PersonalizedBase
+from ldm.errors import UserError
+from ldm.models.diffusion.concept_learner import ConceptLearner
+from ldm.modules.context import PromptContext
+from ldm.modules.learned_word import LearnedWord
+from ldm.modules.tuned_concept import TunedConcept
+
+
+class Tuning(ConceptLearner):
+    """A base model that learns vectors for the concept's word, and in subclasses weights of its own.
+
+    Args (beside those of `ConceptLearner`, where the papers use no masks: a null segmenter gives the plain loss):
+        embedding_lr: learning rate of the word's vectors.
+    """
+
+    method: ClassVar[str]
+
+    def __init__(self, embedding_lr: float = 0.005, **concept_learner: Any) -> None:
+        check_above_zero(embedding_lr=embedding_lr)
+        super().__init__(**concept_learner)
+        self.embedding_lr = embedding_lr
+
+    def word(self) -> tuple[Tensor, Tensor]:
+        """Where the learned vectors (n, width) of the word start, and the vectors (m, width) that follow and stay."""
+        raise NotImplementedError
+
+    def make_concept(self, data: PersonalizedBase) -> LearnedWord:
+        word = LearnedWord(*self.word()).to(self.device)
+        self._tokens = self.training_tokens(data.templates, len(word()))
+        return word
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [self.concept.vectors], "lr": self.embedding_lr}] if len(self.concept.vectors) else []
+
+    def prompt_context(self, prompts: list[str]) -> PromptContext:
+        _, encoding, rows = self.encoded(prompts, self.concept())
+        return PromptContext.plain(encoding[rows])
+
+    def learned(self) -> TunedConcept:
+        """What has been learned so far; its weights are the model's own, not copies of them."""
+        return TunedConcept(
+            method=self.method, placeholder=self.placeholder, super_category=self.super_category,
+            vectors=self.concept().detach(), inputs=self.word_inputs(),
+            weights={name: weight.detach() for name, weight in self.tuned_weights().items()},
+            parameter_count=sum(parameter.numel() for parameter in self.trained_parameters()),
+            steps=int(self.global_step), base=self.base)
+
+    def word_inputs(self) -> Tensor:
+        """What a file keeps of the word's encodings, for merging: (k, d), or (0, 0)."""
+        return torch.zeros(0, 0)
+
+
+def check_above_zero(**values: float) -> None:
+    """Raises a UserError that names the first of the params that is not above 0."""
+    for name, value in values.items():
+        if value <= 0:
+            raise UserError(f"{name} {value} must be above 0")

@@ -1,0 +1,203 @@
+"""Parts of a picture drawn anew, as a user does it, on a tiny model."""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawing_world import (
+    PROMPT,
+    QUICK,
+    Draw,
+    Main,
+    World,
+    apart,
+    complaint,
+    drawer,
+    levels,
+    main_of,
+    pictures,
+    process,
+)
+from PIL import Image
+
+from ldm.album import read_note
+from ldm.data.images import cut_to
+from ldm.modules.segmentation import ZeroShotSegmenter
+
+CAT = ("--prompt", "a cat", "--n_samples", 2)
+HARD = ("--border", 0)
+
+
+class BrightPlaces:
+    """Stands in for a segmenter: takes what is bright for what was asked for, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    def load(self, name: str, device: object) -> BrightPlaces:
+        self.asked.append(name)
+        return self
+
+    def segment(self, images: Sequence[Image.Image], text: str, size: tuple[int, int]) -> torch.Tensor:
+        (picture,) = images
+        assert picture.size == size[::-1]
+        self.asked.append(text)
+        return torch.from_numpy(np.array(picture.convert("L"))).float()[None] / 300
+
+
+@pytest.fixture
+def segmenter(monkeypatch: pytest.MonkeyPatch) -> BrightPlaces:
+    stand_in = BrightPlaces()
+    monkeypatch.setattr(ZeroShotSegmenter, "from_path", stand_in.load)
+    return stand_in
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """Of the model's size: dark noise, and a white square at (8..12, 4..8) of it."""
+    pixels = np.random.default_rng(0).integers(0, 90, (16, 16, 3), dtype=np.uint8)
+    pixels[4:8, 8:12] = 255
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    """Twice as large as the photo; white at (4..12, 8..16) of it."""
+    painted = Image.new("L", (32, 32))
+    painted.paste(255, (8, 16, 24, 32))
+    painted.save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+@pytest.fixture(scope="module")
+def main() -> Main:
+    return main_of("inpaint")
+
+
+@pytest.fixture
+def draw(main: Main, world: World, tmp_path: Path) -> Draw:
+    return drawer(main, world.config, tmp_path)
+
+
+def inside(left: int, top: int, right: int, bottom: int) -> np.ndarray:
+    """True in a box of the tiny model's pictures."""
+    box = np.zeros((16, 16), dtype=bool)
+    box[top:bottom, left:right] = True
+    return box
+
+
+def test_as_a_process_it_keeps_what_is_not_masked(world: World, photo: Path, mask: Path, tmp_path: Path) -> None:
+    done = process(
+        "inpaint", "--config", world.config, "--init-img", photo, "--mask", mask, "--concept", world.teddy, "--prompt",
+        PROMPT, "a dog", "--n_samples", 2, "--border", 1, *QUICK, "--outdir", tmp_path / "out",
+        cache=world.folder / "cache")
+    assert done.returncode == 0, done.stderr
+    used = tmp_path / "out" / "mask-0000.png"
+    assert f"drawn anew is what is white in {used}, over a border of 1 pixels\n" in done.stderr
+    assert np.array_equal(levels(used), 255 * inside(4, 8, 12, 16))
+    written = pictures(tmp_path / "out")
+    assert len(written) == 4 and len({levels(path).tobytes() for path in written}) == 4
+    kept = ~inside(3, 7, 13, 16)
+    assert all(np.array_equal(levels(path)[kept], levels(photo)[kept]) for path in written)
+    note = read_note(written[0])
+    assert (note["init_img"], note["mask"], note["border"], note["strength"]) == (str(photo), str(used), 1, 1.0)
+    assert note["concepts"][0]["placeholder"] == "<teddy>"
+
+
+def test_the_border_lies_outside_of_the_grown_mask(draw: Draw, photo: Path, mask: Path) -> None:
+    original = levels(photo)
+    base = ("--init-img", photo, "--mask", mask, *CAT)
+    hard, soft, grown = draw(*base, *HARD), draw(*base, "--border", 2), draw(*base, *HARD, "--grow", 3)
+    for drawn, box in ((hard, (4, 8, 12, 16)), (soft, (2, 6, 14, 16)), (grown, (1, 5, 15, 16))):
+        assert np.array_equal(drawn[:, ~inside(*box)], np.stack([original[~inside(*box)]] * 2))
+    changed = np.abs(grown - original).max(axis=(0, 3))
+    assert (changed[inside(1, 5, 15, 16)] > 0).mean() > 0.9
+    assert apart(draw(*base, *HARD), hard) == 0
+    usual = draw(*base)  # the border of a picture this small has no width
+    assert apart(usual, hard) == 0
+
+
+def test_all_white_is_what_txt2img_draws_and_strength_leads_there(
+    draw: Draw, world: World, photo: Path, tmp_path: Path
+) -> None:
+    Image.new("L", (16, 16), "white").save(tmp_path / "white.png")
+    base = ("--init-img", photo, "--mask", tmp_path / "white.png", *CAT)
+    drawn = drawer(main_of("txt2img"), world.config, tmp_path)(*CAT, outdir="other")
+    assert apart(draw(*base), drawn) == 0
+    assert apart(draw(*base, "--strength", 0.5), drawn) > 10
+
+
+def test_a_mask_comes_from_a_word_and_can_be_given_again(
+    draw: Draw, photo: Path, segmenter: BrightPlaces, tmp_path: Path
+) -> None:
+    wide = Image.new("RGB", (48, 32))
+    wide.paste(Image.open(photo).resize((32, 32), Image.Resampling.NEAREST), (8, 0))
+    wide.save(tmp_path / "wide.png")
+    base = ("--init-img", tmp_path / "wide.png", *CAT, *HARD)
+    by_word = draw(*base, "--mask_word", "snow man", "--grow", 1)
+    used = tmp_path / "out" / "mask-0000.png"
+    assert segmenter.asked == ["CIDAS/clipseg-rd64-refined", "snow man"]
+    assert np.array_equal(levels(used) == 255, inside(7, 3, 13, 9))
+    assert np.array_equal(by_word[:, ~inside(7, 3, 13, 9)],
+                          np.stack([np.asarray(cut_to(wide, 16, 16), dtype=int)[~inside(7, 3, 13, 9)]] * 2))
+    assert apart(draw(*base, "--mask", used), by_word) == 0
+    assert (tmp_path / "out" / "mask-0001.png").read_bytes() == used.read_bytes()
+    draw(*base, "--mask-word", "snow man", "--segmenter", "my/own")
+    assert segmenter.asked[2:] == ["my/own", "snow man"]
+
+
+def test_a_cut_out_is_a_mask_of_its_opaque_part(draw: Draw, photo: Path, tmp_path: Path) -> None:
+    cut_out = Image.new("RGBA", (16, 16))
+    cut_out.paste("black", (0, 0, 8, 16))
+    cut_out.save(tmp_path / "cut_out.png")
+    draw("--init-img", photo, "--mask", tmp_path / "cut_out.png", *CAT)
+    assert np.array_equal(levels(tmp_path / "out" / "mask-0000.png") == 255, inside(0, 0, 8, 16))
+
+
+def test_a_thing_that_is_not_there_is_an_error(
+    main: Main, world: World, segmenter: BrightPlaces, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (16, 16), (60, 60, 60)).save(tmp_path / "grey.png")
+    error = complaint(main, ["--init-img", str(tmp_path / "grey.png"), "--mask-word", "cat", "--prompt", "a dog",
+                             "--config", str(world.config), "--outdir", str(tmp_path / "out")], capsys)
+    assert f"{tmp_path / 'grey.png'}: the segmenter finds no cat in it (20 % likely at most); choose another" in error
+    assert not (tmp_path / "out").exists()
+
+
+MASK = ("--mask", "{here}/mask.png")
+MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
+    ((), "one of the arguments --mask --mask-word/--mask_word is required"),
+    ((*MASK, "--mask-word", "cat"), "argument --mask-word/--mask_word: not allowed with argument --mask"),
+    ((*MASK, "--segmenter", "some/name"), "--segmenter looks for what --mask-word names"),
+    (("--mask-word", "cat", "--segmenter", "no/such/folder"), "segmenter no/such/folder: no such folder"),
+    (("--mask-word", " "), "--mask-word: names nothing"),
+    ((*MASK, "--grow", "-1"), "-1: must be 0 or more"),
+    ((*MASK, "--border", "5000"), "5000: must be 0 or more and less than 4096"),
+    ((*MASK, "--strength", "0"), "must be above 0"),
+    ((*MASK, "--init-img", "nowhere.png"), "nowhere.png: no such file"),
+    (("--mask", "nowhere.png"), "nowhere.png: no such file"),
+    (("--mask", "{world}/base.yaml"), "base.yaml: cannot be read"),
+    (("--mask", "{here}/wide.png"), "wide.png: 32x16 does not fit its photo, 16x16"),
+    (("--mask", "{here}/black.png"), "black.png: black where the photo is used, so nothing would change"),
+    ((*MASK, "--prompt", "a <mug>"), "names <mug>"),
+)
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(mistake[0]) for mistake in MISTAKES])
+def test_mistakes_are_one_line_and_nothing_is_written(
+    main: Main, world: World, photo: Path, mask: Path, tmp_path: Path, arguments: tuple[str, ...], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.new("L", (32, 16), "white").save(tmp_path / "wide.png")
+    Image.new("L", (16, 16)).save(tmp_path / "black.png")
+    base = ("--init-img", str(photo), "--prompt", "a cat", "--config", str(world.config), "--outdir",
+            str(tmp_path / "out"), *QUICK)
+    given = [argument.format(world=world.folder, here=tmp_path) for argument in arguments]
+    error = complaint(main, [*base, *given], capsys)
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
