@@ -32,6 +32,7 @@ from ldm.data.scenes import SceneDataset  # noqa: E402
 from ldm.errors import UserError, one_line_errors  # noqa: E402
 from ldm.files import save_tensors, write_whole  # noqa: E402
 from ldm.models.clip import CLIP_MEAN, CLIP_STD  # noqa: E402
+from ldm.models.openclip import SETTINGS, OpenCLIPTrainer  # noqa: E402
 from ldm.modules.covariance import encoder_fingerprint, estimate_covariance, save_covariance  # noqa: E402
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder  # noqa: E402
 from ldm.modules.encoders.vocabulary import pack_table  # noqa: E402
@@ -113,8 +114,18 @@ def export_clip(run: Path, folder: Path) -> None:
 
 
 def export_evaluation_clip(run: Path, folder: Path) -> None:
-    """The second CLIP, for `transformers`."""
-    export_towers(run, folder / "evaluation_clip")
+    """The second CLIP, for `open_clip`."""
+    tensors, config = last_checkpoint(run)
+    model = instantiate_from_config({key: config.model[key] for key in ("target", "params")})
+    model.load_state_dict(tensors)
+    write_openclip(folder / "evaluation_clip", model, {"format": "pt", "run": run.name})
+
+
+def write_openclip(folder: Path, model: OpenCLIPTrainer, metadata: dict[str, str]) -> None:
+    """Weights and settings in the layout that `open_clip` calls local-dir, but for the packed word table."""
+    settings = {"model_cfg": model.settings, "preprocess_cfg": {"mean": CLIP_MEAN, "std": CLIP_STD}}
+    save_tensors(folder / "model.safetensors", half(pack_words(model.clip.state_dict(), model.tokenizer)), metadata)
+    write_whole(folder / SETTINGS, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
 
 
 def export_towers(run: Path, folder: Path) -> tuple[dict[str, Tensor], CLIPConfig]:
@@ -159,12 +170,15 @@ def export_segmenter(run: Path, folder: Path) -> None:
 
 
 def export_covariance(folder: Path) -> None:
-    """C of the text tower that `export_clip` wrote, over captions of the mini world."""
-    tower = folder / PARTS / "text_encoder"
-    if not (tower / "model.safetensors").is_file():
-        raise UserError(f"{tower}: there is no text tower; export that of a run first (export_mini.py clip RUN)")
-    length = CLIPTextConfig.from_pretrained(tower).max_position_embeddings
-    encoder = FrozenCLIPEmbedder(str(tower.resolve()), max_length=length)
+    """C of the exported model's text tower, over captions of the mini world."""
+    weights, settings = folder / "model.safetensors", folder / "text_encoder"
+    if not weights.is_file():
+        raise UserError(f"{weights}: there is no text tower; export that of a run first (export_mini.py text2img RUN)")
+    length = CLIPTextConfig.from_pretrained(settings).max_position_embeddings
+    encoder = FrozenCLIPEmbedder(str(settings.resolve()), max_length=length)
+    stage = "cond_stage_model."
+    encoder.load_state_dict({key.removeprefix(stage): value for key, value in read_state_dict(weights).items()
+                             if key.startswith(stage)})
     estimate = estimate_covariance(encoder, captions_of_the_world())
     save_covariance(folder / "covariance.safetensors", estimate.covariance, source="captions of ldm.data.scenes",
                     captions=estimate.captions, tokens="words", encoder=encoder_fingerprint(encoder))

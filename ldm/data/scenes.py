@@ -124,8 +124,8 @@ class SceneDataset(Dataset):
     """Endless scenes of the mini world; item `i` of a seed is the same on every machine.
 
     Items: "image" (3, size, size) float32 in [-1, 1]; "caption"; "mask" (1, size, size) of the thing named first;
-    "kind" its index in `KINDS`, "word" its word, "other" the name of a kind that is not in the scene; "place" an index
-    in `PLACES`.
+    "kind" its index in `KINDS`, "second_kind" that of the other thing, or -1; "word" the first one's word; "other" the
+    name of a kind that is not in the scene; "place" an index in `PLACES`.
 
     Args:
         size: side of the pictures in pixels.
@@ -142,24 +142,27 @@ class SceneDataset(Dataset):
         held_out: compose with the drawings that models never see instead of those they are trained on.
         sources: picture sets to take drawings from (see `ldm.data.world.SETS`); all of them where None. A kind whose
             drawing is in none of them has those of the other sets.
+        kinds: names of the kinds of things to compose scenes of; all of them where None.
+        same_place: so many scenes in a row are in one place. Batches of neighbours teach a contrastive model to look at
+            things: where every scene has a place of its own, the place alone tells most of them apart.
 
     Raises:
-        UserError: `sources` names a set that does not exist.
+        UserError: `sources` or `kinds` name what does not exist.
     """
 
     def __init__(self, size: int = 64, length: int = 100_000, seed: int = 0, two_things: float = 0.25,
                  coloured: float = 0.35, patterned: float = 0.15, sized: float = 0.12, styled: float = 0.1,
                  empty_caption: float = 0.0, held_out: bool = False, jitter: float = 1.0, flips: float = 0.5,
-                 sources: Sequence[str] | None = None) -> None:
-        unknown = sorted(set(sources or ()) - set(SETS))
-        if unknown:
-            raise UserError(f"sources: there is no picture set {unknown[0]!r}; choose from {', '.join(SETS)}")
+                 sources: Sequence[str] | None = None, kinds: Sequence[str] | None = None,
+                 same_place: int = 1) -> None:
+        _refuse_unknown("sources", "picture set", sources, SETS)
+        _refuse_unknown("kinds", "kind of thing", kinds, KIND_NAMES)
         self.size, self.length, self.seed = size, length, seed
         self.two_things, self.coloured, self.patterned = two_things, coloured, patterned
         self.sized, self.styled = sized, styled
-        self.empty_caption, self.jitter, self.flips = empty_caption, jitter, flips
+        self.empty_caption, self.jitter, self.flips, self.same_place = empty_caption, jitter, flips, same_place
         self.drawings = {name: _preferred(drawings_of(name, held_out), sources) for name in KIND_NAMES}
-        self.kinds = [kind for kind in KINDS if self.drawings[kind.name]]
+        self.kinds = [kind for kind in KINDS if self.drawings[kind.name] and kind.name in (kinds or KIND_NAMES)]
 
     def __len__(self) -> int:
         return self.length
@@ -169,13 +172,17 @@ class SceneDataset(Dataset):
         picture, masks = compose(scene.place, scene.variant, scene.things, self.size, scene.style)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
         return {"image": pixels, "caption": scene.caption, "mask": torch.from_numpy(masks[0])[None],
-                "kind": KIND_NAMES.index(scene.things[0].kind), "word": scene.words[0], "other": scene.absent,
-                "place": PLACE_NAMES.index(scene.place)}
+                "kind": KIND_NAMES.index(scene.things[0].kind),
+                "second_kind": KIND_NAMES.index(scene.things[1].kind) if len(scene.things) > 1 else -1,
+                "word": scene.words[0], "other": scene.absent, "place": PLACE_NAMES.index(scene.place)}
 
     def plan(self, index: int) -> Scene:
         """What is in scene `index` and what is said of it, nothing drawn yet."""
         rng = np.random.default_rng((self.seed, index))
         place = PLACE_NAMES[rng.integers(len(PLACE_NAMES))]
+        if self.same_place > 1:
+            shared = np.random.default_rng((self.seed, 1, index // self.same_place))
+            place = PLACE_NAMES[shared.integers(len(PLACE_NAMES))]
         two = rng.random() < self.two_things
         relation = _choice(rng, tuple(RELATIONS), [share for _, share in RELATIONS.values()]) if two else None
         size = ("small", "big")[rng.integers(2)] if not two and rng.random() < self.sized else None
@@ -221,6 +228,12 @@ class SceneDataset(Dataset):
             return caption
         where = PLACES[scene.place][1]
         return f"{caption} {where[rng.integers(len(where))]}"
+
+
+def _refuse_unknown(param: str, what: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise UserError(f"{param}: there is no {what} {unknown[0]!r}; choose from {', '.join(known)}")
 
 
 def _preferred(drawings: list[str], sources: Sequence[str] | None) -> list[str]:

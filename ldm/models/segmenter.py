@@ -11,7 +11,7 @@ from transformers import CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, 
 
 from ldm.models.clip import clip_pixels
 from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
-from ldm.modules.encoders.modules import TOKENIZER
+from ldm.modules.encoders.clip import TOKENIZER
 from ldm.modules.encoders.vocabulary import load_pretrained
 
 
@@ -19,6 +19,16 @@ from ldm.modules.encoders.vocabulary import load_pretrained
 def start_smooth(layer: torch.nn.ConvTranspose2d) -> None:
     """Makes every pixel of a patch start alike: from random weights, noise within patches takes long to die out."""
     layer.weight.copy_(layer.weight.sum((2, 3), keepdim=True) / layer.kernel_size[0])
+
+
+def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - Dice's coefficient of soft masks and true ones, both (B, H, W), a mean over B; 0 where they agree.
+
+    Beside cross-entropy, which counts pixels, it counts things: small ones weigh as much as large ones.
+    """
+    soft = logits.sigmoid()
+    common, total = (soft * target).sum((1, 2)), (soft + target).sum((1, 2))
+    return (1 - (2 * common + 1) / (total + 1)).mean()
 
 
 class SegmenterTrainer(OneStepModule):
@@ -66,7 +76,7 @@ class SegmenterTrainer(OneStepModule):
         pairs = zip(batch["word"], batch["other"], absent.tolist(), strict=True)
         logits = self.logits(batch["image"], [other if is_absent else word for word, other, is_absent in pairs])
         target = batch["mask"][:, 0] * ~absent[:, None, None]
-        loss = F.binary_cross_entropy_with_logits(logits, target)
+        loss = F.binary_cross_entropy_with_logits(logits, target) + dice_loss(logits, target)
         found, true = logits > 0, target > 0.5
         present = ~absent
         overlap = (found & true).sum((1, 2))[present] / (found | true).sum((1, 2)).clamp(min=1)[present]

@@ -251,6 +251,13 @@ def test_sources_restrict_the_drawings() -> None:
         SceneDataset(sources=["nota"])
 
 
+def test_kinds_restrict_the_things() -> None:
+    dataset = SceneDataset(seed=4, kinds=["cat", "mug", "teddy bear"], two_things=0.5)
+    assert {thing.kind for index in range(100) for thing in dataset.plan(index).things} == {"cat", "mug", "teddy bear"}
+    with pytest.raises(UserError, match="no kind of thing 'unicat'; choose from teddy bear, "):
+        SceneDataset(kinds=["unicat"])
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_styles_change_the_whole_picture_and_keep_the_mask(style: str) -> None:
     things = [Thing("car", "noto")]
@@ -330,3 +337,10 @@ def test_shares() -> None:
 
 def test_length() -> None:
     assert len(SceneDataset(length=7)) == 7
+
+
+def test_neighbours_may_share_a_place_and_nothing_else_changes() -> None:
+    shared, alone = SceneDataset(seed=3, same_place=8), SceneDataset(seed=3)
+    places = [shared.plan(index).place for index in range(80)]
+    assert all(len(set(places[start:start + 8])) == 1 for start in range(0, 80, 8)) and len(set(places)) > 4
+    assert [shared.plan(index).words for index in range(9)] == [alone.plan(index).words for index in range(9)]

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mini_runs import log_folder
-from tiny_clips import SIDE, TOWER, tiny_trainer
+from tiny_clips import OPEN_TOWERS, SIDE, TOWER, tiny_openclip, tiny_trainer
 from transformers import CLIPModel
 
 from evaluation.recognise import Recogniser
 from ldm.data.scenes import SceneDataset
+from ldm.models.clip import clip_pixels
 from ldm.modules.covariance import load_covariance
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder
 from ldm.modules.encoders.vocabulary import load_pretrained
@@ -22,6 +24,8 @@ from scripts.export_mini import captions_of_the_world
 CLIP = {"target": "ldm.models.clip.CLIPTrainer", "params": {
     "tokenizer": str(TOKENIZER), "text_config": TOWER, "projection_dim": 8, "max_length": 32,
     "vision_config": {**TOWER, "image_size": SIDE, "patch_size": 8}}}
+OPEN_CLIP = {"target": "ldm.models.openclip.OpenCLIPTrainer", "params": {
+    "tokenizer": str(TOKENIZER), "max_length": 32, **OPEN_TOWERS}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,9 +40,9 @@ def few_captions() -> Any:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both CLIPs, exported from runs of theirs."""
     folder = tmp_path_factory.mktemp("models")
-    for seed, part in enumerate(("clip", "evaluation_clip")):
-        tensors = tiny_trainer(seed, max_length=32).state_dict()
-        run = log_folder(folder / "logs" / f"today_{part}", CLIP, tensors, steps=7 + seed)
+    made = {"clip": (CLIP, tiny_trainer(0, max_length=32)), "evaluation_clip": (OPEN_CLIP, tiny_openclip(1, 32))}
+    for steps, (part, (config, trainer)) in enumerate(made.items(), 7):
+        run = log_folder(folder / "logs" / f"today_{part}", config, trainer.state_dict(), steps=steps)
         export_mini.main([part, str(run), "--outdir", str(folder)])
     return folder
 
@@ -48,19 +52,29 @@ def test_captions_are_those_of_the_scenes() -> None:
     assert captions_of_the_world(3) == tuple(sorted({scenes[index]["caption"] for index in range(3)}))
 
 
-@pytest.mark.parametrize(("part", "seed"), [("clip", 0), ("evaluation_clip", 1)])
-def test_a_clip_survives_but_for_words_that_it_never_read(exported: Path, part: str, seed: int,
-                                                          few_captions: tuple[str, ...]) -> None:
-    before, after = tiny_trainer(seed, max_length=32), load_pretrained(CLIPModel, exported / part)
-    assert (exported / part / "model.safetensors").stat().st_size < 60_000
+def test_a_clip_survives_but_for_words_that_it_never_read(exported: Path, few_captions: tuple[str, ...]) -> None:
+    before, after = tiny_trainer(0, max_length=32), load_pretrained(CLIPModel, exported / "clip")
+    assert (exported / "clip" / "model.safetensors").stat().st_size < 60_000
     tokens = before.tokens(few_captions[:4])
     with torch.no_grad():
         expected = before.clip.eval().text_model(tokens).pooler_output
         found = after.eval().text_model(tokens).pooler_output
     assert torch.allclose(found, expected, atol=5e-3)
-    assert Recogniser.from_path(exported / part).embed_texts(["a cat"]).shape == (1, 8)
-    size = json.loads((exported / part / "preprocessor_config.json").read_text())["size"]
+    assert Recogniser.from_path(exported / "clip").embed_texts(["a cat"]).shape == (1, 8)
+    size = json.loads((exported / "clip" / "preprocessor_config.json").read_text())["size"]
     assert size == {"height": SIDE, "width": SIDE}
+
+
+def test_the_evaluations_clip_is_one_of_open_clips(exported: Path, few_captions: tuple[str, ...]) -> None:
+    folder = exported / "evaluation_clip"
+    before, after = tiny_openclip(1, 32).eval(), Recogniser.from_path(folder)
+    pictures = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        texts = before.text_directions(list(few_captions[:4]))
+        images = F.normalize(before.image_features(clip_pixels(pictures)), dim=-1)
+    assert torch.allclose(after.embed_texts(few_captions[:4]), texts, atol=5e-3)
+    assert torch.allclose(after.embed_images(pictures), images, atol=5e-3)
+    assert (folder / "model.safetensors").stat().st_size < 250_000
 
 
 def test_the_text_tower_of_the_first_clip_is_what_conditions(exported: Path) -> None:

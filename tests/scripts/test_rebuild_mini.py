@@ -9,7 +9,7 @@ import pytest
 import torch
 from mini_runs import log_folder
 from omegaconf import OmegaConf
-from tiny_clips import SIDE, TOWER
+from tiny_clips import OPEN_TOWERS
 
 from ldm.errors import UserError
 from ldm.modules.encoders.modules import TOKENIZER
@@ -141,11 +141,10 @@ def test_a_very_small_rebuild_goes_on_after_an_interruption(tmp_path: Path, monk
     monkeypatch.setattr(export_mini, "captions_of_the_world", lambda: ("a cat", "a dog in the snow"))
     scenes = {"data.params.train.params.length": 64, "data.params.validation.params.length": 4,
               "data.params.batch_size": 4, "lightning.trainer.limit_val_batches": 0, "lightning.trainer.devices": 1,
-              "data.params.train.params.size": SIDE, "lightning.trainer.val_check_interval": "null",
-              "model.params.tokenizer": TOKENIZER, "model.params.projection_dim": 8,
-              "model.params.vision_config.image_size": SIDE}
-    towers = {f"model.params.{tower}_config.{key}": value
-              for tower in ("text", "vision") for key, value in TOWER.items()}
+              "data.params.train.params.size": 32, "lightning.trainer.val_check_interval": "null",
+              "model.params.tokenizer": TOKENIZER, "model.params.embed_dim": OPEN_TOWERS["embed_dim"]}
+    towers = {f"model.params.{tower}.{key}": value
+              for tower in ("text_config", "vision_config") for key, value in OPEN_TOWERS[tower].items()}
     tiny = [f"evaluation_clip:{key}={value}" for key, value in {**scenes, **towers}.items()]
     flags = ["--parts", "evaluation_clip", "--device", "cpu", "--outdir", str(tmp_path / "models"), "--logdir",
              str(tmp_path / "logs")]
