@@ -1,6 +1,7 @@
 """Turns the checkpoints of the mini models' training runs into the files that ship in `models/mini/`.
 
     python scripts/export_mini.py autoencoder logs/..._autoencoder
+    python scripts/export_mini.py decoder logs/..._decoder
     python scripts/export_mini.py clip logs/..._clip
     python scripts/export_mini.py evaluation_clip logs/..._evaluation_clip
     python scripts/export_mini.py text2img logs/..._text2img
@@ -94,6 +95,22 @@ def export_autoencoder(run: Path, folder: Path) -> None:
     save_tensors(folder / PARTS / "autoencoder.safetensors", model.state_dict(), {"run": run.name})
 
 
+def export_decoder(run: Path, folder: Path) -> None:
+    """The same first stage with a decoder that was trained on; its latents are those that models have learned."""
+    tensors, _ = last_checkpoint(run)
+    refuse_other_latents(run, tensors, read_state_dict(folder / PARTS / "autoencoder.safetensors"))
+    save_tensors(folder / PARTS / "autoencoder.safetensors", tensors, {"run": run.name})
+
+
+def refuse_other_latents(run: Path, tensors: dict[str, Tensor], exported: dict[str, Tensor]) -> None:
+    """Raises a UserError where two first stages differ in what makes latents."""
+    encoders = [{key: value for key, value in stage.items() if key.startswith(("encoder.", "quant_conv."))}
+                for stage in (tensors, exported)]
+    if encoders[0].keys() != encoders[1].keys() or not all(
+            torch.equal(value, encoders[1][key]) for key, value in encoders[0].items()):
+        raise UserError(f"{run}: its latents are not those of the exported autoencoder; export the one it began with")
+
+
 def fold_normalisation(model: torch.nn.Module, mean: Tensor, std: Tensor) -> None:
     """Makes (z - mean) / std the new latent, by the 1x1 convolutions on either side of it."""
     before, after, z = model.quant_conv, model.post_quant_conv, len(mean)
@@ -148,8 +165,13 @@ def write_preprocessing(folder: Path, side: int) -> None:
 
 
 def export_text2img(run: Path, folder: Path) -> None:
-    """One checkpoint as Stable Diffusion's are: averaged U-Net, first stage and text tower."""
+    """One checkpoint as Stable Diffusion's are: averaged U-Net, text tower, and the first stage as last exported."""
     tensors, _ = last_checkpoint(run)
+    stage = "first_stage_model."
+    newest = read_state_dict(folder / PARTS / "autoencoder.safetensors")
+    refuse_other_latents(run, {key.removeprefix(stage): value for key, value in tensors.items()
+                               if key.startswith(stage)}, newest)
+    tensors |= {stage + key: value for key, value in newest.items()}
     averaged = {key: "model_ema." + key.removeprefix("model.").replace(".", "")
                 for key in tensors if key.startswith("model.")}
     whole = {key: tensors[averaged[key]] if averaged.get(key) in tensors else value
@@ -185,8 +207,8 @@ def export_covariance(folder: Path) -> None:
 
 
 EXPORTS: dict[str, Callable[[Path, Path], None]] = {
-    "autoencoder": export_autoencoder, "clip": export_clip, "evaluation_clip": export_evaluation_clip,
-    "text2img": export_text2img, "segmenter": export_segmenter}
+    "autoencoder": export_autoencoder, "decoder": export_decoder, "clip": export_clip,
+    "evaluation_clip": export_evaluation_clip, "text2img": export_text2img, "segmenter": export_segmenter}
 
 
 @one_line_errors

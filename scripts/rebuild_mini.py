@@ -3,7 +3,7 @@
     python scripts/rebuild_mini.py                                               # two cores: overnight
     python scripts/rebuild_mini.py --device cuda --times_batch 8 --workers 12    # one GPU
 
-Drawings are fetched where they are missing. The autoencoder, the CLIP, the evaluation CLIP, the text-to-image model and
+Drawings are fetched where they are missing. The autoencoder, its decoder again, both CLIPs, the text-to-image model and
 the segmenter are trained by `main.py` and exported, covariance and example concepts are made, and everything is
 measured by `evaluation/base_model.py`. Run it again after an interruption: what is done is passed over, and a run
 that was cut off goes on at its last checkpoint. `training.json` beside the weights says what was really done.
@@ -36,10 +36,12 @@ from ldm.training.record import read_records, trained_steps  # noqa: E402
 log = logging.getLogger(__name__)
 
 MINI = ROOT / "models" / "mini"
-TRAINED = ("autoencoder", "clip", "evaluation_clip", "text2img", "segmenter")  # in this order: see INGREDIENTS
-PARTS = ("drawings", "autoencoder", "clip", "evaluation_clip", "text2img", "covariance", "segmenter", "concepts",
-         "evaluation")
+# In this order: see INGREDIENTS.
+TRAINED = ("autoencoder", "decoder", "clip", "evaluation_clip", "text2img", "segmenter")
+PARTS = ("drawings", "autoencoder", "decoder", "clip", "evaluation_clip", "text2img", "covariance", "segmenter",
+         "concepts", "evaluation")
 INGREDIENTS = {  # what a part is trained with: a key of its config, and the file in the models' folder
+    "decoder": {"model.params.ckpt_path": "parts/autoencoder.safetensors"},
     "text2img": {"model.params.first_stage_config.params.ckpt_path": "parts/autoencoder.safetensors",
                  "model.params.cond_stage_config.params.version": "parts/text_encoder"},
     "segmenter": {"model.params.clip": "clip"},

@@ -1,70 +1,98 @@
 """Contrastive training of a CLIP of any size (Radford et al., "Learning Transferable Visual Models", ICML 2021)."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from ldm.data.world import KIND_NAMES
 from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
 
 # What CLIP's image tower expects of a picture in [0, 1]; the project's own towers are trained with the same figures.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+KIND_TEMPLATE = "a photo of a {}"
 
 
-def clip_pixels(images: Tensor) -> Tensor:
+def clip_pixels(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] as CLIP's image tower wants them."""
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return ((images + 1) / 2 - mean) / std
+    centre, spread = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    return ((images + 1) / 2 - centre) / spread
 
 
-class CLIPTrainer(OneStepModule):
-    """Learns a text and an image tower from pictures with captions.
+def share_of_kinds(batch: Mapping[str, Any]) -> Tensor:
+    """(B, kinds): 1 for the one thing in a scene, a half for each of two."""
+    first = F.one_hot(batch["kind"].cpu(), len(KIND_NAMES)).float()
+    second = batch["second_kind"].cpu()
+    other = F.one_hot(second.clamp(min=0), len(KIND_NAMES)).float()
+    return torch.where((second >= 0)[:, None], (first + other) / 2, first)
+
+
+def features_of(output: Any) -> Tensor:
+    """Projected features, which `transformers` 5 gives inside of an output."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+class ContrastiveTrainer(OneStepModule):
+    """Learns two towers from pictures with captions; which towers, subclasses say.
+
+    They set `clip`, a module whose `logit_scale` is the logarithm of the logits' factor, and give `text_features` and
+    `image_features`.
 
     Args:
         tokenizer: folder of the CLIP tokenizer.
-        text_config, vision_config: settings of `transformers`' CLIPTextConfig and CLIPVisionConfig.
-        projection_dim: width of the space that both towers meet in.
         max_length: tokens per caption.
         weight_decay: of all matrices but the embedding tables.
+        kinds_weight: of a second loss, which asks of every picture which of all the kinds of the mini world are in it.
+            In a small batch places and colours tell most captions apart, so that kinds are learned slowly without it.
     """
 
-    def __init__(self, tokenizer: str, text_config: Mapping[str, Any], vision_config: Mapping[str, Any],
-                 projection_dim: int, max_length: int = 77, weight_decay: float = 0.05,
+    clip: nn.Module
+
+    def __init__(self, tokenizer: str, max_length: int = 77, weight_decay: float = 0.05, kinds_weight: float = 0.0,
                  scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
         super().__init__()
         self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
-        special = {"bos_token_id": self.tokenizer.bos_token_id, "eos_token_id": self.tokenizer.eos_token_id,
-                   "pad_token_id": self.tokenizer.pad_token_id, "vocab_size": len(self.tokenizer)}
-        self.clip = CLIPModel(CLIPConfig(
-            text_config={"max_position_embeddings": max_length, **special, **text_config},
-            vision_config=dict(vision_config), projection_dim=projection_dim))
-        self.max_length, self.weight_decay = max_length, weight_decay
+        self.max_length, self.weight_decay, self.kinds_weight = max_length, weight_decay, kinds_weight
         self.scheduler_config, self.monitor = scheduler_config, monitor
         self.learning_rate = 1e-3
 
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """(B, d) for the word-piece numbers of B texts, (B, N)."""
+        raise NotImplementedError
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """(B, d) for pictures (B, 3, H, W) as `clip_pixels` gives them."""
+        raise NotImplementedError
+
     def tokens(self, captions: list[str]) -> Tensor:
-        """(B, max_length) word-piece numbers, padded with the end token as `FrozenCLIPEmbedder` does."""
-        encoded = self.tokenizer(captions, truncation=True, max_length=self.max_length, padding="max_length",
+        """(B, N) word-piece numbers, padded to the longest caption: what follows a caption's end is never looked at."""
+        encoded = self.tokenizer(captions, truncation=True, max_length=self.max_length, padding=True,
                                  return_tensors="pt")
         return encoded["input_ids"].to(self.device)
 
-    def similarities(self, batch: Mapping[str, Any]) -> Tensor:
-        """(B, B) scaled cosines, captions down and pictures across."""
-        output = self.clip(input_ids=self.tokens(list(batch["caption"])), pixel_values=clip_pixels(batch["image"]))
-        return output.logits_per_text
+    def text_directions(self, captions: list[str]) -> Tensor:
+        """(B, d), of length 1."""
+        return F.normalize(self.text_features(self.tokens(captions)), dim=-1)
 
     def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
-        logits = self.similarities(batch)
+        scale = self.clip.logit_scale.exp()
+        images = F.normalize(self.image_features(clip_pixels(batch["image"])), dim=-1)
+        logits = scale * self.text_directions(list(batch["caption"])) @ images.T
         target = torch.arange(len(logits), device=logits.device)
-        loss = (torch.nn.functional.cross_entropy(logits, target) +
-                torch.nn.functional.cross_entropy(logits.T, target)) / 2
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         top = (logits[:64, :64].argmax(0) == target[:64]).float().mean()
-        self.log_dict({f"{split}/loss": loss.detach(), f"{split}/top1_of_64": top}, prog_bar=True,
-                      batch_size=len(logits))
+        numbers = {f"{split}/loss": loss.detach(), f"{split}/top1_of_64": top}
+        if self.kinds_weight:
+            kinds = scale * images @ self.text_directions([KIND_TEMPLATE.format(name) for name in KIND_NAMES]).T
+            loss = loss + self.kinds_weight * F.cross_entropy(kinds, share_of_kinds(batch).to(kinds))
+            numbers[f"{split}/kind_top1"] = share_of_kinds(batch).to(kinds).gather(
+                1, kinds.argmax(1, keepdim=True)).gt(0).float().mean()
+        self.log_dict(numbers, prog_bar=True, batch_size=len(logits))
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -74,3 +102,30 @@ class CLIPTrainer(OneStepModule):
                                        {"params": others, "weight_decay": 0.0}], lr=self.learning_rate,
                                       betas=(0.9, 0.98), fused=True)
         return optimizer_and_schedule(optimizer, self.scheduler_config)
+
+
+class CLIPTrainer(ContrastiveTrainer):
+    """A CLIP as `transformers` builds it, of two transformers.
+
+    Args:
+        text_config, vision_config: settings of `transformers`' CLIPTextConfig and CLIPVisionConfig.
+        projection_dim: width of the space that both towers meet in.
+
+    The others are those of `ContrastiveTrainer`.
+    """
+
+    def __init__(self, tokenizer: str, text_config: Mapping[str, Any], vision_config: Mapping[str, Any],
+                 projection_dim: int, max_length: int = 77, weight_decay: float = 0.05, kinds_weight: float = 0.0,
+                 scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
+        super().__init__(tokenizer, max_length, weight_decay, kinds_weight, scheduler_config, monitor)
+        special = {"bos_token_id": self.tokenizer.bos_token_id, "eos_token_id": self.tokenizer.eos_token_id,
+                   "pad_token_id": self.tokenizer.pad_token_id, "vocab_size": len(self.tokenizer)}
+        self.clip = CLIPModel(CLIPConfig(
+            text_config={"max_position_embeddings": max_length, **special, **text_config},
+            vision_config=dict(vision_config), projection_dim=projection_dim))
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        return features_of(self.clip.get_text_features(input_ids=tokens))
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        return features_of(self.clip.get_image_features(pixels))

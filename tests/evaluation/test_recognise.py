@@ -3,14 +3,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_clips import SIDE, clip_folder
+from tiny_clips import SIDE, clip_folder, tiny_openclip
 
-from evaluation.recognise import Recogniser, closest
+from evaluation.recognise import OpenCLIPRecogniser, Recogniser, closest
 from ldm.errors import UserError
 from ldm.models.clip import clip_pixels
+from scripts.export_mini import write_openclip
 
 TEXTS = ["a cat", "a dog in the snow", "a red car"]
 
@@ -18,6 +20,16 @@ TEXTS = ["a cat", "a dog in the snow", "a red car"]
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Recogniser:
     return Recogniser.from_path(clip_folder(tmp_path_factory.mktemp("clip")))
+
+
+@pytest.fixture(scope="module")
+def open_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP of `open_clip`'s as the project exports it."""
+    folder = tmp_path_factory.mktemp("open_clip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scripts.export_mini.captions_of_the_world", lambda: tuple(TEXTS))
+        write_openclip(folder, tiny_openclip().eval(), {"format": "pt"})
+    return folder
 
 
 def pictures(count: int, side: int = SIDE) -> torch.Tensor:
@@ -54,6 +66,25 @@ def test_the_closest_class_is_that_of_the_smallest_angle() -> None:
     classes = torch.eye(3)
     seen = F.normalize(torch.tensor([[0.9, 0.8, 0.0], [0.0, 0.2, 0.3], [-1.0, 0.1, 0.0]]), dim=1)
     assert closest(seen, classes).tolist() == [0, 2, 1]
+
+
+def test_a_folder_says_by_itself_which_librarys_it_is(open_folder: Path) -> None:
+    found, model = Recogniser.from_path(open_folder), tiny_openclip().clip.eval()
+    assert isinstance(found, OpenCLIPRecogniser) and found.side == 32
+    with torch.no_grad():
+        texts = model.encode_text(open_clip.SimpleTokenizer(context_length=16)(TEXTS), normalize=True)
+        images = model.encode_image(clip_pixels(pictures(4, 32)), normalize=True)
+    assert torch.allclose(found.embed_texts(TEXTS), texts, atol=5e-3)
+    assert torch.allclose(found.embed_images(pictures(4, 32)), images, atol=5e-3)
+    assert found.embed_images(pictures(2)).shape == (2, 8)
+    assert found.embed_texts(["cat " * 100]).shape == (1, 8)
+
+
+def test_names_of_open_clips_weights_are_its_own(monkeypatch: pytest.MonkeyPatch, open_folder: Path) -> None:
+    asked, model = [], Recogniser.from_path(open_folder).model
+    monkeypatch.setattr(open_clip, "create_model", lambda *names, device: asked.append(names) or model)
+    found = Recogniser.from_path("RN50/openai")
+    assert asked == [("RN50", "openai")] and isinstance(found, OpenCLIPRecogniser)
 
 
 def test_what_is_no_clip_is_named(tmp_path: Path) -> None:

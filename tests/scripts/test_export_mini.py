@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mini_runs import log_folder
+from oracles import randomise
 from tiny_clips import OPEN_TOWERS, SIDE, TOWER, tiny_openclip, tiny_trainer
+from tiny_models import latent_diffusion
 from transformers import CLIPModel
 
 from evaluation.recognise import Recogniser
+from ldm.checkpoint import read_state_dict
 from ldm.data.scenes import SceneDataset
+from ldm.files import save_tensors
 from ldm.models.clip import clip_pixels
 from ldm.modules.covariance import load_covariance
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder
 from ldm.modules.encoders.vocabulary import load_pretrained
+from ldm.util import instantiate_from_config
 from scripts import export_mini
 from scripts.export_mini import captions_of_the_world
 
+FIRST = "first_stage_model."
 CLIP = {"target": "ldm.models.clip.CLIPTrainer", "params": {
     "tokenizer": str(TOKENIZER), "text_config": TOWER, "projection_dim": 8, "max_length": 32,
     "vision_config": {**TOWER, "image_size": SIDE, "patch_size": 8}}}
@@ -84,9 +91,36 @@ def test_the_text_tower_of_the_first_clip_is_what_conditions(exported: Path) -> 
     assert (exported / "text_encoder" / "config.json").is_file()
 
 
-def test_the_covariance_is_of_that_tower_and_needs_no_run(exported: Path) -> None:
-    export_mini.main(["covariance", "--outdir", str(exported)])
-    assert load_covariance(exported / "covariance.safetensors").shape == (16, 16)
+def test_the_whole_model_has_the_decoder_that_was_trained_on(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    shutil.copytree(exported, folder)
+    (folder / "training.json").unlink()
+    config = latent_diffusion(tmp_path, use_ema=False)
+    config["params"]["cond_stage_config"]["params"] = {"version": str(folder / "parts" / "text_encoder"),
+                                                       "max_length": 32}
+    model = randomise(instantiate_from_config(config), 3)
+    stage = {key.removeprefix(FIRST): value for key, value in model.state_dict().items() if key.startswith(FIRST)}
+    save_tensors(folder / "parts" / "autoencoder.safetensors", stage, {})
+    text2img = log_folder(tmp_path / "text2img", config, model.state_dict())
+
+    better = {key: value + 1 if key.startswith("decoder.") else value for key, value in stage.items()}
+    decoder = log_folder(tmp_path / "decoder", config, better)
+    export_mini.main(["decoder", str(decoder), "--outdir", str(folder)])
+    export_mini.main(["text2img", str(text2img), "--outdir", str(folder)])
+    export_mini.main(["covariance", "--outdir", str(folder)])
+
+    shipped = read_state_dict(folder / "model.safetensors")
+    for key, value in model.state_dict().items():
+        expected = better[key.removeprefix(FIRST)] if key.startswith(FIRST) else value
+        if "token_embedding" not in key and "." in key:
+            assert torch.allclose(shipped[key].float(), expected, atol=5e-3), key
+    assert load_covariance(folder / "covariance.safetensors").shape == (16, 16)
+
+    other = log_folder(tmp_path / "other", config, {key: value + 1 for key, value in stage.items()})
+    with pytest.raises(SystemExit):
+        export_mini.main(["decoder", str(other), "--outdir", str(folder)])
+    assert all(torch.equal(value, better[key]) for key, value in
+               read_state_dict(folder / "parts" / "autoencoder.safetensors").items())
 
 
 def test_each_export_says_how_its_part_was_trained(exported: Path) -> None:
@@ -97,7 +131,7 @@ def test_each_export_says_how_its_part_was_trained(exported: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["clip"], "name the log folder"), (["covariance"], "export that of a run first"),
-    (["clip", "nowhere"], "no log folder of a training run"), (["decoder", "run"], "invalid choice")])
+    (["clip", "nowhere"], "no log folder of a training run"), (["unet", "run"], "invalid choice")])
 def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], said: str,
                                capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -55,7 +55,8 @@ def test_parts_come_in_the_order_in_which_they_need_each_other(plan: Plan) -> No
     run = Recorder(plan)
     rebuild(plan, PARTS, run)
     assert run.told() == [
-        "base autoencoder", "export autoencoder", "base clip", "export clip", "base evaluation_clip",
+        "base autoencoder", "export autoencoder", "base decoder", "export decoder", "base clip", "export clip",
+        "base evaluation_clip",
         "export evaluation_clip", "base text2img", "export text2img", "export covariance", "base segmenter",
         "export segmenter", "make_example_concepts", "base_model"]
     (text2img,) = [call for call in run.calls if call[0] == "main.py" and "text2img" in call]

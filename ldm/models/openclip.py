@@ -1,0 +1,62 @@
+"""CLIPs as `open_clip` builds them (Ilharco et al., OpenCLIP): trained here, and read from folders in its layout."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.files import load_tensors
+from ldm.models.clip import ContrastiveTrainer
+from ldm.modules.encoders.vocabulary import unpack_tables
+
+SETTINGS = "open_clip_config.json"
+
+
+class OpenCLIPTrainer(ContrastiveTrainer):
+    """A CLIP of `open_clip`'s; where `layers` is a list, its image tower is Radford et al.'s residual network.
+
+    Args:
+        text_config, vision_config: settings of `open_clip`'s CLIPTextCfg and CLIPVisionCfg.
+        embed_dim: width of the space that both towers meet in.
+
+    The others are those of `ContrastiveTrainer`.
+    """
+
+    def __init__(self, tokenizer: str, text_config: Mapping[str, Any], vision_config: Mapping[str, Any],
+                 embed_dim: int, max_length: int = 77, weight_decay: float = 0.05, kinds_weight: float = 0.0,
+                 scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
+        super().__init__(tokenizer, max_length, weight_decay, kinds_weight, scheduler_config, monitor)
+        self.settings = {"embed_dim": embed_dim, "vision_cfg": dict(vision_config), "text_cfg": {
+            "context_length": max_length, "vocab_size": len(self.tokenizer), **text_config}}
+        self.clip = open_clip.CLIP(**self.settings).to(memory_format=torch.channels_last)  # convolutions gain by it
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """What `encode_text` gives, computed no further than the longest text: a word looks at none after it."""
+        clip, ends, length = self.clip, tokens.argmax(1), tokens.shape[1]  # the end token has the highest number
+        encoded = clip.token_embedding(tokens) + clip.positional_embedding[:length]
+        encoded = clip.ln_final(clip.transformer(encoded, attn_mask=clip.attn_mask[:length, :length]))
+        return encoded[torch.arange(len(tokens), device=tokens.device), ends] @ clip.text_projection
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        return self.clip.encode_image(pixels)
+
+
+def load_openclip(folder: str | Path) -> open_clip.CLIP:
+    """The CLIP in a folder as `open_clip` keeps it, packed word tables unpacked; parameters in float32.
+
+    Raises:
+        UserError: its weights are cut off, or are not those of the model that its settings describe.
+        ValueError, OSError: what `open_clip` raises for settings that it cannot read.
+    """
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    try:
+        model.load_state_dict(unpack_tables(load_tensors(Path(folder) / "model.safetensors")[0]))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: its weights do not fit its {SETTINGS} ({reason}); copy it again") from None
+    return model

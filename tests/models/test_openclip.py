@@ -1,0 +1,96 @@
+"""The trainer of `open_clip`'s towers, and folders in its layout, against `open_clip` itself."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_clips import tiny_openclip
+
+from ldm.data.world import KIND_NAMES
+from ldm.errors import UserError
+from ldm.models.clip import clip_pixels
+from ldm.models.openclip import SETTINGS, OpenCLIPTrainer, load_openclip
+
+CAPTIONS = ["a cat", "a dog", "a red car left of a tree", "an owl in the snow"]
+
+
+@pytest.fixture()
+def trainer() -> OpenCLIPTrainer:
+    return tiny_openclip()
+
+
+def scenes() -> dict[str, object]:
+    image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return {"image": image, "caption": CAPTIONS, "kind": torch.tensor([0, 1, 2, 3]),
+            "second_kind": torch.tensor([-1, -1, 5, -1])}
+
+
+def written(folder: Path, trainer: OpenCLIPTrainer) -> Path:
+    """A folder as `open_clip` writes it, nothing packed."""
+    preprocessing = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    (folder / SETTINGS).write_text(json.dumps({"model_cfg": trainer.settings, "preprocess_cfg": preprocessing}))
+    save_file({key: value.contiguous() for key, value in trainer.clip.state_dict().items()},
+              folder / "model.safetensors")
+    return folder
+
+
+def test_the_image_tower_is_a_residual_network(trainer: OpenCLIPTrainer) -> None:
+    assert type(trainer.clip.visual).__name__ == "ModifiedResNet"
+
+
+def test_texts_mean_what_open_clip_makes_of_them(trainer: OpenCLIPTrainer) -> None:
+    tokens = open_clip.SimpleTokenizer(context_length=16)(CAPTIONS)
+    with torch.no_grad():
+        expected = trainer.clip.encode_text(tokens, normalize=True)
+        assert torch.allclose(trainer.text_directions(CAPTIONS), expected, atol=1e-5)
+
+
+def test_the_loss_is_open_clips(trainer: OpenCLIPTrainer) -> None:
+    batch, loss = scenes(), open_clip.ClipLoss()
+    tokens = open_clip.SimpleTokenizer(context_length=16)(CAPTIONS)
+    images, texts, scale = trainer.clip(clip_pixels(batch["image"]), tokens)
+    assert torch.allclose(trainer.step(batch, "train"), loss(images, texts, scale), atol=1e-4)
+
+
+def test_kinds_are_asked_for_by_a_second_loss() -> None:
+    batch = scenes()
+    plain, weighted = (tiny_openclip(kinds_weight=weight) for weight in (0.0, 0.5))
+    found = plain.image_features(clip_pixels(batch["image"])), plain.text_directions([f"a photo of a {name}"
+                                                                                      for name in KIND_NAMES])
+    logits = plain.clip.logit_scale.exp() * torch.nn.functional.normalize(found[0], dim=-1) @ found[1].T
+    surprise = -logits.log_softmax(1)
+    expected = torch.stack([surprise[0, 0], surprise[1, 1], (surprise[2, 2] + surprise[2, 5]) / 2, surprise[3, 3]])
+    gained = weighted.step(batch, "train") - plain.step(batch, "train")
+    assert torch.allclose(gained, 0.5 * expected.mean(), atol=1e-4)
+
+
+def test_a_batch_is_learned_by_heart(trainer: OpenCLIPTrainer) -> None:
+    batch, optimizer = scenes(), trainer.configure_optimizers()["optimizer"]
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(trainer.step(batch, "train"))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_folder_of_open_clips_own_is_read_as_it_reads_it(trainer: OpenCLIPTrainer, tmp_path: Path) -> None:
+    folder = written(tmp_path, trainer)
+    expected = open_clip.create_model(f"local-dir:{folder}").state_dict()
+    found = load_openclip(folder).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_weights_of_another_model_are_refused(trainer: OpenCLIPTrainer, tmp_path: Path) -> None:
+    folder = written(tmp_path, trainer)
+    settings = json.loads((folder / SETTINGS).read_text())
+    settings["model_cfg"]["embed_dim"] = 16
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="do not fit"):
+        load_openclip(folder)
