@@ -54,7 +54,7 @@ class Recogniser:
                 model = open_clip.create_model(architecture, weights, device=device)
                 return OpenCLIPRecogniser(model, open_clip.get_tokenizer(architecture))
             model, tokenizer = load_pretrained(CLIPModel, path), _tokenizer(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"CLIP {path}: cannot be loaded ({reason}); give a folder that holds one") from None
         return cls(model.to(device), tokenizer)

@@ -34,7 +34,8 @@ UNREAD_BEGINNINGS = (AVERAGES, "first_stage_model.loss.", "loss.")
 UNREAD_ENDINGS = ("position_ids", "attn_mask")
 PARTS = ("model.", "model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 TEXT = "cond_stage_model."
-CLIP, SHORT_CLIP = f"{TEXT}transformer.text_model.", f"{TEXT}transformer."  # in CompVis's files and in later ones
+TOWER, SHORT_TOWER = "transformer.text_model.", "transformer."  # in CompVis's files and in later ones
+CLIP = TEXT + TOWER
 OPEN_CLIP = f"{TEXT}model."  # in those of Stable Diffusion 2
 
 
@@ -128,7 +129,8 @@ def _part(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, T
 
 def _spelt(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with the text encoder's names as the module has them; files have it in three spellings."""
-    longer = {key: CLIP + key.removeprefix(SHORT_CLIP) for key in found if key.startswith(SHORT_CLIP)}
+    longer = {key: place + TOWER + key.removeprefix(place + SHORT_TOWER) for place in ("", TEXT) for key in found
+              if key.startswith(place + SHORT_TOWER)}
     found = {new if key not in wanted and (new := longer.get(key, key)) in wanted else key: value
              for key, value in found.items()}
     tower = {key.removeprefix(CLIP): value for key, value in found.items()

@@ -135,7 +135,7 @@ def test_later_configs_win_and_overrides_most(tmp_path: Path) -> None:
     (logdir,) = (tmp_path / "logs").iterdir()
     concept = concept_of(logdir)
     assert (concept.bias, concept.temperature, concept.steps) == (0.5, 0.4, 1)
-    assert logdir.name.endswith("_perfusion")
+    assert logdir.name.endswith("_mine")
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
