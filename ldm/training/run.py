@@ -27,6 +27,9 @@ from ldm.util import blamed_on, instantiate_from_config, refuse_unknown_params, 
 
 log = logging.getLogger(__name__)
 
+TO_THE_SECOND = "%Y-%m-%dT%H-%M-%S"
+
+
 def log_folder(options: argparse.Namespace, now: str) -> Path:
     """Where the run writes: a new folder, or that of the run to go on with."""
     if not options.resume:
@@ -102,10 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     quiet()
-    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    logdir = log_folder(options, now) if options.base or options.resume else Path()
+    started = datetime.datetime.now()
+    logdir = log_folder(options, started.strftime(TO_THE_SECOND)) if options.base or options.resume else Path()
     config = read_config(options, overrides)
     pl.seed_everything(config.lightning.seed, workers=True, verbose=False)
+    now = started.strftime(f"{TO_THE_SECOND}.%f")  # of what a run keeps: it may be resumed within the second
     trainer, data, model = _parts(config, logdir, now)  # in this order: what is cheap finds mistakes first
     rate = scaled_learning_rate(config, trainer, options.scale_lr)
     if rate is not None:
