@@ -159,13 +159,14 @@ class Encoder(nn.Module):
         self.skip = nn.Conv2d(in_channels * self.factor**2, self.conv_out.out_channels, 1) if linear_skip else None
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = 0.0 if self.skip is None else self.skip(F.pixel_unshuffle(x, self.factor))
+        pixels = x
         x = self.conv_in(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
         for level in self.down:
             x = _through_level(level, x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(_through_middle(self.mid, x)))) + linear
+        x = self.conv_out(F.silu(self.norm_out(_through_middle(self.mid, x))))
+        return x if self.skip is None else x + self.skip(F.pixel_unshuffle(pixels, self.factor))
 
 
 class Decoder(nn.Module):
@@ -207,7 +208,6 @@ class Decoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:
-        linear = 0.0 if self.skip is None else F.pixel_shuffle(self.skip(z), self.factor)
         x = _through_middle(self.mid, self.conv_in(z))
         for level in reversed(self.up):
             x = _through_level(level, x)
@@ -216,5 +216,6 @@ class Decoder(nn.Module):
         if self.give_pre_end:
             return x
         x = self.conv_out(F.silu(self.norm_out(x)))
-        x = (F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x) + linear
+        x = F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
+        x = x if self.skip is None else x + F.pixel_shuffle(self.skip(z), self.factor)
         return torch.tanh(x) if self.tanh_out else x
