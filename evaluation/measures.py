@@ -70,7 +70,7 @@ class Subject:
         encoded = inference.encode_once(inference.prompt_encoder(self.model, []), [one.prompt for one in wanted])
         sampling = inference.Sampling(
             inference.latent_size(self.config), options.ddim_steps, options.scale, batch_size=options.batch_size,
-            autocast=options.precision == "autocast" or (options.precision is None and self.device.type == "cuda"))
+            autocast=inference.wants_sixteen_bits(options.precision, self.device))
         jobs = [inference.Job(one.prompt, one.seed) for one in wanted]
         drawn = inference.draw_pictures(self.model, encoded, jobs, sampling)
         pictures = list(tqdm(drawn, desc=f"drawing {name}", total=len(jobs), leave=False, disable=None))

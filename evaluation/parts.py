@@ -19,6 +19,7 @@ from evaluation.recognise import Recogniser, closest
 from ldm.data.images import from_tensor
 from ldm.data.world import KIND_NAMES
 from ldm.errors import UserError
+from ldm.models.segmenter import intersection_over_union
 from ldm.modules.segmentation import ZeroShotSegmenter
 
 CAPTIONS = 64  # among which a picture's own has to be found
@@ -74,11 +75,6 @@ def overlaps(segmenter: ZeroShotSegmenter, scenes: Dataset, count: int) -> list[
         likely = segmenter.segment([from_tensor(picture) for picture in pictures], name, masks[0].shape) > 0.5
         found += intersection_over_union(likely, torch.stack(masks)).tolist()
     return found
-
-
-def intersection_over_union(found: Tensor, true: Tensor) -> Tensor:
-    """(N,) of boolean masks (N, H, W); 0 where both are empty."""
-    return (found & true).sum((1, 2)) / (found | true).sum((1, 2)).clamp(min=1)
 
 
 def seconds_of(command: Sequence[str | Path]) -> float:

@@ -19,7 +19,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from ldm.errors import UserError
 from ldm.models.clip import clip_pixels, features_of
 from ldm.models.openclip import SETTINGS, load_openclip
-from ldm.modules.encoders.clip import TOKENIZER
+from ldm.modules.encoders.clip import tokenizer_folder
 from ldm.modules.encoders.vocabulary import load_pretrained
 
 BATCH_SIZE = 256
@@ -120,8 +120,7 @@ def closest(embeddings: Tensor, classes: Tensor) -> Tensor:
 
 def _tokenizer(path: str | Path) -> CLIPTokenizer:
     """That in a folder or of a hub name; the project's own for a folder without one."""
-    own = any((Path(path) / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-    return CLIPTokenizer.from_pretrained(TOKENIZER if Path(path).is_dir() and not own else path)
+    return CLIPTokenizer.from_pretrained(tokenizer_folder(Path(path)) if Path(path).is_dir() else path)
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     ignored = tuple(ignore_keys)
     wanted = {key: value for key, value in module.state_dict().items() if not key.startswith(ignored)}
     found = {key: value for key, value in read_state_dict(path).items() if not key.startswith(ignored)}
-    averages = _averages(found, wanted)
+    keeps_averages = any(key.startswith(AVERAGES) for key in wanted)
+    averages = {} if keeps_averages else moving_averages(found)
     tensors = _spelt(_part(found | averages, wanted), wanted)
     unread = _unread_beginnings(module)
     missing = [key for key in wanted if key not in tensors and not _is_unread(key, unread)]
@@ -109,10 +110,8 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     return set(fitting)
 
 
-def _averages(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moving averages in a file under their weights' own names; none where `wanted` has places for averages."""
-    if any(key.startswith(AVERAGES) for key in wanted):
-        return {}
+def moving_averages(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The moving averages in a checkpoint under their weights' own names."""
     names = {key: AVERAGES + key.removeprefix("model.").replace(".", "") for key in found}
     return {key: found[name] for key, name in names.items()
             if name in found and found[name].shape == found[key].shape}

@@ -129,7 +129,7 @@ def plan(options: argparse.Namespace, prompts: Sequence[str]) -> Plan:
     sampling = inference.Sampling(
         size, options.ddim_steps, options.scale, eta, options.sampler,
         batch_size=options.batch_size or options.n_samples,
-        autocast=options.precision == "autocast" or (options.precision is None and device.type == "cuda"))
+        autocast=inference.wants_sixteen_bits(options.precision, device))
     return Plan(options, prompts, negatives, config, concepts, sampling, device)
 
 

@@ -269,6 +269,11 @@ def draw_latents(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], sampl
     return latents.float()
 
 
+def wants_sixteen_bits(precision: str | None, device: torch.device) -> bool:
+    """Whether to sample in 16 bits, by the flag --precision: unless it says, where that is fast."""
+    return precision == "autocast" or (precision is None and device.type == "cuda")
+
+
 def _sixteen_bits(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
     """Autocast to bfloat16, whose range no activation leaves, or to float16 on GPUs that have only that."""
     modern = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))

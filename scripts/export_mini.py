@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.checkpoint import read_state_dict  # noqa: E402
+from ldm.checkpoint import AVERAGES, moving_averages, read_state_dict  # noqa: E402
 from ldm.command_line import Parser, check_folder  # noqa: E402
 from ldm.data.scenes import SceneDataset  # noqa: E402
 from ldm.errors import UserError, one_line_errors  # noqa: E402
@@ -37,7 +37,7 @@ from ldm.models.openclip import SETTINGS, OpenCLIPTrainer  # noqa: E402
 from ldm.modules.covariance import encoder_fingerprint, estimate_covariance, save_covariance  # noqa: E402
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder  # noqa: E402
 from ldm.modules.encoders.vocabulary import pack_table  # noqa: E402
-from ldm.training.record import record_run  # noqa: E402
+from ldm.training.record import newest_config, record_run  # noqa: E402
 from ldm.util import instantiate_from_config  # noqa: E402
 
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
@@ -47,10 +47,13 @@ CAPTIONS = 20_000
 
 def last_checkpoint(run: Path) -> tuple[dict[str, Tensor], OmegaConf]:
     """The newest weights of a training run, and its config."""
-    configs = sorted((run / "configs").glob("*-project.yaml"))
-    if not configs:
-        raise UserError(f"{run}: no log folder of a training run (it has no configs/*-project.yaml)")
-    return read_state_dict(run / "checkpoints" / "last.ckpt"), OmegaConf.load(configs[-1])
+    config = newest_config(run, "project")
+    return read_state_dict(run / "checkpoints" / "last.ckpt"), config
+
+
+def built(config: OmegaConf) -> torch.nn.Module:
+    """The model of a run's config, its weights still those it starts with."""
+    return instantiate_from_config({key: config.model[key] for key in ("target", "params")})
 
 
 def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -84,7 +87,7 @@ def pack_words(tensors: dict[str, Tensor], tokenizer: object) -> dict[str, Tenso
 def export_autoencoder(run: Path, folder: Path) -> None:
     """The first stage with its latents shifted and scaled to mean 0 and variance 1 in every channel."""
     tensors, config = last_checkpoint(run)
-    model = instantiate_from_config({key: config.model[key] for key in ("target", "params")}).eval()
+    model = built(config).eval()
     model.load_state_dict(tensors)
     scenes = SceneDataset(seed=4)
     latents = torch.cat([model.encode(torch.stack([scenes[start + i]["image"] for i in range(64)])).sample()
@@ -133,7 +136,7 @@ def export_clip(run: Path, folder: Path) -> None:
 def export_evaluation_clip(run: Path, folder: Path) -> None:
     """The second CLIP, for `open_clip`."""
     tensors, config = last_checkpoint(run)
-    model = instantiate_from_config({key: config.model[key] for key in ("target", "params")})
+    model = built(config)
     model.load_state_dict(tensors)
     write_openclip(folder / "evaluation_clip", model, {"format": "pt", "run": run.name})
 
@@ -148,7 +151,7 @@ def write_openclip(folder: Path, model: OpenCLIPTrainer, metadata: dict[str, str
 def export_towers(run: Path, folder: Path) -> tuple[dict[str, Tensor], CLIPConfig]:
     """Writes the CLIP of a run into `folder`; returns the tensors as they are stored, and its settings."""
     tensors, config = last_checkpoint(run)
-    model = instantiate_from_config({key: config.model[key] for key in ("target", "params")})
+    model = built(config)
     clip = {key.removeprefix("clip."): value for key, value in tensors.items()}
     model.clip.load_state_dict(clip)
     packed = half(pack_words(clip, model.tokenizer))
@@ -172,10 +175,7 @@ def export_text2img(run: Path, folder: Path) -> None:
     refuse_other_latents(run, {key.removeprefix(stage): value for key, value in tensors.items()
                                if key.startswith(stage)}, newest)
     tensors |= {stage + key: value for key, value in newest.items()}
-    averaged = {key: "model_ema." + key.removeprefix("model.").replace(".", "")
-                for key in tensors if key.startswith("model.")}
-    whole = {key: tensors[averaged[key]] if averaged.get(key) in tensors else value
-             for key, value in tensors.items() if not key.startswith("model_ema.")}
+    whole = {key: value for key, value in (tensors | moving_averages(tensors)).items() if not key.startswith(AVERAGES)}
     packed = half(pack_words(whole, CLIPTokenizer.from_pretrained(TOKENIZER)))
     save_tensors(folder / "model.safetensors", packed, {"format": "pt", "run": run.name})
 
@@ -183,7 +183,7 @@ def export_text2img(run: Path, folder: Path) -> None:
 def export_segmenter(run: Path, folder: Path) -> None:
     """The segmenter for `transformers`, as `ldm.modules.segmentation` loads it."""
     tensors, config = last_checkpoint(run)
-    model = instantiate_from_config({key: config.model[key] for key in ("target", "params")})
+    model = built(config)
     whole = {key.removeprefix("segmenter."): value for key, value in tensors.items()}
     save_tensors(folder / "segmenter" / "model.safetensors", half(pack_words(whole, model.tokenizer)),
                  {"format": "pt", "run": run.name})

@@ -1,6 +1,7 @@
 """Contrastive training of a CLIP of any size (Radford et al., "Learning Transferable Visual Models", ICML 2021)."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ldm.data.world import KIND_NAMES
 from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
+from ldm.modules.encoders.clip import special_tokens
 
 # What CLIP's image tower expects of a picture in [0, 1]; the project's own towers are trained with the same figures.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -77,7 +79,14 @@ class ContrastiveTrainer(OneStepModule):
 
     def text_directions(self, captions: list[str]) -> Tensor:
         """(B, d), of length 1."""
-        return F.normalize(self.text_features(self.tokens(captions)), dim=-1)
+        return self._directions(self.tokens(captions))
+
+    def _directions(self, tokens: Tensor) -> Tensor:
+        return F.normalize(self.text_features(tokens), dim=-1)
+
+    @functools.cached_property
+    def _kind_tokens(self) -> Tensor:
+        return self.tokens([KIND_TEMPLATE.format(name) for name in KIND_NAMES])
 
     def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
         scale = self.clip.logit_scale.exp()
@@ -88,10 +97,10 @@ class ContrastiveTrainer(OneStepModule):
         top = (logits[:64, :64].argmax(0) == target[:64]).float().mean()
         numbers = {f"{split}/loss": loss.detach(), f"{split}/top1_of_64": top}
         if self.kinds_weight:
-            kinds = scale * images @ self.text_directions([KIND_TEMPLATE.format(name) for name in KIND_NAMES]).T
-            loss = loss + self.kinds_weight * F.cross_entropy(kinds, share_of_kinds(batch).to(kinds))
-            numbers[f"{split}/kind_top1"] = share_of_kinds(batch).to(kinds).gather(
-                1, kinds.argmax(1, keepdim=True)).gt(0).float().mean()
+            kinds = scale * images @ self._directions(self._kind_tokens.to(self.device)).T
+            shares = share_of_kinds(batch).to(kinds)
+            loss = loss + self.kinds_weight * F.cross_entropy(kinds, shares)
+            numbers[f"{split}/kind_top1"] = shares.gather(1, kinds.argmax(1, keepdim=True)).gt(0).float().mean()
         self.log_dict(numbers, prog_bar=True, batch_size=len(logits))
         return loss
 
@@ -115,13 +124,11 @@ class CLIPTrainer(ContrastiveTrainer):
     """
 
     def __init__(self, tokenizer: str, text_config: Mapping[str, Any], vision_config: Mapping[str, Any],
-                 projection_dim: int, max_length: int = 77, weight_decay: float = 0.05, kinds_weight: float = 0.0,
-                 scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
-        super().__init__(tokenizer, max_length, weight_decay, kinds_weight, scheduler_config, monitor)
-        special = {"bos_token_id": self.tokenizer.bos_token_id, "eos_token_id": self.tokenizer.eos_token_id,
-                   "pad_token_id": self.tokenizer.pad_token_id, "vocab_size": len(self.tokenizer)}
+                 projection_dim: int, **contrastive: Any) -> None:
+        super().__init__(tokenizer, **contrastive)
+        usual = {"max_position_embeddings": self.max_length, **special_tokens(self.tokenizer)}
         self.clip = CLIPModel(CLIPConfig(
-            text_config={"max_position_embeddings": max_length, **special, **text_config},
+            text_config={**usual, **text_config},
             vision_config=dict(vision_config), projection_dim=projection_dim))
 
     def text_features(self, tokens: Tensor) -> Tensor:

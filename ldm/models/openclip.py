@@ -28,11 +28,10 @@ class OpenCLIPTrainer(ContrastiveTrainer):
     """
 
     def __init__(self, tokenizer: str, text_config: Mapping[str, Any], vision_config: Mapping[str, Any],
-                 embed_dim: int, max_length: int = 77, weight_decay: float = 0.05, kinds_weight: float = 0.0,
-                 scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
-        super().__init__(tokenizer, max_length, weight_decay, kinds_weight, scheduler_config, monitor)
+                 embed_dim: int, **contrastive: Any) -> None:
+        super().__init__(tokenizer, **contrastive)
         self.settings = {"embed_dim": embed_dim, "vision_cfg": dict(vision_config), "text_cfg": {
-            "context_length": max_length, "vocab_size": len(self.tokenizer), **text_config}}
+            "context_length": self.max_length, "vocab_size": len(self.tokenizer), **text_config}}
         self.clip = open_clip.CLIP(**self.settings).to(memory_format=torch.channels_last)  # convolutions gain by it
 
     def text_features(self, tokens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
-from ldm.models.clip import clip_pixels
+from ldm.models.clip import clip_pixels, features_of
 from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
 from ldm.modules.encoders.clip import TOKENIZER
 from ldm.modules.encoders.vocabulary import load_pretrained
@@ -29,6 +29,11 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     soft = logits.sigmoid()
     common, total = (soft * target).sum((1, 2)), (soft + target).sum((1, 2))
     return (1 - (2 * common + 1) / (total + 1)).mean()
+
+
+def intersection_over_union(found: Tensor, true: Tensor) -> Tensor:
+    """(N,) of boolean masks (N, H, W); 0 where both are empty."""
+    return (found & true).sum((1, 2)) / (found | true).sum((1, 2)).clamp(min=1)
 
 
 class SegmenterTrainer(OneStepModule):
@@ -66,8 +71,7 @@ class SegmenterTrainer(OneStepModule):
         tokens = self.tokenizer(list(words), truncation=True, max_length=self.max_length, padding="max_length",
                                 return_tensors="pt")["input_ids"].to(self.device)
         with torch.no_grad():
-            asked = self.segmenter.clip.get_text_features(tokens)
-            asked = asked if isinstance(asked, Tensor) else asked.pooler_output
+            asked = features_of(self.segmenter.clip.get_text_features(tokens))
         output = self.segmenter(pixel_values=clip_pixels(images), conditional_embeddings=asked)
         return output.logits.reshape(len(images), *images.shape[-2:])
 
@@ -77,9 +81,7 @@ class SegmenterTrainer(OneStepModule):
         logits = self.logits(batch["image"], [other if is_absent else word for word, other, is_absent in pairs])
         target = batch["mask"][:, 0] * ~absent[:, None, None]
         loss = F.binary_cross_entropy_with_logits(logits, target) + dice_loss(logits, target)
-        found, true = logits > 0, target > 0.5
-        present = ~absent
-        overlap = (found & true).sum((1, 2))[present] / (found | true).sum((1, 2)).clamp(min=1)[present]
+        overlap = intersection_over_union(logits > 0, target > 0.5)[~absent]
         self.log_dict({f"{split}/loss": loss.detach(), f"{split}/iou": overlap.mean()}, prog_bar=True,
                       batch_size=len(logits))
         return loss

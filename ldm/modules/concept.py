@@ -40,8 +40,24 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+class Labelled:
+    """What was learned of one thing, whatever the method: it has a word, and perhaps a file."""
+
+    placeholder: str
+    source: str
+
+    @property
+    def label(self) -> str:
+        """Its placeholder, and the file it is from where there is one."""
+        return f"{self.placeholder} ({self.source})" if self.source else self.placeholder
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under its name in a file, without the leading position."""
+        raise NotImplementedError
+
+
 @dataclass(eq=False)
-class Concept:
+class Concept(Labelled):
     """What training learned about one thing.
 
     Attributes:
@@ -73,11 +89,6 @@ class Concept:
     source: str = ""
 
     @property
-    def label(self) -> str:
-        """Its placeholder, and the file it is from where there is one."""
-        return f"{self.placeholder} ({self.source})" if self.source else self.placeholder
-
-    @property
     def summary(self) -> str:
         """How it was learned and is used, in a few words."""
         return f"bias {self.bias:g}, temperature {self.temperature:g}"
@@ -89,7 +100,6 @@ class Concept:
         return self.embedding.numel() + sum(output.numel() for output in tables)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under its name in a file, without the leading position."""
         for name in VECTORS:
             yield name, getattr(self, name)
         for name in TABLES:
@@ -110,13 +120,18 @@ def save_concepts(
     Raises:
         UserError: a concept that could not be loaded again, such as one whose training diverged.
     """
-    whole = {f"{n}.{name}": tensor.detach().cpu() for n, c in enumerate(concepts) for name, tensor in c.tensors()}
-    precision = lossless_precision(whole.values()) if precision is None else precision
-    tensors = {name: tensor.to(precision) for name, tensor in whole.items()}
+    tensors = tensors_to_keep(concepts, precision)
     settings = [{name: getattr(concept, name) for name in SETTINGS} for concept in concepts]
     _assemble(Path(path), settings, tensors)  # refuses what could not be read back
     metadata = {METADATA_KEY: {"format_version": FORMAT_VERSION, "concepts": settings}}
     return save_tensors(path, tensors, metadata)
+
+
+def tensors_to_keep(concepts: Sequence[Labelled], precision: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of concepts under their names in a file; `precision` as for `save_concepts`."""
+    whole = {f"{n}.{name}": tensor.detach().cpu() for n, c in enumerate(concepts) for name, tensor in c.tensors()}
+    precision = lossless_precision(whole.values()) if precision is None else precision
+    return {name: tensor.to(precision) for name, tensor in whole.items()}
 
 
 def lossless_precision(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -23,9 +23,10 @@ from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ldm.data.images import read_image, square
+from ldm.data.masks import as_picture
 from ldm.errors import UserError
 from ldm.files import write_whole
-from ldm.modules.encoders.clip import TOKENIZER
+from ldm.modules.encoders.clip import tokenizer_folder
 from ldm.modules.encoders.vocabulary import load_pretrained
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class ZeroShotSegmenter:
             raise UserError(f"segmenter {path}: no such folder; {remedy}")
         try:
             model = load_pretrained(CLIPSegForImageSegmentation, path)
-            tokenizer = CLIPTokenizer.from_pretrained(_tokenizer_folder(folder) if folder.is_dir() else path)
+            tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder) if folder.is_dir() else path)
             config, _ = ImageProcessingMixin.get_image_processor_dict(path)
             _refuse_other_vocabulary(path, len(tokenizer), model.config.text_config.vocab_size)
             preprocessing = Preprocessing.from_config(config, model.config.vision_config.image_size)
@@ -135,12 +136,6 @@ class ZeroShotSegmenter:
         if size is not None:
             probabilities = interpolate(probabilities, size=size, mode="bilinear", antialias=True, align_corners=False)
         return probabilities[:, 0].clamp(0, 1)
-
-
-def _tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer lies: with the model, or else in the folder of CLIP's own that ships with the project."""
-    own = any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-    return folder if own else TOKENIZER
 
 
 def _refuse_other_vocabulary(path: str | Path, words: int, rows: int) -> None:
@@ -201,7 +196,7 @@ def cached_masks(
 def mask_overlay(image: Image.Image, mask: torch.Tensor) -> Image.Image:
     """For the eye: the photo, and beside it the photo with what the mask (H, W) or (1, H, W) hides darkened."""
     weights = interpolate(mask.detach().float().cpu().reshape(1, 1, *mask.shape[-2:]), size=image.size[::-1])
-    kept = Image.fromarray(weights[0, 0].clamp(0, 1).mul(255).round().to(torch.uint8).numpy())
+    kept = as_picture(weights.clamp(0, 1))
     photo = image.convert("RGB")
     pair = Image.new("RGB", (2 * photo.width, photo.height))
     pair.paste(photo, (0, 0))

@@ -24,11 +24,12 @@ from ldm.errors import UserError
 from ldm.files import load_metadata, load_tensors, save_tensors
 from ldm.modules.concept import (
     Concept,
+    Labelled,
     is_placeholder,
     load_concepts,
-    lossless_precision,
     merge_concepts,
     save_concepts,
+    tensors_to_keep,
 )
 
 FORMAT_VERSION = 1
@@ -39,7 +40,7 @@ DAMAGED = "damaged; copy or train it again"
 
 
 @dataclass(eq=False)
-class TunedConcept:
+class TunedConcept(Labelled):
     """What a method other than Perfusion learned about one thing.
 
     Attributes:
@@ -67,17 +68,11 @@ class TunedConcept:
     source: str = ""
 
     @property
-    def label(self) -> str:
-        """Its placeholder, and the file it is from where there is one."""
-        return f"{self.placeholder} ({self.source})" if self.source else self.placeholder
-
-    @property
     def summary(self) -> str:
         """How it was learned, in a few words."""
         return f"by {METHODS[self.method]}"
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under its name in a file, without the leading position."""
         yield "vectors", self.vectors
         if len(self.inputs):
             yield "inputs", self.inputs
@@ -98,9 +93,7 @@ def save_learned(path: str | Path, concepts: Sequence[Learned],
     """
     if not isinstance(concepts[0], TunedConcept):
         return save_concepts(path, concepts, precision)
-    whole = {f"{n}.{name}": tensor.detach().cpu() for n, c in enumerate(concepts) for name, tensor in c.tensors()}
-    precision = lossless_precision(whole.values()) if precision is None else precision
-    tensors = {name: tensor.to(precision) for name, tensor in whole.items()}
+    tensors = tensors_to_keep(concepts, precision)
     _refuse_bad_numbers(path, tensors)
     settings = [{name: getattr(concept, name) for name in SETTINGS} for concept in concepts]
     return save_tensors(path, tensors, {METADATA_KEY: {

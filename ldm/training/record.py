@@ -37,7 +37,7 @@ def describe_run(run: str | Path) -> dict[str, Any]:
         UserError: it is no such folder, or holds no checkpoint.
     """
     run = Path(run)
-    project, lightning = (_newest_config(run, name) for name in ("project", "lightning"))
+    project, lightning = (newest_config(run, name) for name in ("project", "lightning"))
     scalars, seconds = _logged(run)
     machines = [json.loads(path.read_text()) for path in sorted((run / "configs").glob("*-machine.json"))]
     steps, batch = trained_steps(run), OmegaConf.select(project, "data.params.batch_size")
@@ -91,7 +91,12 @@ def trained_steps(run: Path) -> int:
     return int(torch.load(last, map_location="meta", weights_only=True)["global_step"])
 
 
-def _newest_config(run: Path, name: str) -> Any:
+def newest_config(run: Path, name: str) -> Any:
+    """The last config of this name, "project" or "lightning", that a run was started or resumed with.
+
+    Raises:
+        UserError: it is no log folder of a training run.
+    """
     configs = sorted((run / "configs").glob(f"*-{name}.yaml"))
     if not configs:
         raise UserError(f"{run}: no log folder of a training run (it has no configs/*-{name}.yaml)")

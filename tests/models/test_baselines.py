@@ -2,18 +2,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import pytorch_lightning as pl
 import tiny_models
 import torch
-from PIL import Image
+from tiny_concepts import WORD, SameBatch, attached, photos, trained, write_photos
 from torch import Tensor
 
-from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
 from ldm.files import load_metadata, load_tensors
 from ldm.inference import encode_once, prompt_encoder, ready_concepts
@@ -21,7 +17,6 @@ from ldm.models.diffusion.tuning import Tuning
 from ldm.modules.tuned_concept import load_learned, save_learned
 from ldm.util import instantiate_from_config
 
-WORD = "<toy>"
 CATEGORY = "teddy bear"
 PROMPTS = [template.replace("{}", WORD) for template in tiny_models.TEMPLATES]
 TARGETS = {"textual-inversion": "textual_inversion.TextualInversion",
@@ -34,10 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a base model and two photos."""
     path = tmp_path_factory.mktemp("baselines")
     tiny_models.weights_file(path)
-    (path / "photos").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    for number, photo in enumerate(pixels):
-        Image.fromarray(photo).save(path / "photos" / f"{number}.png")
+    write_photos(path)
     return path
 
 
@@ -47,17 +39,8 @@ def unprepared(folder: Path, method: str, **params: Any) -> Tuning:
     return instantiate_from_config(tiny_models.latent_diffusion(folder, TARGETS[method], **given))
 
 
-def photos(folder: Path) -> PersonalizedBase:
-    return PersonalizedBase(folder / "photos", size=16, placeholder_token=WORD, templates=tiny_models.TEMPLATES)
-
-
 def prepared(folder: Path, method: str, **params: Any) -> Tuning:
-    model = unprepared(folder, method, **params)
-    model.trainer = SimpleNamespace(
-        datamodule=SimpleNamespace(datasets={"train": photos(folder)}), default_root_dir=str(folder / "run"),
-        global_step=0, world_size=1, accumulate_grad_batches=1,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")))
-    model.log = model.log_dict = lambda *_, **__: None
+    model = attached(unprepared(folder, method, **params), photos(folder), root=str(folder / "run"))
     model.setup("fit")
     model.configure_optimizers()
     return model.train()
@@ -89,24 +72,8 @@ def intended(model: Tuning, method: str) -> set[str]:
     return word | {f"model.diffusion_model.{name}" for name in weights}
 
 
-class SameBatch(pl.LightningDataModule):
-    """The batch above, again and again."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.datasets = {"train": photos(folder)}
-
-    def train_dataloader(self) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader([batch()] * 12, batch_size=None)
-
-
 def fit(folder: Path, root: Path, method: str, steps: int, resumed: Path | None = None) -> Tuning:
-    model = unprepared(folder, method)
-    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
-                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=root)
-    trainer.fit(model, datamodule=SameBatch(folder), ckpt_path=resumed, weights_only=True)
-    trainer.save_checkpoint(root / "last.ckpt")
-    return model
+    return trained(unprepared(folder, method), SameBatch(folder, batch()), root, steps, resumed)
 
 
 # What is trained

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import tiny_models
 import torch
-from PIL import Image
+from tiny_concepts import WORD, SameBatch, attached, photos, trained, write_photos
 from torch import Tensor
 
-from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
 from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder
 from ldm.models.diffusion.perfusion import Perfusion
@@ -24,7 +22,6 @@ from ldm.modules.covariance import encoder_fingerprint, save_covariance
 from ldm.modules.rank_one import gate, similarity
 from ldm.util import instantiate_from_config
 
-WORD = "<toy>"
 LAYERS = 7
 
 
@@ -37,10 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = base.get_learned_conditioning(["a cat in a red box", "the dog and a cup", "a bear on a bike"]).flatten(0, 1)
     save_covariance(path / "covariance.safetensors", words.mT @ words / len(words), source="test", captions=3,
                     tokens="all", encoder=encoder_fingerprint(base.cond_stage_model))
-    (path / "photos").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    for number, photo in enumerate(pixels):
-        Image.fromarray(photo).save(path / "photos" / f"{number}.png")
+    write_photos(path)
     return path
 
 
@@ -48,19 +42,6 @@ def unprepared(folder: Path, **params: Any) -> Perfusion:
     given = {"super_category": "cat", "placeholder": WORD, "covariance": str(folder / "covariance.safetensors"),
              "ckpt_path": str(folder / "base.ckpt"), "first_stage_key": "image", **params}
     return instantiate_from_config(tiny_models.latent_diffusion(folder, "perfusion.Perfusion", **given))
-
-
-def photos(folder: Path) -> PersonalizedBase:
-    return PersonalizedBase(folder / "photos", size=16, placeholder_token=WORD, templates=tiny_models.TEMPLATES)
-
-
-def attached(model: Perfusion, data: object, parts: int = 1) -> Perfusion:
-    """The model with as much of a trainer as it looks at."""
-    model.trainer = SimpleNamespace(
-        datamodule=SimpleNamespace(datasets={"train": data}), default_root_dir="unused", global_step=0,
-        world_size=1, accumulate_grad_batches=parts, strategy=SimpleNamespace(root_device=torch.device("cpu")))
-    model.log = model.log_dict = lambda *_, **__: None
-    return model
 
 
 def prepared(folder: Path, parts: int = 1, **params: Any) -> Perfusion:
@@ -343,24 +324,8 @@ def test_a_picture_of_a_concept(folder: Path) -> None:
     assert np.abs(draw(model, ["a cat in the snow", "a dog"], [])[0] - with_concept[0]).max() > 2
 
 
-class SameBatch(pl.LightningDataModule):
-    """The batch above, again and again."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.datasets = {"train": photos(folder)}
-
-    def train_dataloader(self) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader([batch()] * 12, batch_size=None)
-
-
 def fit(folder: Path, root: Path, steps: int, resumed: Path | None = None, **settings: Any) -> Perfusion:
-    model = unprepared(folder)
-    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
-                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=root, **settings)
-    trainer.fit(model, datamodule=SameBatch(folder), ckpt_path=resumed, weights_only=True)
-    trainer.save_checkpoint(root / "last.ckpt")
-    return model
+    return trained(unprepared(folder), SameBatch(folder, batch()), root, steps, resumed, **settings)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

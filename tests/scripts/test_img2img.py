@@ -51,11 +51,6 @@ def main() -> Main:
     return main_of("img2img")
 
 
-@pytest.fixture
-def draw(main: Main, world: World, tmp_path: Path) -> Draw:
-    return drawer(main, world.config, tmp_path)
-
-
 def test_as_a_process_it_draws_from_a_phones_photo_and_says_what_it_did(world: World, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -79,11 +79,6 @@ def main() -> Main:
     return main_of("inpaint")
 
 
-@pytest.fixture
-def draw(main: Main, world: World, tmp_path: Path) -> Draw:
-    return drawer(main, world.config, tmp_path)
-
-
 def inside(left: int, top: int, right: int, bottom: int) -> np.ndarray:
     """True in a box of the tiny model's pictures."""
     box = np.zeros((16, 16), dtype=bool)

@@ -21,7 +21,6 @@ from drawing_world import (
     World,
     apart,
     complaint,
-    drawer,
     levels,
     main_of,
     pictures,
@@ -43,11 +42,6 @@ SCRIPT = ROOT / "scripts" / "txt2img.py"
 @pytest.fixture(scope="module")
 def main() -> Main:
     return main_of("txt2img")
-
-
-@pytest.fixture
-def draw(main: Main, world: World, tmp_path: Path) -> Draw:
-    return drawer(main, world.config, tmp_path)
 
 
 def test_as_a_process_it_draws_the_same_again_and_says_where(draw: Draw, world: World, tmp_path: Path) -> None:

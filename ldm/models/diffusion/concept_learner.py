@@ -34,6 +34,13 @@ from ldm.util import blamed_on
 log = logging.getLogger(__name__)
 
 
+def check_above_zero(**values: float) -> None:
+    """Raises a UserError that names the first of the params that is not above 0."""
+    for name, value in values.items():
+        if value <= 0:
+            raise UserError(f"{name} {value} must be above 0")
+
+
 class ConceptLearner(LatentDiffusion):
     """A frozen latent diffusion model of which something is freed, or to which something is added, to learn a concept.
 

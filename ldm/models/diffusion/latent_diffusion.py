@@ -174,11 +174,18 @@ class LatentDiffusion(DDPM):
                       unconditional: Condition = None, eta: float = 0.0,
                       generators: Sequence[torch.Generator] | None = None, verbose: bool = False) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] by DDIM, each from its own generator where they are given."""
-        samples, _ = DDIMSampler(self).sample(
+        latents = self.sample_latents(cond, batch_size, steps, scale, unconditional, eta, generators, verbose)
+        images = [self.decode_first_stage(z) for z in latents.split(1)]  # decoding needs the most memory of all
+        return torch.cat(images).clamp(-1, 1)
+
+    def sample_latents(self, cond: Condition, batch_size: int, steps: int = 50, scale: float = 1.0,
+                       unconditional: Condition = None, eta: float = 0.0,
+                       generators: Sequence[torch.Generator] | None = None, verbose: bool = False) -> Tensor:
+        """The scaled latents (B, C, h, w) of such images."""
+        latents, _ = DDIMSampler(self).sample(
             steps, batch_size, self.latent_shape, cond, eta=eta, verbose=verbose, generators=generators,
             unconditional_guidance_scale=scale, unconditional_conditioning=unconditional)
-        images = [self.decode_first_stage(z) for z in samples.split(1)]  # decoding needs the most memory of all
-        return torch.cat(images).clamp(-1, 1)
+        return latents
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8, ddim_steps: int = 50,

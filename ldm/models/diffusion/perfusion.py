@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
-from ldm.models.diffusion.concept_learner import ConceptLearner
+from ldm.models.diffusion.concept_learner import ConceptLearner, check_above_zero
 from ldm.modules.concept import Concept
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
@@ -37,9 +37,7 @@ class Perfusion(ConceptLearner):
                  covariance: str | None = None, **concept_learner: Any) -> None:
         if locking not in LOCKINGS:
             raise UserError(f"locking {locking!r} is unknown; choose one of {', '.join(LOCKINGS)}")
-        for name, value in (("temperature", temperature), ("embedding_lr", embedding_lr), ("value_lr", value_lr)):
-            if value <= 0:
-                raise UserError(f"{name} {value} must be above 0")
+        check_above_zero(temperature=temperature, embedding_lr=embedding_lr, value_lr=value_lr)
         if not 0 <= target_input_decay < 1:
             raise UserError(f"target_input_decay {target_input_decay} must be at least 0 and below 1; 0.99 is usual")
         if covariance is not None and not Path(covariance).is_file():  # before weights, which take longer to load

@@ -20,7 +20,8 @@ from ldm.data.personalized import PersonalizedBase
 from ldm.data.templates import fill
 from ldm.errors import UserError
 from ldm.files import load_tensors, save_tensors
-from ldm.models.diffusion.tuning import Tuning, check_above_zero
+from ldm.models.diffusion.concept_learner import check_above_zero
+from ldm.models.diffusion.tuning import Tuning
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import encoder_fingerprint
 from ldm.modules.encoders.prompts import word_vector
@@ -107,14 +108,11 @@ class PriorPreservation(Tuning):
 
     def _draw(self, numbers: range) -> Tensor:
         """Latents of the pictures with these numbers, each from a seed of its own."""
-        from ldm.models.diffusion.ddim import DDIMSampler
-
         context = self._prior_context(torch.tensor(numbers))
         empty = PromptContext.plain(self.cond_stage_model([""]).expand(len(numbers), -1, -1))
-        latents, _ = DDIMSampler(self).sample(
-            self.prior_steps, len(numbers), self.latent_shape, context, verbose=False,
-            generators=[Generator().manual_seed(number) for number in numbers],
-            unconditional_guidance_scale=self.prior_scale, unconditional_conditioning=empty)
+        generators = [Generator().manual_seed(number) for number in numbers]
+        latents = self.sample_latents(context, len(numbers), self.prior_steps, self.prior_scale, empty,
+                                      generators=generators)
         return latents.float().cpu()
 
     def _prior_context(self, numbers: Tensor) -> PromptContext:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.personalized import PersonalizedBase
-from ldm.errors import UserError
-from ldm.models.diffusion.concept_learner import ConceptLearner
+from ldm.models.diffusion.concept_learner import ConceptLearner, check_above_zero
 from ldm.modules.context import PromptContext
 from ldm.modules.learned_word import LearnedWord
 from ldm.modules.tuned_concept import TunedConcept
@@ -60,9 +59,3 @@ class Tuning(ConceptLearner):
         """What a file keeps of the word's encodings, for merging: (k, d), or (0, 0)."""
         return torch.zeros(0, 0)
 
-
-def check_above_zero(**values: float) -> None:
-    """Raises a UserError that names the first of the params that is not above 0."""
-    for name, value in values.items():
-        if value <= 0:
-            raise UserError(f"{name} {value} must be above 0")

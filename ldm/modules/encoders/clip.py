@@ -94,10 +94,9 @@ def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
     try:
         if version in KNOWN_TOWERS and not Path(version).is_dir():
             tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-            return tokenizer, CLIPTextModel(CLIPTextConfig(**KNOWN_TOWERS[version], **_special(tokenizer)))
+            return tokenizer, CLIPTextModel(CLIPTextConfig(**KNOWN_TOWERS[version], **special_tokens(tokenizer)))
         if (folder / "config.json").is_file():
-            own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-            tokenizer = CLIPTokenizer.from_pretrained(folder if own else TOKENIZER)
+            tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder))
             if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
                 return tokenizer, load_pretrained(CLIPTextModel, folder)
             return tokenizer, CLIPTextModel(CLIPTextConfig.from_pretrained(folder))
@@ -108,7 +107,14 @@ def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
         raise UserError(f"text encoder {version!r} cannot be loaded ({reason}); give a local folder") from None
 
 
-def _special(tokenizer: CLIPTokenizer) -> dict[str, int]:
+def tokenizer_folder(folder: Path) -> Path:
+    """Where a model's tokenizer lies: with it, or else in the folder of CLIP's own that ships with the project."""
+    own = any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+    return folder if own else TOKENIZER
+
+
+def special_tokens(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """What a text tower's config has to know of its tokenizer."""
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
 

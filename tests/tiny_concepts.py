@@ -1,0 +1,59 @@
+"""Photos of a concept, and as much of a training as a test needs, for the methods that teach one."""
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import tiny_models
+import torch
+from PIL import Image
+
+from ldm.data.personalized import PersonalizedBase
+from ldm.models.diffusion.concept_learner import ConceptLearner
+
+WORD = "<toy>"
+
+
+def write_photos(folder: Path) -> None:
+    """Two photos of noise in `folder`/photos."""
+    (folder / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    for number, photo in enumerate(pixels):
+        Image.fromarray(photo).save(folder / "photos" / f"{number}.png")
+
+
+def photos(folder: Path) -> PersonalizedBase:
+    return PersonalizedBase(folder / "photos", size=16, placeholder_token=WORD, templates=tiny_models.TEMPLATES)
+
+
+def attached(model: ConceptLearner, data: object, parts: int = 1, root: str = "unused") -> ConceptLearner:
+    """The model with as much of a trainer as it looks at."""
+    model.trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(datasets={"train": data}), default_root_dir=root, global_step=0,
+        world_size=1, accumulate_grad_batches=parts, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    model.log = model.log_dict = lambda *_, **__: None
+    return model
+
+
+class SameBatch(pl.LightningDataModule):
+    """One batch, again and again."""
+
+    def __init__(self, folder: Path, batch: dict[str, Any]) -> None:
+        super().__init__()
+        self.datasets, self.batch = {"train": photos(folder)}, batch
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader([self.batch] * 12, batch_size=None)
+
+
+def trained(model: ConceptLearner, data: SameBatch, root: Path, steps: int, resumed: Path | None = None,
+            **settings: Any) -> ConceptLearner:
+    """The model after so many steps, its checkpoint at `root`/last.ckpt."""
+    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=root, **settings)
+    trainer.fit(model, datamodule=data, ckpt_path=resumed, weights_only=True)
+    trainer.save_checkpoint(root / "last.ckpt")
+    return model
