@@ -1,6 +1,7 @@
 """Scenes of the mini world, composed on the fly: one or two things in a place, with exact captions and masks."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -123,9 +124,9 @@ def with_article(phrase: str) -> str:
 class SceneDataset(Dataset):
     """Endless scenes of the mini world; item `i` of a seed is the same on every machine.
 
-    Items: "image" (3, size, size) float32 in [-1, 1]; "caption"; "mask" (1, size, size) of the thing named first;
-    "kind" its index in `KINDS`, "second_kind" that of the other thing, or -1; "word" the first one's word; "other" the
-    name of a kind that is not in the scene; "place" an index in `PLACES`.
+    Items: "image" (3, size, size) float32 in [-1, 1]; "caption"; "mask" (1, size, size) of the thing named first,
+    "objects" of all things; "kind" its index in `KINDS`, "second_kind" that of the other thing, or -1; "word" the first
+    one's word; "other" the name of a kind that is not in the scene; "place" an index in `PLACES`.
 
     Args:
         size: side of the pictures in pixels.
@@ -142,7 +143,8 @@ class SceneDataset(Dataset):
         held_out: compose with the drawings that models never see instead of those they are trained on.
         sources: picture sets to take drawings from (see `ldm.data.world.SETS`); all of them where None. A kind whose
             drawing is in none of them has those of the other sets.
-        kinds: names of the kinds of things to compose scenes of; all of them where None.
+        kinds: names of the kinds of things to compose scenes of, one that is named several times that much more often;
+            all of them where None.
         same_place: so many scenes in a row are in one place. Batches of neighbours teach a contrastive model to look at
             things: where every scene has a place of its own, the place alone tells most of them apart.
 
@@ -162,7 +164,10 @@ class SceneDataset(Dataset):
         self.sized, self.styled = sized, styled
         self.empty_caption, self.jitter, self.flips, self.same_place = empty_caption, jitter, flips, same_place
         self.drawings = {name: _preferred(drawings_of(name, held_out), sources) for name in KIND_NAMES}
-        self.kinds = [kind for kind in KINDS if self.drawings[kind.name] and kind.name in (kinds or KIND_NAMES)]
+        named = Counter(kinds or KIND_NAMES)
+        self.kinds = [kind for kind in KINDS if self.drawings[kind.name] and kind.name in named]
+        counts = np.array([named[kind.name] for kind in self.kinds])
+        self.kind_shares = None if (counts == 1).all() else counts / counts.sum()
 
     def __len__(self) -> int:
         return self.length
@@ -172,6 +177,7 @@ class SceneDataset(Dataset):
         picture, masks = compose(scene.place, scene.variant, scene.things, self.size, scene.style)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
         return {"image": pixels, "caption": scene.caption, "mask": torch.from_numpy(masks[0])[None],
+                "objects": torch.from_numpy(masks.max(0))[None],
                 "kind": KIND_NAMES.index(scene.things[0].kind),
                 "second_kind": KIND_NAMES.index(scene.things[1].kind) if len(scene.things) > 1 else -1,
                 "word": scene.words[0], "other": scene.absent, "place": PLACE_NAMES.index(scene.place)}
@@ -187,7 +193,8 @@ class SceneDataset(Dataset):
         relation = _choice(rng, tuple(RELATIONS), [share for _, share in RELATIONS.values()]) if two else None
         size = ("small", "big")[rng.integers(2)] if not two and rng.random() < self.sized else None
         style = tuple(STYLES)[rng.integers(len(STYLES))] if rng.random() < self.styled else None
-        *present, absent = [self.kinds[k] for k in rng.choice(len(self.kinds), 3 if two else 2, replace=False)]
+        picks = rng.choice(len(self.kinds), 3 if two else 2, replace=False, p=self.kind_shares)
+        *present, absent = [self.kinds[k] for k in picks]
         things = self._things(rng, [kind.name for kind in present], relation, size)
         words = [kind.words[0] if rng.random() < 0.8 else kind.words[-1] for kind in present]
         scene = Scene(place, int(rng.integers(BACKGROUNDS_PER_PLACE)), things, words, absent.name, style)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from typing import Any
 from unittest import mock
 
@@ -154,6 +155,8 @@ def test_labels(index: int, held_out: bool) -> None:
     assert item["image"].shape == (3, 64, 64) and item["image"].dtype == torch.float32
     assert item["image"].abs().max() <= 1 and item["image"].min() < item["image"].max()
     assert item["mask"].shape == (1, 64, 64) and item["mask"].max() > 0.9 and item["mask"].min() == 0
+    alone = item["second_kind"] < 0
+    assert (item["objects"] >= item["mask"]).all() and torch.equal(item["objects"], item["mask"]) == alone
 
 
 @settings(max_examples=40, deadline=None)
@@ -256,6 +259,15 @@ def test_kinds_restrict_the_things() -> None:
     assert {thing.kind for index in range(100) for thing in dataset.plan(index).things} == {"cat", "mug", "teddy bear"}
     with pytest.raises(UserError, match="no kind of thing 'unicat'; choose from teddy bear, "):
         SceneDataset(kinds=["unicat"])
+
+
+def test_kinds_named_several_times_come_more_often() -> None:
+    dataset = SceneDataset(seed=4, kinds=["cat", "mug", "cat", "owl", "cat"], two_things=0.3)
+    scenes = [dataset.plan(index) for index in range(2000)]
+    first = Counter(scene.things[0].kind for scene in scenes)
+    assert first["cat"] / 2000 == pytest.approx(0.6, abs=0.04) and first["owl"] / 2000 == pytest.approx(0.2, abs=0.04)
+    for scene in scenes:
+        assert len({thing.kind for thing in scene.things} | {scene.absent}) == len(scene.things) + 1
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -178,7 +178,28 @@ def test_masks_on_the_latent_grid() -> None:
     assert not small[1].any()
 
 
+@pytest.mark.parametrize("shift", [1.0, 2.5])
+def test_training_steps_are_shifted_by_the_formula(shift: float) -> None:
+    torch.manual_seed(0)
+    t = pixel_model(timesteps=1000, timestep_shift=shift).draw_timesteps(20_000, torch.device("cpu"))
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999
+    for quantile in (0.1, 0.5, 0.9):  # of the uniform u, mapped as the docstring says
+        expected = 1000 * shift * quantile / (1 + (shift - 1) * quantile)
+        assert t.float().quantile(quantile).item() == pytest.approx(expected, abs=12)
+
+
+def test_objects_weigh_as_much_more_as_asked() -> None:
+    batch = {"image": images(), "caption": ["a", "b"], "objects": torch.zeros(2, 1, 8, 8)}
+    batch["objects"][0, :, :4] = 1
+    batch["objects"][1, :, :1, :2] = 1  # half of one position
+    assert latent_model().loss_weight(batch, torch.Size((4, 4))) is None
+    weight = latent_model(object_weight=5.0).loss_weight(batch, torch.Size((4, 4)))
+    assert weight.shape == (2, 1, 4, 4) and weight[0, 0].unique().tolist() == [1, 5]
+    assert (weight[0, 0, :2] == 5).all() and weight[1].sum() == 16 + 2 and weight[1, 0, 0, 0] == 3
+
+
 @pytest.mark.parametrize(("params", "named"), [
+    ({"timestep_shift": 0.0}, "timestep_shift 0.0 must be above 0"),
     ({"parameterization": "w"}, "eps, v, x0"), ({"loss_type": "l3"}, "l1, l2"), ({"conditioning_key": "text"}, "adm"),
     ({"use_positional_encodings": True}, "use_positional_encodings"), ({"beta_schedule": "steep"}, "cosine"),
 ])

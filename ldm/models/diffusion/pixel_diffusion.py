@@ -42,6 +42,8 @@ class DDPM(ResumableModule):
         parameterization: what the network predicts: "eps", "x0" or "v".
         scheduler_config: config of a learning-rate multiplier.
         use_positional_encodings: kept for the public configs, must be false.
+        timestep_shift: training draws steps T s u / (1 + (s - 1) u), u uniform (Esser et al. 2024, "Scaling Rectified
+            Flow Transformers", Eq. 23): above 1 noisier ones, where it is decided what a picture shows; 1: uniformly.
         learn_logvar, logvar_init: whether the log-variance of each timestep's error is learned, and its start.
     """
 
@@ -54,7 +56,7 @@ class DDPM(ResumableModule):
                  original_elbo_weight: float = 0.0, v_posterior: float = 0.0, l_simple_weight: float = 1.0,
                  conditioning_key: str | None = None, parameterization: str = "eps",
                  scheduler_config: Mapping[str, Any] | None = None, use_positional_encodings: bool = False,
-                 learn_logvar: bool = False, logvar_init: float = 0.0) -> None:
+                 learn_logvar: bool = False, logvar_init: float = 0.0, timestep_shift: float = 1.0) -> None:
         super().__init__()
         check_parameterization(parameterization)
         check_loss_type(loss_type)
@@ -63,6 +65,9 @@ class DDPM(ResumableModule):
         self.parameterization, self.loss_type, self.monitor = parameterization, loss_type, monitor
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.log_every_t, self.scheduler_config = log_every_t, scheduler_config
+        if timestep_shift <= 0:
+            raise UserError(f"timestep_shift {timestep_shift} must be above 0; 1 draws all steps equally often")
+        self.timestep_shift = timestep_shift
         self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight
         self.learning_rate = 1e-4
         self.model = DiffusionWrapper(unet_config, conditioning_key)
@@ -133,9 +138,17 @@ class DDPM(ResumableModule):
             numbers["loss_vlb"] = bound.detach()
         return loss, {**numbers, "loss": loss.detach()}
 
+    def draw_timesteps(self, count: int, device: torch.device) -> Tensor:
+        """(count,) steps in [0, T) to train on."""
+        if self.timestep_shift == 1:
+            return torch.randint(self.num_timesteps, (count,), device=device)
+        u = torch.rand(count, device=device)
+        shifted = self.timestep_shift * u / (1 + (self.timestep_shift - 1) * u)
+        return (shifted * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         x_start, cond = self.get_input(batch)
-        t = torch.randint(self.num_timesteps, (len(x_start),), device=x_start.device)
+        t = self.draw_timesteps(len(x_start), x_start.device)
         return self.p_losses(x_start, cond, t, weight=self.loss_weight(batch, x_start.shape[-2:]))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
