@@ -145,8 +145,6 @@ class SceneDataset(Dataset):
             drawing is in none of them has those of the other sets.
         kinds: names of the kinds of things to compose scenes of, one that is named several times that much more often;
             all of them where None.
-        same_place: so many scenes in a row are in one place. Batches of neighbours teach a contrastive model to look at
-            things: where every scene has a place of its own, the place alone tells most of them apart.
 
     Raises:
         UserError: `sources` or `kinds` name what does not exist.
@@ -155,14 +153,13 @@ class SceneDataset(Dataset):
     def __init__(self, size: int = 64, length: int = 100_000, seed: int = 0, two_things: float = 0.25,
                  coloured: float = 0.35, patterned: float = 0.15, sized: float = 0.12, styled: float = 0.1,
                  empty_caption: float = 0.0, held_out: bool = False, jitter: float = 1.0, flips: float = 0.5,
-                 sources: Sequence[str] | None = None, kinds: Sequence[str] | None = None,
-                 same_place: int = 1) -> None:
+                 sources: Sequence[str] | None = None, kinds: Sequence[str] | None = None) -> None:
         _refuse_unknown("sources", "picture set", sources, SETS)
         _refuse_unknown("kinds", "kind of thing", kinds, KIND_NAMES)
         self.size, self.length, self.seed = size, length, seed
         self.two_things, self.coloured, self.patterned = two_things, coloured, patterned
         self.sized, self.styled = sized, styled
-        self.empty_caption, self.jitter, self.flips, self.same_place = empty_caption, jitter, flips, same_place
+        self.empty_caption, self.jitter, self.flips = empty_caption, jitter, flips
         self.drawings = {name: _preferred(drawings_of(name, held_out), sources) for name in KIND_NAMES}
         named = Counter(kinds or KIND_NAMES)
         self.kinds = [kind for kind in KINDS if self.drawings[kind.name] and kind.name in named]
@@ -186,9 +183,6 @@ class SceneDataset(Dataset):
         """What is in scene `index` and what is said of it, nothing drawn yet."""
         rng = np.random.default_rng((self.seed, index))
         place = PLACE_NAMES[rng.integers(len(PLACE_NAMES))]
-        if self.same_place > 1:
-            shared = np.random.default_rng((self.seed, 1, index // self.same_place))
-            place = PLACE_NAMES[shared.integers(len(PLACE_NAMES))]
         two = rng.random() < self.two_things
         relation = _choice(rng, tuple(RELATIONS), [share for _, share in RELATIONS.values()]) if two else None
         size = ("small", "big")[rng.integers(2)] if not two and rng.random() < self.sized else None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from ldm.data.scenes import with_article
 from ldm.data.world import KIND_NAMES
 from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
 from ldm.modules.encoders.clip import special_tokens
@@ -17,7 +18,7 @@ from ldm.modules.encoders.clip import special_tokens
 # What CLIP's image tower expects of a picture in [0, 1]; the project's own towers are trained with the same figures.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-KIND_TEMPLATE = "a photo of a {}"
+KIND_TEMPLATE = "a photo of {}"
 
 
 def clip_pixels(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
@@ -86,7 +87,7 @@ class ContrastiveTrainer(OneStepModule):
 
     @functools.cached_property
     def _kind_tokens(self) -> Tensor:
-        return self.tokens([KIND_TEMPLATE.format(name) for name in KIND_NAMES])
+        return self.tokens([KIND_TEMPLATE.format(with_article(name)) for name in KIND_NAMES])
 
     def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
         scale = self.clip.logit_scale.exp()

@@ -349,10 +349,3 @@ def test_shares() -> None:
 
 def test_length() -> None:
     assert len(SceneDataset(length=7)) == 7
-
-
-def test_neighbours_may_share_a_place_and_nothing_else_changes() -> None:
-    shared, alone = SceneDataset(seed=3, same_place=8), SceneDataset(seed=3)
-    places = [shared.plan(index).place for index in range(80)]
-    assert all(len(set(places[start:start + 8])) == 1 for start in range(0, 80, 8)) and len(set(places)) > 4
-    assert [shared.plan(index).words for index in range(9)] == [alone.plan(index).words for index in range(9)]

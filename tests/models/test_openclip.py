@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_clips import tiny_openclip
 
+from ldm.data.scenes import with_article
 from ldm.data.world import KIND_NAMES
 from ldm.errors import UserError
 from ldm.models.clip import clip_pixels
@@ -59,8 +60,8 @@ def test_the_loss_is_open_clips(trainer: OpenCLIPTrainer) -> None:
 def test_kinds_are_asked_for_by_a_second_loss() -> None:
     batch = scenes()
     plain, weighted = (tiny_openclip(kinds_weight=weight) for weight in (0.0, 0.5))
-    found = plain.image_features(clip_pixels(batch["image"])), plain.text_directions([f"a photo of a {name}"
-                                                                                      for name in KIND_NAMES])
+    texts = [f"a photo of {with_article(name)}" for name in KIND_NAMES]
+    found = plain.image_features(clip_pixels(batch["image"])), plain.text_directions(texts)
     logits = plain.clip.logit_scale.exp() * torch.nn.functional.normalize(found[0], dim=-1) @ found[1].T
     surprise = -logits.log_softmax(1)
     expected = torch.stack([surprise[0, 0], surprise[1, 1], (surprise[2, 2] + surprise[2, 5]) / 2, surprise[3, 3]])
