@@ -37,7 +37,7 @@ def intersection_over_union(found: Tensor, true: Tensor) -> Tensor:
 
 
 class SegmenterTrainer(OneStepModule):
-    """Learns to find, in a picture, the thing that a word names; the text tower is that of a trained CLIP, frozen.
+    """Learns to find, in a picture, the thing that a word names; both towers start as those of a trained CLIP.
 
     Batches bring "image", "mask" and "word", and with "other" a word of something that is not in the picture: that
     is asked of every fourth picture, and nothing is to be found there.
@@ -46,11 +46,12 @@ class SegmenterTrainer(OneStepModule):
         clip: folder of the CLIP to start from.
         reduce_dim, extract_layers, decoder: width of CLIPSeg's decoder, the layers of the image tower that it reads,
             and further settings of `transformers`' CLIPSegConfig.
+        text_trainable: whether the text tower is trained along, as is needed where the CLIP tells words hardly apart.
     """
 
     def __init__(self, clip: str, reduce_dim: int = 64, extract_layers: Sequence[int] = (0, 1, 2),
-                 decoder: Mapping[str, Any] | None = None, scheduler_config: Mapping[str, Any] | None = None,
-                 monitor: str | None = None) -> None:
+                 decoder: Mapping[str, Any] | None = None, text_trainable: bool = False,
+                 scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
         super().__init__()
         start = load_pretrained(CLIPModel, clip)
         self.tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
@@ -60,17 +61,18 @@ class SegmenterTrainer(OneStepModule):
             **(decoder or {})))
         self.segmenter.clip.load_state_dict(start.state_dict())
         start_smooth(self.segmenter.decoder.transposed_convolution)
-        self.segmenter.clip.text_model.requires_grad_(False)
-        self.segmenter.clip.text_projection.requires_grad_(False)
+        self.segmenter.clip.text_model.requires_grad_(text_trainable)
+        self.segmenter.clip.text_projection.requires_grad_(text_trainable)
+        self.text_trainable = text_trainable
         self.max_length = start.config.text_config.max_position_embeddings
         self.scheduler_config, self.monitor = scheduler_config, monitor
         self.learning_rate = 1e-3
 
     def logits(self, images: Tensor, words: Sequence[str]) -> Tensor:
         """(B, H, W) for pictures (B, 3, H, W) in [-1, 1] and a word for each."""
-        tokens = self.tokenizer(list(words), truncation=True, max_length=self.max_length, padding="max_length",
+        tokens = self.tokenizer(list(words), truncation=True, max_length=self.max_length, padding=True,
                                 return_tensors="pt")["input_ids"].to(self.device)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.text_trainable and torch.is_grad_enabled()):
             asked = features_of(self.segmenter.clip.get_text_features(tokens))
         output = self.segmenter(pixel_values=clip_pixels(images), conditional_embeddings=asked)
         return output.logits.reshape(len(images), *images.shape[-2:])

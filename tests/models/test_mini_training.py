@@ -72,6 +72,16 @@ def test_the_segmenter_starts_from_the_clip_and_leaves_its_text_tower_alone(
     assert segmenter.segmenter.decoder.transposed_convolution.weight.grad.abs().sum() > 0
 
 
+def test_a_text_tower_that_is_trained_along(clip: CLIPTrainer, tmp_path: Path) -> None:
+    clip.clip.save_pretrained(tmp_path)
+    trainer = SegmenterTrainer(str(tmp_path), reduce_dim=8, extract_layers=[0, 1], text_trainable=True,
+                               decoder={"decoder_num_attention_heads": 2, "decoder_intermediate_size": 16})
+    trainer.training_step(scenes(), 0).backward()
+    tower = trainer.segmenter.clip
+    assert tower.text_projection.weight.grad.abs().sum() > 0
+    assert tower.text_model.embeddings.token_embedding.weight.grad.abs().sum() > 0
+
+
 def test_what_is_asked_of_a_picture_decides_what_is_found(segmenter: SegmenterTrainer) -> None:
     image = scenes()["image"][:1].repeat(2, 1, 1, 1)
     found = segmenter.logits(image, ["cat", "car"])
