@@ -183,7 +183,9 @@ def export_text2img(run: Path, folder: Path) -> None:
 def export_segmenter(run: Path, folder: Path) -> None:
     """The segmenter for `transformers`, as `ldm.modules.segmentation` loads it."""
     tensors, config = last_checkpoint(run)
+    config.model.params.clip = str(folder / "clip")  # its settings; a run's own path may lead elsewhere by now
     model = built(config)
+    model.load_state_dict(tensors)
     whole = {key.removeprefix("segmenter."): value for key, value in tensors.items()}
     save_tensors(folder / "segmenter" / "model.safetensors", half(pack_words(whole, model.tokenizer)),
                  {"format": "pt", "run": run.name})
