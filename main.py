@@ -5,13 +5,30 @@
 """
 from __future__ import annotations
 
-from ldm.data.module import DataModuleFromConfig
-from ldm.errors import one_line_errors
-from ldm.training.callbacks import ImageLogger, SetupCallback
-from ldm.training.run import main as train
+from importlib import import_module
+from typing import Any
 
-# Public configs name these two as `main.…`.
-__all__ = ["DataModuleFromConfig", "ImageLogger", "SetupCallback"]
+from ldm.errors import one_line_errors
+from ldm.training.options import get_parser
+
+# Public configs name these as `main.…`. Imported when they are asked for: torch and Lightning take their time.
+NAMES = {"DataModuleFromConfig": "ldm.data.module", "ImageLogger": "ldm.training.callbacks",
+         "SetupCallback": "ldm.training.callbacks"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"main has no {name}")
+    return getattr(import_module(NAMES[name]), name)
+
+
+@one_line_errors
+def main() -> None:
+    get_parser().parse_known_args()  # for --help and mistyped flags, which are so answered at once
+    from ldm.training.run import main as train
+
+    train()
+
 
 if __name__ == "__main__":
-    one_line_errors(train)()
+    main()

@@ -4,10 +4,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.command_line import Parser
 from ldm.errors import UserError, one_line_errors
-from ldm.modules.tuned_concept import Learned, load_learned, merge_learned, save_learned
+
+if TYPE_CHECKING:
+    from ldm.modules.tuned_concept import Learned
 
 EXAMPLE = """example:
   python merge_embeddings.py --manager_ckpts teddy.safetensors mug.safetensors --output_path both.safetensors
@@ -46,6 +49,8 @@ def write(path: Path, concepts: Sequence[Learned]) -> None:
     """Writes the combined file without changing a number; a UserError where that is not possible."""
     if path.is_dir():
         raise UserError(f"--output_path {path}: is a folder; name a file, such as {path / 'concepts.safetensors'}")
+    from ldm.modules.tuned_concept import save_learned
+
     try:
         save_learned(path, concepts, precision=None)
     except OSError as error:
@@ -56,6 +61,8 @@ def write(path: Path, concepts: Sequence[Learned]) -> None:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    from ldm.modules.tuned_concept import load_learned, merge_learned  # here, as torch takes its time
+
     before = [concept for path in options.manager_ckpts for concept in load_learned(path)]
     after = merge_learned(before, options.placeholders)
     path = Path(options.output_path)

@@ -21,6 +21,7 @@ from ldm.checkpoints.families import recognise
 from ldm.checkpoints.pickled import read_pickled, readable
 from ldm.errors import UserError
 from ldm.files import load_tensors
+from ldm.initialisation import DrawnWhenNeeded
 from ldm.modules.encoders.vocabulary import unpack_tables
 from ldm.util import get_obj_from_str, instantiate_from_config, known_params
 
@@ -217,5 +218,6 @@ def load_model(config: Mapping[str, Any], checkpoint: str | Path | None = None,
         raise UserError("no base model: name its checkpoint with --ckpt, or in the config as model.params.ckpt_path")
     if "target" in section and "use_ema" in known_params(get_obj_from_str(section["target"])):
         extra["use_ema"] = False
-    model = instantiate_from_config(section, **extra)
+    with DrawnWhenNeeded():
+        model = instantiate_from_config(section, **extra)
     return model.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)

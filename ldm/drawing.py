@@ -9,7 +9,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor
 from ldm import inference
 from ldm import sampling_options as flags
 from ldm.album import Album
-from ldm.data.images import cut_to, part_in_proportion, read_image, to_tensor
+from ldm.data.images import cut_to, load_folder, part_in_proportion, read_image, to_tensor
 from ldm.data.masks import as_picture, softened, untouched_cells
-from ldm.models.diffusion.prompts import check_placeholders
+from ldm.errors import UserError
+from ldm.models.diffusion.prompts import check_placeholders, with_settings
 from ldm.models.diffusion.samplers import sampler_class
 from ldm.modules.tuned_concept import Learned
 from ldm.util import pick_device
@@ -39,6 +40,8 @@ class Plan:
         options: the flags of `add_drawing_options`.
         prompts: one or more.
         negatives: one for each prompt.
+        to_balance: the places among `concepts` of those whose bias is to be found, see `ldm.auto_bias`.
+        clip: what measures them; None where there are none.
     """
 
     options: argparse.Namespace
@@ -48,6 +51,8 @@ class Plan:
     concepts: Sequence[Learned]
     sampling: inference.Sampling
     device: torch.device
+    to_balance: Sequence[int] = ()
+    clip: str | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -67,10 +72,8 @@ class Plan:
         """What the pictures have in common, to be kept in their files."""
         settings = {name: getattr(self.options, name) for name in
                     ("sampler", "ddim_steps", "scale", "global_locking", "config", "ckpt")}
-        kept = ("placeholder", "super_category", "source", "bias", "temperature")
         return {**settings, "ddim_eta": self.sampling.eta, "latent_size": list(self.sampling.latent_size),
-                "concepts": [{name: getattr(concept, name) for name in kept if hasattr(concept, name)}
-                             for concept in self.concepts]}
+                "concepts": notes_of(self.concepts)}
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,12 @@ class Start:
         return drawn if self.mask is None else Image.composite(drawn, self.picture, as_picture(self.weights))
 
 
+def notes_of(concepts: Sequence[Learned]) -> list[dict[str, Any]]:
+    """What pictures keep of the concepts that they were drawn with."""
+    kept = ("placeholder", "super_category", "source", "bias", "temperature")
+    return [{name: getattr(concept, name) for name in kept if hasattr(concept, name)} for concept in concepts]
+
+
 def plan(options: argparse.Namespace, prompts: Sequence[str]) -> Plan:
     """What the flags ask for.
 
@@ -124,13 +133,28 @@ def plan(options: argparse.Namespace, prompts: Sequence[str]) -> Plan:
     eta = sampler_class(options.sampler).checked_eta(options.ddim_eta)
     negatives = flags.negative_for_each(options.negative_prompt, prompts)
     device = pick_device(options.device)
-    concepts = inference.ready_concepts(options.concept, options.bias, options.temperature)
+    biases = options.bias and [None if bias == flags.AUTO else bias for bias in options.bias]
+    concepts = inference.ready_concepts(options.concept, biases, options.temperature)
     check_placeholders([*prompts, *negatives], [concept.placeholder for concept in concepts])
     sampling = inference.Sampling(
         size, options.ddim_steps, options.scale, eta, options.sampler,
         batch_size=options.batch_size or options.n_samples,
         autocast=inference.wants_sixteen_bits(options.precision, device))
-    return Plan(options, prompts, negatives, config, concepts, sampling, device)
+    run = Plan(options, prompts, negatives, config, concepts, sampling, device)
+    return _with_open_biases(run, biases) if biases and None in biases else run
+
+
+def _with_open_biases(run: Plan, biases: Sequence[float | None]) -> Plan:
+    """`run` with the concepts of --bias auto marked; `biases` has None for it, once for all or for each."""
+    from ldm.auto_bias import STEPS, clip_for  # here, as the CLIPs' library takes seconds to load, and few runs need it
+
+    each = biases if len(biases) > 1 else list(biases) * len(run.concepts)
+    places = [place for place, bias in enumerate(each) if bias is None]
+    if run.options.photos is not None and len(places) > 1:
+        raise UserError(f"--photos {run.options.photos}: can be of one concept only, and --bias auto is for "
+                        f"{len(places)}; leave the photos out, or give numbers for the other biases")
+    inference.check_steps(run.config, STEPS)
+    return replace(run, to_balance=places, clip=clip_for(run.options.clip, run.config, run.options.ckpt))
 
 
 def read_start(run: Plan) -> Start:
@@ -155,6 +179,7 @@ def draw(run: Plan, start: Start | None = None) -> Album:
         UserError: the weights are missing or do not fit, or memory is short.
     """
     model = inference.load_base(run.config, run.options.ckpt, run.device)
+    run = balanced(run, model)
     encoder = inference.prompt_encoder(model, run.concepts)
     texts = [*run.prompts, *run.negatives]
     encoded = inference.encode_once(encoder, texts, global_locking=run.options.global_locking)
@@ -167,6 +192,27 @@ def draw(run: Plan, start: Start | None = None) -> Album:
         album.add(picture if start is None else start.completed(picture), job.prompt, {**job._asdict(), **common})
     album.finish_sheet()
     return album
+
+
+def balanced(run: Plan, model: Any) -> Plan:
+    """`run` with the biases found that it leaves open, for each concept on its own; says which.
+
+    Raises:
+        UserError: the photos or the CLIP cannot be used, or a concept not with this model.
+    """
+    if not run.to_balance:
+        return run
+    from ldm.auto_bias import BiasFinder, about  # here, for the reason above
+    from ldm.models.recogniser import Recogniser
+
+    photos = None if run.options.photos is None else [photo for _, photo in load_folder(run.options.photos)]
+    finder = BiasFinder(model, run.config, run.sampling, Recogniser.from_path(run.clip, run.device), photos,
+                        run.options.global_locking)
+    biases: list[float | None] = [None] * len(run.concepts)
+    for place in run.to_balance:
+        concept = run.concepts[place]
+        biases[place] = finder.find(concept, about(concept, run.concepts, run.prompts)).bias
+    return replace(run, concepts=with_settings(run.concepts, biases))
 
 
 def _note_of_start(start: Start, album: Album) -> dict[str, Any]:

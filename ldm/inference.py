@@ -101,19 +101,30 @@ class EncodedPrompts:
 
     Negative prompts (such as the empty one) go through the same edit as the others. So the rule h = W e_perp + g o*
     acts on both halves of guidance alike, and what guidance enlarges is the difference between the prompts, not that
-    between an edited and an unedited layer.
+    between an edited and an unedited layer. Concepts that a picture's prompts do not name leave it alone.
 
     Attributes:
-        context: (P, N, d), each distinct prompt once.
+        context: (P, N, d), each distinct prompt once, under all concepts.
         rows: where each stands in it.
+        encoder: what encoded them; None where nothing edits them.
     """
 
     context: PromptContext
     rows: dict[str, int]
+    encoder: ConceptPrompts | TunedPrompts | None = None
 
     def of(self, prompts: Sequence[str]) -> PromptContext:
-        """(B, N, d): one row for each of `prompts`, which may repeat."""
+        """(B, N, d): one row for each of `prompts`, which may repeat, under all concepts."""
         return self.context.select([self.rows[prompt] for prompt in prompts])
+
+    def of_jobs(self, jobs: Sequence[Job]) -> tuple[PromptContext, PromptContext]:
+        """The prompts of B pictures, and their negative prompts, (B, N, d), under the concepts that either names."""
+        both = [f"{job.prompt}\n{job.negative_prompt}" for job in jobs]
+        contexts = self.of([job.prompt for job in jobs]), self.of([job.negative_prompt for job in jobs])
+        if self.encoder is None:
+            return contexts
+        positive, negative = (self.encoder.only_named(context, both) for context in contexts)
+        return positive, negative
 
 
 def read_model_config(path: str | Path) -> DictConfig:
@@ -166,9 +177,9 @@ def check_steps(config: DictConfig, steps: int) -> None:
         raise UserError(f"{steps} sampling steps: this model has {most}; give 1 to {most}")
 
 
-def ready_concepts(paths: Sequence[str | Path], biases: Sequence[float] | None = None,
+def ready_concepts(paths: Sequence[str | Path], biases: Sequence[float | None] | None = None,
                    temperatures: Sequence[float] | None = None) -> list[Learned]:
-    """The concepts of all files, renamed where placeholders are equal, with these settings in place of their own.
+    """The concepts of all files, renamed where placeholders are equal; settings that are not None replace their own.
 
     Raises:
         UserError: a file is no concept file, they are of different methods or base models, there is not one setting,
@@ -232,7 +243,7 @@ def encode_once(encoder: ConceptPrompts | TunedPrompts, prompts: Sequence[str], 
     """
     distinct = list(dict.fromkeys([*prompts, ""]))
     rows = {prompt: row for row, prompt in enumerate(distinct)}
-    return EncodedPrompts(encoder.encode(distinct, **settings), rows)
+    return EncodedPrompts(encoder.encode(distinct, **settings), rows, encoder)
 
 
 def draw_pictures(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], sampling: Sampling,
@@ -257,8 +268,8 @@ def draw_latents(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], sampl
                  original: Original | None = None, verbose: bool = False) -> Tensor:
     """The scaled latents (B, C, h, w), float32, of B jobs as one batch."""
     sampler = sampler_class(sampling.sampler)(model)
-    conditional = encoded.of([job.prompt for job in jobs])
-    unconditional = None if sampling.scale == 1 else encoded.of([job.negative_prompt for job in jobs])
+    conditional, negative = encoded.of_jobs(jobs)
+    unconditional = None if sampling.scale == 1 else negative
     start = {} if original is None else {"x0": original.latents.expand(len(jobs), -1, -1, -1), "mask": original.mask,
                                          "strength": original.strength}
     with _sixteen_bits(model.betas.device, sampling.autocast):

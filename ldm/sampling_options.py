@@ -13,13 +13,15 @@ from ldm.errors import UserError
 from ldm.models.diffusion.samplers import SAMPLERS
 
 SEED_LIMIT = 2**63
+AUTO = "auto"  # a bias that `ldm.auto_bias` is to find
 TOLD_APART = "of one concept, or one for each in the order in which they are listed"
+FOUND = "; auto finds a balance by a small sweep of its own and says which"
 
 
 def add_drawing_options(parser: argparse.ArgumentParser, outdir: str) -> None:
     """All flags that every script which draws has."""
     add_prompt_options(parser)
-    add_concept_options(parser)
+    add_concept_options(parser, automatic=True)
     add_sampling_options(parser)
     add_amount_options(parser)
     add_model_options(parser, outdir)
@@ -46,19 +48,36 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
                        "for each")
 
 
-def add_concept_options(parser: argparse.ArgumentParser) -> None:
+def number_or_auto(text: str) -> float | str:
+    """A flag's type: a finite number, or `AUTO`."""
+    return text if text == AUTO else number()(text)
+
+
+def add_concept_options(parser: argparse.ArgumentParser, automatic: bool = False) -> None:
+    """The flags of concepts; those of --bias auto where that is `automatic`."""
     group = parser.add_argument_group("learned concepts")
     group.add_argument("--concept", "--embedding_path", dest="concept", nargs="+", action="extend", default=[],
                        metavar="FILE", help="concept files, each of one concept or merged of several; without this "
                        "flag the base model draws alone")
-    group.add_argument("--bias", nargs="+", type=number(), metavar="NUMBER",
+    group.add_argument("--bias", nargs="+", type=number_or_auto if automatic else number(), metavar="NUMBER",
                        help=f"beta: higher follows the prompt more and the concept less; {TOLD_APART}. 0.6 to 0.75 is "
-                       "usual, with --global_locking 0.4 to 0.6 (default: that of training)")
+                       f"usual, with --global_locking 0.4 to 0.6{FOUND if automatic else ''} (default: that of "
+                       "training)")
     group.add_argument("--temperature", nargs="+", type=number(above=0), metavar="NUMBER",
                        help=f"tau: how softly the concept sets in; {TOLD_APART}. 0.15 is usual (default: that of "
                        "training)")
     group.add_argument("--global_locking", action="store_true",
                        help="lock the keys of the whole prompt, not only the concept's, to those of its super-category")
+    if automatic:
+        _add_automatic_bias_options(group)
+
+
+def _add_automatic_bias_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--clip", metavar="NAME", help="what --bias auto measures by: a folder with a CLIP of "
+                       "transformers or open_clip, or ARCHITECTURE/WEIGHTS of open_clip such as ViT-B-32/openai "
+                       "(default: the folder evaluation_clip beside the base model)")
+    group.add_argument("--photos", metavar="FOLDER", help="the concept's photos, for --bias auto to compare with "
+                       "(default: pictures of it that are drawn with the lowest bias)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +136,17 @@ def check_together(options: argparse.Namespace) -> None:
         raise UserError(f"--config {options.config}: no such file; name one, from the project's own folder those in "
                         "configs/")
     check_folder("--outdir", Path(options.outdir))
+
+
+def check_drawing(options: argparse.Namespace) -> None:
+    """`check_together` of the flags of `add_drawing_options`."""
+    check_together(options)
+    found = (options.bias or []).count(AUTO)
+    for flag, value in (("--clip", options.clip), ("--photos", options.photos)):
+        if value is not None and not found:
+            raise UserError(f"{flag} goes with --bias {AUTO}; add that, or leave the flag out")
+    if options.photos is not None and not Path(options.photos).is_dir():
+        raise UserError(f"--photos {options.photos}: no such folder; give the one that holds the concept's photos")
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:

@@ -1,18 +1,23 @@
-"""Objects from configs, and the small helpers that every part of the package shares."""
+"""Objects from configs, and the small helpers that every part of the package shares.
+
+Reading flags and configs needs them too, and should not wait for torch: it is imported where it is used.
+"""
 from __future__ import annotations
 
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.errors import UserError
 from ldm.kinds import annotated_kinds, described, fits
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -65,9 +70,11 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
 @contextmanager
 def blamed_on(what: str, *also: type[Exception]) -> Iterator[None]:
     """Turns what libraries raise for values that they cannot use, and `also`, into a UserError that begins so."""
+    from torch import OutOfMemoryError
+
     try:
         yield
-    except torch.OutOfMemoryError:
+    except OutOfMemoryError:
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, *also) as error:
         reason = " ".join(str(error).split()) or "no reason given"
@@ -146,6 +153,8 @@ def pick_device(name: str | None = None) -> torch.device:
     Raises:
         UserError: the named device is not there.
     """
+    import torch
+
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -31,7 +31,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flags.add_original_options(parser, 0.75, STRENGTH)
     flags.add_drawing_options(parser, outdir="outputs/img2img-samples")
     options = parser.parse_args(arguments)
-    flags.check_together(options)
+    flags.check_drawing(options)
     return options
 
 

@@ -55,7 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                        f"1/{BORDER_PARTS} of the shorter side)")
     flags.add_drawing_options(parser, outdir="outputs/inpaint-samples")
     options = parser.parse_args(arguments)
-    flags.check_together(options)
+    flags.check_drawing(options)
     if options.segmenter is not None and options.mask is not None:
         raise UserError("--segmenter looks for what --mask-word names; leave it out with --mask")
     if options.mask_word is not None and not options.mask_word.strip():

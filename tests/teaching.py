@@ -115,6 +115,6 @@ def fixed_loss(model: Perfusion, data: PersonalizedBase, timesteps: int) -> floa
     latents = model.scale_factor * DiagonalGaussianDistribution(model._moments[photos, 0]).sample(generator)
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.linspace(0.05, 0.95, timesteps).mul(model.num_timesteps).long().repeat(len(data.images))
-    prompts = [fill(data.templates[n % len(data.templates)], model.placeholder) for n in range(len(latents))]
+    prompts = [fill(data.templates[n % len(data.templates)], model.placeholders[0]) for n in range(len(latents))]
     weight = mask_on_latents(torch.stack([data.mask(int(photo)) for photo in photos]), latents.shape[-2:])
     return float(model.p_losses(latents, model.prompt_context(prompts), t, noise, weight)[0])

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch.utils.data import Dataset
 from ldm.data.images import list_images, read_folder, read_mask, refuse_other_proportions, square, to_tensor
 from ldm.data.templates import fill, get_templates
 from ldm.errors import UserError
+
+OF_ONE_CONCEPT = ("data_root", "placeholder_token", "mask_root")
 
 
 class PersonalizedBase(Dataset):
@@ -27,6 +30,9 @@ class PersonalizedBase(Dataset):
         mask:    (1, size, size) float32 in [0, 1]; all ones until `mask_root` or `set_masks` say otherwise
         flipped: bool, whether image and mask are mirrored
         index:   int, the photo's place in `paths`
+
+    Image and mask are left out while `with_pixels` is false: a model that has encoded every photo needs neither, and
+    they take longer than all the rest.
 
     Args:
         data_root: folder of photos (jpg, jpeg, png, webp, bmp); files that cannot be read are left out with a warning.
@@ -60,6 +66,7 @@ class PersonalizedBase(Dataset):
         self.placeholder_token = placeholder_token
         self.templates = get_templates(templates)
         self.seed = seed
+        self.with_pixels = True
         self.paths: list[Path] = []
         self.images: list[Image.Image] = []
         sizes: list[tuple[int, int]] = []
@@ -82,14 +89,11 @@ class PersonalizedBase(Dataset):
         chance = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
         template = chance.choice(self.templates)
         flipped = chance.random() < self.flip_p
-        image, mask = to_tensor(self.images[photo]), self.mask(photo)
-        return {
-            "image": image.flip(-1) if flipped else image,
-            "caption": fill(template, self.placeholder_token),
-            "mask": mask.flip(-1) if flipped else mask,
-            "flipped": flipped,
-            "index": photo,
-        }
+        item = {"caption": fill(template, self.placeholder_token), "flipped": flipped, "index": photo}
+        if self.with_pixels:
+            pixels = {"image": to_tensor(self.images[photo]), "mask": self.mask(photo)}
+            item |= {name: tensor.flip(-1) if flipped else tensor for name, tensor in pixels.items()}
+        return item
 
     @property
     def has_masks(self) -> bool:
@@ -116,6 +120,28 @@ class PersonalizedBase(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Draws other templates and flips from here on, the same ones whenever this epoch is set."""
         self._epoch.fill_(epoch)
+
+
+def one_config_each(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The configs of the sets that `config` describes: one for each folder where its param `data_root` lists several.
+
+    Each set then has its own of the folders, and of `placeholder_token` and `mask_root`; the other params are shared.
+
+    Raises:
+        UserError: there are not as many of those as folders.
+    """
+    params = config.get("params") or {}
+    if not any(isinstance(params.get(name), list) for name in OF_ONE_CONCEPT):
+        return [config]
+    own = {name: params[name] if isinstance(params[name], list) else [params[name]]
+           for name in OF_ONE_CONCEPT if params.get(name) is not None}
+    count = len(own.get("data_root", ()))
+    for name, values in own.items():
+        if len(values) != count:
+            raise UserError(f"{name}: {len(values)} of them ({', '.join(map(str, values))}) for {count} folders of "
+                            "photos (data_root); give one for each")
+    return [{**config, "params": {**params, **{name: values[place] for name, values in own.items()}}}
+            for place in range(count)]
 
 
 def _refuse_params(size: int, repeats: int, flip_p: float, placeholder_token: str) -> None:

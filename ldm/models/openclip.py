@@ -1,7 +1,9 @@
 """CLIPs as `open_clip` builds them (Ilharco et al., OpenCLIP): trained here, and read from folders in its layout."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,20 @@ class OpenCLIPTrainer(ContrastiveTrainer):
         return self.clip.encode_image(pixels)
 
 
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Nothing is logged while this lasts: what goes wrong is raised as well.
+
+    `open_clip` tells on the root logger of every step, and warns of a model without weights before it can be given any.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def load_openclip(folder: str | Path) -> open_clip.CLIP:
     """The CLIP in a folder as `open_clip` keeps it, packed word tables unpacked; parameters in float32.
 
@@ -52,7 +68,8 @@ def load_openclip(folder: str | Path) -> open_clip.CLIP:
         UserError: its weights are cut off, or are not those of the model that its settings describe.
         ValueError, OSError: what `open_clip` raises for settings that it cannot read.
     """
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    with hushed():
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     try:
         model.load_state_dict(unpack_tables(load_tensors(Path(folder) / "model.safetensors")[0]))
     except RuntimeError as error:

@@ -117,6 +117,22 @@ class PromptContext:
             raise ValueError(f"no target output for layer {layer_name!r}; there are some for {', '.join(outputs)}")
         return edited_projection(projected, gates, layer.weight, outputs[layer_name])
 
+    def restricted(self, acting: Tensor, target_inputs: Tensor, inverse_covariance: Tensor) -> PromptContext:
+        """The same prompts, on each of which only some of the concepts act, as if there were no others.
+
+        Args:
+            acting: (B, J) booleans.
+            target_inputs: i*, (J, d), of the `Edit` that made this context.
+            inverse_covariance: C^-1, (d, d).
+        """
+        projected = self.encoding.clone()
+        for some in acting.unique(dim=0):
+            if some.any():
+                rows = (acting == some).all(1)
+                basis = concept_basis(target_inputs[some], inverse_covariance)
+                projected[rows] = project_out(self.encoding[rows], basis, inverse_covariance)
+        return replace(self, projected=projected, gates=self.gates * acting[:, None])
+
     @staticmethod
     def cat(contexts: Sequence[PromptContext]) -> PromptContext:
         """The prompts of several contexts as one batch, each still with its own concepts only.

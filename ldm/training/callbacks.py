@@ -132,8 +132,9 @@ class StopAfterStep(pl.Callback):
         self.previous = signal.signal(signal.SIGINT, stop)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self.last_step is not None and trainer.global_step > self.last_step:  # a step may take several batches
-            trainer.should_stop = True
+        over = self.last_step is not None and trainer.global_step > self.last_step  # a step may take several batches
+        if trainer.strategy.reduce_boolean_decision(over, all=False):  # of any process of the run
+            trainer.should_stop, self.last_step = True, trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGINT, self.previous)

@@ -1,4 +1,4 @@
-"""What a user sees of a concept that is being learned: its file, its masks, and pictures before, during and after."""
+"""What a user sees of concepts that are being learned: files, masks, and pictures before, during and after."""
 from __future__ import annotations
 
 import logging
@@ -21,28 +21,38 @@ from ldm.modules.tuned_concept import Learned, save_learned
 
 log = logging.getLogger(__name__)
 
+SHEET = "before_during_after.png"
+
 
 class ConceptSaver(pl.Callback):
-    """Writes `concept.safetensors` into the log folder when training ends, also when it is interrupted."""
+    """Writes `concept.safetensors` into the log folder when training ends, also when it is interrupted.
+
+    Several concepts get a file each, by their own names: `teddy.safetensors` for `<teddy>`.
+    """
 
     def __init__(self, precision: str = "float16") -> None:
         self.precision = getattr(torch, precision)
 
     @rank_zero_only
-    def save(self, trainer: pl.Trainer, model: ConceptLearner) -> Path:
-        return save_learned(Path(trainer.default_root_dir) / "concept.safetensors", [model.learned()], self.precision)
+    def save(self, trainer: pl.Trainer, model: ConceptLearner) -> list[Path]:
+        names = model.names if len(model.names) > 1 else ["concept"]
+        return [save_learned(Path(trainer.default_root_dir) / f"{name}.safetensors", [model.learned(place)],
+                             self.precision) for place, name in enumerate(names)]
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, model: ConceptLearner) -> None:
-        path = self.save(trainer, model)
-        log.info("concept %s, a %s, after %d steps: %s (%.1f KB)", model.placeholder, model.super_category,
-                 trainer.global_step, path, path.stat().st_size / 1e3)
-        log.info('next: python scripts/txt2img.py --concept %s --prompt "a photo of a %s on the beach"',
-                 shlex.quote(str(path)), model.placeholder)
+        paths = self.save(trainer, model)
+        for path, word, category in zip(paths, model.placeholders, model.super_categories, strict=True):
+            log.info("concept %s, a %s, after %d steps: %s (%.1f KB)", word, category, trainer.global_step, path,
+                     path.stat().st_size / 1e3)
+        log.info("next: python scripts/txt2img.py --concept %s --prompt %s", shlex.join(map(str, paths)),
+                 " ".join(f'"a photo of a {word} on the beach"' for word in model.placeholders))
 
 
 class BeforeDuringAfter(pl.Callback):
     """Draws the same prompts and seeds before, during and after training, each a row of one growing sheet.
+
+    Of several concepts each has its own sheet, in a folder of its name.
 
     Args:
         prompts: with `{}` where the concept's word goes; before training the super-category stands there.
@@ -57,7 +67,7 @@ class BeforeDuringAfter(pl.Callback):
             raise UserError(f"BeforeDuringAfter: {len(prompts)} prompts, {steps} steps, {during} rows between; "
                             "give 1 or more prompts and steps, or leave the callback out")
         self.prompts, self.during, self.steps, self.scale, self.seed = list(prompts), during, steps, scale, seed
-        self.rows: dict[str, list[Image.Image]] = {}
+        self.sheets: dict[int, dict[str, list[Image.Image]]] = {}  # the place of a concept -> its rows
         self.last_step = -1
 
     def _due(self, trainer: pl.Trainer) -> bool:
@@ -66,57 +76,67 @@ class BeforeDuringAfter(pl.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, model: ConceptLearner) -> None:
-        data = trainer.datamodule.datasets["train"]
-        self._show("photos", data.images, trainer)
-        if data.has_masks:
-            overlays = [mask_overlay(image, data.mask(n)) for n, image in enumerate(data.images)]
-            save_grid(overlays, self._folder(trainer) / "masks.png", columns=2)
+        for place, data in enumerate(model.photos()):
+            self._show(place, "photos", data.images, trainer, model)
+            if data.has_masks:
+                overlays = [mask_overlay(image, data.mask(n)) for n, image in enumerate(data.images)]
+                save_grid(overlays, self._folder(place, trainer, model) / "masks.png", columns=2)
         if not (trainer.global_step and model.tuned_weights()):  # then the U-Net is no more what it was before
-            self._draw(f"before ({model.super_category})", [], trainer, model)
+            self._draw("before", trainer, model, learned=False)
         if trainer.global_step:
-            self._draw(f"resumed at step {trainer.global_step}", [model.learned()], trainer, model)
+            self._draw(f"resumed at step {trainer.global_step}", trainer, model)
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: pl.Trainer, model: ConceptLearner, *_: object) -> None:
         if self._due(trainer):
-            self._draw(f"step {trainer.global_step}", [model.learned()], trainer, model)
+            self._draw(f"step {trainer.global_step}", trainer, model)
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, model: ConceptLearner) -> None:
         name = "after" if trainer.global_step >= trainer.max_steps else f"stopped at step {trainer.global_step}"
-        self._draw(name, [model.learned()] if trainer.global_step else [], trainer, model)
-        log.info("pictures: %s", self._folder(trainer) / "before_during_after.png")
+        self._draw(name, trainer, model, learned=trainer.global_step > 0)
+        for place in range(len(model.concepts)):
+            log.info("pictures: %s", self._folder(place, trainer, model) / SHEET)
 
-    def _draw(self, name: str, concepts: Sequence[Learned], trainer: pl.Trainer, model: ConceptLearner) -> None:
+    def _draw(self, name: str, trainer: pl.Trainer, model: ConceptLearner, learned: bool = True) -> None:
+        """Adds a row to every sheet, of concepts as they are or, where none is learned yet, of super-categories."""
         self.last_step = trainer.global_step
-        prompts = [fill(prompt, model.placeholder if concepts else model.super_category) for prompt in self.prompts]
         training = model.training
         model.eval()
+        for place, category in enumerate(model.super_categories):
+            concepts = [model.learned(place)] if learned else []
+            pictures = self._pictures(model, concepts, model.placeholders[place] if learned else category)
+            self._log(place, pictures, trainer, model)
+            self._show(place, name if learned else f"{name} ({category})", pictures, trainer, model)
+        model.train(training)
+
+    def _pictures(self, model: ConceptLearner, concepts: Sequence[Learned], word: str) -> list[Image.Image]:
+        prompts = [fill(prompt, word) for prompt in self.prompts]
         encoded = encode_once(prompt_encoder(model, concepts), prompts)
         sampling = Sampling(model.latent_shape[1:], self.steps, self.scale, batch_size=len(prompts))
         jobs = [Job(prompt, self.seed + number) for number, prompt in enumerate(prompts)]
-        pictures = list(draw_pictures(model, encoded, jobs, sampling))
-        model.train(training)
-        self._log(pictures, trainer)
-        self._show(name, pictures, trainer)
+        return list(draw_pictures(model, encoded, jobs, sampling))
 
-    def _show(self, name: str, images: Sequence[Image.Image], trainer: pl.Trainer) -> None:
+    def _show(self, place: int, name: str, images: Sequence[Image.Image], trainer: pl.Trainer,
+              model: ConceptLearner) -> None:
         """Adds a row, filled up or cut to the number of prompts, and writes the sheet."""
-        width = len(self.prompts)
+        width, rows = len(self.prompts), self.sheets.setdefault(place, {})
         size = images[0].size
-        self.rows[name] = [*images[:width], *(Image.new("RGB", size, "white") for _ in range(width - len(images)))]
+        rows[name] = [*images[:width], *(Image.new("RGB", size, "white") for _ in range(width - len(images)))]
         cells, titles = [], []
-        for row, pictures in self.rows.items():
+        for row, pictures in rows.items():
             cells += pictures
             titles += ["a photo" if row == "photos" else f"{row}: {fill(prompt, '…')}" for prompt in self.prompts]
-        save_grid(cells, self._folder(trainer) / "before_during_after.png", width, titles)
+        save_grid(cells, self._folder(place, trainer, model) / SHEET, width, titles)
 
-    def _log(self, pictures: Sequence[Image.Image], trainer: pl.Trainer) -> None:
+    def _log(self, place: int, pictures: Sequence[Image.Image], trainer: pl.Trainer, model: ConceptLearner) -> None:
         images = torch.stack([(to_tensor(picture) + 1) / 2 for picture in pictures])
+        name = f"samples/{model.names[place]}" if len(model.names) > 1 else "samples"
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_images"):
-                logger.experiment.add_images("samples", images, trainer.global_step)
+                logger.experiment.add_images(name, images, trainer.global_step)
 
     @staticmethod
-    def _folder(trainer: pl.Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "images"
+    def _folder(place: int, trainer: pl.Trainer, model: ConceptLearner) -> Path:
+        folder = Path(trainer.default_root_dir) / "images"
+        return folder / model.names[place] if len(model.names) > 1 else folder

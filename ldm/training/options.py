@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ FREE_SECTIONS = ("lightning.trainer", "lightning.callbacks", "lightning.modelche
 TRAINER_FLAGS = ("accelerator", "devices", "max_steps", "precision")
 DEFAULT_SEED = 23
 SEED_LIMIT = 2**32
+OVERRIDE = re.compile(rf"({'|'.join(SECTIONS[''])})(\.[\w.]+)?=")
 FLAG_PATHS = {  # flag: the keys of the config that it sets, those that are there
     "data_root": ("data.params.train.params.data_root", "data.params.validation.params.data_root"),
     "init_word": ("model.params.super_category",),
@@ -30,10 +33,20 @@ FLAG_PATHS = {  # flag: the keys of the config that it sets, those that are ther
 }
 
 
+class RunParser(Parser):
+    """A parser that a key=value override may follow anywhere, also after a flag of several values."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+                         ) -> tuple[argparse.Namespace, list[str]]:
+        given = list(sys.argv[1:] if args is None else args)
+        options, unknown = super().parse_known_args([text for text in given if not OVERRIDE.match(text)], namespace)
+        return options, unknown + [text for text in given if OVERRIDE.match(text)]
+
+
 def get_parser() -> argparse.ArgumentParser:
     """The flags of the LDM family that mean something here, and those of teaching a concept."""
-    parser = Parser("Train what a config describes. Anything of the form key=value after the flags\noverrides that key "
-                    "of the YAML, for example: lightning.trainer.max_steps=100", prog="main.py")
+    parser = RunParser("Train what a config describes. Anything of the form key=value after the flags\noverrides that "
+                       "key of the YAML, for example: lightning.trainer.max_steps=100", prog="main.py")
     parser.add_argument("-b", "--base", nargs="*", default=[], metavar="base.yaml", help="configs, later ones win")
     parser.add_argument("-n", "--name", default="", help="name of the run's log folder, after the date")
     parser.add_argument("-f", "--postfix", default="", help="text after that name")
@@ -48,11 +61,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("-d", "--debug", action="store_true", help="show full error traces")
     parser.add_argument("--scale_lr", nargs="?", const=True, default=True, type=_flag,
                         help="multiply base_learning_rate by devices x batch size x accumulation (default: true)")
-    parser.add_argument("--data_root", help="folder of 1 to 20 photos of the thing to learn")
-    parser.add_argument("--init_word", help='what kind of thing it is: its super-category, e.g. "teddy bear"')
-    parser.add_argument("--placeholder", "--placeholder_string", help='its own word in prompts, e.g. "<my-teddy>"')
-    parser.add_argument("--masks", help="folder of masks (one picture per photo, same name, white where the thing is), "
-                        "or 'none'; by default masks are made automatically")
+    parser.add_argument("--data_root", nargs="+", metavar="FOLDER", help="folder of 1 to 20 photos of the thing to "
+                        "learn; several folders are several things, learned at once")
+    parser.add_argument("--init_word", nargs="+", metavar="WORDS", help='what kind of thing it is: its super-category, '
+                        'e.g. "teddy bear"; of several things one for all, or one each')
+    parser.add_argument("--placeholder", "--placeholder_string", nargs="+", metavar="WORD", help="its own word in "
+                        'prompts, e.g. "<my-teddy>"; of several things one each (default: the names of the folders)')
+    parser.add_argument("--masks", nargs="+", metavar="FOLDER", help="folder of masks (one picture per photo, same "
+                        "name, white where the thing is), or 'none'; by default masks are made automatically")
     parser.add_argument("--actual_resume", help="base model to start from: .ckpt, .safetensors or diffusers folder")
     parser.add_argument("--accelerator", help="cpu, gpu or mps (default: the best there is)")
     parser.add_argument("--devices", help="how many, or which ones")
@@ -133,9 +149,30 @@ def _check_sections(config: DictConfig) -> None:
                             f"known: {', '.join(known)}")
 
 
+def _name_several(config: DictConfig, options: argparse.Namespace) -> None:
+    """Things that are learned at once go by the names of their folders where no words are given for them.
+
+    Raises:
+        UserError: the config teaches no concept, or nothing says what the things are.
+    """
+    folders = options.data_root or []
+    if len(folders) < 2:
+        return
+    if OmegaConf.select(config, "model.params.placeholder") is None:
+        raise UserError(f"--data_root: {len(folders)} folders, but this config does not teach concepts; give it one")
+    if options.init_word is None:
+        raise UserError(f"--data_root: {len(folders)} things to learn; say what they are, in order, for example "
+                        '--init_word "teddy bear" teapot, or one word for all')
+    if options.placeholder is None:
+        options.placeholder = [f"<{'-'.join(Path(folder).resolve().name.strip('<>').split())}>" for folder in folders]
+
+
 def _apply_flags(config: DictConfig, options: argparse.Namespace) -> None:
+    _name_several(config, options)
     for flag, paths in FLAG_PATHS.items():
         value = getattr(options, flag)
+        if isinstance(value, list) and len(value) == 1:
+            (value,) = value
         if flag == "masks" and value == "none":
             _set_flag(config, flag, ("model.params.segmenter",), None)
         elif value is not None:
@@ -158,7 +195,7 @@ def _parsed(name: str, read: Callable[[], DictConfig | ListConfig]) -> DictConfi
     return config
 
 
-def _set_flag(config: DictConfig, flag: str, paths: Sequence[str], value: str | None) -> None:
+def _set_flag(config: DictConfig, flag: str, paths: Sequence[str], value: str | list[str] | None) -> None:
     present = []
     for path in paths:
         parent = OmegaConf.select(config, path.rpartition(".")[0])

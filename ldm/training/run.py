@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import tempfile
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,12 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.command_line import check_folder
 from ldm.errors import UserError
+from ldm.initialisation import DrawnWhenNeeded
 from ldm.training.callbacks import SetupCallback, StepProgress, StopAfterStep, WholeEpochs
 from ldm.training.folder import check_resumable, removed_on_failure
 from ldm.training.options import get_parser, read_config
@@ -65,7 +68,8 @@ def make_trainer(config: DictConfig, logdir: Path, now: str) -> pl.Trainer:
     checkpoints |= OmegaConf.to_container(lightning.get("modelcheckpoint") or OmegaConf.create(), resolve=True)
     _check_settings("lightning.modelcheckpoint", ModelCheckpoint, checkpoints)
     plain = {"model": config.model, "data": config.data}
-    own = [instantiate_from_config(entry) for entry in (lightning.get("callbacks") or {}).values()]
+    named = (lightning.get("callbacks") or {}).values()
+    own = [instantiate_from_config(entry) for entry in named if entry is not None]  # null leaves one out
     with blamed_on("lightning.modelcheckpoint cannot be used", MisconfigurationException):
         callbacks = [SetupCallback(now, logdir, OmegaConf.create(plain), lightning), ModelCheckpoint(**checkpoints),
                      LearningRateMonitor(logging_interval="step"), StepProgress(), WholeEpochs(), StopAfterStep(),
@@ -107,6 +111,8 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     quiet()
     started = datetime.datetime.now()
     logdir = log_folder(options, started.strftime(TO_THE_SECOND)) if options.base or options.resume else Path()
+    aside = tempfile.TemporaryDirectory() if rank_zero_only.rank else None  # for what other processes of a run write
+    logdir = Path(aside.name) if aside else logdir
     config = read_config(options, overrides)
     pl.seed_everything(config.lightning.seed, workers=True, verbose=False)
     now = started.strftime(f"{TO_THE_SECOND}.%f")  # of what a run keeps: it may be resumed within the second
@@ -129,10 +135,13 @@ def _parts(config: DictConfig, logdir: Path, now: str
     data = instantiate_from_config(config.data)
     _refuse_other_kinds("data", data, pl.LightningDataModule)
     data.setup()
-    model = instantiate_from_config({key: config.model[key] for key in ("target", "params") if key in config.model})
+    with DrawnWhenNeeded():
+        model = instantiate_from_config({key: config.model[key] for key in ("target", "params") if key in config.model})
     _refuse_other_kinds("model", model, pl.LightningModule)
-    if trainer.world_size > getattr(model, "most_devices", trainer.world_size):
-        raise UserError(f"{config.model.target} is trained on one device; "
+    most = getattr(model, "most_devices", trainer.world_size)
+    if trainer.world_size > most:
+        allowed = "one device" if most == 1 else f"at most {most} devices, one for each concept"
+        raise UserError(f"{config.model.target} is trained on {allowed}; "
                         f"leave out --devices {config.lightning.trainer.devices}")
     return trainer, data, model.to(memory_format=torch.channels_last)
 

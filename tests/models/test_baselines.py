@@ -56,8 +56,7 @@ def stirred(model: Tuning, seed: int = 3, by: float = 0.1) -> Tuning:
 
 
 def batch() -> dict[str, Any]:
-    return {"caption": PROMPTS, "mask": torch.ones(2, 1, 16, 16), "index": torch.tensor([0, 1]),
-            "flipped": torch.tensor([False, True])}
+    return {"caption": PROMPTS, "index": torch.tensor([0, 1]), "flipped": torch.tensor([False, True])}
 
 
 def cross_attention(model: Tuning) -> set[str]:
@@ -68,7 +67,7 @@ def intended(model: Tuning, method: str) -> set[str]:
     """What the papers train, by the names of the whole model's parameters."""
     weights = {"textual-inversion": set(), "custom-diffusion": cross_attention(model),
                "dreambooth": {name for name, _ in model.model.diffusion_model.named_parameters()}}[method]
-    word = set() if method == "dreambooth" else {"concept.vectors"}
+    word = set() if method == "dreambooth" else {"concepts.0.vectors"}
     return word | {f"model.diffusion_model.{name}" for name in weights}
 
 
@@ -88,10 +87,10 @@ def test_exactly_the_intended_parameters_learn(folder: Path, tmp_path: Path, met
     fresh, after = unprepared(folder, method).state_dict(), fit(folder, tmp_path / "run", method, 2)
     changed = {name for name, value in after.state_dict().items()
                if name in fresh and not torch.equal(value, fresh[name])}
-    assert changed == intended(model, method) - {"concept.vectors"}
-    assert float(after.concept.distance()) > 0 or method == "dreambooth"
+    assert changed == intended(model, method) - {"concepts.0.vectors"}
+    assert float(after.concepts[0].distance()) > 0 or method == "dreambooth"
     kept = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
-    assert set(kept) == intended(model, method) | {"concept.vectors"}
+    assert set(kept) == intended(model, method) | {"concepts.0.vectors"}
     learned = load_learned(tmp_path / "run" / "concept.safetensors")[0]
     assert learned.steps == 2 and learned.parameter_count == sum(p.numel() for p in model.trained_parameters())
 
@@ -121,9 +120,9 @@ def test_vectors_of_a_word_start_at_the_super_category(folder: Path) -> None:
     model = prepared(folder, "textual-inversion", vectors_per_word=3)
     encoder = model.cond_stage_model
     mean = encoder.token_table[encoder.word_pieces(CATEGORY)].mean(0)
-    assert torch.allclose(model.concept(), mean.expand(3, -1), atol=1e-6)
+    assert torch.allclose(model.concepts[0](), mean.expand(3, -1), atol=1e-6)
     with torch.no_grad():
-        model.concept.vectors.copy_(encoder.token_table[encoder.word_pieces("red cat hat")])
+        model.concepts[0].vectors.copy_(encoder.token_table[encoder.word_pieces("red cat hat")])
         expected = encoder([template.replace("{}", "red cat hat") for template in tiny_models.TEMPLATES])
         assert torch.allclose(model.prompt_context(PROMPTS).encoding, expected, atol=1e-5)
 
@@ -153,13 +152,13 @@ def plain_loss(model: Tuning, z: Tensor, encoding: Tensor, t: Tensor, noise: Ten
 @pytest.mark.parametrize("method", TARGETS)
 def test_the_loss_is_the_plain_one_and_that_on_the_prior(folder: Path, method: str) -> None:
     model = stirred(prepared(folder, method, **({"prior_weight": 0.5} if method in TUNING else {})))
-    own, seen = model.p_losses, []
-    model.p_losses = lambda *args: seen.append(args) or own(*args)
+    own, seen = model.sample_losses, []
+    model.sample_losses = lambda *args: seen.append(args) or own(*args)
     loss = model.training_step(batch(), 0)
     (z, _, t, noise, _), *prior = seen
     expected = plain_loss(model, z, model.prompt_context(PROMPTS).encoding, t, noise)
     if method in TUNING:
-        ((other, context, times, extra),) = prior
+        ((other, context, times, extra, _),) = prior
         plain = model.cond_stage_model([template.replace("{}", CATEGORY) for template in tiny_models.TEMPLATES])
         places = [next(n for n, drawn in enumerate(model._prior) if torch.equal(drawn, one)) for one in other]
         encoding = plain[[place % len(plain) for place in places]]
@@ -214,7 +213,7 @@ def files(folder: Path) -> dict[str, list[Path]]:
     for method, paths in made.items():
         for seed, (word, category) in enumerate(((WORD, CATEGORY), ("<other>", "mug"))):
             model = stirred(prepared(folder, method, super_category=category), seed, by=0.5)
-            model.placeholder = word
+            model.placeholders = [word]
             paths.append(save_learned(folder / f"{method}{seed}.safetensors", [model.learned()]))
     return made
 

@@ -44,18 +44,26 @@ def unprepared(folder: Path, **params: Any) -> Perfusion:
     return instantiate_from_config(tiny_models.latent_diffusion(folder, "perfusion.Perfusion", **given))
 
 
-def prepared(folder: Path, parts: int = 1, **params: Any) -> Perfusion:
-    model = attached(unprepared(folder, **params), photos(folder), parts)
+def prepared(folder: Path, parts: int = 1, masks: list[Tensor] | None = None, **params: Any) -> Perfusion:
+    data = photos(folder)
+    if masks is not None:
+        data.set_masks(masks)
+    model = attached(unprepared(folder, **params), data, parts)
     model.setup("fit")
     model.configure_optimizers()
     return model.train()
 
 
 def batch() -> dict[str, Any]:
-    mask = torch.ones(2, 1, 16, 16)
-    mask[0, :, :, 8:] = 0.5
-    return {"caption": [template.replace("{}", WORD) for template in tiny_models.TEMPLATES], "mask": mask,
+    return {"caption": [template.replace("{}", WORD) for template in tiny_models.TEMPLATES],
             "index": torch.tensor([0, 1]), "flipped": torch.tensor([False, True])}
+
+
+def left_half(right: float) -> Tensor:
+    """A mask of ones on the left, and what is given on the right."""
+    mask = torch.ones(1, 16, 16)
+    mask[:, :, 8:] = right
+    return mask
 
 
 def encodings_of(model: Perfusion, word: str) -> Tensor:
@@ -72,7 +80,7 @@ def stir(model: Perfusion) -> None:
     with torch.no_grad():
         for parameter in model.trained_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-        model.concept.target_input.add_(torch.randn_like(model.concept.target_input) * 0.05)
+        model.concepts[0].target_input.add_(torch.randn_like(model.concepts[0].target_input) * 0.05)
 
 
 # The start
@@ -80,7 +88,7 @@ def stir(model: Perfusion) -> None:
 
 def test_everything_starts_at_the_super_category(folder: Path) -> None:
     model = prepared(folder)
-    concept, at_word = model.concept, encodings_of(model, "cat").mean(0)
+    concept, at_word = model.concepts[0], encodings_of(model, "cat").mean(0)
     assert torch.equal(concept.embedding, model.cond_stage_model.token_table[model.cond_stage_model.word_pieces("cat")])
     assert torch.allclose(concept.super_input, at_word, atol=1e-5)
     assert torch.equal(concept.target_input, concept.super_input)
@@ -92,7 +100,7 @@ def test_everything_starts_at_the_super_category(folder: Path) -> None:
 def test_the_first_step_moves_encodings_along_the_concept_only(folder: Path) -> None:
     """With o* = W i*, Eq. 3 is h = W (e + (g - s) i*): the plain model, on encodings moved along i* by gate minus s."""
     model = prepared(folder)
-    target, inverse = model.concept.target_input, model.inverse_covariance()
+    target, inverse = model.concepts[0].target_input, model.inverse_covariance()
     with torch.no_grad():
         edited = model.prompt_context(batch()["caption"])
         plain = model.get_learned_conditioning([t.replace("{}", "cat") for t in tiny_models.TEMPLATES])
@@ -112,11 +120,11 @@ def test_a_super_category_of_several_pieces_is_their_mean(folder: Path) -> None:
     encoder = model.cond_stage_model
     pieces = encoder.word_pieces("teddy bear birdbath")
     assert len(pieces) > 3
-    assert torch.allclose(model.concept.embedding, encoder.token_table[pieces].mean(0, keepdim=True), atol=1e-6)
+    assert torch.allclose(model.concepts[0].embedding, encoder.token_table[pieces].mean(0, keepdim=True), atol=1e-6)
     context = model.prompt_context(batch()["caption"])
     places = encoder.tokenize(batch()["caption"], [WORD]) == len(encoder.token_table)
     assert places.sum(1).tolist() == [1, 1]
-    assert torch.allclose(context.encoding[places].mean(0), model.concept.super_input, atol=1e-5)
+    assert torch.allclose(context.encoding[places].mean(0), model.concepts[0].super_input, atol=1e-5)
 
 
 @pytest.mark.parametrize(("params", "named"), [
@@ -156,7 +164,7 @@ def test_exactly_the_concept_gets_gradients_recomputed_or_not(folder: Path, lock
     kept, recomputed = (gradients(prepared(folder, locking=locking, unet_config=tiny_models.unet(use_checkpoint=flag)))
                         for flag in (False, True))
     tables = ["target_outputs_v"] + ["target_outputs_k"] * (locking == "trained")
-    assert set(kept) == {"concept.embedding"} | {f"concept.{t}.{n}" for t in tables for n in range(LAYERS)}
+    assert set(kept) == {"concepts.0.embedding"} | {f"concepts.0.{t}.{n}" for t in tables for n in range(LAYERS)}
     assert set(recomputed) == set(kept)
     for name, gradient in kept.items():
         assert gradient.abs().max() > 0, name
@@ -175,42 +183,42 @@ def test_the_optimiser_has_two_rates_for_the_concept_alone(folder: Path) -> None
 
 def test_the_target_input_is_a_moving_average(folder: Path) -> None:
     model = prepared(folder)
-    start, first = model.concept.target_input.clone(), encodings_of(model, "cat")
+    start, first = model.concepts[0].target_input.clone(), encodings_of(model, "cat")
     prompts = [batch()["caption"][n] for n in (0, 0, 1)]  # the mean is over the batch, not over different prompts
     model.prompt_context(prompts, average=True)
     expected = 0.99 * start + 0.01 * (2 * first[0] + first[1]) / 3
-    assert torch.allclose(model.concept.target_input, expected, atol=1e-6)
+    assert torch.allclose(model.concepts[0].target_input, expected, atol=1e-6)
     with torch.no_grad():  # as if v had become another word
-        model.concept.embedding.copy_(word_vector(model.cond_stage_model, "dog"))
+        model.concepts[0].embedding.copy_(word_vector(model.cond_stage_model, "dog"))
     model.prompt_context(prompts[1:], average=True)
     expected = 0.99 * expected + 0.01 * encodings_of(model, "dog").mean(0)
-    assert torch.allclose(model.concept.target_input, expected, atol=1e-6)
+    assert torch.allclose(model.concepts[0].target_input, expected, atol=1e-6)
     model.prompt_context(prompts)
-    assert torch.allclose(model.concept.target_input, expected, atol=1e-6)
-    assert not model.concept.target_input.requires_grad and torch.equal(model.concept.super_input, start)
+    assert torch.allclose(model.concepts[0].target_input, expected, atol=1e-6)
+    assert not model.concepts[0].target_input.requires_grad and torch.equal(model.concepts[0].super_input, start)
 
 
 def test_parts_of_a_step_move_the_average_as_far_as_the_whole(folder: Path) -> None:
     whole, parted = prepared(folder, target_input_decay=0.5), prepared(folder, parts=4, target_input_decay=0.5)
     for model, times in ((whole, 1), (parted, 4)):
         with torch.no_grad():
-            model.concept.embedding.copy_(word_vector(model.cond_stage_model, "dog"))
+            model.concepts[0].embedding.copy_(word_vector(model.cond_stage_model, "dog"))
         for _ in range(times):
             model.prompt_context(batch()["caption"], average=True)
-    assert torch.allclose(whole.concept.target_input, parted.concept.target_input, atol=1e-5)
+    assert torch.allclose(whole.concepts[0].target_input, parted.concepts[0].target_input, atol=1e-5)
 
 
 def given_to_the_objective(model: Perfusion, step: int = 0, part: int = 0) -> tuple[Any, ...]:
     """Latents, context, timesteps, noise and weight of one training step."""
     seen: list[tuple[Any, ...]] = []
-    model.p_losses = lambda *args: seen.append(args) or (torch.zeros(()), {})
+    model.sample_losses = lambda *args: seen.append(args) or (torch.zeros(2), {"loss": torch.zeros(2)})
     model.trainer.global_step = step
     model.training_step(batch(), part)
     return seen[0]
 
 
 def test_what_a_step_is_made_of(folder: Path) -> None:
-    model = prepared(folder)
+    model = prepared(folder, masks=[left_half(0.5), left_half(0.25)])
     z, context, t, noise, weight = given_to_the_objective(model)
     assert isinstance(context, PromptContext) and context.batch_size == 2 and not context.cache
     assert z.shape == noise.shape == (2, 4, 8, 8) and t.shape == (2,) and 0 <= int(t.min()) <= int(t.max()) < 1000
@@ -224,7 +232,8 @@ def test_what_a_step_is_made_of(folder: Path) -> None:
     model._moments[:, :, 4:] = -30.0  # without the posterior's variance, latents are its mean
     assert torch.allclose(given_to_the_objective(model)[0], 0.18215 * posterior.mean, atol=1e-4)
     assert not torch.allclose(posterior.mean[0], posterior.mean[0].flip(-1), atol=1e-2)
-    assert weight.shape == (2, 1, 8, 8) and weight[0, 0, 0].tolist() == [1.0] * 4 + [0.5] * 4 and weight[1].min() == 1
+    assert weight.shape == (2, 1, 8, 8) and weight[0, 0, 0].tolist() == [1.0] * 4 + [0.5] * 4
+    assert weight[1, 0, 7].tolist() == [0.25] * 4 + [1.0] * 4  # mirrored along
 
 
 def test_a_step_depends_on_seed_and_step_and_part_alone(folder: Path) -> None:
@@ -243,16 +252,14 @@ def test_a_step_depends_on_seed_and_step_and_part_alone(folder: Path) -> None:
 
 
 def test_masks_decide_where_errors_count(folder: Path) -> None:
-    model = prepared(folder)
-    inside = batch()
-    inside["mask"] = torch.zeros(2, 1, 16, 16)
-    inside["mask"][..., :8] = 1
+    model = prepared(folder, masks=[left_half(0.0)] * 2)
     outputs = torch.randn(2, 4, 8, 8)
     losses = []
     for spoiled in (0.0, 9.0):
-        outputs[..., 4:] += spoiled
+        outputs[0, ..., 4:] += spoiled
+        outputs[1, ..., :4] += spoiled  # mirrored
         model.apply_model = lambda x, t, cond: outputs
-        losses.append(float(model.training_step(inside, 0)))
+        losses.append(float(model.training_step(batch(), 0)))
     assert losses[0] == losses[1] > 0
 
 
@@ -301,7 +308,7 @@ def test_trained_keys_are_used(folder: Path) -> None:
     locked = prepared(folder).prompt_context(batch()["caption"]).keys_values(name, layer.to_k, layer.to_v)[0]
     assert torch.allclose(before, locked, atol=1e-4)
     with torch.no_grad():
-        model.concept.target_outputs_k[0].add_(1.0)
+        model.concepts[0].target_outputs_k[0].add_(1.0)
     gates = model.prompt_context(batch()["caption"]).gates
     assert torch.allclose(keys() - before, gates.detach().expand_as(before), atol=1e-4)
 
@@ -334,13 +341,13 @@ def test_going_on_from_a_checkpoint_is_going_on(folder: Path, tmp_path: Path, pa
     straight = fit(folder, tmp_path / "a", 4, **settings)
     half = fit(folder, tmp_path / "b", 2, **settings)
     kept = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["state_dict"]
-    assert set(kept) == {f"concept.{name}" for name in ("embedding", "super_input", "target_input", *(
+    assert set(kept) == {f"concepts.0.{name}" for name in ("embedding", "super_input", "target_input", *(
         f"target_outputs_v.{n}" for n in range(LAYERS)))}
     resumed = fit(folder, tmp_path / "c", 4, tmp_path / "b" / "last.ckpt", **settings)
-    for name, value in straight.concept.state_dict().items():
-        assert torch.equal(resumed.concept.state_dict()[name], value), name
+    for name, value in straight.concepts[0].state_dict().items():
+        assert torch.equal(resumed.concepts[0].state_dict()[name], value), name
         if name != "super_input":
-            assert not torch.equal(half.concept.state_dict()[name], value), name
+            assert not torch.equal(half.concepts[0].state_dict()[name], value), name
 
 
 def test_a_run_leaves_its_concept(folder: Path, tmp_path: Path) -> None:
@@ -353,5 +360,5 @@ def test_a_run_leaves_its_concept(folder: Path, tmp_path: Path) -> None:
 def test_the_base_model_is_left_as_it_was(folder: Path, tmp_path: Path) -> None:
     model = fit(folder, tmp_path, 2)
     before = torch.load(folder / "base.ckpt", weights_only=True)["state_dict"]
-    after = {key: value for key, value in model.state_dict().items() if not key.startswith("concept.")}
+    after = {key: value for key, value in model.state_dict().items() if not key.startswith("concepts.")}
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)

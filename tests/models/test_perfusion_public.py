@@ -72,7 +72,7 @@ def test_two_steps_leave_a_concept_that_draws(config: str, tmp_path: Path) -> No
     width = model.cond_stage_model.token_table.shape[1]
     assert concept.embedding.shape == (1, width) and concept.target_input.shape == (width,)
     assert len(concept.target_output_v) == len(model.text_layers) > 7
-    assert float(model.concept.distance()) > 0
+    assert float(model.concepts[0].distance()) > 0
     assert model_section(config)["params"].get("parameterization", "eps") == model.parameterization
 
     base = load_base({"model": stand_in(MODELS[config], tmp_path)}, checkpoint, "cpu")

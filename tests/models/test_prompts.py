@@ -17,6 +17,7 @@ from ldm.models.diffusion.prompts import (
     check_placeholders,
     warn_of_idle_concepts,
     with_settings,
+    word_places,
     word_vector,
 )
 from ldm.modules.concept import Concept, base_fingerprint
@@ -193,6 +194,22 @@ def test_words_that_no_concept_has_and_concepts_that_no_prompt_names(caplog: pyt
     warn_of_idle_concepts(["a mask", "a cup"], ["sks", "cup"])  # in "mask" no encoder would find "sks"
     assert [record.getMessage() for record in caplog.records if "sks" in record.getMessage()]
     assert not [record for record in caplog.records if "cup" in record.getMessage()]
+
+
+def test_all_tokens_of_a_word_wherever_it_stands(
+    encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace], concept: Concept, inverse: Tensor
+) -> None:
+    prompts = ConceptPrompts(encoder, layers, [concept, other(concept)], inverse)
+    for prompt, word, places in (
+        (PROMPT, "<my-teddy>", [PLACE]), (PROMPT, "<My-Teddy>", [PLACE]), ("a <my-teddy>, a <mug>", "<mug>", [5]),
+        (PROMPT, "photo of", [2, 3]), ("a cat and a Cat", "cat", [2, 5]), ("a cat", "a cat", [1, 2]),
+    ):
+        assert word_places(prompts, prompt, word).nonzero().flatten().tolist() == places, (prompt, word)
+    several = SimpleNamespace(encoder=encoder, tokens=lambda texts: encoder.tokenize(texts, ["<x>"], [3]))
+    assert word_places(several, "a <x> here", "<x>").nonzero().flatten().tolist() == [2, 3, 4]
+    for word in ("cat", "phot", "<mug>", " "):
+        with pytest.raises(UserError, match="does not stand in the prompt"):
+            word_places(prompts, PROMPT, word)
 
 
 def test_word_vector(encoder: FrozenCLIPEmbedder) -> None:

@@ -1,23 +1,19 @@
 """Zero-shot masks with a tiny random CLIPSeg, compared with transformers' own processor and a closed form."""
 from __future__ import annotations
 
-import gzip
-import itertools
-import json
 import logging
 import shutil
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.tokenizer import bytes_to_unicode
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+from tiny_clips import MEAN, STD, segmenter_folder
+from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 
 from ldm.data.images import square
 from ldm.errors import UserError
@@ -30,42 +26,10 @@ from ldm.modules.segmentation import (
     soft_mask,
 )
 
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-
-
-def tiny_tokenizer(merges: int = 100) -> CLIPTokenizer:
-    """CLIP's own tokenizer with only the first of its merges."""
-    with gzip.open(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf8") as lines:
-        pairs = [tuple(line.split()) for line in itertools.islice(lines, 1, merges + 1)]
-    letters = list(bytes_to_unicode().values())
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in pairs)]
-    vocabulary = {word: row for row, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=pairs)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved CLIPSeg of 16 channels, run at 32 pixels in patches of 8, with random weights."""
-    place = tmp_path_factory.mktemp("segmenter")
-    tokenizer = tiny_tokenizer()
-    rows = len(tokenizer)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    model = CLIPSegForImageSegmentation(CLIPSegConfig(
-        text_config={**shape, "vocab_size": rows, "max_position_embeddings": 12, "initializer_factor": 20.0,
-                     "bos_token_id": rows - 2, "eos_token_id": rows - 1, "pad_token_id": rows - 1},
-        vision_config={**shape, "image_size": 32, "patch_size": 8, "initializer_factor": 20.0},
-        projection_dim=16, reduce_dim=8, extract_layers=[0, 1], decoder_num_attention_heads=2,
-        decoder_intermediate_size=16,
-    ))
-    with torch.no_grad():
-        for parameter in model.decoder.parameters():
-            parameter.normal_(std=0.5)
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    sizes = {"size": {"height": 48, "width": 48}, "image_mean": MEAN, "image_std": STD, "resample": 2}
-    (place / "preprocessor_config.json").write_text(json.dumps(sizes))
-    return place
+    return segmenter_folder(tmp_path_factory.mktemp("segmenter"))
 
 
 @pytest.fixture(scope="module")

@@ -76,8 +76,20 @@ def test_a_concept_changes_what_its_word_draws_and_settings_change_it(draw: Draw
     local = draw(*concept)
     assert apart(local, draw("--prompt", "a photo of a teddy outside", "--n_samples", 1)) > 20
     for setting in (("--bias", 1.5), ("--temperature", 1.0), ("--global_locking",), ("--scale", 5),
-                    ("--negative_prompt", "a mug"), ("--ddim_eta", 1), ("--embedding_path", world.mug)):
+                    ("--negative_prompt", "a mug"), ("--ddim_eta", 1)):
         assert apart(local, draw(*concept, *setting)) > ROUNDING, setting
+
+
+def test_a_picture_depends_on_the_concepts_that_it_names_only(draw: Draw, world: World) -> None:
+    both = ("--concept", world.teddy, "--embedding_path", world.mug)
+    batch = draw(*both, "--prompt", "a <mug> outside", PROMPT, "a cat", "--n_samples", 1, "--batch_size", 3)
+    alone = [draw("--concept", world.mug, "--prompt", "a <mug> outside", "--n_samples", 1),
+             draw("--concept", world.teddy, "--prompt", PROMPT, "--n_samples", 1),
+             draw("--prompt", "a cat", "--n_samples", 1)]
+    assert all(apart(ours, theirs[0]) <= ROUNDING for ours, theirs in zip(batch, alone, strict=True))
+    named = draw(*both, "--prompt", PROMPT, "--negative_prompt", "a <mug>", "--n_samples", 1)
+    assert apart(named[0], draw("--concept", world.teddy, "--prompt", PROMPT, "--negative_prompt", "a mug",
+                                "--n_samples", 1)[0]) > ROUNDING
 
 
 def test_every_sampler_draws_and_its_name_and_eta_are_kept_in_the_picture(draw: Draw, tmp_path: Path) -> None:

@@ -46,6 +46,12 @@ def test_a_name_and_a_folder(tmp_path: Path) -> None:
     assert OmegaConf.load(kept).lightning.seed == 5
 
 
+def test_a_callback_that_is_null_is_left_out(plain: Path, tmp_path: Path) -> None:
+    logdir = teach(tmp_path / "logs", *QUICK, "lightning.callbacks.pictures=null")
+    assert (plain / "images").is_dir() and not (logdir / "images").exists()
+    assert (logdir / "concept.safetensors").read_bytes() == (plain / "concept.safetensors").read_bytes()
+
+
 def test_without_training_nothing_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), teaching.as_one_process():
         teaching.train([*teaching.BASE, "-l", str(tmp_path / "logs"), "-t", "false"])

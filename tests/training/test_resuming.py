@@ -132,8 +132,8 @@ def test_a_resumed_run_shows_its_pictures_from_the_start(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("change", [
-    lambda weights: weights.update({"concept.embedding": torch.ones(1, 7)}),  # of another text encoder
-    lambda weights: weights.pop("concept.embedding"),
+    lambda weights: weights.update({"concepts.0.embedding": torch.ones(1, 7)}),  # of another text encoder
+    lambda weights: weights.pop("concepts.0.embedding"),
     lambda weights: (weights.clear(), weights.update({"encoder.conv_in.weight": torch.ones(4, 3, 3, 3)})),
 ], ids=["shape", "missing", "autoencoder"])
 def test_a_checkpoint_of_another_model(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.data.personalized import PersonalizedBase
@@ -22,7 +23,7 @@ from ldm.modules.rank_one import invert_covariance
 
 
 class Perfusion(ConceptLearner):
-    """A frozen latent diffusion model that learns one concept, or draws learned ones.
+    """A frozen latent diffusion model that learns concepts, or draws learned ones.
 
     Args (beside those of `ConceptLearner`, whose segmenter makes the masks of the zero-shot mask loss):
         bias, temperature: beta and tau of the gate in training, and the concept's defaults in sampling.
@@ -56,33 +57,48 @@ class Perfusion(ConceptLearner):
             covariance = cached_covariance(encoder) if self.covariance is None else load_covariance(
                 self.covariance, encoder_fingerprint(encoder))
             self._inverse_covariance = invert_covariance(covariance)
-        return self._inverse_covariance.to(self.device)
+        self._inverse_covariance = self._inverse_covariance.to(self.device)
+        return self._inverse_covariance
 
-    def make_concept(self, data: PersonalizedBase) -> LearnedConcept:
+    def make_concept(self, data: PersonalizedBase, super_category: str) -> LearnedConcept:
         encoder = self.cond_stage_model
-        start = word_vector(encoder, self.super_category)
-        tokens = self.training_tokens(data.templates)
+        start = word_vector(encoder, super_category)
+        tokens = self.training_tokens(data)
         super_input = encoder.encode_tokens(tokens, start)[self.concept_positions(tokens)].mean(0)
         self.inverse_covariance()
         return LearnedConcept(start, super_input, self.text_layers, self.locking)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": [self.concept.embedding], "lr": self.embedding_lr},
-                {"params": self.concept.values(), "lr": self.value_lr}]
+        return [{"params": [concept.embedding for concept in self.concepts], "lr": self.embedding_lr},
+                {"params": [value for concept in self.concepts for value in concept.values()], "lr": self.value_lr}]
 
     def prompt_context(self, prompts: list[str], average: bool = False) -> PromptContext:
-        """The concept's prompts under the edit as it now is; `average` moves i* by them first."""
-        tokens, encoding, rows = self.encoded(prompts, self.concept.embedding)
+        """Each prompt under the edit, as it now is, of the concept that it names; `average` moves i* by them first."""
+        tokens, encoding, rows = self.encoded(prompts, [concept.embedding for concept in self.concepts])
+        last, where = tokens.max(1)
+        named = last - len(self.cond_stage_model.token_table)  # a concept's token is numbered past the vocabulary
+        places = named.unique().tolist()
         if average:
-            here = self.concept_positions(tokens)
-            parts = self.trainer.accumulate_grad_batches  # each moves i* by its share of the step
-            self.concept.move_target_input(encoding[rows][here[rows]], self.target_input_decay ** (1 / parts))
-        return self.concept.edit(self.bias, self.temperature).context(encoding, self.inverse_covariance()).select(rows)
+            for place in places:
+                own = rows[named[rows] == place]
+                decay = self.target_input_decay ** (1 / self.parts)  # each part moves i* by its share of the step
+                self.concepts[place].move_target_input(encoding[own, where[own]], decay)
+            self._exchange_target_inputs()
+        edited = [self.concepts[place].edit(self.bias, self.temperature).context(
+            encoding[named == place], self.inverse_covariance()) for place in places]
+        sorted_by_concept = named.argsort(stable=True)
+        return PromptContext.cat(edited).select(sorted_by_concept.argsort()[rows])
+
+    def _exchange_target_inputs(self) -> None:
+        """Every device gets the i* of the concepts that others learn; optimisers keep the rest the same everywhere."""
+        devices = self.trainer.world_size
+        for place, concept in enumerate(self.concepts if devices > 1 else ()):
+            torch.distributed.broadcast(concept.target_input, src=place % devices)
 
     def step_context(self, prompts: list[str]) -> PromptContext:
         return self.prompt_context(prompts, average=True)
 
-    def learned(self) -> Concept:
-        return self.concept.to_concept(
-            placeholder=self.placeholder, super_category=self.super_category, bias=float(self.bias),
+    def learned(self, place: int = 0) -> Concept:
+        return self.concepts[place].to_concept(
+            placeholder=self.placeholders[place], super_category=self.super_categories[place], bias=float(self.bias),
             temperature=float(self.temperature), steps=int(self.global_step), base=self.base)

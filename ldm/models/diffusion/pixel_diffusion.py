@@ -125,18 +125,24 @@ class DDPM(ResumableModule):
     def p_losses(self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None,
                  weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective at the steps t (B,) and the numbers to log."""
+        losses, numbers = self.sample_losses(x_start, cond, t, noise, weight)
+        return losses.mean(), {name: values.mean() for name, values in numbers.items()}
+
+    def sample_losses(self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None,
+                      weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of each sample at its step t, and the numbers to log, each (B,)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         output = self.apply_model(q_sample(self, x_start, t, noise), t, cond)
         target = training_target(self, self.parameterization, x_start, noise, t)
         error = error_per_sample(output, target, self.loss_type, weight)
         logvar = self.logvar[t]
-        loss = self.l_simple_weight * (error / logvar.exp() + logvar).mean()
-        numbers = {"loss_simple": error.detach().mean()}
+        losses = self.l_simple_weight * (error / logvar.exp() + logvar)
+        numbers = {"loss_simple": error.detach()}
         if self.original_elbo_weight:
-            bound = (self.lvlb_weights[t] * error).mean()
-            loss = loss + self.original_elbo_weight * bound
+            bound = self.lvlb_weights[t] * error
+            losses = losses + self.original_elbo_weight * bound
             numbers["loss_vlb"] = bound.detach()
-        return loss, {**numbers, "loss": loss.detach()}
+        return losses, {**numbers, "loss": losses.detach()}
 
     def draw_timesteps(self, count: int, device: torch.device) -> Tensor:
         """(count,) steps in [0, T) to train on."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,10 @@ class PriorPreservation(Tuning):
         self.prior_weight, self.prior_count = prior_weight, prior_count
         self.prior_steps, self.prior_scale = prior_steps, prior_scale
 
-    def word(self) -> tuple[Tensor, Tensor]:
+    def word(self, super_category: str) -> tuple[Tensor, Tensor]:
         encoder = self.cond_stage_model
-        category = encoder.token_table[encoder.word_pieces(self.super_category)]
-        start = word_vector(encoder, self.super_category if self.rare_word is None else self.rare_word)
+        category = encoder.token_table[encoder.word_pieces(super_category)]
+        start = word_vector(encoder, super_category if self.rare_word is None else self.rare_word)
         after = category[:0] if self.rare_word is None else category
         return (start, after) if self.learns_word else (start[:0], torch.cat([start, after]))
 
@@ -74,19 +74,19 @@ class PriorPreservation(Tuning):
 
     # The prior
 
-    def make_concept(self, data: PersonalizedBase) -> LearnedWord:
+    def make_concept(self, data: PersonalizedBase, super_category: str) -> LearnedWord:
         if self.prior_weight:
-            prompts = [fill(template, self.super_category) for template in data.templates]
+            prompts = [fill(template, super_category) for template in data.templates]
             self._prior_encodings = self.cond_stage_model(prompts)
             self._prior = self._drawn_prior(prompts)
-        return super().make_concept(data)
+        return super().make_concept(data, super_category)
 
     def _drawn_prior(self, prompts: list[str]) -> Tensor:
         """Latents (prior_count, C, h, w) of pictures of the prompts, which take turns; from the cache if there."""
         path = Path(self.trainer.default_root_dir).parent / "prior" / f"{self._prior_key(prompts)}.safetensors"
         if path.is_file():
             return load_tensors(path)[0]["latents"]
-        log.info("drawing %d pictures of %r for prior preservation", self.prior_count, self.super_category)
+        log.info("drawing %d pictures of %r for prior preservation", self.prior_count, self.super_categories[0])
         firsts = trange(0, self.prior_count, DRAWN_AT_A_TIME, desc="prior", unit="batch")
         training = self.training
         self.eval()
@@ -119,14 +119,16 @@ class PriorPreservation(Tuning):
         """The encoded prompts of the pictures with these numbers."""
         return PromptContext.plain(self._prior_encodings[(numbers % len(self._prior_encodings)).to(self.device)])
 
-    def step_loss(self, batch: Mapping[str, Any], generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """L(photos) + lambda L(prior), each the base model's own objective."""
-        loss, numbers = super().step_loss(batch, generator)
+    def step_losses(self, batches: Mapping[int, Mapping[str, Any]], generators: Sequence[Generator]
+                    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """L(photos) + lambda L(prior), each the base model's own objective, of the only concept: (1,)."""
+        losses, numbers = super().step_losses(batches, generators)
         if not self.prior_weight:
-            return loss, numbers
+            return losses, numbers
+        (batch,), (generator,) = batches.values(), generators
         chosen = torch.randint(self.prior_count, (len(batch["caption"]),), generator=generator)
         z = self._prior[chosen].to(self.device)
         noise, t = self.noise_and_times(z, generator)
         prior, _ = self.p_losses(z, self._prior_context(chosen), t, noise)
-        total = loss + self.prior_weight * prior
-        return total, {**numbers, "loss_prior": prior.detach(), "loss": total.detach()}
+        total = losses + self.prior_weight * prior
+        return total, {**numbers, "loss_prior": prior.detach()[None], "loss": total.detach()}

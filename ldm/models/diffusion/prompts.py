@@ -42,6 +42,32 @@ class TextEncoder(Protocol):
     def encode_tokens(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor: ...
 
 
+class PromptTokens(Protocol):
+    """What knows how prompts become tokens: `ConceptPrompts`, or `TunedPrompts` of other methods."""
+
+    encoder: TextEncoder
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor: ...
+
+
+def word_places(encoder: PromptTokens, prompt: str, word: str) -> Tensor:
+    """(N,) booleans, true at all tokens of `word`, a placeholder or plain words, wherever it stands in the prompt.
+
+    Raises:
+        UserError: it does not.
+    """
+    row, alone = encoder.tokens([prompt, word])
+    learned = alone[alone >= len(encoder.encoder.token_table)]
+    pieces = learned if len(learned) else torch.tensor(encoder.encoder.word_pieces(word), dtype=row.dtype)
+    places = torch.zeros(len(row), dtype=torch.bool)
+    if len(pieces):
+        starts = (row.unfold(0, len(pieces), 1) == pieces).all(1).nonzero()
+        places[starts + torch.arange(len(pieces))] = True
+    if not places.any():
+        raise UserError(f"the word {word!r} does not stand in the prompt {prompt!r}; name one that does")
+    return places
+
+
 def check_super_category(encoder: TextEncoder, words: str) -> None:
     """Raises a UserError for a super-category that says nothing to the text encoder; warns of single such words."""
     if re.search(PLACEHOLDER, words):
@@ -86,9 +112,9 @@ def warn_of_idle_concepts(prompts: Sequence[str], placeholders: Sequence[str]) -
             log.warning("warning: concept %s is loaded, but its word does not stand in the prompt", word)
 
 
-def with_settings(concepts: Sequence[Learned], biases: Sequence[float] | None = None,
-                  temperatures: Sequence[float] | None = None) -> list[Learned]:
-    """The concepts with beta or tau in place of their own: one value for all, or one for each.
+def with_settings(concepts: Sequence[Learned], biases: Sequence[float | None] | None = None,
+                  temperatures: Sequence[float | None] | None = None) -> list[Learned]:
+    """The concepts with beta or tau in place of their own: one value for all, or one for each; None leaves its own.
 
     Raises:
         UserError: another number of values, or a concept that has no gate.
@@ -104,7 +130,8 @@ def with_settings(concepts: Sequence[Learned], biases: Sequence[float] | None = 
         if len(values) not in (1, len(changed)):
             raise UserError(f"{len(values)} values of {name} for {len(changed)} concepts; give one, or one each")
         each = values if len(values) == len(changed) else [values[0]] * len(changed)
-        changed = [replace(concept, **{name: value}) for concept, value in zip(changed, each, strict=True)]
+        changed = [concept if value is None else replace(concept, **{name: value})
+                   for concept, value in zip(changed, each, strict=True)]
     return changed
 
 
@@ -152,6 +179,10 @@ class ConceptPrompts:
             found = inverse_covariance() if callable(inverse_covariance) else inverse_covariance
             self.inverse_covariance = found.to(table.device)
 
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """(B, N) numbers of word pieces, those of placeholders past the vocabulary's; raises as `encode` does."""
+        return self.encoder.tokenize(prompts, self.placeholders)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], biases: Sequence[float] | None = None,
                temperatures: Sequence[float] | None = None, global_locking: bool = False) -> PromptContext:
@@ -164,7 +195,7 @@ class ConceptPrompts:
         Raises:
             UserError: a prompt is too long, or there is not one bias or temperature per concept.
         """
-        tokens = self.encoder.tokenize(prompts, self.placeholders)
+        tokens = self.tokens(prompts)
         if not self.concepts:
             return PromptContext.plain(self.encoder.encode_tokens(tokens), cache=True)
         table = self.encoder.token_table
@@ -175,3 +206,15 @@ class ConceptPrompts:
             instead = self.encoder.encode_tokens(tokens, vectors)
         edit = stack_concepts(with_settings(self.concepts, biases, temperatures), self.text_layers)
         return edit.context(encoding, self.inverse_covariance, super_encoding=instead, cache=True)
+
+    def only_named(self, context: PromptContext, texts: Sequence[str]) -> PromptContext:
+        """What `encode` gave, with just those concepts acting on each prompt whose words stand in its text of `texts`.
+
+        So prompts of one batch may use different concepts, and each is drawn as if no other were loaded.
+        """
+        named = [[number in split_at_placeholders(text, self.placeholders) for number in range(len(self.concepts))]
+                 for text in texts]
+        if all(map(all, named)):
+            return context
+        target_inputs = torch.stack([concept.target_input for concept in self.concepts]).to(self.inverse_covariance)
+        return context.restricted(torch.tensor(named, device=context.device), target_inputs, self.inverse_covariance)

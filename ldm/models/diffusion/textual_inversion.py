@@ -26,6 +26,6 @@ class TextualInversion(Tuning):
         super().__init__(**tuning)
         self.vectors_per_word = vectors_per_word
 
-    def word(self) -> tuple[Tensor, Tensor]:
-        start = word_vector(self.cond_stage_model, self.super_category)
+    def word(self, super_category: str) -> tuple[Tensor, Tensor]:
+        start = word_vector(self.cond_stage_model, super_category)
         return start.repeat(self.vectors_per_word, 1), start[:0]

@@ -46,6 +46,10 @@ class TunedPrompts:
             weights = merged_weights(own, self.concepts, inverse_covariance())
         self.weights = {name: _like(weight, own[name]) for name, weight in weights.items()}
 
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """(B, N) numbers of word pieces, those of placeholders past the vocabulary's; raises as `encode` does."""
+        return self.encoder.tokenize(prompts, self.placeholders, [len(concept.vectors) for concept in self.concepts])
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], global_locking: bool = False) -> PromptContext:
         """What the U-Net needs of the prompts, for use at every timestep.
@@ -56,10 +60,13 @@ class TunedPrompts:
         if global_locking:
             raise UserError(f"--global_locking: concept {self.concepts[0].label} was learned "
                             f"{self.concepts[0].summary}, which locks no keys; leave the flag out")
-        vectors = [concept.vectors for concept in self.concepts]
-        tokens = self.encoder.tokenize(prompts, self.placeholders, [len(rows) for rows in vectors])
-        encoding = self.encoder.encode_tokens(tokens, torch.cat(vectors).to(self.encoder.token_table.device))
+        vectors = torch.cat([concept.vectors for concept in self.concepts]).to(self.encoder.token_table.device)
+        encoding = self.encoder.encode_tokens(self.tokens(prompts), vectors)
         return PromptContext.plain(encoding, cache=True, weights=self.weights)
+
+    def only_named(self, context: PromptContext, texts: Sequence[str]) -> PromptContext:
+        """What `encode` gave: beside words, these concepts have only weights, which act on every prompt."""
+        return context
 
 
 def _check_weights(concept: TunedConcept, own: Mapping[str, Tensor]) -> None:

@@ -30,29 +30,31 @@ class Tuning(ConceptLearner):
         super().__init__(**concept_learner)
         self.embedding_lr = embedding_lr
 
-    def word(self) -> tuple[Tensor, Tensor]:
+    def word(self, super_category: str) -> tuple[Tensor, Tensor]:
         """Where the learned vectors (n, width) of the word start, and the vectors (m, width) that follow and stay."""
         raise NotImplementedError
 
-    def make_concept(self, data: PersonalizedBase) -> LearnedWord:
-        word = LearnedWord(*self.word()).to(self.device)
-        self._tokens = self.training_tokens(data.templates, len(word()))
+    def make_concept(self, data: PersonalizedBase, super_category: str) -> LearnedWord:
+        word = LearnedWord(*self.word(super_category)).to(self.device)
+        self._tokens = self.training_tokens(data, len(word()))
         return word
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": [self.concept.vectors], "lr": self.embedding_lr}] if len(self.concept.vectors) else []
+        learned = [concept.vectors for concept in self.concepts if len(concept.vectors)]
+        return [{"params": learned, "lr": self.embedding_lr}] if learned else []
 
     def prompt_context(self, prompts: list[str]) -> PromptContext:
-        _, encoding, rows = self.encoded(prompts, self.concept())
+        _, encoding, rows = self.encoded(prompts, [concept() for concept in self.concepts])
         return PromptContext.plain(encoding[rows])
 
-    def learned(self) -> TunedConcept:
+    def learned(self, place: int = 0) -> TunedConcept:
         """What has been learned so far; its weights are the model's own, not copies of them."""
+        trained = [*self.concepts[place].parameters(), *self.tuned_weights().values()]
         return TunedConcept(
-            method=self.method, placeholder=self.placeholder, super_category=self.super_category,
-            vectors=self.concept().detach(), inputs=self.word_inputs(),
+            method=self.method, placeholder=self.placeholders[place], super_category=self.super_categories[place],
+            vectors=self.concepts[place]().detach(), inputs=self.word_inputs(),
             weights={name: weight.detach() for name, weight in self.tuned_weights().items()},
-            parameter_count=sum(parameter.numel() for parameter in self.trained_parameters()),
+            parameter_count=sum(parameter.numel() for parameter in trained),
             steps=int(self.global_step), base=self.base)
 
     def word_inputs(self) -> Tensor:

@@ -1,11 +1,21 @@
 """Encoders of conditions, under the names by which CompVis latent-diffusion's configs call them."""
 from __future__ import annotations
 
+from typing import Any
+
 from ldm.modules.encoders.bert import BERTEmbedder, BERTTokenizer, TransformerEmbedder
 from ldm.modules.encoders.clip import TOKENIZER, FrozenCLIPEmbedder
 from ldm.modules.encoders.conditions import ClassEmbedder, SpatialRescaler
-from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder
 from ldm.modules.encoders.prompts import AbstractEncoder, split_at_placeholders
 
 __all__ = ["TOKENIZER", "AbstractEncoder", "BERTEmbedder", "BERTTokenizer", "ClassEmbedder", "FrozenCLIPEmbedder",
-           "FrozenOpenCLIPEmbedder", "SpatialRescaler", "TransformerEmbedder", "split_at_placeholders"]
+           "SpatialRescaler", "TransformerEmbedder", "split_at_placeholders"]
+
+
+def __getattr__(name: str) -> Any:
+    """`FrozenOpenCLIPEmbedder` when it is asked for: open_clip takes a second that other encoders need not wait for."""
+    if name != "FrozenOpenCLIPEmbedder":
+        raise AttributeError(f"{__name__} has no {name}")
+    from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder
+
+    return FrozenOpenCLIPEmbedder

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 
+VOWELS = tuple("aeiou")
+
 
 class AbstractEncoder(nn.Module):
     """Something that turns a batch of conditions into what the U-Net attends to."""
@@ -161,3 +163,13 @@ def whole_word(word: str) -> str:
     before = r"(?<!\w)" if re.match(r"\w", word) else ""
     after = r"(?!\w)" if re.search(r"\w$", word) else ""
     return f"{before}{re.escape(word)}{after}"
+
+
+def put(words: str, placeholder: str, text: str) -> str:
+    """`text` with `words` where a placeholder stands, in any case; "a {}" becomes "an owl", but "a <my-owl>"."""
+    ending = "n " if words.lower().startswith(VOWELS) else " "
+
+    def instead(found: re.Match[str]) -> str:
+        return (found[1][0] + ending if found[1] else "") + words
+
+    return re.sub(rf"(\ban? )?{whole_word(placeholder)}", instead, text, flags=re.IGNORECASE)

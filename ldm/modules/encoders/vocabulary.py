@@ -5,12 +5,14 @@ A table `X.weight` (V, d) is kept in a file as `X.weight.rows` (k, d), `X.weight
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ldm.errors import UserError
 from ldm.files import load_tensors
@@ -66,12 +68,24 @@ def load_pretrained(cls: Any, path: str | Path) -> Any:
     if file.is_file():
         stored = unpack_tables(load_tensors(file)[0])
         whole = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
-        source = {"pretrained_model_name_or_path": None, "config": cls.config_class.from_pretrained(path),
-                  "state_dict": whole}
+        config = cls.config_class.from_pretrained(path)
+        with _without_bars():
+            model, report = cls.from_pretrained(None, config=config, state_dict=whole, output_loading_info=True)
     else:
-        source = {"pretrained_model_name_or_path": path, "dtype": torch.float32}
-    model, report = cls.from_pretrained(**source, output_loading_info=True)
+        model, report = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers and go on
         raise UserError(f"{path}: has no weights for {missing[0]} ({len(missing)} missing); copy or download it again")
     return model
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """`transformers` shows no progress bar while this lasts: tensors that are in memory take no time."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

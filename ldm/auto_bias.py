@@ -1,0 +1,205 @@
+"""A balanced bias for a concept, found by a small sweep: what `--bias auto` does.
+
+The bias beta trades the prompt against the concept: the higher it is, the more of the prompt and the less of the
+concept there is in a picture, and every value is a point on a curve of text- against image-similarity (Tewel et al.,
+"Key-Locked Rank One Editing for Text-to-Image Personalization", 2023). Where its middle lies differs from concept to
+concept, so a few pictures are drawn at each of some biases and measured by a CLIP.
+
+The rule of `balanced`: text similarity and likeness are each rescaled to 0 at their lowest and 1 at their highest in
+the sweep, as their cosines are of different size and spread; the bias of the highest harmonic mean of the two is taken.
+That mean is close to the smaller of both, so that neither is bought by giving up the other, and it is 0 where one of
+them is lowest, as they are at the two ends of the sweep.
+
+A measure is flat where its best and its worst bias differ by less than `FLAT`, or than twice the standard error of that
+difference over pictures of the same prompts and noise: rescaled, it would be chance made large. Flat text similarity
+loses nothing at any bias, so it counts as 1 throughout, and likeness decides alone. Where likeness is flat, the CLIP
+does not see how much of the concept there is; what a bias would cost is unknown then, and the concept keeps its own.
+"""
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm import inference
+from ldm.data.images import square, to_tensor
+from ldm.data.templates import SLOT
+from ldm.errors import UserError
+from ldm.inference import Job, Sampling
+from ldm.models.diffusion.samplers import sampler_class
+from ldm.models.recogniser import Recogniser, check_clip_name
+from ldm.modules.concept import Concept
+from ldm.modules.encoders.prompts import put, split_at_placeholders
+
+log = logging.getLogger(__name__)
+
+BIASES = (0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 1.05)
+GLOBAL_BIASES = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # with global locking the paper's usual range is 0.2 lower
+# Enough to see what is in a picture: of so few steps the bundled model makes good ones by DDIM, garish ones by the
+# samplers on Karras sigmas, which spend most of them where nothing is to be seen yet.
+SAMPLER, STEPS = "ddim", 12
+PROMPTS = 2
+NEUTRAL = (f"a photo of a {SLOT}", f"a photo of a {SLOT} on the beach")
+SEEDS = range(4)  # the same in every run, so that the bias does not hang on the pictures' own seeds
+REFERENCE_SEEDS = range(4, 8)  # others: pictures from the same noise are alike by that alone
+FLAT = 1.0  # cosines x 100: nobody sees a smaller difference
+TINY = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """What pictures at one bias reach: cosines x 100, (n,) each, of the same prompts and noise at every bias."""
+
+    bias: float
+    texts: np.ndarray
+    likenesses: np.ndarray
+
+    @property
+    def text(self) -> float:
+        return float(self.texts.mean())
+
+    @property
+    def likeness(self) -> float:
+        return float(self.likenesses.mean())
+
+
+def balanced(tried: Sequence[Tried], usual: float) -> Tried:
+    """The bias of the best balance, as the module says; of equally good ones that closest to `usual`."""
+    texts, likenesses = _measures(tried)
+    if is_flat(likenesses):
+        return min(tried, key=lambda one: abs(one.bias - usual))
+    likeness = _rescaled(likenesses)
+    text = np.ones_like(likeness) if is_flat(texts) else _rescaled(texts)
+    scores = 2 * text * likeness / np.maximum(text + likeness, TINY)
+    return max(zip(scores, tried, strict=True), key=lambda scored: (scored[0], -abs(scored[1].bias - usual)))[1]
+
+
+def said(concept: Concept, chosen: Tried, tried: Sequence[Tried]) -> str:
+    """The choice in one line, with what makes it doubtful."""
+    flat = [name for name, values in zip(("text", "likeness"), _measures(tried), strict=True) if is_flat(values)]
+    doubt = f"; {' and '.join(flat)} hardly change{'' if len(flat) > 1 else 's'}" if flat else ""
+    kept = ", so it keeps its own" if "likeness" in flat else ""
+    biases = [one.bias for one in tried]
+    return (f"bias of {concept.placeholder}: {chosen.bias:g} (text {chosen.text:.1f}, likeness {chosen.likeness:.1f}; "
+            f"tried {min(biases):g} to {max(biases):g}{doubt}{kept})")
+
+
+def about(concept: Concept, others: Iterable[Concept], prompts: Iterable[str]) -> list[str]:
+    """What to draw of a concept alone: the first prompts that name it, with plain words for other concepts, and neutral
+    ones where those are too few."""
+    own = [prompt for prompt in prompts if 0 in split_at_placeholders(prompt, [concept.placeholder])]
+    neutral = [put(concept.placeholder, SLOT, prompt) for prompt in NEUTRAL]
+    chosen = list(dict.fromkeys([*own, *neutral]))[:PROMPTS]
+    for other in others:
+        if other is not concept:
+            chosen = [put(other.super_category, other.placeholder, prompt) for prompt in chosen]
+    return chosen
+
+
+def clip_for(name: str | None, config: DictConfig, checkpoint: str | Path | None) -> str:
+    """The CLIP of --clip, or else the folder evaluation_clip beside the base model; nothing is loaded.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if name is not None:
+        if not Path(name).is_dir():
+            check_clip_name(name)
+        return name
+    weights = checkpoint or OmegaConf.select(config, "model.params.ckpt_path")
+    beside = Path(weights).parent / "evaluation_clip" if weights else None
+    if beside is None or not beside.is_dir():
+        where = f" at {beside}" if beside else ""
+        raise UserError(f"--bias auto measures pictures by a CLIP, and there is none{where}; name a folder of one with "
+                        "--clip, or one to download such as ViT-B-32/openai")
+    return str(beside)
+
+
+class BiasFinder:
+    """Finds balanced biases with one base model and one CLIP.
+
+    Args:
+        model: as `inference.load_base` gives it.
+        config: the model's.
+        sampling: how pictures are going to be drawn; sampler, steps and size are replaced by quick ones.
+        recogniser: the CLIP.
+        photos: pictures of the concept; None: likeness is that to pictures drawn with the lowest bias, of "a photo of"
+            the concept.
+        global_locking: as for `ConceptPrompts.encode`.
+    """
+
+    def __init__(self, model: Any, config: DictConfig, sampling: Sampling, recogniser: Recogniser,
+                 photos: Sequence[Image.Image] | None = None, global_locking: bool = False) -> None:
+        size = inference.latent_size(config)
+        self.model, self.recogniser, self.photos, self.global_locking = model, recogniser, photos, global_locking
+        self.side = min(inference.picture_size(config, size))
+        self.sampling = replace(sampling, latent_size=size, sampler=SAMPLER, steps=STEPS,
+                                eta=sampler_class(SAMPLER).checked_eta(None))
+        self.biases = GLOBAL_BIASES if global_locking else BIASES
+
+    def find(self, concept: Concept, prompts: Sequence[str]) -> Tried:
+        """The balanced bias of a concept for prompts that name no other; logs it.
+
+        Raises:
+            UserError: the concept is of another base model, or a prompt is too long.
+        """
+        tried = self.sweep(concept, prompts)
+        chosen = balanced(tried, concept.bias)
+        log.info("%s", said(concept, chosen, tried))
+        return chosen
+
+    def sweep(self, concept: Concept, prompts: Sequence[str]) -> list[Tried]:
+        """What pictures of the prompts reach at each bias, from the lowest up, the concept's own among them."""
+        jobs = [Job(prompt, seed) for prompt in prompts for seed in SEEDS]
+        texts = self.recogniser.embed_texts([put(concept.super_category, concept.placeholder, job.prompt)
+                                             for job in jobs])
+        encoder = inference.prompt_encoder(self.model, [concept])
+        alike = self._shown(self.photos or self._drawn(encoder, _reference_jobs(concept), self.biases[0]))
+        tried = []
+        biases = sorted({*self.biases, concept.bias})
+        for bias in tqdm(biases, desc=f"bias of {concept.placeholder}", leave=False, disable=None):
+            seen = self._shown(self._drawn(encoder, jobs, bias))
+            cosines = (seen * texts).sum(1), (seen @ alike.T).mean(1)
+            tried.append(Tried(bias, *(100 * each.double().numpy() for each in cosines)))
+        return tried
+
+    def _drawn(self, encoder: Any, jobs: Sequence[Job], bias: float) -> list[Image.Image]:
+        encoded = inference.encode_once(encoder, [job.prompt for job in jobs], biases=[bias],
+                                        global_locking=self.global_locking)
+        return list(inference.draw_pictures(self.model, encoded, jobs, self.sampling))
+
+    def _shown(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """(n, d): what the CLIP sees in the middle square of each."""
+        return self.recogniser.embed_images(torch.stack([to_tensor(square(one, self.side)) for one in pictures]))
+
+
+def _reference_jobs(concept: Concept) -> list[Job]:
+    return [Job(put(concept.placeholder, SLOT, NEUTRAL[0]), seed) for seed in REFERENCE_SEEDS]
+
+
+def _measures(tried: Sequence[Tried]) -> tuple[np.ndarray, np.ndarray]:
+    """Text similarity and likeness, (biases, n) each."""
+    return np.stack([one.texts for one in tried]), np.stack([one.likenesses for one in tried])
+
+
+def is_flat(values: np.ndarray) -> bool:
+    """Whether what was measured at each bias, (biases, n), could as well be the same at all of them."""
+    means, count = values.mean(1), values.shape[1]
+    apart = values[means.argmax()] - values[means.argmin()]
+    error = apart.std(ddof=1) / count**0.5 if count > 1 else 0.0
+    return bool(apart.mean() < max(FLAT, 2 * error))
+
+
+def _rescaled(values: np.ndarray) -> np.ndarray:
+    """The means of (biases, n), 0 at the lowest and 1 at the highest."""
+    means = values.mean(1)
+    return (means - means.min()) / np.ptp(means)
