@@ -23,5 +23,9 @@ setup(
         "taming-transformers-rom1504",  # the quantizer and the discriminator of the public first stages
         "einops",  # which that package imports without saying so
     ],
-    extras_require={"test": ["pytest", "hypothesis", "scipy", "diffusers>=0.30", "perfusion-pytorch", "ruff"]},
+    extras_require={
+        "evaluation": ["matplotlib"],
+        "benchmark": ["diffusers>=0.30", "peft"],
+        "test": ["pytest", "hypothesis", "scipy", "diffusers>=0.30", "perfusion-pytorch", "ruff", "matplotlib", "peft"],
+    },
 )

@@ -77,15 +77,16 @@ def overlaps(segmenter: ZeroShotSegmenter, scenes: Dataset, count: int) -> list[
     return found
 
 
-def seconds_of(command: Sequence[str | Path]) -> float:
-    """How long a command takes from start to end, on at most two threads.
+def seconds_of(command: Sequence[str | Path], most_threads: int | None = THREADS, cwd: Path | None = None) -> float:
+    """How long a command takes from start to end, on at most two threads unless told otherwise (None: no limit).
 
     Raises:
         UserError: it fails.
     """
-    limits = {name: str(min(THREADS, os.cpu_count() or 1)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    count = None if most_threads is None else str(min(most_threads, os.cpu_count() or 1))
+    limits = {name: count for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if count is not None}
     began = time.perf_counter()
-    done = subprocess.run([*map(str, command)], env={**os.environ, **limits}, capture_output=True, text=True)
+    done = subprocess.run([*map(str, command)], env={**os.environ, **limits}, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
         raise UserError(f"{Path(command[1]).name} failed while it was timed: {said}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -165,13 +165,23 @@ def _assemble(path: Path, settings: Sequence[object], tensors: Mapping[str, Tens
     problem = _problem(settings, tensors)
     if problem:
         raise UserError(f"{path}: {problem}")
-    concepts = []
+    concepts, of_each = [], _by_position(tensors)
     for n, values in enumerate(settings):
-        vectors = {name: tensors[f"{n}.{name}"].float() for name in VECTORS}
-        tables = {name: {k: t.float() for k, t in _under(f"{n}.{name}.", tensors).items()} for name in TABLES}
+        own = of_each[str(n)]
+        vectors = {name: own[name].float() for name in VECTORS}
+        tables = {name: {k: t.float() for k, t in _under(f"{name}.", own).items()} for name in TABLES}
         known = {name: values[name] for name in SETTINGS}
         concepts.append(Concept(**known, **vectors, **tables, source=str(path)))
     return concepts
+
+
+def _by_position(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each concept by its position, their names without it: files of thousands are sorted once."""
+    of_each: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        position, _, rest = name.partition(".")
+        of_each.setdefault(position, {})[rest] = tensor
+    return of_each
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,27 +192,29 @@ def _problem(settings: Sequence[object], tensors: Mapping[str, Tensor]) -> str |
     """What is wrong with the contents of a concept file and what to do about it, or None."""
     if not settings:
         return "no concept in it; train one or name another file"
-    for n, values in enumerate(settings):
-        problem = _settings_problem(values) or _tensors_problem(n, tensors)
+    of_each = _by_position(tensors)
+    positions = [str(n) for n in range(len(settings))]
+    for n, values in zip(positions, settings, strict=True):
+        problem = _settings_problem(values) or _tensors_problem(of_each.get(n, {}))
         if problem:
             name = values.get("placeholder", n) if isinstance(values, dict) else n
             return f"concept {name}: {problem}"
-    unknown = [name for name in tensors if not _is_known(name, len(settings))]
+    known = set(positions)
+    unknown = [name for name in tensors if not _is_known(name, known)]
     if unknown:
         return f"holds {unknown[0]}, which belongs to no concept in it; copy or train it again"
     words = [values["placeholder"] for values in settings]
     if len(set(words)) < len(words):
         return f"several concepts are called {_first_repeated(words)}; give each its own placeholder"
-    shapes = [_base_shapes(n, tensors) for n in range(len(words))]
+    shapes = [_base_shapes(of_each[n]) for n in positions]
     if any(one != shapes[0] for one in shapes) or len({values["base"] for values in settings}) > 1:
         return "its concepts are of different base models; keep them in files of their own"
     return None
 
 
-def _base_shapes(n: int, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def _base_shapes(own: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     """The shapes that follow from the base model; keys left out, as some concepts have trained ones, others locked."""
-    shapes = {name: tensor.shape for name, tensor in _under(f"{n}.", tensors).items()}
-    return {name: shape for name, shape in shapes.items() if not name.startswith("target_output_k.")}
+    return {name: tensor.shape for name, tensor in own.items() if not name.startswith("target_output_k.")}
 
 
 def _settings_problem(values: object) -> str | None:
@@ -220,12 +232,12 @@ def _settings_problem(values: object) -> str | None:
     return None
 
 
-def _tensors_problem(n: int, tensors: Mapping[str, Tensor]) -> str | None:
-    missing = [name for name in VECTORS if f"{n}.{name}" not in tensors]
-    values, keys = (_under(f"{n}.{name}.", tensors) for name in TABLES)
+def _tensors_problem(own: Mapping[str, Tensor]) -> str | None:
+    missing = [name for name in VECTORS if name not in own]
+    values, keys = (_under(f"{name}.", own) for name in TABLES)
     if missing or not values:
         return f"{', '.join(missing) or 'target_output_v'} is missing; copy or train it again"
-    embedding, target_input, super_input = (tensors[f"{n}.{name}"] for name in VECTORS)
+    embedding, target_input, super_input = (own[name] for name in VECTORS)
     if embedding.ndim != 2 or len(embedding) != 1:
         return f"its embedding must be one vector, not of shape {tuple(embedding.shape)}; train it again"
     if target_input.ndim != 1 or super_input.shape != target_input.shape:
@@ -238,7 +250,7 @@ def _tensors_problem(n: int, tensors: Mapping[str, Tensor]) -> str | None:
             return f"its target outputs of layer {layer} do not fit together; copy or train it again"
     if not target_input.any():
         return "its target_input is zero, which is no direction; copy or train it again"
-    return _numbers_problem(_under(f"{n}.", tensors))
+    return _numbers_problem(own)
 
 
 def _numbers_problem(tensors: Mapping[str, Tensor]) -> str | None:
@@ -250,9 +262,9 @@ def _numbers_problem(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _is_known(name: str, count: int) -> bool:
+def _is_known(name: str, positions: Container[str]) -> bool:
     position, _, rest = name.partition(".")
-    return position in map(str, range(count)) and (
+    return position in positions and (
         rest in VECTORS or rest.startswith(tuple(f"{name}." for name in TABLES))
     )
 

@@ -1,0 +1,180 @@
+"""What the benchmark compares is what it says: the same shapes, steps that train what they should, runs that start."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from omegaconf import OmegaConf
+from transformers import CLIPSegConfig
+
+from ldm.checkpoint import load_model
+from ldm.errors import UserError
+from ldm.modules.concept import load_concepts
+from ldm.modules.covariance import encoder_fingerprint, load_covariance
+from ldm.modules.segmentation import ZeroShotSegmenter
+from ldm.training.options import get_parser, read_config
+from ldm.util import count_params, instantiate_from_config
+from scripts.benchmarks import baselines, device, many_concepts, parts, sampling, training_step
+from scripts.benchmarks.clock import Clock
+from scripts.benchmarks.common import Settings, Shape
+from scripts.benchmarks.device import bytes_of
+from scripts.benchmarks.perfusion_step import PerfusionStep
+from scripts.benchmarks.whole_concept import Files, make_files, read_clock, training_command
+
+PROJECT = Path(__file__).resolve().parents[2]
+METHODS = ["Perfusion", "Perfusion, checkpointing", "frozen U-Net alone", *baselines.METHODS]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A tiny model's, one round."""
+    data = {"target": "main.DataModuleFromConfig", "params": {"batch_size": 2, "train": {
+        "target": "ldm.data.personalized.PersonalizedBase",
+        "params": {"data_root": "photos", "size": 16, "placeholder_token": "${model.params.placeholder}",
+                   "templates": list(tiny_models.TEMPLATES)}}}}
+    learner = tiny_models.latent_diffusion(tmp_path, "perfusion.Perfusion", super_category="teddy bear",
+                                           placeholder="<toy>")
+    for name, content in {"teach": {"model": learner, "data": data},
+                          "draw": {"model": tiny_models.latent_diffusion(tmp_path)}}.items():
+        OmegaConf.save(OmegaConf.create(content), tmp_path / f"{name}.yaml")
+    shape = Shape("mini", str(tmp_path / "teach.yaml"), str(tmp_path / "draw.yaml"), 16, 16, steps=2, quick_steps=2,
+                  batches=(2,), quick_batches=(2,), segmenter="models/mini/segmenter", has_goals=False)
+    return Settings(torch.device("cpu"), tmp_path / "made", shape, rounds=1, quick=True)
+
+
+def made_parts(perfusion: PerfusionStep, settings: Settings) -> baselines.Parts:
+    params = OmegaConf.to_container(OmegaConf.load(settings.shape.teach).model.params)
+    return baselines.Parts(params, perfusion.model.cond_stage_model.transformer.config, settings.device)
+
+
+@pytest.mark.parametrize("config", ["perfusion.yaml", "perfusion-sd-v1.yaml", "perfusion-sd-v2.yaml"])
+def test_the_other_unet_is_of_the_same_size(config: str) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = OmegaConf.to_container(OmegaConf.load(PROJECT / "configs" / config).model.params.unet_config)
+    with torch.device("meta"):
+        ours, theirs = instantiate_from_config(unet), UNet2DConditionModel(**baselines.unet_settings(unet["params"]))
+    assert count_params(ours) == count_params(theirs)
+
+
+def test_the_other_first_stage_is_of_the_same_size() -> None:
+    from diffusers import AutoencoderKL
+
+    stage = OmegaConf.load(PROJECT / "configs/perfusion-sd-v1.yaml").model.params.first_stage_config
+    with torch.device("meta"):
+        ours = instantiate_from_config(stage)
+        theirs = AutoencoderKL(**baselines.first_stage_settings(stage.params.ddconfig))
+    assert count_params(ours) == count_params(theirs)
+
+
+def test_every_method_has_its_rows(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(device.MATRIX_SIDE, "cpu", 256)
+    rows = {row.what: row for row in training_step.measure(settings)}
+    for name in METHODS:
+        assert rows[f"step of {name}, batch 2, 16 px"].value > 0
+        assert 0 < rows[f"share of the matrix rate, {name}, batch 2, 16 px"].value < 100
+    assert rows["Perfusion / frozen U-Net alone, batch 2, 16 px"].value > 0
+    assert all(row.goal is None for row in rows.values())
+
+
+def test_a_missing_package_leaves_its_method_out(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = baselines.importlib.util.find_spec
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    parts = made_parts(PerfusionStep(settings), settings)
+    made = dict(baselines.built(parts, free=10**12))
+    assert isinstance(made["peft's LoRA, rank 4"], UserError) and "pip install" in str(made["peft's LoRA, rank 4"])
+    assert isinstance(made["diffusers' Textual Inversion"], baselines.TextualInversion)
+    assert "GB" in str(dict(baselines.built(parts, free=10**5))[baselines.FULL])
+
+
+def test_each_method_trains_what_it_says(settings: Settings) -> None:
+    perfusion = PerfusionStep(settings)
+    parts = made_parts(perfusion, settings)
+    batch = parts.batch(2, 16, 16)
+    inversion, lora, full = (make(parts) for make in baselines.METHODS.values())
+    assert bytes_of([inversion.unet, lora.unet]) < 1.2 * bytes_of([parts.unet])  # they share its weights
+
+    lora.step(batch)
+    moved = {name for name, weight in lora.unet.named_parameters() if weight.requires_grad}
+    blocks = len(perfusion.model.text_layers)  # each with two attentions of four projections, each with an A and a B
+    assert len(moved) == blocks * 2 * 4 * 2 and all("lora_" in name for name in moved)
+
+    table = inversion.table.detach().clone()
+    inversion.step(batch)
+    changed = (inversion.table != table).any(1)
+    assert changed.sum() == 1 and changed[-1]
+
+    weights = {name: weight.clone() for name, weight in full.unet.state_dict().items()}
+    full.step(batch)
+    assert all((weight != weights[name]).any() for name, weight in full.unet.state_dict().items())
+
+    learned = [parameter.detach().clone() for parameter in perfusion.model.trained_parameters()]
+    frozen = {name: weight.clone() for name, weight in perfusion.unet.state_dict().items()}
+    perfusion.step(perfusion.batch(2))
+    now = perfusion.model.trained_parameters()
+    assert all((new != old).any() for new, old in zip(now, learned, strict=True))
+    assert all(torch.equal(weight, frozen[name]) for name, weight in perfusion.unet.state_dict().items())
+
+
+def test_sampling(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "COUNTS", (0, 1, 2))
+    rows = [row.what for row in sampling.measure(settings)]
+    assert len(rows) == 3 + 3 + 2 and "a picture, 2 loaded / none, 2 steps, 16 px" in rows
+    (with_concepts, without, ratio) = many_concepts.one_batch(settings)
+    assert with_concepts.value > 0 and without.value > 0 and ratio.unit == "x"
+
+
+def test_parts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "CONCEPTS", (2, 3))
+    monkeypatch.setattr(parts, "QUICK_CAPTIONS", 20)
+    monkeypatch.setattr(parts, "QUICK_PHOTOS", 2)
+    rows = list(parts.measure(settings))
+    assert [row.met for row in rows if row.unit == "KB"] == [True, True]
+    assert all(row.value is not None and row.value >= 0 for row in rows) and len(rows) == 2 + 3 * 2 + 1 + 2
+    assert len(load_concepts(settings.folder / "concepts" / "merged_3.safetensors")) == 3
+
+
+def test_files_that_a_run_loads(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    whole = CLIPSegConfig
+    monkeypatch.setattr(parts, "CLIPSegConfig", lambda **params: whole(
+        text_config={**small, "num_hidden_layers": 2},
+        vision_config={**small, "num_hidden_layers": 4, "image_size": 32}, projection_dim=32, extract_layers=[1, 2, 3],
+        decoder_num_attention_heads=2, decoder_intermediate_size=32, **{**params, "reduce_dim": 32}))
+    files = make_files(replace(settings, shape=replace(settings.shape, segmenter=None)))
+    model = load_model(OmegaConf.load(settings.shape.draw), files.checkpoint)
+    assert load_covariance(files.covariance, encoder_fingerprint(model.cond_stage_model)).shape == (16, 16)
+    assert all(weight.any() for weight in model.model.parameters())
+    found = ZeroShotSegmenter.from_path(files.segmenter)
+    assert found.preprocessing == parts.segmenter(replace(settings, shape=replace(
+        settings.shape, segmenter=None))).preprocessing
+
+
+@pytest.mark.parametrize(("shape", "concepts"), [("sd", 1), ("mini", 1), ("mini", 3)])
+def test_commands_that_main_understands(shape: str, concepts: int, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.benchmarks.common import SHAPES
+
+    monkeypatch.chdir(PROJECT)
+    asked = Settings(torch.device("cpu"), tmp_path, SHAPES[shape], quick=True)
+    files = Files(tmp_path / "base", tmp_path / "covariance", tmp_path / "segmenter") if shape == "sd" else Files()
+    python, script, *arguments = map(str, training_command(asked, files, "run", concepts))
+    options, overrides = get_parser().parse_known_args(arguments)
+    config: Any = read_config(options, overrides)
+    assert script == "main.py" and config.data.params.train.params.size == asked.side
+    assert config.model.params.unet_config.params.use_checkpoint is False
+    if concepts > 1:
+        assert len(config.data.params.train.params.data_root) == concepts and config.data.params.concepts_per_batch == 4
+    if shape == "sd":
+        assert config.model.params.ckpt_path == str(files.checkpoint)
+        assert config.model.params.image_size == asked.side // 8
+    clock: Clock = instantiate_from_config(config.lightning.callbacks.clock)
+    clock.on_fit_start()
+    clock.on_train_batch_start()
+    clock.on_train_end()
+    noted = read_clock(asked, "run")
+    assert 0 < noted["ready"] <= noted["starts"][0]
