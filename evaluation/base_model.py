@@ -46,9 +46,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parts = parser.add_argument_group("parts other than the bundled ones")
     parts.add_argument("--autoencoder", metavar="FILE", help="weights of configs/mini/autoencoder.yaml to measure in "
                        "place of the base model's own")
-    parts.add_argument("--clip", type=Path, default=MINI / "clip", metavar="FOLDER")
+    parts.add_argument("--clip", type=Path, default=MINI / "clip", metavar="FOLDER", help="or a name, such as "
+                       "ViT-B-32/openai: ARCHITECTURE/WEIGHTS of open_clip, or one on the hub")
     parts.add_argument("--segmenter", type=Path, default=MINI / "segmenter", metavar="FOLDER")
-    parts.add_argument("--evaluation_clip", type=Path, default=MINI / "evaluation_clip", metavar="FOLDER")
+    parts.add_argument("--evaluation_clip", type=Path, default=MINI / "evaluation_clip", metavar="FOLDER",
+                       help="or a name, as for --clip")
     parts.add_argument("--weights", type=Path, default=MINI, metavar="FOLDER", help="whose size is measured")
     add_model_options(parser, outdir="outputs/base_model")
     options = parser.parse_args(arguments)
@@ -66,6 +68,8 @@ def check(options: argparse.Namespace) -> None:
     needed = {"clip": ("clip",), "segmenter": ("segmenter",), "evaluation_clip": GRADED}
     for part, measures in needed.items():
         folder = getattr(options, part)
+        if part != "segmenter" and not folder.exists() and len(folder.parts) == 2:
+            continue  # a name, which only the libraries know
         if not (folder / "model.safetensors").is_file() and any(measure in options.only for measure in measures):
             raise UserError(f"--{part} {folder}: there are no weights; train it with configs/mini/{part}.yaml and "
                             "scripts/export_mini.py, or leave out of --only what needs it: " + ", ".join(measures))

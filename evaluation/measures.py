@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation import parts
 from evaluation.intervals import Figure, bootstrapped
 from evaluation.recognise import Recogniser
+from evaluation.samples import Manner, Painter, as_batch
 from evaluation.table import Row, write_csv
 from evaluation.world_prompts import FIRST_SEED, Answers, Asked, WorldRecogniser, asked, real_pictures
 from ldm import inference
 from ldm.checkpoint import load_model
-from ldm.data.images import save_grid, to_tensor
+from ldm.data.images import save_grid
 from ldm.data.scenes import SceneDataset
 from ldm.modules.segmentation import ZeroShotSegmenter
 from ldm.util import pick_device
@@ -67,16 +66,13 @@ class Subject:
     def draw(self, wanted: Sequence[Asked], name: str) -> Tensor:
         """(N, 3, H, W) in [-1, 1]: a picture for each prompt; the first ones also go on a sheet of this name."""
         options = self.options
-        encoded = inference.encode_once(inference.prompt_encoder(self.model, []), [one.prompt for one in wanted])
-        sampling = inference.Sampling(
-            inference.latent_size(self.config), options.ddim_steps, options.scale, batch_size=options.batch_size,
-            autocast=inference.wants_sixteen_bits(options.precision, self.device))
-        jobs = [inference.Job(one.prompt, one.seed) for one in wanted]
-        drawn = inference.draw_pictures(self.model, encoded, jobs, sampling)
-        pictures = list(tqdm(drawn, desc=f"drawing {name}", total=len(jobs), leave=False, disable=None))
+        painter = Painter(self.config, self.model, options.batch_size,
+                          inference.wants_sixteen_bits(options.precision, self.device))
+        pictures = painter.draw([inference.Job(one.prompt, one.seed) for one in wanted], description=f"drawing {name}",
+                                manner=Manner(scale=options.scale, steps=options.ddim_steps))
         titles = [one.prompt for one in wanted[:SHEET]]
         save_grid(pictures[:SHEET], Path(options.outdir) / f"{name}.png", COLUMNS, titles)
-        return torch.stack([to_tensor(picture) for picture in pictures])
+        return as_batch(pictures)
 
     def graded(self, things: int, name: str) -> tuple[Graded, dict[str, Graded]]:
         """Prompts with what was recognised in pictures drawn from them; the same of real scenes, by their drawings."""

@@ -44,13 +44,13 @@ class Row:
         return [self.what, self.reached.text(self.unit), f"{goal}: {'yes' if self.met else 'no'}", ceilings or "-"]
 
 
-def line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str], widths: Sequence[int] = WIDTHS) -> str:
     """One line of a Markdown table, its columns as wide as those of every other line."""
-    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)) + " |"
+    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
 
-def heading() -> str:
-    return f"{line(HEADINGS)}\n{line(['-' * width for width in WIDTHS])}"
+def heading(headings: Sequence[str] = HEADINGS, widths: Sequence[int] = WIDTHS) -> str:
+    return f"{line(headings, widths)}\n{line(['-' * width for width in widths], widths)}"
 
 
 def write_results(folder: Path, rows: Sequence[Row], settings: Mapping[str, Any]) -> None:

@@ -102,6 +102,11 @@ def test_quick_asks_for_less_and_never_for_more() -> None:
     assert (options.prompts, options.scenes, options.ddim_steps) == (5, 128, 25)
 
 
+def test_clips_may_be_named() -> None:
+    options = base_model.parse_arguments(["--evaluation_clip", "ViT-B-32/openai", "--only", "one_thing"])
+    assert str(options.evaluation_clip) == "ViT-B-32/openai"
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--evaluation_clip", "nowhere"], "--evaluation_clip nowhere: there are no weights"),
     (["--only", "segmenter", "--segmenter", "nowhere"], "configs/mini/segmenter.yaml"),

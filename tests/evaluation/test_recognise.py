@@ -1,6 +1,7 @@
 """Embeddings against `transformers`' own logits, classes and their recognition on vectors with known answers."""
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import open_clip
@@ -85,6 +86,35 @@ def test_names_of_open_clips_weights_are_its_own(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(open_clip, "create_model", lambda *names, device: asked.append(names) or model)
     found = Recogniser.from_path("RN50/openai")
     assert asked == [("RN50", "openai")] and isinstance(found, OpenCLIPRecogniser)
+
+
+def test_what_cannot_be_downloaded_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch,
+                                                      caplog: pytest.LogCaptureFixture) -> None:
+    def offline(*_: str, **__: object) -> None:
+        logging.error("Failed to download weights")
+        raise RuntimeError("cannot be reached")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(UserError, match="check the name and the network"):
+        Recogniser.from_path("ViT-B-32/openai")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("ViT-B-32", "name the weights of ViT-B-32 as in ViT-B-32/WEIGHTS; there are openai, "),
+    ("ViT-B-32/nothing", "there are openai, "), ("nowhere", "no such folder"), ("/no/where", "no such folder")])
+def test_names_are_checked_before_anything_is_looked_for(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Recogniser.from_path(name)
+
+
+def test_loading_a_folder_says_nothing(open_folder: Path, caplog: pytest.LogCaptureFixture,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    with caplog.at_level(logging.INFO):
+        Recogniser.from_path(open_folder)
+        assert not caplog.records and capsys.readouterr() == ("", "")
+        logging.info("heard again")
+    assert caplog.messages == ["heard again"]
 
 
 def test_what_is_no_clip_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Lists of prompts: those of the project against the words of the mini world, and files as people write them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evaluation.prompt_sets import MINI, PHOTOS, UNSORTED, EvaluationPrompt, put, read_prompts
+from ldm.data.places import PLACES
+from ldm.data.scenes import PLAIN_TEMPLATES, RELATIONS, SIZES
+from ldm.data.styles import STYLES
+from ldm.data.world import COLOURS, KINDS, PATTERNS
+from ldm.errors import UserError
+
+CATEGORIES = ["recontextualisation", "property change", "style", "accessorisation"]
+
+
+@pytest.mark.parametrize(("path", "least", "most"), [(MINI, 16, 20), (PHOTOS, 20, 25)])
+def test_the_projects_own_lists_ask_for_all_that_the_fields_sets_do(path: Path, least: int, most: int) -> None:
+    prompts = read_prompts(path)
+    assert list(dict.fromkeys(prompt.category for prompt in prompts)) == CATEGORIES
+    assert least <= len(prompts) <= most and len({prompt.text for prompt in prompts}) == len(prompts)
+
+
+def test_the_bundled_models_list_is_in_the_words_of_its_captions() -> None:
+    wheres = [where for _, phrases in PLACES.values() for where in phrases]
+    phrases = [*PLAIN_TEMPLATES, *STYLES, *wheres, *RELATIONS, *SIZES, *COLOURS, *PATTERNS,
+               *(word for kind in KINDS for word in kind.words)]
+    known = {"{}", "a", "an"} | {word for phrase in phrases for word in phrase.split()}
+    for prompt in read_prompts(MINI):
+        assert set(prompt.text.split()) <= known
+        assert prompt.text.endswith(tuple(wheres))
+
+
+def test_the_word_goes_where_the_braces_are_and_its_article_with_it() -> None:
+    prompt = EvaluationPrompt("style", "A {} and a dog")
+    assert [prompt.about(words) for words in ("<my-owl>", "owl", "teddy bear")] == [
+        "A <my-owl> and a dog", "An owl and a dog", "A teddy bear and a dog"]
+    assert EvaluationPrompt("", "a red {}").about("owl") == "a red owl"
+
+
+@pytest.mark.parametrize(("text", "placeholder", "expected"), [
+    ("an <Owl> on a <owl>", "<owl>", "a mug on a mug"), ("a sks, not sksy", "sks", "a mug, not sksy"),
+    ("banana * (a *)", "*", "banana mug (a mug)"), ("nothing", "<x>", "nothing")])
+def test_placeholders_of_any_kind_are_put_into_words(text: str, placeholder: str, expected: str) -> None:
+    assert put("mug", placeholder, text) == expected
+
+
+def test_files_have_headings_comments_and_plain_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeff# mine\na {} first\n\n[ my style ]\n  a {} second  \n", encoding="utf-8")
+    assert read_prompts(path) == [EvaluationPrompt(UNSORTED, "a {} first"), EvaluationPrompt("my style", "a {} second")]
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"a {}\na dog\n", "line 2: 'a dog' needs exactly one {}"), (b"a {} and a {}\n", "needs exactly one"),
+    (b"# none\n[style]\n", "no prompts in it"), (b"\xff\xfe\xfa", "not a text file in UTF-8"), (None, "no such file")])
+def test_mistakes_are_named(content: bytes | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=said) as raised:
+        read_prompts(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
