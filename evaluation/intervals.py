@@ -1,7 +1,7 @@
 """Means with bootstrap intervals (Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979)."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +19,10 @@ class Figure:
     high: float | None = None
     count: int = 1
 
-    def text(self, unit: str) -> str:
+    def text(self, unit: str = "") -> str:
         """Such as "93.5 % (90.0 to 96.5)"."""
         spread = "" if self.low is None else f" ({self.low:.1f} to {self.high:.1f})"
-        return f"{self.mean:.1f} {unit}{spread}"
+        return f"{self.mean:.1f}{f' {unit}' if unit else ''}{spread}"
 
 
 def bootstrapped(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Figure:
@@ -41,3 +41,25 @@ def bootstrapped(values: Sequence[float], resamples: int = RESAMPLES, seed: int 
     picks = np.random.default_rng(seed).integers(len(given), size=(resamples, len(given)))
     low, high = np.quantile(given[picks].mean(1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Figure(float(given.mean()), float(low), float(high), len(given))
+
+
+def clustered(values: Sequence[float], clusters: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = 0
+              ) -> Figure:
+    """The mean of values of which those of one cluster belong together, with an interval by resampling clusters.
+
+    Seeds of one prompt are such clusters: more of them say more about that prompt, but nothing about others.
+
+    Raises:
+        ValueError: there are no values, or not one cluster for each.
+    """
+    if not values or len(values) != len(clusters):
+        raise ValueError(f"{len(values)} values, {len(clusters)} clusters: a mean needs one or more, each with its own")
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    rows = [numbers[cluster] for cluster in clusters]
+    sums, counts = np.bincount(rows, values), np.bincount(rows)
+    mean = float(sums.sum() / counts.sum())
+    if len(numbers) == 1:
+        return Figure(mean, count=len(values))
+    picks = np.random.default_rng(seed).integers(len(numbers), size=(resamples, len(numbers)))
+    low, high = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Figure(mean, float(low), float(high), len(values))

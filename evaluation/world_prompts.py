@@ -86,8 +86,8 @@ def place_texts() -> list[list[str]]:
 
 def windows(pictures: Tensor, wanted: Sequence[Asked]) -> Tensor:
     """(2 N, 3, H, W): of each picture (N, 3, H, W) the windows of the things named first and second, enlarged."""
-    cut = [_cut(picture, centre) for picture, one in zip(pictures, wanted, strict=True) for centre in _spots(one.scene)]
-    return torch.stack(cut)
+    return torch.stack([window_at(picture, centre) for picture, one in zip(pictures, wanted, strict=True)
+                        for centre in _spots(one.scene)])
 
 
 def _spots(scene: Scene) -> list[tuple[float, float]]:
@@ -99,7 +99,8 @@ def _spots(scene: Scene) -> list[tuple[float, float]]:
     return [centre for centre, _ in best]
 
 
-def _cut(picture: Tensor, centre: tuple[float, float]) -> Tensor:
+def window_at(picture: Tensor, centre: tuple[float, float]) -> Tensor:
+    """(3, H, W): the window of a picture (3, H, W) around a spot of it, (x, y) in [0, 1], enlarged to the whole."""
     height, width = picture.shape[-2:]
     side = round(WINDOW * min(height, width))
     left = round(min(max(centre[0] * width - side / 2, 0), width - side))

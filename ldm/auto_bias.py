@@ -11,9 +11,10 @@ That mean is close to the smaller of both, so that neither is bought by giving u
 them is lowest, as they are at the two ends of the sweep.
 
 A measure is flat where its best and its worst bias differ by less than `FLAT`, or than twice the standard error of that
-difference over pictures of the same prompts and noise: rescaled, it would be chance made large. Flat text similarity
-loses nothing at any bias, so it counts as 1 throughout, and likeness decides alone. Where likeness is flat, the CLIP
-does not see how much of the concept there is; what a bias would cost is unknown then, and the concept keeps its own.
+difference over pictures of the same prompts and noise: rescaled, it would be chance made large. Where text similarity
+is flat, no bias loses anything of the prompt, and of those with the most likeness, to within `FLAT`, the one closest to
+the concept's own is taken. Where likeness is flat, the CLIP does not see how much of the concept there is; what a bias
+would cost is unknown then, and the concept keeps its own.
 """
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ NEUTRAL = (f"a photo of a {SLOT}", f"a photo of a {SLOT} on the beach")
 SEEDS = range(4)  # the same in every run, so that the bias does not hang on the pictures' own seeds
 REFERENCE_SEEDS = range(4, 8)  # others: pictures from the same noise are alike by that alone
 FLAT = 1.0  # cosines x 100: nobody sees a smaller difference
-TINY = 1e-12
+TINY = 1e-12  # for the harmonic mean of two zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +77,15 @@ def balanced(tried: Sequence[Tried], usual: float) -> Tried:
     """The bias of the best balance, as the module says; of equally good ones that closest to `usual`."""
     texts, likenesses = _measures(tried)
     if is_flat(likenesses):
-        return min(tried, key=lambda one: abs(one.bias - usual))
-    likeness = _rescaled(likenesses)
-    text = np.ones_like(likeness) if is_flat(texts) else _rescaled(texts)
-    scores = 2 * text * likeness / np.maximum(text + likeness, TINY)
-    return max(zip(scores, tried, strict=True), key=lambda scored: (scored[0], -abs(scored[1].bias - usual)))[1]
+        good = np.ones(len(tried), dtype=bool)
+    elif is_flat(texts):
+        means = likenesses.mean(1)
+        good = means > means.max() - FLAT
+    else:
+        text, likeness = _rescaled(texts), _rescaled(likenesses)
+        scores = 2 * text * likeness / np.maximum(text + likeness, TINY)
+        good = scores == scores.max()
+    return min((one for one, chosen in zip(tried, good, strict=True) if chosen), key=lambda one: abs(one.bias - usual))
 
 
 def said(concept: Concept, chosen: Tried, tried: Sequence[Tried]) -> str:

@@ -16,26 +16,13 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.data.example_concepts import CONCEPTS, PHOTO_PLACES  # noqa: E402
 from ldm.data.scenes import Look, Thing, compose  # noqa: E402
 from ldm.data.world import drawings_of  # noqa: E402
 from ldm.errors import one_line_errors  # noqa: E402
 from ldm.files import write_whole  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "models" / "mini" / "examples"
-CONCEPTS = {
-    "teddy": ("teddy bear", Look("purple", "striped", "yellow")),
-    "teapot": ("teapot", Look("green", "spotted", "pink")),
-    "cat": ("cat", Look("blue", "striped", "orange")),
-    "robot": ("robot", Look("red", "spotted", "yellow")),
-    "backpack": ("backpack", Look("yellow", "striped", "green")),
-    "car": ("car", Look("pink", "striped", "purple")),
-    "mushroom": ("mushroom", Look("blue", "spotted", "yellow")),
-    "owl": ("owl", Look("green", "striped", "red")),
-    "mug": ("mug", Look("orange", "spotted", "blue")),
-    "dinosaur": ("dinosaur", Look("red", "striped", "blue")),
-}
-# The other fifteen places are left for prompts.
-PLACES = ("meadow", "table", "city", "mountains", "forest")
 
 
 def pictures(kind: str, look: Look, size: int, seed: int) -> list[Image.Image]:
@@ -43,7 +30,7 @@ def pictures(kind: str, look: Look, size: int, seed: int) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     source = drawings_of(kind, held_out=True)[0]
     made = []
-    for place in PLACES:
+    for place in PHOTO_PLACES:
         thing = Thing(kind, source, look, (0.5 + rng.uniform(-0.03, 0.03), 0.55 + rng.uniform(-0.02, 0.02)),
                       rng.uniform(0.62, 0.78), float(rng.uniform(-6, 6)))
         made.append(compose(place, int(rng.integers(48)), [thing], size)[0])
@@ -62,7 +49,7 @@ def main() -> None:
         for number, picture in enumerate(pictures(kind, look, options.size, seed)):
             write_whole(options.outdir / name / f"{number}.png",
                         lambda aside, picture=picture: picture.save(aside, "PNG"))
-        logging.info("%s: %d pictures in %s", name, len(PLACES), options.outdir / name)
+        logging.info("%s: %d pictures in %s", name, len(PHOTO_PLACES), options.outdir / name)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def draw(world: World, tmp_path: Path) -> Draw:
     ([20, 30, 40, 60], [90, 70, 70, 10], 0.8),
     ([20, 30, 40, 60], [0.9, 0.7, 0.7, 0.1], 0.8),  # likeness is flat: what is closest to the usual bias
     ([20, 20.3, 20.6, 20.9], [70, 90, 80, 50], 0.6),  # text is flat: the most likeness
+    ([20, 20.3, 20.6, 20.9], [90, 90, 89.5, 50], 0.8),  # or hardly less, and closest to the usual bias
     ([20] * 4, [50] * 4, 0.8)])
 def test_the_balance_of_known_curves(texts: list[float], likenesses: list[float], bias: float) -> None:
     tried = curve(texts, likenesses)

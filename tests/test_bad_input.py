@@ -233,7 +233,7 @@ WHEN_SET_UP = [  # found after Lightning has begun, in the base model's company
     (("--placeholder", "photo"), "stands in the training sentences by itself"),
     (("model.params.ckpt_path=null",), "--actual_resume"),
     (("data.params.train.params.size=50",), "photos of 50 pixels"), (("model.params.channels=3",), "channels 3"),
-    (("model.params.image_size=9",), "multiples of 2"),
+    (("model.params.image_size=9",), "multiples of 4"),
     (("model.params.covariance=README.md",), "README.md"), (("--devices", "2"), "trained on one device"),
     (("--base", "{here}/foreign_covariance.yaml"), "covariance of text encoder 000000000000"),
     (("model.params.segmenter=models/mini/none/at/all",), "segmenter models/mini/none/at/all: no such folder"),

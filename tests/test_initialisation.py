@@ -99,13 +99,13 @@ def test_reading_draws_first() -> None:
 def test_changing_in_place_counts_as_reading() -> None:
     torch.manual_seed(0)
     with DrawnWhenNeeded():
-        scaled, sliced, symmetric = (nn.Linear(20, 20).weight.detach() for _ in range(3))
+        scaled, sliced, source, target = (nn.Linear(20, 20).weight.detach() for _ in range(4))
         scaled.mul_(100)
         sliced[0].fill_(7)
-        symmetric.copy_(symmetric.T)
+        target.copy_(source.T)
     assert 3 < scaled.abs().max() <= 100 / math.sqrt(20)
     assert (sliced[0] == 7).all() and (sliced[1:].abs() <= 1 / math.sqrt(20)).all()
-    assert (symmetric.abs() <= 1 / math.sqrt(20)).all()
+    assert torch.equal(target, source.T) and (source.abs() <= 1 / math.sqrt(20)).all()
 
 
 def test_what_overwrites_is_kept() -> None:

@@ -165,7 +165,7 @@ def _assemble(path: Path, settings: Sequence[object], tensors: Mapping[str, Tens
     problem = _problem(settings, tensors)
     if problem:
         raise UserError(f"{path}: {problem}")
-    concepts, of_each = [], _by_position(tensors)
+    concepts, of_each = [], by_position(tensors)
     for n, values in enumerate(settings):
         own = of_each[str(n)]
         vectors = {name: own[name].float() for name in VECTORS}
@@ -175,7 +175,7 @@ def _assemble(path: Path, settings: Sequence[object], tensors: Mapping[str, Tens
     return concepts
 
 
-def _by_position(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def by_position(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of each concept by its position, their names without it: files of thousands are sorted once."""
     of_each: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -192,7 +192,7 @@ def _problem(settings: Sequence[object], tensors: Mapping[str, Tensor]) -> str |
     """What is wrong with the contents of a concept file and what to do about it, or None."""
     if not settings:
         return "no concept in it; train one or name another file"
-    of_each = _by_position(tensors)
+    of_each = by_position(tensors)
     positions = [str(n) for n in range(len(settings))]
     for n, values in zip(positions, settings, strict=True):
         problem = _settings_problem(values) or _tensors_problem(of_each.get(n, {}))

@@ -31,10 +31,10 @@ Our readings, where the paper leaves something open:
   largest are dropped. 1e-6 means: two unit vectors that differ by about a thousandth are one direction, which is
   what is left of such a difference in a concept file of 16-bit numbers.
 * Training and inference use the same rule, and i* enters it as a constant: it is a moving average, not a parameter.
-* Precision. C^-1 is ill-conditioned, so half precision and TF32 would ruin s. Inner products are computed as sums of
-  products in the dtype of the arguments, but never in less than float32; neither autocast nor TF32 touches such sums,
-  and they are small (one inner product per token and concept). Similarities and gates keep that dtype;
-  `project_out` returns the dtype of the encoding it was given.
+* Precision. C^-1 is ill-conditioned, so half precision and TF32 would ruin s. C^-1 a is computed in float64, and its
+  products with encodings as sums in the dtype of the arguments, but never in less than float32; neither autocast nor
+  TF32 touches such sums, and they are small (one inner product per token and concept). Similarities and gates keep
+  that dtype; `project_out` returns the dtype of the encoding it was given.
 """
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ from torch.nn import functional
 
 RIDGE = 1e-4
 RANK_TOLERANCE = 1e-6
+ROWS = 16  # concepts whose products are held at a time: those of all of a thousand would take gigabytes
 
 
 def invert_covariance(covariance: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -80,7 +81,11 @@ def energy(target_inputs: Tensor, inverse_covariance: Tensor) -> Tensor:
     Raises:
         ValueError: an energy is not above 0: that i* is zero or not finite, or C^-1 is not positive definite.
     """
-    energies = _inner(target_inputs, target_inputs, inverse_covariance).diagonal()
+    return _energies(target_inputs, _dual(target_inputs, inverse_covariance))
+
+
+def _energies(target_inputs: Tensor, dual: Tensor) -> Tensor:
+    energies = (target_inputs.to(dual.dtype) * dual).sum(-1)
     if not (energies > 0).all():
         raise ValueError(f"the energy of every target input must be above 0, not {energies.tolist()}")
     return energies
@@ -88,8 +93,8 @@ def energy(target_inputs: Tensor, inverse_covariance: Tensor) -> Tensor:
 
 def similarity(encoding: Tensor, target_inputs: Tensor, inverse_covariance: Tensor) -> Tensor:
     """s_j(e) = <i*_j, e> / ||i*_j||^2, which is 1 at e = i*_j: (B, N, d), (J, d), (d, d) -> (B, N, J)."""
-    energies = energy(target_inputs, inverse_covariance)
-    return _inner(encoding, target_inputs, inverse_covariance) / energies
+    dual = _dual(target_inputs, inverse_covariance)
+    return _products(encoding, dual) / _energies(target_inputs, dual)
 
 
 def gate(similarity: Tensor, bias: Tensor, temperature: Tensor) -> Tensor:
@@ -125,8 +130,9 @@ def concept_basis(target_inputs: Tensor, inverse_covariance: Tensor) -> Tensor:
 
 def project_out(encoding: Tensor, basis: Tensor, inverse_covariance: Tensor) -> Tensor:
     """e_perp = e - sum_k u_k <u_k, e>, what the edit leaves alone: (B, N, d), (r, d), (d, d) -> (B, N, d)."""
-    coefficients = _inner(encoding, basis, inverse_covariance)
-    removed = (coefficients[..., None] * basis).sum(-2)
+    coefficients = _products(encoding, _dual(basis, inverse_covariance))
+    parts = zip(coefficients.split(ROWS, -1), basis.split(ROWS), strict=True)
+    removed = sum((some[..., None] * rows).sum(-2) for some, rows in parts)
     return (encoding - removed).to(encoding.dtype)
 
 
@@ -146,9 +152,15 @@ def edited_projection(projected: Tensor, gates: Tensor, weight: Tensor, target_o
     return plain + gates.to(plain.dtype) @ target_outputs.to(plain.dtype)
 
 
-def _inner(left: Tensor, right: Tensor, inverse_covariance: Tensor) -> Tensor:
-    """<left, right_j>: (..., d), (J, d), (d, d) -> (..., J), as sums of products (see Precision above)."""
-    dtypes = (left.dtype, right.dtype, inverse_covariance.dtype)
-    dtype = reduce(torch.promote_types, dtypes, torch.float32)
-    dual = (right.to(dtype)[:, None, :] * inverse_covariance.to(dtype)).sum(-1)
-    return (left.to(dtype)[..., None, :] * dual).sum(-1)
+def _dual(vectors: Tensor, inverse_covariance: Tensor) -> Tensor:
+    """C^-1 a_j, by which <e, a_j> is a plain product: (J, d), (d, d) -> (J, d), at least float32."""
+    dtype = reduce(torch.promote_types, (vectors.dtype, inverse_covariance.dtype), torch.float32)
+    exact = torch.float32 if vectors.device.type == "mps" else torch.float64  # that has no float64, and no TF32 either
+    with torch.autocast(vectors.device.type, enabled=False):
+        return (vectors.to(exact) @ inverse_covariance.to(exact)).to(dtype)
+
+
+def _products(encoding: Tensor, dual: Tensor) -> Tensor:
+    """Each encoding times each row: (..., d), (J, d) -> (..., J), as sums (see Precision above)."""
+    left = encoding.to(torch.promote_types(encoding.dtype, dual.dtype))[..., None, :]
+    return torch.cat([(left * rows).sum(-1) for rows in dual.split(ROWS)], -1)

@@ -25,6 +25,7 @@ from ldm.files import load_metadata, load_tensors, save_tensors
 from ldm.modules.concept import (
     Concept,
     Labelled,
+    by_position,
     is_placeholder,
     load_concepts,
     merge_concepts,
@@ -120,7 +121,8 @@ def _load_tuned(path: Path) -> list[TunedConcept]:
     if not isinstance(settings, list) or not settings or not all(map(_are_settings, settings)):
         raise UserError(f"{path}: what it says of its concepts is {DAMAGED}")
     _refuse_bad_numbers(path, tensors)
-    return [_assembled(path, header["method"], n, values, tensors) for n, values in enumerate(settings)]
+    of_each = by_position(tensors)
+    return [_assembled(path, header["method"], values, of_each.get(str(n), {})) for n, values in enumerate(settings)]
 
 
 def _are_settings(values: object) -> bool:
@@ -128,9 +130,8 @@ def _are_settings(values: object) -> bool:
             and is_placeholder(values["placeholder"]))
 
 
-def _assembled(path: Path, method: str, n: int, values: Mapping[str, object], tensors: Mapping[str, Tensor]
-               ) -> TunedConcept:
-    own = {name.removeprefix(f"{n}."): tensor.float() for name, tensor in tensors.items() if name.startswith(f"{n}.")}
+def _assembled(path: Path, method: str, values: Mapping[str, object], stored: Mapping[str, Tensor]) -> TunedConcept:
+    own = {name: tensor.float() for name, tensor in stored.items()}
     vectors, inputs = own.get("vectors"), own.get("inputs", torch.zeros(0, 0))
     if vectors is None or vectors.ndim != 2 or not len(vectors) or inputs.ndim != 2 or len(inputs) not in (
             0, len(vectors)):

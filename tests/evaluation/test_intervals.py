@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from evaluation.intervals import Figure, bootstrapped
+from evaluation.intervals import Figure, bootstrapped, clustered
 
 
 def test_the_interval_of_a_share_is_that_of_its_standard_error() -> None:
@@ -44,3 +44,23 @@ def test_one_value_has_no_interval_and_none_no_mean() -> None:
 def test_figures_as_text() -> None:
     assert Figure(93.46, 90.0, 96.51, 200).text("%") == "93.5 % (90.0 to 96.5)"
     assert Figure(7.0).text("s") == "7.0 s"
+
+
+def test_clusters_are_resampled_whole() -> None:
+    """Ten equal values say as much as one; clusters of different size count by their size."""
+    ones = np.random.default_rng(5).normal(20, 3, 40)
+    alone = clustered(ones.tolist(), range(40))
+    tenfold = clustered(np.repeat(ones, 10).tolist(), np.repeat(np.arange(40), 10).tolist())
+    assert (tenfold.mean, tenfold.low, tenfold.high) == pytest.approx((alone.mean, alone.low, alone.high))
+    single = bootstrapped(ones.tolist())
+    assert (alone.low, alone.high) == pytest.approx((single.low, single.high)) and tenfold.count == 400
+    assert bootstrapped(np.repeat(ones, 10).tolist()).high < tenfold.high
+    uneven = clustered([1.0, 1.0, 1.0, 5.0], ["a", "a", "a", "b"])
+    assert (uneven.mean, uneven.low, uneven.high) == (2.0, 1.0, 5.0)
+
+
+def test_one_cluster_has_no_interval_and_none_no_mean() -> None:
+    assert clustered([1.0, 3.0], ["a", "a"]) == Figure(2.0, count=2)
+    for values, clusters in (([], []), ([1.0], ["a", "b"])):
+        with pytest.raises(ValueError, match="a mean needs"):
+            clustered(values, clusters)

@@ -212,8 +212,8 @@ class ConceptPrompts:
 
         So prompts of one batch may use different concepts, and each is drawn as if no other were loaded.
         """
-        named = [[number in split_at_placeholders(text, self.placeholders) for number in range(len(self.concepts))]
-                 for text in texts]
+        parts = [split_at_placeholders(text, self.placeholders) for text in texts]
+        named = [[number in some for number in range(len(self.concepts))] for some in parts]
         if all(map(all, named)):
             return context
         target_inputs = torch.stack([concept.target_input for concept in self.concepts]).to(self.inverse_covariance)

@@ -1,0 +1,245 @@
+"""Pictures drawn of taught concepts, and what is recognised in them: set by set, as CSV files, made when missing.
+
+A set is what one setting draws of one concept, or of a pair of them, for all prompts and seeds. Its file is named after
+everything that it depends on, as concept files are (see `evaluation.teaching`).
+"""
+from __future__ import annotations
+
+import csv
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from evaluation.marks import Marks, leaves_marks, spot_of
+from evaluation.prompt_sets import EvaluationPrompt
+from evaluation.recognise import Recogniser
+from evaluation.samples import Manner, Painter, as_batch, jobs_of
+from evaluation.similarity import SimilarityMeter
+from evaluation.studies import Setting, slug
+from evaluation.table import write_csv
+from evaluation.teaching import Example, School, contents, digest, key_of
+from evaluation.world_prompts import Asked, WorldRecogniser
+from ldm import inference
+from ldm.data.images import load_folder, save_grid, square
+from ldm.data.places import PLACES
+from ldm.data.scenes import SIDE_BY_SIDE, Scene, Thing, with_article
+from ldm.inference import Job
+from ldm.modules.segmentation import ZeroShotSegmenter
+from ldm.modules.tuned_concept import Learned
+
+FORMAT = 1  # part of every key: change it when what is recognised changes
+SHEET_COLUMNS = 4
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two examples in one picture, the first named first."""
+
+    first: Example
+    second: Example
+
+    @property
+    def name(self) -> str:
+        return f"{self.first.name}+{self.second.name}"
+
+
+Subject = Example | Pair
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, the same with super-categories for concepts, and the place that it names, if any."""
+
+    prompt: str
+    text: str
+    place: str | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is drawn: of single examples these prompts, of pairs these places, of both so many seeds."""
+
+    prompts: Sequence[EvaluationPrompt]
+    places: Sequence[str]
+    seeds: int
+    manner: Manner
+
+
+def questions(setting: Setting, subject: Subject, wanted: Wanted) -> list[Question]:
+    """What is asked of a subject, by its placeholders or, of the base model, by super-categories."""
+    if isinstance(subject, Pair):
+        words = [(one.placeholder if setting.method.taught else one.super_category, one.super_category)
+                 for one in (subject.first, subject.second)]
+        asked, plain = (" next to ".join(map(with_article, each)) for each in zip(*words, strict=True))
+        return [Question(f"a photo of {asked} {where}", f"a photo of {plain} {where}", place)
+                for place in wanted.places for where in PLACES[place][1][:1]]
+    texts = [prompt.about(subject.super_category) for prompt in wanted.prompts]
+    asked = [prompt.about(subject.placeholder) for prompt in wanted.prompts] if setting.method.taught else texts
+    return [Question(prompt, text, place_of(text)) for prompt, text in zip(asked, texts, strict=True)]
+
+
+def place_of(prompt: str) -> str | None:
+    """The place that a prompt ends with, by its name in `ldm.data.places`."""
+    return next((name for name, (_, wheres) in PLACES.items() if prompt.endswith(wheres)), None)
+
+
+class Graders:
+    """The models that draw and recognise, each loaded when it is first needed.
+
+    Args:
+        evaluation_clip: folder or name of the CLIP.
+        checkpoint, device: as for `Painter.load`.
+    """
+
+    def __init__(self, config: str, evaluation_clip: str | Path, checkpoint: str | None = None,
+                 device: str | None = None, batch_size: int = 32) -> None:
+        self.config, self.checkpoint, self.device = config, checkpoint, device
+        self.evaluation_clip, self.batch_size = evaluation_clip, batch_size
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Names the base model and all that recognises."""
+        model = OmegaConf.to_container(inference.read_model_config(self.config).model, resolve=True)
+        return key_of([FORMAT, model, contents([model, str(self.evaluation_clip), self.checkpoint])])
+
+    @functools.cached_property
+    def painter(self) -> Painter:
+        return Painter.load(self.config, self.checkpoint, self.device, self.batch_size)
+
+    @functools.cached_property
+    def recogniser(self) -> Recogniser:
+        return Recogniser.from_path(self.evaluation_clip, self.painter.device)
+
+    @functools.cached_property
+    def world(self) -> WorldRecogniser:
+        return WorldRecogniser(self.recogniser)
+
+    @functools.cached_property
+    def marks(self) -> Marks:
+        return Marks(self.recogniser, self.painter.size[0])
+
+    @functools.cached_property
+    def segmenter(self) -> ZeroShotSegmenter:
+        return ZeroShotSegmenter.from_path(inference.segmenter_of(self.painter.config), self.painter.device)
+
+    @functools.cache  # noqa: B019 - there is one of these, for the whole run
+    def meter(self, example: Example) -> SimilarityMeter:
+        photos = [square(photo, self.painter.size[0]) for _, photo in load_folder(example.folder)]
+        return SimilarityMeter(self.recogniser, as_batch(photos), example.super_category, self.segmenter)
+
+
+@dataclass(frozen=True)
+class Grading:
+    """Draws and grades sets of pictures.
+
+    Attributes:
+        folder: gets `graded/<method>/<subject>/<setting>-<key>.csv`, each with a `.png` that shows some pictures.
+    """
+
+    graders: Graders
+    school: School
+    wanted: Wanted
+    folder: Path
+
+    def file(self, setting: Setting, subject: Subject) -> Path:
+        return self._folder(setting, subject) / f"{self._name(setting)}-{self._key(setting, subject)}.csv"
+
+    def is_there(self, setting: Setting, subject: Subject) -> bool:
+        return self._files_there(setting, subject) and self.file(setting, subject).is_file()
+
+    def outdated(self, setting: Setting, subject: Subject) -> bool:
+        """Whether there is only a set that was made in another way."""
+        return not self.is_there(setting, subject) and any(
+            self._folder(setting, subject).glob(f"{self._name(setting)}-{'?' * 10}.csv"))
+
+    def count(self, subject: Subject) -> int:
+        """How many pictures a set has."""
+        return self.wanted.seeds * len(self.wanted.places if isinstance(subject, Pair) else self.wanted.prompts)
+
+    def rows(self, setting: Setting, subject: Subject) -> list[Row]:
+        """What was recognised in each picture of a set that is there; numbers are floats, None what was not asked."""
+        with self.file(setting, subject).open(newline="", encoding="utf-8") as opened:
+            return [{name: _read(name, text) for name, text in row.items()} for row in csv.DictReader(opened)]
+
+    def grade(self, setting: Setting, subject: Subject) -> None:
+        """Draws a set and writes what is recognised in it."""
+        asked = questions(setting, subject, self.wanted)
+        jobs = jobs_of([question.prompt for question in asked], range(1, self.wanted.seeds + 1))
+        concepts = self._concepts(setting, subject)
+        images = self.graders.painter.draw(jobs, concepts, setting.manner(self.wanted.manner), setting.name)
+        repeated = [question for question in asked for _ in range(self.wanted.seeds)]
+        recognised = self._pair_rows if isinstance(subject, Pair) else self._single_rows
+        rows = [{"prompt": question.text, "seed": job.seed, **row} for question, job, row in
+                zip(repeated, jobs, recognised(as_batch(images), repeated, subject), strict=True)]
+        file = self.file(setting, subject)
+        self._show(images, jobs, file.with_suffix(".png"))
+        write_csv(file, rows, list(rows[0]))
+
+    def _folder(self, setting: Setting, subject: Subject) -> Path:
+        return self.folder / "graded" / setting.method.slug / subject.name
+
+    @staticmethod
+    def _name(setting: Setting) -> str:
+        return slug(setting.label) or "plain"
+
+    def _concept_files(self, setting: Setting, subject: Subject) -> list[Path]:
+        examples = [subject.first, subject.second] if isinstance(subject, Pair) else [subject]
+        return [self.school.file(setting.method, one) for one in examples] if setting.method.taught else []
+
+    def _files_there(self, setting: Setting, subject: Subject) -> bool:
+        return all(path.is_file() for path in self._concept_files(setting, subject))
+
+    def _key(self, setting: Setting, subject: Subject) -> str:
+        asked = [asdict(question) for question in questions(setting, subject, self.wanted)]
+        files = [digest(path) for path in self._concept_files(setting, subject)]
+        photos = [] if isinstance(subject, Pair) else [digest(subject.folder)]
+        manner = asdict(setting.manner(self.wanted.manner))
+        return key_of([self.graders.key, asked, self.wanted.seeds, manner, files, photos])
+
+    def _concepts(self, setting: Setting, subject: Subject) -> list[Learned]:
+        return inference.ready_concepts(self._concept_files(setting, subject))
+
+    def _single_rows(self, pictures: Tensor, asked: Sequence[Question], example: Example) -> list[Row]:
+        found = self.graders.meter(example)(pictures, [question.text for question in asked])
+        seen = self.graders.marks.nearest(pictures, [spot_of(question.text) for question in asked])
+        places = self._places(pictures)
+        return [{**asdict(alike), "own": 100.0 * (label == example.name) if leaves_marks(question.text) else None,
+                 "seen": label, "there": 100.0 * (place == question.place) if question.place else None, "place": place}
+                for question, alike, label, place in zip(asked, found, seen, places, strict=True)]
+
+    def _pair_rows(self, pictures: Tensor, asked: Sequence[Question], pair: Pair) -> list[Row]:
+        both = [pair.first, pair.second]
+        names, kinds = sorted(one.name for one in both), tuple(one.super_category for one in both)
+        wanted = [_side_by_side(kinds)] * len(asked)
+        answers = self.graders.world.answers(pictures, wanted)
+        seen = self.graders.marks.both(pictures)
+        return [{"kinds": kind, "own": 100.0 * (sorted(labels) == names), "one": 100.0 * bool({*names} & {*labels}),
+                 "left": labels[0], "right": labels[1], "kinds seen": " + ".join(found)}
+                for kind, labels, found in zip(answers.kind_hits(wanted), seen, answers.kinds, strict=True)]
+
+    def _places(self, pictures: Tensor) -> list[str]:
+        return self.graders.world.answers(pictures, [_side_by_side(("",))] * len(pictures)).places
+
+    def _show(self, images: Sequence[Image.Image], jobs: Sequence[Job], path: Path) -> None:
+        """A sheet with the first seed of each prompt."""
+        firsts = range(0, len(jobs), self.wanted.seeds)
+        save_grid([images[n] for n in firsts], path, SHEET_COLUMNS, [jobs[n].prompt for n in firsts])
+
+
+def _side_by_side(kinds: tuple[str, ...]) -> Asked:
+    """What `WorldRecogniser` has to know of a prompt: where to look for what."""
+    things = [Thing(kind, "", centre=centre) for kind, (centre, _) in zip(kinds, SIDE_BY_SIDE, strict=False)]
+    return Asked("", 0, kinds, None, Scene("", 0, things, [], ""))
+
+
+def _read(name: str, text: str) -> Any:
+    if name in ("prompt", "seen", "place", "left", "right", "kinds seen"):
+        return text
+    return float(text) if text else None

@@ -1,0 +1,255 @@
+"""Repeats the paper's comparisons on the bundled model, and says of each of its statements whether it is seen here.
+
+    python evaluation/reproduce.py --quick              # a first look, under 10 minutes on two cores
+    python evaluation/reproduce.py                      # about two hours on two cores
+    python evaluation/reproduce.py --only baselines two_concepts --concepts 10
+
+Concepts are taught by main.py, pictures drawn and graded set by set. Whatever is there already in OUTDIR, made in the
+same way, is used again: an interrupted run goes on where it was. For each study a table and a figure are written, for
+all of them summary.md and results.json.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.command_line import Parser, check_folder, number, whole  # noqa: E402
+from ldm.errors import UserError, one_line_errors  # noqa: E402
+from ldm.sampling_options import add_model_options  # noqa: E402
+
+if TYPE_CHECKING:
+    from evaluation.grading import Grading, Subject
+    from evaluation.report import Report
+    from evaluation.statements import Found
+    from evaluation.studies import Study
+    from evaluation.teaching import Example, School
+
+MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
+STUDIES = ("baselines", "locking", "masks", "one_photo", "training_bias", "temperature", "two_concepts", "cost")
+BIASES, PAIR_BIASES = (0.4, 0.6, 0.75, 0.9, 1.1), (0.4, 0.6)
+MOST_FEW = 3  # biases of the curves that comparisons have
+QUICK = {"concepts": 2, "prompts_limit": 4, "seeds": 2, "steps": 12, "train_steps": 80, "pair_places": 2}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="STUDY",
+                        help=f"what to compare (default: all of {', '.join(STUDIES)})")
+    parser.add_argument("--quick", action="store_true",
+                        help="fewer of everything, and trainings of half the length: a first look")
+    much = parser.add_argument_group("how much")
+    much.add_argument("--concepts", type=whole(2, 11), default=8, metavar="N",
+                      help="so many of the bundled examples (default: %(default)s)")
+    much.add_argument("--prompts", metavar="FILE", help="one a line, with {} for the concept (default: "
+                      "evaluation/prompts/mini.txt)")
+    much.add_argument("--prompts-limit", "--prompts_limit", type=whole(1), default=12, metavar="N",
+                      help="so many of them, of all categories in turn (default: %(default)s)")
+    much.add_argument("--pair_places", type=whole(1), default=4, metavar="N",
+                      help="so many places for two concepts (default: %(default)s)")
+    much.add_argument("--seeds", type=whole(1), default=8, metavar="N",
+                      help="pictures of each prompt (default: %(default)s)")
+    much.add_argument("--train_steps", type=whole(1), metavar="N", help="of each training (default: the config's)")
+    drawing = parser.add_argument_group("how it is drawn")
+    drawing.add_argument("--biases", nargs="+", type=number(), default=BIASES, metavar="NUMBER",
+                         help="of Perfusion's curve, rising; of more than 3, other curves have every other "
+                         f"one (default: {' '.join(map(str, BIASES))})")
+    drawing.add_argument("--pair_biases", nargs="+", type=number(), default=PAIR_BIASES, metavar="NUMBER",
+                         help=f"of two concepts in a picture (default: {' '.join(map(str, PAIR_BIASES))})")
+    drawing.add_argument("--steps", "--ddim_steps", dest="steps", type=whole(1), default=25, metavar="N",
+                         help="sampling steps (default: %(default)s)")
+    drawing.add_argument("--scale", type=number(1), default=4.0, metavar="NUMBER",
+                         help="guidance (default: %(default)s)")
+    drawing.add_argument("--batch_size", type=whole(1), default=32, metavar="N",
+                         help="pictures drawn at a time (default: %(default)s)")
+    parser.add_argument("--evaluation_clip", default=str(MINI / "evaluation_clip"), metavar="FOLDER",
+                        help="the CLIP that grades, or its name (default: models/mini/evaluation_clip)")
+    parser.add_argument("--jobs", type=whole(1), metavar="N",
+                        help="trainings side by side, which share the cores (default: one for each core, up to 4)")
+    add_model_options(parser, outdir="outputs/reproduce")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        shorten(options)
+    check(options)
+    return options
+
+
+def shorten(options: argparse.Namespace) -> None:
+    """Never more than was asked for."""
+    for name, most in QUICK.items():
+        given = getattr(options, name)
+        setattr(options, name, most if given is None else min(most, given))
+    options.biases = options.biases[::2]
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises a UserError for what is missing, before anything heavy is loaded."""
+    check_folder("--outdir", Path(options.outdir))
+    if find_spec("matplotlib") is None:
+        raise UserError('figures need matplotlib; pip install -e ".[evaluation]"')
+    if not Path(options.config).is_file():
+        raise UserError(f"--config {options.config}: no such file; name Perfusion's config for the base model")
+    if options.evaluation_clip == str(MINI / "evaluation_clip") and not Path(options.evaluation_clip).is_dir():
+        raise UserError(f"--evaluation_clip {options.evaluation_clip}: there are no weights; train it with "
+                        "configs/mini/evaluation_clip.yaml and scripts/export_mini.py")
+    if sorted(set(options.biases)) != list(options.biases):
+        raise UserError(f"--biases {' '.join(map(str, options.biases))}: give them in rising order")
+
+
+class Progress:
+    """A line for each finished unit, with its seconds and about how long the rest will take.
+
+    Args:
+        trainings, pictures: how many there will be.
+        at_once: trainings side by side.
+    """
+
+    def __init__(self, trainings: int, pictures: int, at_once: int) -> None:
+        self.left = {"trainings": trainings, "pictures": pictures}
+        self.spent = {"trainings": (0.0, 0), "pictures": (0.0, 0)}
+        self.share = {"trainings": 1 / at_once, "pictures": 1.0}
+
+    def done(self, what: str, unit: str, count: int, seconds: float) -> None:
+        """Says that `what` is done: so many of the unit, in so many seconds."""
+        before, number_of = self.spent[unit]
+        self.spent[unit] = before + seconds, number_of + count
+        self.left[unit] -= count
+        print(f"  {what}: {seconds:.1f} s; {self.remaining()}", flush=True)
+
+    def remaining(self) -> str:
+        """Such as "about 12 min left, 3 trainings and 1,536 pictures"."""
+        left = [f"{count:,} {unit}" for unit, count in self.left.items() if count]
+        if not left:
+            return "nothing is left to make"
+        known = all(self.spent[unit][1] for unit, count in self.left.items() if count)
+        seconds = sum(self.share[unit] * count * self.spent[unit][0] / max(1, self.spent[unit][1])
+                      for unit, count in self.left.items())
+        about = f"about {max(1, round(seconds / 60))} min left, " if known else "left are "
+        return about + " and ".join(left)
+
+
+def spread(prompts: Sequence, limit: int) -> list:
+    """So many prompts, of the categories in turn, in the order of the file."""
+    ranks: dict[str, int] = {}
+    order = []
+    for place, prompt in enumerate(prompts):
+        ranks[prompt.category] = ranks.get(prompt.category, -1) + 1
+        order.append((ranks[prompt.category], place))
+    return [prompts[place] for place in sorted(place for _, place in sorted(order)[:limit])]
+
+
+def accelerator(device: str | None) -> str | None:
+    """The name that main.py has for a device."""
+    kind = (device or "").partition(":")[0]
+    return {"": None, "cuda": "gpu"}.get(kind, kind)
+
+
+def set_up(options: argparse.Namespace) -> tuple[School, Grading, dict[str, Study], list[Example]]:
+    """What teaches, what grades, what is compared, and the examples to teach.
+
+    Raises:
+        UserError: a file that the options name cannot be used.
+    """
+    from evaluation.grading import Graders, Grading, Wanted
+    from evaluation.marks import FREE_PLACES
+    from evaluation.prompt_sets import MINI as MINI_PROMPTS
+    from evaluation.prompt_sets import read_prompts
+    from evaluation.samples import Manner
+    from evaluation.studies import studies
+    from evaluation.teaching import Example, School, cores
+    from ldm.data.example_concepts import CONCEPTS
+
+    folder = Path(options.outdir)
+    at_once = options.jobs or min(4, cores())
+    school = School(options.config, folder, options.ckpt, accelerator(options.device), options.train_steps, at_once)
+    prompts = spread(read_prompts(options.prompts or MINI_PROMPTS), options.prompts_limit)
+    wanted = Wanted(prompts, FREE_PLACES[:options.pair_places], options.seeds,
+                    Manner(scale=options.scale, steps=options.steps))
+    graders = Graders(options.config, options.evaluation_clip, options.ckpt, options.device, options.batch_size)
+    examples = [Example(name, MINI / "examples" / name, kind) for name, (kind, _) in CONCEPTS.items()]
+    few = options.biases[::2] if len(options.biases) > MOST_FEW else options.biases
+    chosen = studies(options.biases, few, options.pair_biases)
+    return (school, Grading(graders, school, wanted, folder),
+            {key: study for key, study in chosen.items() if key in options.only}, examples[:options.concepts])
+
+
+def subjects(study: Study, examples: Sequence[Example]) -> list[Subject]:
+    """What a study draws: the examples, or each beside the next one, so that each is named first and second once."""
+    from evaluation.grading import Pair
+
+    if study.kind == "trade-off":
+        return list(examples)
+    ring = [*examples[1:], examples[0]]
+    return [Pair(*both) for both in zip(examples, ring, strict=True)] if study.kind == "pairs" else []
+
+
+def carry_out(study: Study, school: School, grading: Grading, examples: Sequence[Example], progress: Progress
+              ) -> Found:
+    """Teaches and draws what a study still lacks; all that it is made of."""
+    from evaluation.statements import Found
+
+    missing = [(method, one) for method in study.methods for one in examples if not school.is_there(method, one)]
+    for method, one in missing:
+        if school.outdated(method, one):
+            print(f"  {method.name}, {one.name}: there is one that was taught in another way; teaching anew")
+    for method, one, cost in school.teach(missing):
+        progress.done(f"taught {one.name} by {method.name}", "trainings", 1, cost.seconds)
+    sets = [(setting, subject) for setting in study.settings for subject in subjects(study, examples)]
+    for setting, subject in sets:
+        if grading.is_there(setting, subject):
+            continue
+        if grading.outdated(setting, subject):
+            print(f"  {setting.name}, {subject.name}: there are pictures made in another way; drawing anew")
+        began = time.perf_counter()
+        grading.grade(setting, subject)
+        progress.done(f"drew {subject.name}, {setting.name}", "pictures", grading.count(subject),
+                      time.perf_counter() - began)
+    return Found({(setting, subject.name): grading.rows(setting, subject) for setting, subject in sets},
+                 {method: [school.cost(method, one) for one in examples] for method in study.methods})
+
+
+def to_do(chosen: Sequence[Study], school: School, grading: Grading, examples: Sequence[Example]) -> Progress:
+    """What is missing for all studies."""
+    methods = dict.fromkeys(method for study in chosen for method in study.methods)
+    trainings = sum(not school.is_there(method, one) for method in methods for one in examples)
+    sets = dict.fromkeys((setting, subject) for study in chosen for setting in study.settings
+                         for subject in subjects(study, examples))
+    pictures = sum(grading.count(subject) for setting, subject in sets if not grading.is_there(setting, subject))
+    return Progress(trainings, pictures, school.at_once)
+
+
+def report_of(options: argparse.Namespace, grading: Grading, chosen: Sequence[Study]) -> Report:
+    """An empty report, with what the recogniser of marks can do where it was asked for."""
+    from evaluation.intervals import bootstrapped
+    from evaluation.report import Report
+    from ldm.training.record import describe_machine
+
+    machine = describe_machine(grading.graders.painter.device)
+    report = Report(Path(options.outdir), {**vars(options), "machine": machine})
+    if any(study.kind != "cost" for study in chosen):
+        report.ceilings = {name: bootstrapped(hits) for name, hits in grading.graders.marks.ceilings().items()}
+    return report
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    began = time.perf_counter()
+    school, grading, chosen, examples = set_up(options)
+    progress = to_do(list(chosen.values()), school, grading, examples)
+    print(f"{len(chosen)} studies of {len(examples)} concepts: {progress.remaining()}", flush=True)
+    report = report_of(options, grading, list(chosen.values()))
+    for study in chosen.values():
+        print(study.title, flush=True)
+        for said in report.add(study, carry_out(study, school, grading, examples, progress)):
+            print(f"  {said.verdict.upper()}: {said.statement}: {said.numbers}", flush=True)
+    print(f"{(time.perf_counter() - began) / 60:.1f} min; read {report.folder / 'summary.md'}")
+
+
+if __name__ == "__main__":
+    main()

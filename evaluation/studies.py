@@ -1,0 +1,174 @@
+"""What the paper compares: methods, the settings that their concepts are drawn at, and the studies made of these.
+
+The paper is Tewel, Gal, Chechik, Atzmon, "Key-Locked Rank One Editing for Text-to-Image Personalization" (SIGGRAPH
+2023, arXiv 2305.01644). A method is a training run of `main.py` that differs from that of Perfusion's config in a file
+or a few keys. A setting is a method's concepts drawn in one way. A curve is a row of settings that differ in the bias
+alone. Settings that several studies share are drawn once.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from evaluation.samples import Manner
+
+BASELINES = Path(__file__).resolve().parents[1] / "configs" / "baselines"
+TRAINING_BIAS = 0.75  # of configs/perfusion.yaml
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of teaching a concept.
+
+    Attributes:
+        baseline: config in `configs/baselines/` that replaces Perfusion; None: Perfusion.
+        overrides: key=value pairs for main.py.
+        masks: whether the masks of Perfusion's config are used; baselines never use any.
+        photos: of so many photos, the first ones; None: of all.
+        taught: False is the base model itself, which draws the super-category.
+    """
+
+    name: str
+    baseline: str | None = None
+    overrides: tuple[str, ...] = ()
+    masks: bool = True
+    photos: int | None = None
+    taught: bool = True
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder's."""
+        return slug(self.name)
+
+    @property
+    def gated(self) -> bool:
+        """Whether its concepts have a bias and a temperature."""
+        return self.taught and self.baseline is None
+
+    def configs(self, perfusion: str | Path) -> list[str]:
+        """The files for --base."""
+        return [str(perfusion), *([str(BASELINES / self.baseline)] if self.baseline else [])]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method's concepts, drawn in one way; None: as they were trained."""
+
+    method: Method
+    bias: float | None = None
+    temperature: float | None = None
+    global_locking: bool = False
+
+    @property
+    def label(self) -> str:
+        """What is set, such as "bias 0.75, temperature 0.15"."""
+        parts = [f"{name} {value:g}" for name, value in (("bias", self.bias), ("temperature", self.temperature))
+                 if value is not None]
+        return ", ".join([*parts, *(["global lock"] if self.global_locking else [])])
+
+    @property
+    def name(self) -> str:
+        return ", ".join(part for part in (self.method.name, self.label) if part)
+
+    def manner(self, usual: Manner) -> Manner:
+        """`usual` with what is set here."""
+        return replace(usual, bias=self.bias, temperature=self.temperature, global_locking=self.global_locking)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Settings of one method that differ in the bias, or a single one."""
+
+    name: str
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison of the paper.
+
+    Attributes:
+        kind: "trade-off", of text- against image-similarity; "pairs", two concepts in a picture; "cost", of training.
+    """
+
+    key: str
+    title: str
+    curves: tuple[Curve, ...]
+    kind: Literal["trade-off", "pairs", "cost"] = "trade-off"
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Each once, in order."""
+        return list(dict.fromkeys(setting for curve in self.curves for setting in curve.settings))
+
+    @property
+    def methods(self) -> list[Method]:
+        """Those that are trained, each once, in order."""
+        return list(dict.fromkeys(setting.method for setting in self.settings if setting.method.taught))
+
+
+BASE = Method("base model", taught=False)
+PERFUSION = Method("Perfusion")
+TRAINED_KEYS = Method("trained keys", overrides=("model.params.locking=trained",))
+NO_MASKS = Method("no masks", masks=False)
+ONE_PHOTO = Method("one photo", photos=1)
+TEXTUAL_INVERSION = Method("Textual Inversion", "textual-inversion.yaml")
+FOUR_VECTORS = Method("Textual Inversion, 4 vectors", "textual-inversion.yaml", ("model.params.vectors_per_word=4",))
+CUSTOM_DIFFUSION = Method("Custom Diffusion", "custom-diffusion.yaml")
+DREAMBOOTH = Method("DreamBooth", "dreambooth.yaml")
+POINTS = (TEXTUAL_INVERSION, FOUR_VECTORS, CUSTOM_DIFFUSION, DREAMBOOTH)
+TRAINING_BIASES = (0.4, 0.6, 0.9)  # beside TRAINING_BIAS
+TEMPERATURES = (0.05, 0.15, 0.3)  # beside that of training
+STUDY_KEYS = ("baselines", "locking", "masks", "one_photo", "training_bias", "temperature", "two_concepts", "cost")
+
+
+def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence[float]) -> dict[str, Study]:
+    """All studies by their keys, in the order of `STUDY_KEYS`.
+
+    Args:
+        biases: of Perfusion's own curve.
+        few: some of them, for the curves that it is compared with.
+        pair_biases: for two concepts in one picture.
+    """
+    own = curve("Perfusion", PERFUSION, biases)
+    trained_at = [curve(f"trained at bias {bias:g}", _trained_at(bias), few) for bias in TRAINING_BIASES]
+    trained_at.insert(sum(bias < TRAINING_BIAS for bias in TRAINING_BIASES),
+                      curve(f"trained at bias {TRAINING_BIAS:g}", PERFUSION, few))
+    middle = few[len(few) // 2]
+    softer = [Curve(f"temperature {value:g}", (Setting(PERFUSION, middle, value),)) for value in TEMPERATURES]
+    merged = [*(Setting(PERFUSION, bias) for bias in pair_biases), Setting(TEXTUAL_INVERSION),
+              Setting(CUSTOM_DIFFUSION), Setting(BASE)]
+    made = (
+        Study("baselines", "Perfusion against the baselines",
+              (own, *(Curve(method.name, (Setting(method),)) for method in (*POINTS, BASE)))),
+        Study("locking", "Local lock, global lock, trained keys",
+              (curve("local lock", PERFUSION, few), curve("global lock", PERFUSION, few, global_locking=True),
+               curve("trained keys", TRAINED_KEYS, few))),
+        Study("masks", "With and without the mask loss",
+              (curve("with masks", PERFUSION, few), curve("no masks", NO_MASKS, few))),
+        Study("one_photo", "One photo against all",
+              (curve("all photos", PERFUSION, few), curve("one photo", ONE_PHOTO, few))),
+        Study("training_bias", "Training bias", tuple(trained_at)),
+        Study("temperature", "Inference temperature", (curve("temperature of training", PERFUSION, few), *softer)),
+        Study("two_concepts", "Two concepts, trained apart, in one picture",
+              tuple(Curve(setting.name, (setting,)) for setting in merged), "pairs"),
+        Study("cost", "What a concept costs",
+              tuple(Curve(method.name, (Setting(method),)) for method in (PERFUSION, *POINTS)), "cost"),
+    )
+    return {study.key: study for study in made}
+
+
+def curve(name: str, method: Method, biases: Iterable[float], global_locking: bool = False) -> Curve:
+    return Curve(name, tuple(Setting(method, bias, None, global_locking) for bias in biases))
+
+
+def slug(text: str) -> str:
+    """Lower case, and dashes for all that is neither letter, digit nor point: a name for files."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def _trained_at(bias: float) -> Method:
+    return Method(f"training bias {bias:g}", overrides=(f"model.params.bias={bias:g}",))

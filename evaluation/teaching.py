@@ -1,0 +1,207 @@
+"""Concepts taught by several methods, as a user teaches them: by `main.py`, a run for each, made when missing.
+
+A concept file is named after everything that it depends on: the whole config of its run, and the contents of the files
+that the config names, photos and base model among them. One that is there need not be made again, whichever study asks
+for it; one that was made in another way has another name.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from evaluation.studies import Method
+from ldm.data.images import list_images
+from ldm.errors import UserError
+from ldm.files import write_whole
+from ldm.modules.tuned_concept import load_learned
+from ldm.training.options import get_parser, read_config
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+NO_PICTURES = "lightning.callbacks.pictures=null"  # the sheet of samples of a run
+SEED = 23
+KEY_LENGTH = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """A thing to teach: a folder with photos of it, and what kind of thing it is."""
+
+    name: str
+    folder: Path
+    super_category: str
+
+    @property
+    def placeholder(self) -> str:
+        return f"<my-{self.name}>"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What teaching one concept took, and what came out: learned numbers, and bytes of the file."""
+
+    seconds: float
+    parameters: int
+    size: int
+
+
+@dataclass(frozen=True)
+class School:
+    """Where and how concepts are taught.
+
+    Attributes:
+        config: that of Perfusion for the base model.
+        folder: gets `concepts/<method>/<example>-<key>.safetensors`, each with a `.json` that says what it cost.
+        checkpoint: the base model's weights; None: the config's.
+        accelerator: as for main.py; None: the best there is.
+        steps: of training; None: the config's.
+        at_once: trainings side by side, which share the processor's cores.
+    """
+
+    config: str
+    folder: Path
+    checkpoint: str | None = None
+    accelerator: str | None = None
+    steps: int | None = None
+    at_once: int = 1
+
+    def file(self, method: Method, example: Example) -> Path:
+        """The concept file; whether or not it is there yet."""
+        return self.folder / "concepts" / method.slug / f"{example.name}-{self.key(method, example)}.safetensors"
+
+    def cost(self, method: Method, example: Example) -> Cost:
+        return Cost(**json.loads(self.file(method, example).with_suffix(".json").read_text()))
+
+    def is_there(self, method: Method, example: Example) -> bool:
+        """Whether the file and what it cost are; the latter is written last."""
+        return self.file(method, example).with_suffix(".json").is_file()
+
+    def outdated(self, method: Method, example: Example) -> bool:
+        """Whether there is only a file that was made in another way."""
+        file = self.file(method, example)
+        return not file.is_file() and any(file.parent.glob(f"{example.name}-*.safetensors"))
+
+    @functools.cache  # noqa: B019 - few, and asked for again and again
+    def key(self, method: Method, example: Example) -> str:
+        """Names all that the concept depends on, but the code; found out once in a run.
+
+        Raises:
+            UserError: a config cannot be read.
+        """
+        config = self._config(method, example)
+        return key_of([config, contents(config)])
+
+    def teach(self, wanted: Sequence[tuple[Method, Example]]) -> Iterator[tuple[Method, Example, Cost]]:
+        """Teaches what is missing, several at once, and yields each as soon as it is done.
+
+        Raises:
+            UserError: a training fails.
+        """
+        with ThreadPoolExecutor(self.at_once) as pool:
+            running = {pool.submit(self._taught, *pair): pair for pair in wanted if not self.is_there(*pair)}
+            try:
+                for done in as_completed(running):
+                    yield *running[done], done.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _arguments(self, method: Method, example: Example) -> tuple[list[str], list[str]]:
+        """Flags for main.py, and overrides."""
+        flags = ["--base", *method.configs(self.config), "--data_root", str(self._photos(method, example)),
+                 "--init_word", example.super_category, "--placeholder_string", example.placeholder,
+                 "--seed", str(SEED), "--no-test"]
+        given = {"--masks": None if method.masks else "none", "--actual_resume": self.checkpoint,
+                 "--accelerator": self.accelerator, "--max_steps": self.steps}
+        flags += [str(word) for pair in given.items() if pair[1] is not None for word in pair]
+        return flags, [NO_PICTURES, *method.overrides]
+
+    def _config(self, method: Method, example: Example) -> dict[str, Any]:
+        """What main.py makes of these arguments."""
+        flags, overrides = self._arguments(method, example)
+        return OmegaConf.to_container(read_config(get_parser().parse_args(flags), overrides), resolve=True)
+
+    def _photos(self, method: Method, example: Example) -> Path:
+        """The folder of the photos that the method is given."""
+        if method.photos is None:
+            return example.folder
+        folder = self.folder / "photos" / f"first-{method.photos}" / example.name
+        for path in list_images(example.folder)[:method.photos]:
+            if not (folder / path.name).is_file():
+                write_whole(folder / path.name, lambda aside, path=path: aside.write_bytes(path.read_bytes()))
+        return folder
+
+    def _taught(self, method: Method, example: Example) -> Cost:
+        flags, overrides = self._arguments(method, example)
+        file = self.file(method, example)
+        runs = self.folder / "runs" / method.slug / example.name  # of its own: nothing is shared that others have made
+        shutil.rmtree(runs, ignore_errors=True)  # what an interrupted one has left
+        began = time.perf_counter()
+        self._run([*flags, "--name", example.name, "--logdir", str(runs), *overrides])
+        seconds = time.perf_counter() - began
+        (made,) = runs.glob("*/concept.safetensors")
+        (concept,), steps = load_learned(made), self._config(method, example)["lightning"]["trainer"].get("max_steps")
+        if steps not in (None, concept.steps):  # Ctrl-C stops a run, too, which then keeps what it has
+            raise UserError(f"teaching {example.name} by {method.name} stopped at step {concept.steps} of {steps}; "
+                            "run this again")
+        write_whole(file, lambda aside: aside.write_bytes(made.read_bytes()))
+        shutil.rmtree(runs)
+        cost = Cost(seconds, concept.parameter_count, file.stat().st_size)
+        write_whole(file.with_suffix(".json"), lambda aside: aside.write_text(json.dumps(asdict(cost)) + "\n"))
+        return cost
+
+    def _run(self, arguments: Sequence[str]) -> None:
+        """main.py with these arguments, on this training's share of the cores."""
+        threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.at_once))}
+        done = subprocess.run([sys.executable, str(MAIN), *arguments], env={**threads, **os.environ},
+                              capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+            raise UserError(f"teaching failed: main.py {' '.join(arguments)}: {said.removeprefix('error: ')}")
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def key_of(value: Any) -> str:
+    """A short name for what is plain data."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def contents(value: Any) -> dict[str, str]:
+    """What plain data names that is a file or a folder, each with a digest of what is in it."""
+    return {text: digest(text) for text in sorted(set(_texts(value))) if Path(text).exists()}
+
+
+@functools.cache
+def digest(path: str | Path) -> str:
+    """Names the contents of a file, or of all files in a folder."""
+    path, state = Path(path), hashlib.blake2b()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            state.update(file.name.encode() + file.read_bytes())
+    return state.hexdigest()[:KEY_LENGTH]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in plain data that could be paths."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+    elif isinstance(value, str) and len(value) < 256 and "/" in value:
+        yield value

@@ -1,0 +1,236 @@
+"""The script that repeats the paper's comparisons, on tiny models and with concepts that nobody taught."""
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drawing_world import WIDTH, World
+from omegaconf import OmegaConf
+from PIL import Image
+from tiny_clips import clip_folder, segmenter_folder
+
+from evaluation import marks, reproduce, world_prompts
+from evaluation.grading import Graders, Pair, questions
+from evaluation.prompt_sets import EvaluationPrompt
+from evaluation.reproduce import Progress, parse_arguments, shorten, spread
+from evaluation.samples import Manner
+from evaluation.studies import BASE, PERFUSION, STUDY_KEYS, Setting
+from evaluation.teaching import Example, School, digest
+from ldm.data import example_concepts, scenes
+from ldm.data.scenes import BACKGROUNDS_PER_PLACE
+from ldm.modules.concept import load_concepts
+from ldm.modules.tuned_concept import TunedConcept, save_learned
+
+PROMPTS = "[place]\na photo of a {} in the snow\n[style]\na sketch of a {}\n"
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def files(drawing_world_files: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of Perfusion on the tiny model, a CLIP, a segmenter, photos, and a list of prompts."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    (folder / "segmenter").mkdir()
+    config = OmegaConf.load(drawing_world_files.config)
+    config.model.target = "ldm.models.diffusion.perfusion.Perfusion"
+    config.model.params.update({"super_category": "cat", "placeholder": "<cat>",
+                                "segmenter": str(segmenter_folder(folder / "segmenter"))})
+    config.data = {"target": "main.DataModuleFromConfig", "params": {"train": {
+        "target": "ldm.data.personalized.PersonalizedBase", "params": {"data_root": "photos", "mask_root": None}}}}
+    OmegaConf.save(config, folder / "perfusion.yaml")
+    clip_folder(folder / "clip")
+    (folder / "prompts.txt").write_text(PROMPTS)
+    for name in ("teddy", "teapot"):
+        shutil.copytree(reproduce.MINI / "examples" / name, folder / "examples" / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two concepts, one background for each place, few texts and scenes."""
+    bank, few = scenes.background_bank, {name: example_concepts.CONCEPTS[name] for name in ("teddy", "teapot")}
+    monkeypatch.setattr(scenes, "background_bank", lambda place, size: bank(place, size, 1) * BACKGROUNDS_PER_PLACE)
+    monkeypatch.setattr(world_prompts, "PLAIN_TEMPLATES", ("a {}",))
+    monkeypatch.setattr(world_prompts, "kind_texts", lambda: [["a cat"]] * 100)
+    monkeypatch.setattr(world_prompts, "place_texts", lambda: [["in the snow"]] * 20)
+    for module in (marks, example_concepts):
+        monkeypatch.setattr(module, "CONCEPTS", few)
+    embedded = marks.Marks._embedded
+    monkeypatch.setattr(marks.Marks, "_embedded", lambda self, _, seed: embedded(self, 2, seed))
+
+
+@pytest.fixture
+def taught(world: World, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Instead of runs of main.py, concept files of random numbers; the arguments of each run."""
+    calls: list[list[str]] = []
+
+    def pretend(self: School, arguments: Sequence[str]) -> None:
+        calls.append(list(arguments))
+        given = dict(zip(arguments, arguments[1:], strict=False))
+        made = learned(world, " ".join(arguments), given["--placeholder_string"], given["--init_word"])
+        made = replace(made, steps=int(given.get("--max_steps", 0)))
+        save_learned(Path(given["--logdir"]) / "now" / "concept.safetensors", [made])
+
+    monkeypatch.setattr(School, "_run", pretend)
+    return calls
+
+
+def learned(world: World, arguments: str, placeholder: str, super_category: str) -> Any:
+    """What the method of these arguments might have learned."""
+    (concept,) = load_concepts(world.teddy)
+    methods = [name for name in ("textual-inversion", "custom-diffusion", "dreambooth") if f"{name}.yaml" in arguments]
+    if not methods:
+        return replace(concept, placeholder=placeholder, super_category=super_category)
+    vectors = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
+    inputs = vectors if methods == ["custom-diffusion"] else torch.zeros(0, 0)
+    return TunedConcept(methods[0], placeholder, super_category, vectors, {}, inputs, 16, base=concept.base)
+
+
+@pytest.fixture
+def run(files: Path, taught: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the script in this process; returns results.json."""
+    monkeypatch.setattr(reproduce, "MINI", files)
+
+    def carry_out(*arguments: object) -> dict[str, Any]:
+        digest.cache_clear()
+        School.key.cache_clear()
+        given = {"config": files / "perfusion.yaml", "evaluation_clip": files / "clip", "outdir": tmp_path / "out",
+                 "device": "cpu", "prompts": files / "prompts.txt", "concepts": 2, "seeds": 2, "steps": 1,
+                 "pair_places": 1, "batch_size": 64}
+        flags = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+        reproduce.main([*flags, *map(str, arguments)])
+        return json.loads((tmp_path / "out" / "results.json").read_text())
+
+    return carry_out
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for kind in ("concepts", "graded") for path in (folder / kind).rglob("*.*")}
+
+
+def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[list[str]], tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    results = run("--biases", 0.6, "--seeds", 1)
+    folder = tmp_path / "out"
+    assert list(results["studies"]) == list(STUDY_KEYS) == list(dict.fromkeys(
+        verdict["study"] for verdict in results["verdicts"]))
+    assert len(taught) == 11 * 2
+    summary = (folder / "summary.md").read_text()
+    for key in STUDY_KEYS:
+        assert Image.open(folder / f"{key}.png").format == "PNG" and f"({key}.png)" in summary
+        assert (folder / f"{key}.md").read_text() in summary
+    for verdict in results["verdicts"]:
+        assert f"| {verdict['statement']} | {verdict['verdict']} |" in summary
+    said = capsys.readouterr().out
+    assert "nothing is left to make" in said and said.count("taught ") == 22 and said.count("drew ") == 2 * 16 + 2 * 5
+    row = results["studies"]["baselines"][0]["figures"]
+    assert row["text"]["count"] == 2 * 2 and row["own"]["count"] == row["there"]["count"] == 2
+    assert set(results["ceilings"]) == {"concepts alone", "concepts beside another thing", "others taken for a concept"}
+
+
+def test_it_goes_on_where_it_was(run: Run, taught: list[list[str]], tmp_path: Path,
+                                 capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--only", "masks", "--biases", 0.4, 1.1)
+    first = run(*few)
+    before = times(tmp_path / "out")
+    assert len(before) == 4 * 2 + 8 * 2  # files with what they cost, tables with sheets
+    one = next((tmp_path / "out" / "graded").rglob("*.csv"))
+    kept = one.read_text()
+    one.unlink()
+    capsys.readouterr()
+    assert run(*few)["studies"] == first["studies"] and one.read_text() == kept
+    assert {path for path, time in times(tmp_path / "out").items() if before.get(path) != time} == {
+        one, one.with_suffix(".png")}
+    said = capsys.readouterr().out
+    assert said.count("drew ") == 1 and "taught" not in said and len(taught) == 4
+
+
+def test_what_was_made_in_another_way_is_made_anew_and_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--only", "masks", "--biases", 0.4)
+    run(*few)
+    capsys.readouterr()
+    run(*few, "--scale", 2)
+    said = capsys.readouterr().out
+    assert said.count("drawing anew") == said.count("drew ") == 4 and "teaching anew" not in said
+    run(*few, "--train_steps", 3)
+    assert capsys.readouterr().out.count("teaching anew") == 4
+
+
+def test_sets_say_what_was_recognised(run: Run, tmp_path: Path) -> None:
+    run("--only", "masks", "two_concepts", "--biases", 0.4)
+    (single, *_) = sorted((tmp_path / "out" / "graded" / "perfusion" / "teddy").glob("*.csv"))
+    with single.open() as opened:
+        rows = list(csv.DictReader(opened))
+    assert [(row["prompt"], row["seed"]) for row in rows] == [
+        (prompt, seed) for prompt in ("a photo of a teddy bear in the snow", "a sketch of a teddy bear")
+        for seed in "12"]
+    assert [bool(row["there"]) for row in rows] == [bool(row["own"]) for row in rows] == [True, True, False, False]
+    pair = next((tmp_path / "out" / "graded" / "base-model" / "teapot+teddy").glob("*.csv"))
+    with pair.open() as opened:
+        rows = list(csv.DictReader(opened))
+    assert rows[0]["prompt"] == "a photo of a teapot next to a teddy bear on the beach" and len(rows) == 2
+    for row in rows:
+        seen = {row["left"], row["right"]}
+        assert float(row["own"]) == 100 * (seen == {"teddy", "teapot"})
+        assert float(row["one"]) == 100 * bool(seen & {"teddy", "teapot"})
+
+
+def test_concepts_are_asked_for_by_their_words_and_the_base_model_by_what_they_are(files: Path) -> None:
+    from evaluation.grading import Wanted
+
+    owl, cat = (Example(name, files, name) for name in ("owl", "cat"))
+    wanted = Wanted([EvaluationPrompt("style", "a sketch of a {} in the woods")], ["snow"], 2, Manner())
+    for method, words in ((PERFUSION, "a <my-owl>"), (BASE, "an owl")):
+        (question,) = questions(Setting(method), owl, wanted)
+        assert question.prompt == f"a sketch of {words} in the woods" and question.place == "forest"
+        assert question.text == "a sketch of an owl in the woods"
+    (both,) = questions(Setting(PERFUSION), Pair(cat, owl), wanted)
+    assert both.prompt == "a photo of a <my-cat> next to a <my-owl> in the snow"
+    assert both.text == "a photo of a cat next to an owl in the snow"
+
+
+def test_another_clip_grades_anew(files: Path, tmp_path: Path) -> None:
+    def key(clip: Path) -> str:
+        digest.cache_clear()
+        return Graders(str(files / "perfusion.yaml"), clip).key
+
+    assert key(files / "clip") == key(files / "clip") != key(clip_folder(tmp_path / "clip", seed=3))
+
+
+def test_prompts_are_of_all_categories_in_turn() -> None:
+    prompts = [EvaluationPrompt(category, f"{number}") for number, category in enumerate("aaabbc")]
+    assert [prompt.text for prompt in spread(prompts, 4)] == ["0", "1", "3", "5"]
+    assert spread(prompts, 99) == prompts
+
+
+def test_what_remains_is_told_once_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(trainings=3, pictures=100, at_once=2)
+    assert progress.remaining() == "left are 3 trainings and 100 pictures"
+    progress.done("taught", "trainings", 1, 120.0)
+    progress.done("drew", "pictures", 50, 30.0)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "  drew: 30.0 s; about 2 min left, 2 trainings and 50 pictures")
+
+
+def test_quick_asks_for_less_and_never_for_more() -> None:
+    options = parse_arguments(["--seeds", "1", "--evaluation_clip", "x"])
+    shorten(options)
+    assert (options.seeds, options.concepts, options.train_steps, options.biases) == (1, 2, 80, (0.4, 0.75, 1.1))
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--config", "nowhere.yaml"], "--config nowhere.yaml"), (["--only", "beauty"], "invalid choice"),
+    (["--concepts", "1"], "must be 2 or more"), (["--biases", "0.9", "0.4", "--evaluation_clip", "x"], "rising"),
+    (["--prompts", "nowhere.txt", "--evaluation_clip", "x"], "nowhere.txt")])
+def test_mistakes_are_one_line(arguments: list[str], said: str, tmp_path: Path,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        reproduce.main([*arguments, "--outdir", str(tmp_path)])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line

@@ -1,0 +1,147 @@
+"""Concepts taught by processes, with a stand-in for main.py: what is made, kept, made again, and what goes wrong."""
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from evaluation import teaching
+from evaluation.studies import NO_MASKS, ONE_PHOTO, PERFUSION, TEXTUAL_INVERSION, TRAINED_KEYS, Method
+from evaluation.teaching import Cost, Example, School, digest
+from ldm.errors import UserError
+from ldm.modules.concept import Concept, save_concepts
+
+STAND_IN = """
+import pathlib, shutil, sys
+given = dict(zip(sys.argv[1:], sys.argv[2:]))
+run = pathlib.Path(given["--logdir"]) / ("now_" + given["--name"])
+run.mkdir(parents=True)
+(run / "last.ckpt").write_text("")
+if "--max_steps" in given:
+    sys.exit("error: no patience")
+shutil.copy(pathlib.Path(__file__).parent / "concept.safetensors", run)
+with open(pathlib.Path(__file__).parent / "calls", "a") as calls:
+    print(*sys.argv[1:], file=calls)
+"""
+CONFIG = """
+model:
+  target: ldm.models.diffusion.perfusion.Perfusion
+  params: {super_category: a, placeholder: <b>, bias: 0.75, locking: local, segmenter: null, ckpt_path: %s}
+data:
+  target: main.DataModuleFromConfig
+  params: {batch_size: 2, train: {target: ldm.data.personalized.PersonalizedBase, params: {data_root: c}}}
+lightning: {trainer: {max_steps: 3}}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a stand-in for main.py, a config, a base model, and photos of two things."""
+    (tmp_path / "main.py").write_text(STAND_IN)
+    (tmp_path / "base.ckpt").write_text("weights")
+    (tmp_path / "perfusion.yaml").write_text(CONFIG % (tmp_path / "base.ckpt"))
+    concept = Concept("<b>", "a", torch.ones(1, 4), torch.ones(3), torch.ones(3), {"layer": torch.ones(5)}, steps=3)
+    save_concepts(tmp_path / "concept.safetensors", [concept])
+    for name in ("cat", "owl"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (16, 16), (number, len(name), 0)).save(tmp_path / name / f"{number}.png")
+    monkeypatch.setattr(teaching, "MAIN", tmp_path / "main.py")
+    return tmp_path
+
+
+@pytest.fixture
+def school(place: Path) -> School:
+    return School(str(place / "perfusion.yaml"), place / "out", at_once=2)
+
+
+def example(place: Path, name: str = "cat") -> Example:
+    return Example(name, place / name, "cat")
+
+
+def forget() -> None:
+    """As a new run: files may have changed."""
+    digest.cache_clear()
+    School.key.cache_clear()
+
+
+def calls(place: Path) -> list[str]:
+    return (place / "calls").read_text().splitlines()
+
+
+def test_what_is_missing_is_taught_and_kept(place: Path, school: School) -> None:
+    wanted = [(method, example(place, name)) for method in (PERFUSION, TRAINED_KEYS) for name in ("cat", "owl")]
+    done = list(school.teach(wanted))
+    assert sorted((method.name, one.name) for method, one, _ in done) == sorted(
+        (method.name, one.name) for method, one in wanted)
+    for method, one, cost in done:
+        file = school.file(method, one)
+        assert cost == school.cost(method, one) == Cost(cost.seconds, 9, file.stat().st_size)
+        assert file.read_bytes() == (place / "concept.safetensors").read_bytes() and cost.seconds > 0
+    assert not list((place / "out" / "runs").rglob("*.ckpt"))
+    assert not list(school.teach(wanted)) and len(calls(place)) == 4
+
+
+def test_runs_are_told_what_a_user_would_say(place: Path, school: School) -> None:
+    list(school.teach([(NO_MASKS, example(place)), (replace(TRAINED_KEYS, name="x"), example(place, "owl"))]))
+    plain, keys = sorted(calls(place), key=lambda call: "owl" in call)
+    for words in (f"--data_root {place / 'cat'}", "--init_word cat", "--placeholder_string <my-cat>", "--masks none",
+                  "lightning.callbacks.pictures=null"):
+        assert words in plain
+    assert "model.params.locking=trained" in keys and "--masks" not in keys
+
+
+def test_one_photo_is_the_first(place: Path, school: School) -> None:
+    list(school.teach([(ONE_PHOTO, example(place))]))
+    folder = Path(calls(place)[0].partition("--data_root ")[2].split()[0])
+    assert [path.name for path in folder.iterdir()] == ["0.png"]
+    assert (folder / "0.png").read_bytes() == (place / "cat" / "0.png").read_bytes()
+
+
+def test_a_name_stands_for_all_that_matters(place: Path, school: School) -> None:
+    def key(method: Method = PERFUSION, **changes: object) -> str:
+        forget()
+        return replace(school, **changes).key(method, example(place))
+
+    first = key()
+    assert key(folder=place / "elsewhere", at_once=1) == first
+    others = {key(NO_MASKS), key(TRAINED_KEYS), key(ONE_PHOTO), key(TEXTUAL_INVERSION), key(steps=7),
+              key(accelerator="cpu")}
+    (place / "base.ckpt").write_text("other weights")
+    others.add(key())
+    Image.new("RGB", (16, 16), "red").save(place / "cat" / "1.png")
+    others.add(key())
+    assert len(others | {first}) == 8 - 1 + 1  # NO_MASKS is as PERFUSION here: its config has no segmenter
+
+
+def test_what_was_made_otherwise_is_made_again(place: Path, school: School) -> None:
+    list(school.teach([(PERFUSION, example(place))]))
+    assert not school.outdated(PERFUSION, example(place))
+    Image.new("RGB", (16, 16), "red").save(place / "cat" / "1.png")
+    forget()
+    assert school.outdated(PERFUSION, example(place)) and not school.outdated(NO_MASKS, example(place, "owl"))
+    assert len(list(school.teach([(PERFUSION, example(place))]))) == 1
+
+
+def test_an_interrupted_run_leaves_nothing_in_the_way(place: Path, school: School) -> None:
+    shutil.copytree(place / "owl", place / "out" / "runs" / "perfusion" / "cat" / "before_cat")
+    assert not school.is_there(PERFUSION, example(place))
+    assert len(list(school.teach([(PERFUSION, example(place))]))) == 1
+
+
+def test_a_run_that_was_stopped_early_does_not_count(place: Path, school: School) -> None:
+    config = place / "perfusion.yaml"
+    config.write_text(config.read_text().replace("max_steps: 3", "max_steps: 4"))
+    with pytest.raises(UserError, match="cat by Perfusion stopped at step 3 of 4"):
+        list(school.teach([(PERFUSION, example(place))]))
+    assert not school.is_there(PERFUSION, example(place)) and not list((place / "out").glob("concepts/*/*"))
+
+
+def test_a_failure_says_what_the_run_said(place: Path, school: School) -> None:
+    with pytest.raises(UserError, match="main.py --base .* --name cat.*: no patience"):
+        list(replace(school, steps=3).teach([(PERFUSION, example(place))]))
+    assert not list((place / "out").rglob("*.safetensors"))
