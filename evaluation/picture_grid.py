@@ -44,8 +44,9 @@ def draw_grid(path: str | Path, pictures: Sequence[Sequence[Image.Image]], rows:
         canvas.text(x, 1 - (TITLE + TOP / 2) / height, note, fontsize=SIZE - 1.5, ha="center", va="top", color=FAINT)
     for row, (label, line) in enumerate(zip(rows, pictures, strict=True)):
         bottom = height - TITLE - TOP - (row + 1) * (down + GAP) + GAP
-        canvas.text((LEFT - 0.1) / width, (bottom + down / 2) / height, textwrap.fill(label, LETTERS, break_on_hyphens=False), fontsize=SIZE,
-                    ha="right", va="center", linespacing=1.3, color=TEXT)
+        text = textwrap.fill(label, LETTERS, break_on_hyphens=False)
+        canvas.text((LEFT - 0.1) / width, (bottom + down / 2) / height, text, fontsize=SIZE, ha="right", va="center",
+                    linespacing=1.3, color=TEXT)
         for column, picture in enumerate(line):
             left = LEFT + column * (across + GAP)
             axes = canvas.add_axes((left / width, bottom / height, across / width, down / height))
