@@ -69,6 +69,12 @@ def measure(files: Path, world: World, tmp_path: Path) -> Measure:
 
     return run
 
+def rounded(rows: list[dict[str, str]]) -> list[dict[str, object]]:
+    """The rows with similarities that may differ by rounding, which depends on the order in a batch, as equal."""
+    return [{name: pytest.approx(float(value), abs=1e-3) if name.endswith("similarity") and value else value
+             for name, value in row.items()} for row in rows]
+
+
 
 def draws(files: Path, world: World) -> tuple[object, ...]:
     return ("--concept", world.teddy, "--prompts", files / "prompts.txt", "--seeds", 2, "--ddim_steps", 2)
@@ -98,7 +104,7 @@ def test_as_a_process_it_draws_measures_and_says_so(files: Path, world: World, m
     assert Image.open(tmp_path / "drawn" / "grid-0000.png").width > 2 * 16
 
     again = measure("--images", tmp_path / "drawn" / "samples")  # by what the pictures say of themselves
-    assert again == drawn
+    assert rounded(again) == rounded(drawn)
 
 
 def test_what_pictures_were_drawn_from_is_said_in_three_ways(measure: Measure, world: World, files: Path,
@@ -110,16 +116,18 @@ def test_what_pictures_were_drawn_from_is_said_in_three_ways(measure: Measure, w
     listed.write_text("\n".join(["file,prompt,seed,category", *lines]) + "\n")
     images = tmp_path / "drawn" / "samples"
     by_list = measure("--images", images, "--captions", listed, "--super_category", "teddy bear", segmenter="none")
-    assert by_list == drawn[::-1]
+    assert rounded(by_list) == rounded(drawn[::-1])
     same = measure("--images", images, "--prompt", "a {} outside", "--super_category", "owl", segmenter="none")
     assert {row["text"] for row in same} == {"an owl outside"}
-    assert [row["image_similarity"] for row in same] == [row["image_similarity"] for row in drawn]
+    found, expected = ([row["image_similarity"] for row in rounded(rows)] for rows in (same, drawn))
+    assert found == expected
 
 
 def test_masks_of_the_photos_are_used(measure: Measure, files: Path) -> None:
     given = ("--images", files / "photos", "--prompt", "a cat", "--super_category", "cat")
     one, other = measure(*given), measure(*given, "--masks", files / "masks")
-    assert [row["image_similarity"] for row in one] == [row["image_similarity"] for row in other]
+    found, expected = ([row["image_similarity"] for row in rounded(rows)] for rows in (one, other))
+    assert found == expected
     assert [row["object_similarity"] for row in one] != [row["object_similarity"] for row in other]
 
 
