@@ -21,6 +21,28 @@ def start_smooth(layer: torch.nn.ConvTranspose2d) -> None:
     layer.weight.copy_(layer.weight.sum((2, 3), keepdim=True) / layer.kernel_size[0])
 
 
+def finer_patches(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """A CLIP's weights with its picture cut into patches of `size` pixels a side rather than those it was trained with.
+
+    A segmenter tells what lies within a patch from a single vector: finer ones have sharper edges. Patch embeddings are
+    averaged over the pixels that become one and scaled to keep their sum, positions are interpolated, as in Beyer et
+    al., "FlexiViT", 2023.
+
+    Raises:
+        ValueError: `size` does not divide the patches that the weights are for.
+    """
+    embeddings = "vision_model.embeddings."
+    patch, place = embeddings + "patch_embedding.weight", embeddings + "position_embedding.weight"
+    times, left = divmod(tensors[patch].shape[-1], size)
+    if left or not times:
+        raise ValueError(f"patch_size {size}: it must divide that of the CLIP, {tensors[patch].shape[-1]}")
+    whole, grid = tensors[place][:1], tensors[place][1:]
+    side = round(len(grid) ** 0.5)
+    grid = F.interpolate(grid.T.reshape(1, -1, side, side), scale_factor=times, mode="bicubic", align_corners=False)
+    return {**tensors, patch: F.avg_pool2d(tensors[patch], times) * times**2,
+            place: torch.cat([whole, grid.flatten(2)[0].T])}
+
+
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """1 - Dice's coefficient of soft masks and true ones, both (B, H, W), a mean over B; 0 where they agree.
 
@@ -47,19 +69,25 @@ class SegmenterTrainer(OneStepModule):
         reduce_dim, extract_layers, decoder: width of CLIPSeg's decoder, the layers of the image tower that it reads,
             and further settings of `transformers`' CLIPSegConfig.
         text_trainable: whether the text tower is trained along, as is needed where the CLIP tells words hardly apart.
+        patch_size: of the image tower in pixels, where finer than the CLIP's own.
+
+    Raises:
+        ValueError: `patch_size` does not divide the CLIP's.
     """
 
     def __init__(self, clip: str, reduce_dim: int = 64, extract_layers: Sequence[int] = (0, 1, 2),
-                 decoder: Mapping[str, Any] | None = None, text_trainable: bool = False,
+                 decoder: Mapping[str, Any] | None = None, text_trainable: bool = False, patch_size: int | None = None,
                  scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
         super().__init__()
         start = load_pretrained(CLIPModel, clip)
+        vision = start.config.vision_config.to_dict()
+        vision["patch_size"] = patch_size or vision["patch_size"]
         self.tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
         self.segmenter = CLIPSegForImageSegmentation(CLIPSegConfig(
-            text_config=start.config.text_config.to_dict(), vision_config=start.config.vision_config.to_dict(),
+            text_config=start.config.text_config.to_dict(), vision_config=vision,
             projection_dim=start.config.projection_dim, reduce_dim=reduce_dim, extract_layers=list(extract_layers),
             **(decoder or {})))
-        self.segmenter.clip.load_state_dict(start.state_dict())
+        self.segmenter.clip.load_state_dict(finer_patches(start.state_dict(), vision["patch_size"]))
         start_smooth(self.segmenter.decoder.transposed_convolution)
         self.segmenter.clip.text_model.requires_grad_(text_trainable)
         self.segmenter.clip.text_projection.requires_grad_(text_trainable)

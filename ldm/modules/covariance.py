@@ -163,7 +163,7 @@ def estimate_covariance(embedder: TextEncoder, captions: Sequence[str], tokens: 
     total, count = torch.zeros((), dtype=torch.float64), 0
     with torch.inference_mode(), tqdm(total=len(pieces), desc="covariance", unit=" captions",
                                       disable=None if progress else True) as bar:
-        for batch, words in _batches(embedder, pieces, batch_size, whole=tokens == "all"):
+        for batch, words in _batches(embedder, pieces, batch_size, tokens):
             rows = _counted_encodings(embedder, batch, words, tokens)
             total = total + (rows.mT @ rows).cpu()
             count += len(rows)
@@ -186,15 +186,20 @@ def _pieces_that_fit(embedder: TextEncoder, captions: Sequence[str]) -> list[lis
     return sorted((row for row in encoded if len(row) <= embedder.max_length - 2), key=len)
 
 
-def _batches(embedder: TextEncoder, pieces: list[list[int]], size: int, whole: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens (B, N) and how many of them are words (B,); N is the longest of a batch unless padding has a say."""
+def _batches(embedder: TextEncoder, pieces: list[list[int]], size: int, choice: str
+             ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens (B, N) and how many of them are words (B,).
+
+    What follows the last token that counts is left out where it has no say: N is then the longest of a batch, and
+    without end tokens where only words count.
+    """
     start, end, *padding = embedder.tokenize([""])[0].tolist()
     rows = [[start, *row, end] for row in pieces]
-    trim = bool(rows) and not whole and not _reads_ahead(embedder, rows[0], padding)
+    trim = bool(rows) and choice != "all" and not _reads_ahead(embedder, rows[0], padding)
     for first in range(0, len(rows), size):
         batch = rows[first:first + size]
-        length = len(batch[-1]) if trim else embedder.max_length
-        tokens = torch.tensor([row + padding[:length - len(row)] for row in batch])
+        length = len(batch[-1]) - (choice == "words") if trim else embedder.max_length
+        tokens = torch.tensor([(row + padding[:length - len(row)])[:length] for row in batch])
         yield tokens, torch.tensor([len(row) - 2 for row in batch])
 
 

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 FAINTEST = 0.05  # below this everywhere, a segmentation shows noise rather than the thing
 LIKELY = 0.5  # a thing that is nowhere more likely than this is not drawn over
+AT_A_TIME = 8  # photos: what they have in common, such as the encoded text, is computed once for all of them
 LEVELS = 65535  # cached probabilities are PNG files with 16 bits a pixel
 CACHE_FORMAT = "squares-1"  # part of every key: change it when crop or storage change
 
@@ -185,10 +186,14 @@ def cached_masks(
     cached = [_cache_path(Path(cache_dir), path, text, segmenter.fingerprint, size) for path in paths]
     found = [_read_cached(entry, size) for entry in cached]
     missing = [place for place, probabilities in enumerate(found) if probabilities is None]
-    for place in tqdm(missing, desc=f"masks of {text!r}", disable=not missing):
-        probabilities = segmenter.segment([square(read_image(paths[place]), size)], text, size)[0]
-        _write_cached(cached[place], probabilities)
-        found[place] = _quantised(probabilities) / LEVELS
+    with tqdm(total=len(missing), desc=f"masks of {text!r}", disable=not missing) as bar:
+        for first in range(0, len(missing), AT_A_TIME):
+            places = missing[first:first + AT_A_TIME]
+            photos = [square(read_image(paths[place]), size) for place in places]
+            for place, probabilities in zip(places, segmenter.segment(photos, text, size), strict=True):
+                _write_cached(cached[place], probabilities)
+                found[place] = _quantised(probabilities) / LEVELS
+            bar.update(len(places))
     return [soft_mask(torch.from_numpy(probabilities).float(), str(path))[None]
             for path, probabilities in zip(paths, found, strict=True)]
 

@@ -89,6 +89,23 @@ def test_what_is_asked_of_a_picture_decides_what_is_found(segmenter: SegmenterTr
     assert not torch.allclose(found[0], found[1], atol=1e-6)
 
 
+def test_finer_patches_see_the_same_picture(clip: CLIPTrainer, tmp_path: Path) -> None:
+    clip.clip.save_pretrained(tmp_path)
+    decoder = {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 16}
+    coarse, fine = (SegmenterTrainer(str(tmp_path), 8, [0, 1], decoder, patch_size=size).segmenter.clip.vision_model
+                    for size in (8, 4))
+    flat = torch.randn(1, 3, 1, 1).expand(1, 3, 16, 16)  # one colour all over: what patches add up to is the same
+    seen = [tower.embeddings.patch_embedding(flat).flatten(2)[0, :, 0] for tower in (coarse, fine)]
+    torch.testing.assert_close(seen[0], seen[1])
+    places = [tower.embeddings.position_embedding.weight for tower in (coarse, fine)]
+    assert len(places[1]) == 17 and torch.equal(places[0][0], places[1][0])
+    torch.testing.assert_close(places[1][1:].mean(0), places[0][1:].mean(0), atol=1e-3, rtol=0)
+    trainer = SegmenterTrainer(str(tmp_path), 8, [0, 1], decoder, patch_size=4)
+    assert trainer.logits(scenes()["image"], ["cat"] * 4).shape == (4, 16, 16)
+    with pytest.raises(ValueError, match="patch_size 3: it must divide"):
+        SegmenterTrainer(str(tmp_path), 8, [0, 1], decoder, patch_size=3)
+
+
 def test_pixels_of_a_patch_start_alike() -> None:
     layer = torch.nn.ConvTranspose2d(4, 1, kernel_size=8, stride=8)
     start_smooth(layer)

@@ -123,7 +123,7 @@ def test_one_concept_is_equation_3(case: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 4, 40])
 def test_several_concepts_are_the_cholesky_form(inverse: Tensor, count: int) -> None:
     arguments = (
         draw(BATCH, TOKENS, WIDTH, seed=5), draw(count, WIDTH, seed=6), inverse,

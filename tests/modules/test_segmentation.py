@@ -166,6 +166,26 @@ def test_masks_are_computed_once(paths: list[Path], tmp_path: Path) -> None:
         assert torch.allclose(mask[0], expected / expected.max(), atol=1e-4)
 
 
+@pytest.mark.parametrize("at_a_time", [1, 2, 8])
+def test_masks_do_not_depend_on_how_many_are_made_at_a_time(
+    segmenter: ZeroShotSegmenter, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    batches: list[int] = []
+
+    def counted(images: list[Image.Image], text: str, size: int) -> torch.Tensor:
+        batches.append(len(images))
+        return ZeroShotSegmenter.segment(segmenter, images, text, size)
+
+    monkeypatch.setattr("ldm.modules.segmentation.AT_A_TIME", at_a_time)
+    monkeypatch.setattr(segmenter, "segment", counted)
+    masks = cached_masks(paths, segmenter, "teddy", tmp_path / str(at_a_time), 40)
+    monkeypatch.undo()
+    assert batches == {1: [1, 1, 1], 2: [2, 1], 8: [3]}[at_a_time]
+    for seed, mask in enumerate(masks):
+        raw = segmenter.segment([square(noise(seed, 64, 40), 40)], "teddy", 40)[0]
+        assert torch.allclose(mask[0], raw / raw.max(), atol=1e-3)
+
+
 def test_the_cache_key_covers_all_that_matters(paths: list[Path], tmp_path: Path) -> None:
     cache, segmenter = tmp_path / "cache", CountingSegmenter()
     cached_masks(paths, segmenter, "teddy", cache, 24)
