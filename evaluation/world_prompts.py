@@ -23,13 +23,21 @@ from torch import Tensor
 from evaluation.recognise import closest
 from ldm.data.images import to_tensor
 from ldm.data.places import PLACES
-from ldm.data.scenes import PLACE_NAMES, PLAIN_TEMPLATES, RELATIONS, Scene, SceneDataset, compose, with_article
+from ldm.data.scenes import (
+    CLOSE_UP,
+    PLACE_NAMES,
+    PLAIN_TEMPLATES,
+    RELATIONS,
+    Scene,
+    SceneDataset,
+    compose,
+    with_article,
+)
 from ldm.data.world import KIND_NAMES, KINDS
 
 WORLD = Path(__file__).resolve().parents[1] / "configs" / "mini" / "text2img.yaml"
 FIRST_SEED = 10_000  # of scenes here; the seeds of training and validation in configs/mini/ lie below
 PLAIN = {"coloured": 0.0, "patterned": 0.0, "sized": 0.0, "styled": 0.0, "empty_caption": 0.0}
-WINDOW = 0.54  # side of a window for one of two things, as a share of the picture's
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def _spots(scene: Scene) -> list[tuple[float, float]]:
 def window_at(picture: Tensor, centre: tuple[float, float]) -> Tensor:
     """(3, H, W): the window of a picture (3, H, W) around a spot of it, (x, y) in [0, 1], enlarged to the whole."""
     height, width = picture.shape[-2:]
-    side = round(WINDOW * min(height, width))
+    side = round(CLOSE_UP * min(height, width))
     left = round(min(max(centre[0] * width - side / 2, 0), width - side))
     top = round(min(max(centre[1] * height - side / 2, 0), height - side))
     part = picture[None, :, top:top + side, left:left + side]

@@ -45,9 +45,7 @@ log = logging.getLogger(__name__)
 
 BIASES = (0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 1.05)
 GLOBAL_BIASES = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # with global locking the paper's usual range is 0.2 lower
-# Enough to see what is in a picture: of so few steps the bundled model makes good ones by DDIM, garish ones by the
-# samplers on Karras sigmas, which spend most of them where nothing is to be seen yet.
-SAMPLER, STEPS = "ddim", 12
+SAMPLER, STEPS = "dpm", 10  # enough to see what is in a picture, and nearer to the limit of many steps than DDIM's 15
 PROMPTS = 2
 NEUTRAL = (f"a photo of a {SLOT}", f"a photo of a {SLOT} on the beach")
 SEEDS = range(4)  # the same in every run, so that the bias does not hang on the pictures' own seeds

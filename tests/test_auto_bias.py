@@ -124,7 +124,7 @@ def test_the_sweep_measures_as_the_evaluation_does(with_photos: bool, world: Wor
     tried = finder.sweep(teddy, [PROMPT])
     assert [one.bias for one in tried] == [0.3, 0.75, 2.0]
 
-    manner = Manner(scale=2.0, steps=2, sampler="ddim", global_locking=True)
+    manner = Manner(scale=2.0, steps=2, sampler=auto_bias.SAMPLER, global_locking=True)
     alike = photos or painter.draw(jobs_of(["a photo of a <teddy>"], [1]), [teddy], replace(manner, bias=0.3))
     meter = SimilarityMeter(eyes, as_batch(alike), "teddy bear")
     for one in tried:

@@ -29,6 +29,7 @@ RELATIONS = {
     "right of": (SIDE_BY_SIDE[::-1], 0.12), "on top of": ((((0.5, 0.27), 0.42), ((0.5, 0.72), 0.48)), 0.16)}
 SIZES = {"small": 0.42, "big": 0.87}  # of the side; a thing of which no size is said takes up 0.71
 EXTENT = 0.71
+CLOSE_UP = 0.54  # of the side: one of two things with a little of its surroundings
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class Thing:
 
 @dataclass
 class Scene:
-    """All that is in a picture: its place, its things with the words for them, its style, and what is said of it."""
+    """All that is in a picture: its place, its things with the words for them, its style, and what is said of it.
+
+    A `close_up` shows one of two things alone, this one; only of it there are words.
+    """
 
     place: str
     variant: int
@@ -65,6 +69,12 @@ class Scene:
     absent: str
     style: str | None = None
     caption: str = ""
+    close_up: int | None = None
+
+    @property
+    def spoken_of(self) -> list[Thing]:
+        """The things that the words are for."""
+        return self.things if self.close_up is None else [self.things[self.close_up]]
 
 
 @lru_cache(maxsize=64)
@@ -117,6 +127,16 @@ def compose(place: str, variant: int, things: Sequence[Thing], size: int = 64,
     return (STYLES[style](scene) if style else scene), np.stack(masks)
 
 
+def cut_around(centre: tuple[float, float], picture: Image.Image, mask: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+    """A window, CLOSE_UP of the side, around a spot, (x, y) in [0, 1], of a square picture and a mask; enlarged."""
+    size = picture.width
+    side = round(CLOSE_UP * size)
+    left, top = (round(min(max(c * size - side / 2, 0), size - side)) for c in centre)
+    cut, box = (left, top, left + side, top + side), (size, size)
+    shown = Image.fromarray(mask).resize(box, Image.Resampling.BILINEAR, cut)
+    return picture.resize(box, Image.Resampling.BICUBIC, cut), np.asarray(shown)
+
+
 def with_article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
@@ -145,6 +165,8 @@ class SceneDataset(Dataset):
             drawing is in none of them has those of the other sets.
         kinds: names of the kinds of things to compose scenes of, one that is named several times that much more often;
             all of them where None.
+        close_ups: share of the scenes with two things that show one of them from close by and speak of it alone. A
+            recogniser that looks at parts of pictures needs them.
 
     Raises:
         UserError: `sources` or `kinds` name what does not exist.
@@ -153,13 +175,14 @@ class SceneDataset(Dataset):
     def __init__(self, size: int = 64, length: int = 100_000, seed: int = 0, two_things: float = 0.25,
                  coloured: float = 0.35, patterned: float = 0.15, sized: float = 0.12, styled: float = 0.1,
                  empty_caption: float = 0.0, held_out: bool = False, jitter: float = 1.0, flips: float = 0.5,
-                 sources: Sequence[str] | None = None, kinds: Sequence[str] | None = None) -> None:
+                 sources: Sequence[str] | None = None, kinds: Sequence[str] | None = None,
+                 close_ups: float = 0.0) -> None:
         _refuse_unknown("sources", "picture set", sources, SETS)
         _refuse_unknown("kinds", "kind of thing", kinds, KIND_NAMES)
         self.size, self.length, self.seed = size, length, seed
         self.two_things, self.coloured, self.patterned = two_things, coloured, patterned
         self.sized, self.styled = sized, styled
-        self.empty_caption, self.jitter, self.flips = empty_caption, jitter, flips
+        self.empty_caption, self.jitter, self.flips, self.close_ups = empty_caption, jitter, flips, close_ups
         self.drawings = {name: _preferred(drawings_of(name, held_out), sources) for name in KIND_NAMES}
         named = Counter(kinds or KIND_NAMES)
         self.kinds = [kind for kind in KINDS if self.drawings[kind.name] and kind.name in named]
@@ -172,11 +195,15 @@ class SceneDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.plan(index)
         picture, masks = compose(scene.place, scene.variant, scene.things, self.size, scene.style)
+        if scene.close_up is not None:
+            picture, mask = cut_around(scene.spoken_of[0].centre, picture, masks[scene.close_up])
+            masks = mask[None]
+        things = scene.spoken_of
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
         return {"image": pixels, "caption": scene.caption, "mask": torch.from_numpy(masks[0])[None],
                 "objects": torch.from_numpy(masks.max(0))[None],
-                "kind": KIND_NAMES.index(scene.things[0].kind),
-                "second_kind": KIND_NAMES.index(scene.things[1].kind) if len(scene.things) > 1 else -1,
+                "kind": KIND_NAMES.index(things[0].kind),
+                "second_kind": KIND_NAMES.index(things[1].kind) if len(things) > 1 else -1,
                 "word": scene.words[0], "other": scene.absent, "place": PLACE_NAMES.index(scene.place)}
 
     def plan(self, index: int) -> Scene:
@@ -192,6 +219,9 @@ class SceneDataset(Dataset):
         things = self._things(rng, [kind.name for kind in present], relation, size)
         words = [kind.words[0] if rng.random() < 0.8 else kind.words[-1] for kind in present]
         scene = Scene(place, int(rng.integers(BACKGROUNDS_PER_PLACE)), things, words, absent.name, style)
+        if two and self.close_ups and rng.random() < self.close_ups:
+            scene.close_up = int(rng.integers(2))
+            scene.words = [words[scene.close_up]]
         scene.caption = self._caption(rng, scene, relation, size)
         return scene
 
@@ -222,7 +252,8 @@ class SceneDataset(Dataset):
     def _caption(self, rng: np.random.Generator, scene: Scene, relation: str | None, size: str | None) -> str:
         if rng.random() < self.empty_caption:
             return ""
-        phrases = [_phrase(rng, thing.look, word, size) for thing, word in zip(scene.things, scene.words, strict=True)]
+        phrases = [_phrase(rng, thing.look, word, size)
+                   for thing, word in zip(scene.spoken_of, scene.words, strict=True)]
         template = scene.style or _choice(rng, PLAIN_TEMPLATES, TEMPLATE_SHARES)
         caption = template.format(f" {relation} ".join(phrases))
         if rng.random() < 0.08:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from ldm.data.places import PLACES
 from ldm.data.scenes import with_article
 from ldm.data.world import KIND_NAMES
 from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
@@ -52,15 +53,18 @@ class ContrastiveTrainer(OneStepModule):
         weight_decay: of all matrices but the embedding tables.
         kinds_weight: of a second loss, which asks of every picture which of all the kinds of the mini world are in it.
             In a small batch places and colours tell most captions apart, so that kinds are learned slowly without it.
+        places_weight: of a third one, which asks in which of all the places of the mini world it is.
     """
 
     clip: nn.Module
 
     def __init__(self, tokenizer: str, max_length: int = 77, weight_decay: float = 0.05, kinds_weight: float = 0.0,
-                 scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
+                 places_weight: float = 0.0, scheduler_config: Mapping[str, Any] | None = None,
+                 monitor: str | None = None) -> None:
         super().__init__()
         self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
-        self.max_length, self.weight_decay, self.kinds_weight = max_length, weight_decay, kinds_weight
+        self.max_length, self.weight_decay = max_length, weight_decay
+        self.class_weights = {"kind": kinds_weight, "place": places_weight}
         self.scheduler_config, self.monitor = scheduler_config, monitor
         self.learning_rate = 1e-3
 
@@ -89,6 +93,20 @@ class ContrastiveTrainer(OneStepModule):
     def _kind_tokens(self) -> Tensor:
         return self.tokens([KIND_TEMPLATE.format(with_article(name)) for name in KIND_NAMES])
 
+    def _place_tokens(self) -> Tensor:
+        """A text about each place, with a kind drawn anew each time: what is there must not matter."""
+        kinds = torch.randint(len(KIND_NAMES), (len(PLACES),)).tolist()
+        return self.tokens([f"{KIND_TEMPLATE.format(with_article(KIND_NAMES[kind]))} {wheres[0]}"
+                            for kind, (_, wheres) in zip(kinds, PLACES.values(), strict=True)])
+
+    def _classes(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, float, Tensor, Tensor]]:
+        """Of each loss over C classes: name, weight, the classes' tokens, their shares of pictures (B, C)."""
+        if self.class_weights["kind"]:
+            yield "kind", self.class_weights["kind"], self._kind_tokens.to(self.device), share_of_kinds(batch)
+        if self.class_weights["place"]:
+            shares = F.one_hot(batch["place"].cpu(), len(PLACES)).float()
+            yield "place", self.class_weights["place"], self._place_tokens(), shares
+
     def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
         scale = self.clip.logit_scale.exp()
         images = F.normalize(self.image_features(clip_pixels(batch["image"])), dim=-1)
@@ -97,11 +115,10 @@ class ContrastiveTrainer(OneStepModule):
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         top = (logits[:64, :64].argmax(0) == target[:64]).float().mean()
         numbers = {f"{split}/loss": loss.detach(), f"{split}/top1_of_64": top}
-        if self.kinds_weight:
-            kinds = scale * images @ self._directions(self._kind_tokens.to(self.device)).T
-            shares = share_of_kinds(batch).to(kinds)
-            loss = loss + self.kinds_weight * F.cross_entropy(kinds, shares)
-            numbers[f"{split}/kind_top1"] = shares.gather(1, kinds.argmax(1, keepdim=True)).gt(0).float().mean()
+        for name, weight, tokens, shares in self._classes(batch):
+            found, shares = scale * images @ self._directions(tokens).T, shares.to(images)
+            loss = loss + weight * F.cross_entropy(found, shares)
+            numbers[f"{split}/{name}_top1"] = shares.gather(1, found.argmax(1, keepdim=True)).gt(0).float().mean()
         self.log_dict(numbers, prog_bar=True, batch_size=len(logits))
         return loss
 

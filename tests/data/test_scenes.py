@@ -18,6 +18,7 @@ from ldm.data import scenes
 from ldm.data.places import PLACES
 from ldm.data.scenes import (
     BACKGROUNDS_PER_PLACE,
+    CLOSE_UP,
     PLAIN_TEMPLATES,
     RELATIONS,
     SIZES,
@@ -66,7 +67,8 @@ def record(dataset: SceneDataset, index: int) -> tuple[dict[str, Any], dict[str,
     with mock.patch.object(scenes, "compose", wraps=scenes.compose) as spied:
         item = dataset[index]
     place, variant, things, size, style = spied.call_args.args
-    return item, {"place": place, "variant": variant, "things": things, "size": size, "style": style}
+    return item, {"place": place, "variant": variant, "things": things, "size": size, "style": style,
+                  "close_up": dataset.plan(index).close_up}
 
 
 def quarters(image: torch.Tensor) -> list[int]:
@@ -319,6 +321,25 @@ def test_patterns_paint_some_and_leave_some(pattern: str) -> None:
     assert 0.1 < changed.mean() < 0.9
 
 
+@settings(max_examples=40, deadline=None)
+@given(index=st.integers(0, 10**6))
+def test_close_ups_show_and_name_one_of_two(index: int) -> None:
+    whole = {"seed": 21, "two_things": 1.0, "jitter": 0.3, "styled": 0.0, "patterned": 0.0}
+    dataset = SceneDataset(**whole, close_ups=1.0)
+    item, scene = record(dataset, index)
+    shown, hidden = (scene["things"][k] for k in (scene["close_up"], 1 - scene["close_up"]))
+    assert item["kind"] == KIND_NAMES.index(shown.kind) and item["second_kind"] == -1
+    assert item["word"] in KINDS[item["kind"]].words and item["word"] in item["caption"]
+    words = KINDS[KIND_NAMES.index(hidden.kind)].words
+    assert not any(re.search(rf"\b{word}\b", item["caption"]) for word in words)
+    assert torch.equal(item["objects"], item["mask"]) and item["image"].abs().max() <= 1
+    # the window is the thing's own: there it is about 1 / 0.54 times as long, and all there is of it but a rim
+    _, masks = compose(scene["place"], scene["variant"], scene["things"])
+    grown = item["mask"].sum() / masks[scene["close_up"]].sum()
+    assert 0.7 / CLOSE_UP**2 < grown < 1.05 / CLOSE_UP**2
+    assert SceneDataset(**whole).plan(index).things == SceneDataset(**whole, close_ups=1e-9).plan(index).things
+
+
 def test_shares() -> None:
     def share(count: int = 300, **settings: Any) -> list[dict[str, Any]]:
         dataset = SceneDataset(size=8, seed=3, **settings)
@@ -340,6 +361,8 @@ def test_shares() -> None:
     styled = share(60, two_things=0.0, styled=1.0, sized=1.0)
     assert {scene["style"] for scene in styled} == set(STYLES)
     assert all(scene["things"][0].extent < 0.5 or scene["things"][0].extent > 0.75 for scene in styled)
+    near = share(120, two_things=0.5, close_ups=0.4)
+    assert of([scene["close_up"] is not None for scene in near]) == pytest.approx(0.2, abs=0.1)
     always = share(40, two_things=1.0, patterned=1.0, empty_caption=1.0)
     assert all(len(scene["things"]) == 2 and scene["caption"] == "" for scene in always)
     assert {scene["place"] for scene in usual} == set(PLACES)

@@ -60,6 +60,16 @@ def test_karras_sigmas_and_their_times_match_diffusers(steps):
     np.testing.assert_allclose(grid.times, scheduler.timesteps, rtol=1e-4, atol=1e-2)
 
 
+def test_schedules_that_end_in_pure_noise_start_where_images_do():
+    cosine = diffusion_buffers("cosine", 1000)["alphas_cumprod"]
+    grid = grids.karras(cosine, 10)
+    check(grid, 10, 1000)
+    sigmas = np.sqrt(1 / np.array(grid.kept) - 1)
+    assert sigmas[0] == pytest.approx(80) and (sigmas < 10).sum() >= 6
+    known = cosine.double()
+    assert known[int(grid.times[0]) + 1] < grid.kept[0] <= known[int(grid.times[0])]
+
+
 def test_the_end_of_a_grid():
     grid = grids.karras(SCHEDULE, 9)
     assert grid.end(9) == grid

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_clips import tiny_openclip
 
+from ldm.data.places import PLACES
 from ldm.data.scenes import with_article
 from ldm.data.world import KIND_NAMES
 from ldm.errors import UserError
@@ -27,7 +28,7 @@ def trainer() -> OpenCLIPTrainer:
 def scenes() -> dict[str, object]:
     image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return {"image": image, "caption": CAPTIONS, "kind": torch.tensor([0, 1, 2, 3]),
-            "second_kind": torch.tensor([-1, -1, 5, -1])}
+            "second_kind": torch.tensor([-1, -1, 5, -1]), "place": torch.tensor([0, 4, 4, 7])}
 
 
 def written(folder: Path, trainer: OpenCLIPTrainer) -> Path:
@@ -67,6 +68,22 @@ def test_kinds_are_asked_for_by_a_second_loss() -> None:
     expected = torch.stack([surprise[0, 0], surprise[1, 1], (surprise[2, 2] + surprise[2, 5]) / 2, surprise[3, 3]])
     gained = weighted.step(batch, "train") - plain.step(batch, "train")
     assert torch.allclose(gained, 0.5 * expected.mean(), atol=1e-4)
+
+
+def test_places_are_asked_for_by_a_third_loss_with_any_kind_there() -> None:
+    batch = scenes()
+    plain, weighted = (tiny_openclip(places_weight=weight) for weight in (0.0, 0.5))
+    torch.manual_seed(3)
+    kinds = torch.randint(len(KIND_NAMES), (len(PLACES),)).tolist()
+    texts = [f"a photo of {with_article(KIND_NAMES[kind])} {wheres[0]}"
+             for kind, (_, wheres) in zip(kinds, PLACES.values(), strict=True)]
+    assert len(set(kinds)) > 5
+    images = torch.nn.functional.normalize(plain.image_features(clip_pixels(batch["image"])), dim=-1)
+    logits = plain.clip.logit_scale.exp() * images @ plain.text_directions(texts).T
+    torch.manual_seed(3)
+    gained = weighted.step(batch, "train") - plain.step(batch, "train")
+    expected = torch.nn.functional.cross_entropy(logits, batch["place"])
+    assert torch.allclose(gained, 0.5 * expected, atol=1e-4)
 
 
 def test_a_batch_is_learned_by_heart(trainer: OpenCLIPTrainer) -> None:

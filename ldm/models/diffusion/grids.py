@@ -16,6 +16,7 @@ from ldm.errors import UserError
 from ldm.modules.diffusionmodules.util import make_ddim_timesteps
 
 KARRAS_RHO = 7.0
+NOISIEST = 80.0  # sigma, as Karras et al. 2022 have it (table 1)
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,18 @@ def from_noise(schedule: Tensor, steps: int) -> TimeGrid:
 
 
 def karras(schedule: Tensor, steps: int) -> TimeGrid:
-    """Sigmas over the whole schedule that lie the denser, the smaller they are; the last step leads to a clean image.
+    """Sigmas that lie the denser, the smaller they are, from no more than 80 on; the last step leads to a clean image.
 
     Karras, Aittala, Aila & Laine 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", eq. 5. The
-    time of a sigma between two of the schedule's own is interpolated in log sigma. Arguments and errors as for
-    `from_zero`.
+    time of a sigma between two of the schedule's own is interpolated in log sigma. Schedules that end in nothing but
+    noise, as the cosine one, have sigmas of ten thousands there: nothing of an image is decided at those, and of few
+    steps most would go to them. Arguments and errors as for `from_zero`.
     """
     _check_steps(steps, len(schedule))
     levels = _levels(schedule)
     known = np.sqrt((1 - levels) / levels)
-    roots = np.linspace(known[-1] ** (1 / KARRAS_RHO), known[0] ** (1 / KARRAS_RHO), steps)
+    noisiest = min(known[-1], NOISIEST)
+    roots = np.linspace(noisiest ** (1 / KARRAS_RHO), known[0] ** (1 / KARRAS_RHO), steps)
     sigmas = roots**KARRAS_RHO
     times = np.interp(np.log(sigmas), np.log(known), np.arange(len(known)))
     return _grid(times.tolist(), 1 / (1 + sigmas**2), 1.0)
