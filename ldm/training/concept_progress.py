@@ -16,6 +16,7 @@ from ldm.data.templates import fill
 from ldm.errors import UserError
 from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder
 from ldm.models.diffusion.concept_learner import ConceptLearner
+from ldm.models.diffusion.samplers import sampler_class
 from ldm.modules.segmentation import mask_overlay
 from ldm.modules.tuned_concept import Learned, save_learned
 
@@ -57,16 +58,18 @@ class BeforeDuringAfter(pl.Callback):
     Args:
         prompts: with `{}` where the concept's word goes; before training the super-category stands there.
         during: how many rows between the first and the last.
-        steps, scale: of the sampling.
+        steps, scale, sampler: of the sampling.
         seed: of the first picture; the next ones count on.
     """
 
-    def __init__(self, prompts: Sequence[str], during: int = 1, steps: int = 25, scale: float = 6.0,
-                 seed: int = 1) -> None:
+    def __init__(self, prompts: Sequence[str], during: int = 1, steps: int = 20, scale: float = 6.0,
+                 seed: int = 1, sampler: str = "dpm") -> None:
         if not prompts or steps < 1 or during < 0:
             raise UserError(f"BeforeDuringAfter: {len(prompts)} prompts, {steps} steps, {during} rows between; "
                             "give 1 or more prompts and steps, or leave the callback out")
+        sampler_class(sampler)  # a wrong name is found before anything is trained
         self.prompts, self.during, self.steps, self.scale, self.seed = list(prompts), during, steps, scale, seed
+        self.sampler = sampler
         self.sheets: dict[int, dict[str, list[Image.Image]]] = {}  # the place of a concept -> its rows
         self.last_step = -1
 
@@ -113,7 +116,8 @@ class BeforeDuringAfter(pl.Callback):
     def _pictures(self, model: ConceptLearner, concepts: Sequence[Learned], word: str) -> list[Image.Image]:
         prompts = [fill(prompt, word) for prompt in self.prompts]
         encoded = encode_once(prompt_encoder(model, concepts), prompts)
-        sampling = Sampling(model.latent_shape[1:], self.steps, self.scale, batch_size=len(prompts))
+        sampling = Sampling(model.latent_shape[1:], self.steps, self.scale, sampler=self.sampler,
+                            batch_size=len(prompts))
         jobs = [Job(prompt, self.seed + number) for number, prompt in enumerate(prompts)]
         return list(draw_pictures(model, encoded, jobs, sampling))
 
