@@ -51,11 +51,7 @@ def write(path: Path, concepts: Sequence[Learned]) -> None:
         raise UserError(f"--output_path {path}: is a folder; name a file, such as {path / 'concepts.safetensors'}")
     from ldm.modules.tuned_concept import save_learned
 
-    try:
-        save_learned(path, concepts, precision=None)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--output_path {path}: cannot be written ({reason}); name another place") from None
+    save_learned(path, concepts, precision=None)
 
 
 @one_line_errors

@@ -11,7 +11,7 @@ setup(
     install_requires=[
         "torch>=2.5",
         "torchvision",
-        "pytorch-lightning>=2.4",
+        "pytorch-lightning>=2.6",
         "omegaconf>=2.3",
         "transformers>=5.0",
         "open-clip-torch",

@@ -1,27 +1,27 @@
 """Curves of text- against image-similarity over a sweep, and how far one lies above another, with paired intervals.
 
-All points of a comparison are drawn from the same concepts, prompts and seeds. So each resample of the bootstrap picks
-the same clusters, a concept's prompts, for all of them, and what varies between clusters cancels in differences.
+All points of a comparison are drawn of the same concepts, from the same prompts and seeds. So each resample of the
+bootstrap draws the same concepts and prompts for all of them, and what varies between these cancels in differences.
 """
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from evaluation.intervals import CONFIDENCE, RESAMPLES, Figure, clustered
+from evaluation.crossed import Cells, figure_of, means
+from evaluation.intervals import CONFIDENCE, RESAMPLES, Figure
 
 GRID = 21  # places at which two curves are compared
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A curve of P points: means over clusters, and over R resamples of them.
+    """A curve of P points: means over concepts and prompts, and over R resamples of them.
 
     Attributes:
-        text, image: (P, 1 + R), the first column the means over all clusters.
+        text, image: (P, 1 + R), the first column the means over all.
     """
 
     text: np.ndarray
@@ -44,33 +44,25 @@ class Gap:
     """How much more text similarity the first curve has than the second at equal image similarity.
 
     Attributes:
-        figure: the mean difference over the image similarities that both reach.
-        second: where the second lies: "inside" the first's range or partly so; or "beyond" it, with more image
-            similarity than the first reaches anywhere; or "below" it. Then the ends that are next to each other are
-            compared.
+        figure: the mean difference over the image similarities that both reach; in resamples in which there are none,
+            the difference of the ends that are next to each other.
+        beyond, below: shares of resamples, 0..1, in which there are none as the second has more image similarity than
+            the first reaches anywhere, or less than it has anywhere.
     """
 
     figure: Figure
-    second: Literal["inside", "beyond", "below"]
+    beyond: float = 0.0
+    below: float = 0.0
+
+    def turned(self) -> Gap:
+        """How much more the second has than the first."""
+        figure = self.figure
+        return Gap(Figure(-figure.mean, -figure.high, -figure.low, figure.count), self.below, self.beyond)
 
 
-def traced(text: np.ndarray, image: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Traced:
-    """A curve from values (P, C) of its points in C clusters; clusters of all curves come in one order."""
-    return Traced(resampled(text, resamples, seed), resampled(image, resamples, seed))
-
-
-def resampled(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """(..., 1 + R): means of values (..., C) over all clusters, and over resamples, the same for equal C and seed."""
-    count = values.shape[-1]
-    picks = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    weights = np.stack([np.ones(count), *(np.bincount(row, minlength=count) for row in picks)]) / count
-    return values @ weights.T
-
-
-def figure_of(column: np.ndarray, count: int = 1) -> Figure:
-    """A statistic with its percentile interval from (1 + R,) as made of `resampled` means."""
-    low, high = np.quantile(column[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Figure(float(column[0]), float(low), float(high), count)
+def traced(text: Sequence[Cells], image: Sequence[Cells], resamples: int = RESAMPLES, seed: int = 0) -> Traced:
+    """A curve from the values of its points; those of all curves have the same cells."""
+    return Traced(means(text, resamples, seed), means(image, resamples, seed))
 
 
 def gap(first: Traced, second: Traced) -> Gap:
@@ -79,40 +71,11 @@ def gap(first: Traced, second: Traced) -> Gap:
     ends = np.maximum(low, other_low), np.minimum(high, other_high)
     places = np.linspace(*ends, GRID)
     difference = (first.text_at(places) - second.text_at(places)).mean(0)
-    where = "beyond" if other_low[0] > high[0] else "below" if other_high[0] < low[0] else "inside"
-    return Gap(figure_of(difference), where)
+    beyond, below = (float(outside[1:].mean()) for outside in (other_low > high, other_high < low))
+    return Gap(figure_of(difference), beyond, below)
 
 
-def paired(rows: Sequence[tuple[Sequence[float], Sequence[Hashable]]]) -> list[Figure]:
-    """The means of some rows of (values, their clusters), with intervals for comparing the rows with each other.
-
-    What a cluster has in common in all rows, being easy or hard, is taken out of the intervals (Cousineau, "Confidence
-    Intervals in Within-Subject Designs", 2005), which are widened by what this hides (Morey, "Confidence Intervals from
-    Normalized Data", 2008). A row alone has its plain interval.
-    """
-    if len(rows) == 1:
-        return [clustered(*rows[0])]
-    shifts: dict[Hashable, list[float]] = {}
-    for values, clusters in rows:
-        own: dict[Hashable, list[float]] = {}
-        for value, cluster in zip(values, clusters, strict=True):
-            own.setdefault(cluster, []).append(value - np.mean(values))
-        for cluster, some in own.items():
-            shifts.setdefault(cluster, []).append(float(np.mean(some)))
-    widening = (len(rows) / (len(rows) - 1)) ** 0.5
-    return [_around(float(np.mean(values)), clustered(
-        [value - float(np.mean(shifts[cluster])) for value, cluster in zip(values, clusters, strict=True)], clusters),
-        widening) for values, clusters in rows]
-
-
-def _around(mean: float, figure: Figure, widening: float) -> Figure:
-    """An interval moved to another mean, and widened."""
-    if figure.low is None:
-        return Figure(mean, count=figure.count)
-    low, high = (mean + widening * (end - figure.mean) for end in (figure.low, figure.high))
-    return Figure(mean, low, high, figure.count)
-
-
-def steps(values: np.ndarray) -> Sequence[Figure]:
+def steps(values: np.ndarray, confidence: float = CONFIDENCE) -> list[Figure]:
     """How much each point has more than the one before it, of (P, 1 + R)."""
-    return [figure_of(later - earlier) for earlier, later in zip(values, values[1:], strict=False)]
+    return [figure_of(later - earlier, confidence=confidence)
+            for earlier, later in zip(values, values[1:], strict=False)]

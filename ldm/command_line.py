@@ -7,6 +7,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -56,6 +58,12 @@ def number(least: float = -math.inf, most: float = math.inf, above: float = -mat
         return value
 
     return read
+
+
+def quoted(*words: object) -> str:
+    """Words of a command as the user's shell takes them: Windows knows no single quotes."""
+    texts = [str(word) for word in words]
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def check_folder(flag: str, folder: Path) -> None:

@@ -14,6 +14,10 @@ class UserError(Exception):
     """Something the user gave cannot be used; the message is one line that names the thing and the remedy."""
 
 
+class MemoryShortage(UserError):
+    """The device has no memory left for what the user asked for."""
+
+
 def one_line_errors(main: Callable[P, None]) -> Callable[P, None]:
     """Turns a `UserError` that leaves a script's main function into one line on stderr and exit status 2."""
 

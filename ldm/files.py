@@ -22,12 +22,13 @@ def write_whole(path: str | Path, write: Callable[[Path], None]) -> Path:
     An interruption at any point leaves either the old file or the new one, never a part of one.
 
     Raises:
-        UserError: the folder cannot be made or written to.
+        UserError: the folder cannot be made or written to, or the disk is full.
     """
     path = Path(path)
     aside = _empty_file_beside(path)
     try:
-        write(aside)
+        with _unwritable(path):
+            write(aside)
         mask = os.umask(0)
         os.umask(mask)
         aside.chmod(0o666 & ~mask)  # mkstemp makes files that only their owner may read
@@ -38,13 +39,21 @@ def write_whole(path: str | Path, write: Callable[[Path], None]) -> Path:
 
 
 def _empty_file_beside(path: Path) -> Path:
-    try:
+    with _unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
     os.close(handle)
     return Path(name)
+
+
+@contextlib.contextmanager
+def _unwritable(path: Path) -> Iterator[None]:
+    """Says which file could not be written, and why, where the system says it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); make room there, or choose another place") from None
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.checkpoint import load_model
 from ldm.data.images import from_tensor
-from ldm.errors import UserError
+from ldm.errors import MemoryShortage, UserError
 from ldm.models.diffusion.prompts import (
     ConceptPrompts,
     warn_of_idle_concepts,
@@ -260,8 +260,9 @@ def draw_pictures(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], samp
                 # one at a time: decoding a picture takes more memory than sampling it
                 yield from_tensor(model.decode_first_stage(latent[None])[0])
     except torch.OutOfMemoryError:
-        raise UserError(f"{model.betas.device} has no memory for {sampling.batch_size} such pictures at a time; "
-                        "lower --batch_size, or draw smaller ones") from None
+        remedy = "lower --batch_size, or draw smaller ones" if sampling.batch_size > 1 else "draw smaller ones"
+        raise MemoryShortage(f"{model.betas.device} has no memory for {sampling.batch_size} such pictures at a time; "
+                             f"{remedy}") from None
 
 
 def draw_latents(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], sampling: Sampling,

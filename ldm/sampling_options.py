@@ -12,6 +12,7 @@ from ldm.command_line import check_folder, number, whole
 from ldm.errors import UserError
 from ldm.models.diffusion.samplers import SAMPLERS
 
+DEFAULT_CONFIG = "configs/perfusion.yaml"
 SEED_LIMIT = 2**63
 AUTO = "auto"  # a bias that `ldm.auto_bias` is to find
 TOLD_APART = "of one concept, or one for each in the order in which they are listed"
@@ -112,7 +113,7 @@ def add_amount_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser, outdir: str) -> None:
     group = parser.add_argument_group("base model, machine, output")
-    group.add_argument("--config", default="configs/perfusion.yaml", metavar="FILE",
+    group.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE",
                        help="the base model's config (default: %(default)s)")
     group.add_argument("--ckpt", metavar="FILE",
                        help=".safetensors, .ckpt or diffusers folder of the base model (default: the config's)")

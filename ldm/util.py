@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+OF_THE_DEVICE = ("CUDA", "cuDNN", "HIP", "MPS")  # how errors begin that no value of the user's brings about
 
 
 def get_obj_from_str(path: str) -> Any:
@@ -77,6 +78,8 @@ def blamed_on(what: str, *also: type[Exception]) -> Iterator[None]:
     except OutOfMemoryError:
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, *also) as error:
+        if str(error).startswith(OF_THE_DEVICE):
+            raise
         reason = " ".join(str(error).split()) or "no reason given"
         raise UserError(f"{what} ({type(error).__name__}: {reason[:300]}); change them") from error
 

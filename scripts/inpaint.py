@@ -81,7 +81,8 @@ def part_to_draw(start: Start, run: Plan) -> Tensor:
     options, (width, height) = run.options, run.size
     if options.mask is not None:
         return read_part(options.mask, start.file_size, width, height)
-    segmenter = ZeroShotSegmenter.from_path(options.segmenter or segmenter_of(run.config), run.device)
+    segmenter = ZeroShotSegmenter.from_path(options.segmenter or segmenter_of(run.config), run.device,
+                                            "draw the mask yourself (--mask FILE)")
     probabilities = segmenter.segment([start.picture], options.mask_word, (height, width))[0]
     return clear_mask(probabilities, options.mask_word, options.init_img)[None, None]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from ldm.errors import UserError
 from ldm.files import load_tensors, save_tensors, write_whole
@@ -81,6 +83,21 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         write_whole(tmp_path / "file" / "below.txt", lambda aside: aside.write_text("x"))
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"),
+                                     SafetensorError("I/O error: 28")])
+def test_a_full_disk_is_told_in_one_line_and_leaves_the_old_file(tmp_path: Path, failure: Exception) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write(aside: Path) -> None:
+        aside.write_text("a part")
+        raise failure
+
+    with pytest.raises(UserError, match=r"file.txt: cannot be written \((No space left on device|I/O error: 28)\)"):
+        write_whole(path, write)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

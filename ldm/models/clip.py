@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from ldm.data.places import PLACES
 from ldm.data.scenes import with_article
 from ldm.data.world import KIND_NAMES
-from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
+from ldm.models.optimisation import OneStepModule, may_fuse, optimizer_and_schedule
 from ldm.modules.encoders.clip import special_tokens
 
 # What CLIP's image tower expects of a picture in [0, 1]; the project's own towers are trained with the same figures.
@@ -127,7 +127,7 @@ class ContrastiveTrainer(OneStepModule):
         others = [p for name, p in self.clip.named_parameters() if p.ndim <= 1 or "embedding" in name]
         optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": self.weight_decay},
                                        {"params": others, "weight_decay": 0.0}], lr=self.learning_rate,
-                                      betas=(0.9, 0.98), fused=True)
+                                      betas=(0.9, 0.98), fused=may_fuse(self))
         return optimizer_and_schedule(optimizer, self.scheduler_config)
 
 

@@ -23,6 +23,12 @@ def optimizer_and_schedule(optimizer: torch.optim.Optimizer, scheduler_config: M
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def may_fuse(module: pl.LightningModule) -> bool:
+    """Whether its optimiser may be a fused one: Lightning clips no gradients of those in mixed precision."""
+    trainer = module._trainer  # the property complains where there is none
+    return trainer is None or not (trainer.gradient_clip_val and "mixed" in str(trainer.precision))
+
+
 class ResumableModule(pl.LightningModule):
     """A module that goes on from checkpoints of its own kind only."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
 from ldm.models.clip import clip_pixels, features_of
-from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
+from ldm.models.optimisation import OneStepModule, may_fuse, optimizer_and_schedule
 from ldm.modules.encoders.clip import TOKENIZER
 from ldm.modules.encoders.vocabulary import load_pretrained
 
@@ -118,7 +118,7 @@ class SegmenterTrainer(OneStepModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         trained = [p for p in self.segmenter.parameters() if p.requires_grad]
-        return optimizer_and_schedule(torch.optim.AdamW(trained, lr=self.learning_rate, fused=True),
+        return optimizer_and_schedule(torch.optim.AdamW(trained, lr=self.learning_rate, fused=may_fuse(self)),
                                       self.scheduler_config)
 
     @torch.no_grad()

@@ -1,9 +1,7 @@
 """Textual Inversion: Gal et al., "An Image is Worth One Word" (ICLR 2023, arXiv 2208.01618).
 
 A placeholder in a prompt stands for vectors that are learned while everything else is frozen (there Sec. 3, Eq. 2).
-
-File format 1 (safetensors): tensors `vectors.0`, `vectors.1`, ... (n, width) float32, metadata key `textual_inversion`,
-JSON: {"format_version": 1, "placeholders": the word of each}.
+Its files are those of `ldm.modules.tuned_concept`, as the scripts that draw read them.
 """
 from __future__ import annotations
 
@@ -14,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.files import load_tensors, save_tensors
 from ldm.modules.encoders.prompts import PromptEncoder, word_vector
+from ldm.modules.tuned_concept import TunedConcept, load_learned, save_learned
 
-FORMAT_VERSION = 1
-METADATA_KEY = "textual_inversion"
+METHOD = "textual-inversion"
 
 
 class EmbeddingManager(nn.Module):
@@ -39,8 +36,8 @@ class EmbeddingManager(nn.Module):
                  initializer_words: Sequence[str] = (), num_vectors_per_token: int = 1) -> None:
         super().__init__()
         self.placeholders = _distinct(placeholder_strings)
-        words = [*initializer_words, *[None] * len(self.placeholders)]
-        starts = [_start(embedder, word, num_vectors_per_token) for word in words[:len(self.placeholders)]]
+        self.words = [*initializer_words, *[None] * len(self.placeholders)][:len(self.placeholders)]
+        starts = [_start(embedder, word, num_vectors_per_token) for word in self.words]
         self.vectors = nn.ParameterList(starts)
         for place, start in enumerate(starts):
             self.register_buffer(f"start_{place}", start.clone(), persistent=False)
@@ -56,11 +53,17 @@ class EmbeddingManager(nn.Module):
                    for place, vectors in enumerate(self.vectors)]
         return torch.stack(squares).mean()
 
-    def save(self, path: str | Path) -> Path:
-        """Writes the vectors and their placeholders, whole or not at all."""
-        tensors = {f"vectors.{place}": vectors for place, vectors in enumerate(self.vectors)}
-        return save_tensors(path, tensors, {METADATA_KEY: {"format_version": FORMAT_VERSION,
-                                                           "placeholders": self.placeholders}})
+    def save(self, path: str | Path, base: str = "", steps: int = 0) -> Path:
+        """Writes a concept for each placeholder, whole or not at all.
+
+        Args:
+            base: fingerprint of the U-Net that they were learned on, as `ldm.modules.concept` makes it.
+            steps: how many steps they were learned in.
+        """
+        concepts = [TunedConcept(METHOD, placeholder, word or "thing", vectors.detach(), steps=steps, base=base,
+                                 parameter_count=vectors.numel())
+                    for placeholder, word, vectors in zip(self.placeholders, self.words, self.vectors, strict=True)]
+        return save_learned(path, concepts, precision=None)
 
     def load(self, path: str | Path) -> None:
         """Takes placeholders and vectors from a file that `save` wrote, in place of those that are here.
@@ -68,18 +71,17 @@ class EmbeddingManager(nn.Module):
         Raises:
             UserError: there is no such file, it is of another kind, or of a text encoder of another width.
         """
-        tensors, metadata = load_tensors(path)
-        belongs = metadata.get(METADATA_KEY)
-        if not isinstance(belongs, dict) or belongs.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{path}: no Textual Inversion file of format {FORMAT_VERSION}; choose another file")
-        found = [tensors[f"vectors.{place}"].float() for place in range(len(belongs["placeholders"]))]
+        concepts = load_learned(path)
+        if any(not isinstance(concept, TunedConcept) or concept.method != METHOD for concept in concepts):
+            raise UserError(f"{path}: not learned by Textual Inversion; choose another file")
         width = self.vectors[0].shape[1]
-        if any(vectors.ndim != 2 or vectors.shape[1] != width for vectors in found):
+        if any(concept.vectors.shape[1] != width for concept in concepts):
             raise UserError(f"{path}: its vectors are not of width {width}, as this model's words; "
                             "choose the model that it was trained on")
         device = self.vectors[0].device
-        self.placeholders = _distinct(belongs["placeholders"])
-        self.vectors = nn.ParameterList(vectors.to(device) for vectors in found)
+        self.placeholders = _distinct([concept.placeholder for concept in concepts])
+        self.words = [concept.super_category for concept in concepts]
+        self.vectors = nn.ParameterList(concept.vectors.to(device) for concept in concepts)
         for place, vectors in enumerate(self.vectors):
             self.register_buffer(f"start_{place}", vectors.detach().clone(), persistent=False)
 

@@ -81,13 +81,15 @@ class ZeroShotSegmenter:
         self.preprocessing = preprocessing
 
     @classmethod
-    def from_path(cls, path: str | Path, device: torch.device | str = "cpu") -> ZeroShotSegmenter:
+    def from_path(cls, path: str | Path, device: torch.device | str = "cpu", instead: str = "") -> ZeroShotSegmenter:
         """Loads a folder (config.json, model.safetensors, tokenizer files, preprocessor_config.json) or a hub name.
+
+        `instead` is what a user may do without one, for the message of an error.
 
         Raises:
             UserError: it cannot be loaded, or is no complete CLIPSeg.
         """
-        remedy = "give a folder with a CLIPSeg model, set `masks: none`, or draw masks yourself (mask_root)"
+        remedy = "give a folder with a CLIPSeg model" + (f", or {instead}" if instead else "")
         folder = Path(path)
         if folder.is_dir():
             if not (folder / "config.json").is_file():  # transformers would build a large model of its defaults

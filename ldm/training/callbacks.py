@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
+from ldm.command_line import quoted
 from ldm.data.images import from_tensor, save_grid
 from ldm.files import write_whole
 from ldm.training.record import describe_machine
@@ -140,5 +140,6 @@ class StopAfterStep(pl.Callback):
         signal.signal(signal.SIGINT, self.previous)
         if self.last_step is not None and trainer.global_step != trainer.max_steps:
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=False)
-            log.info("stopped after %d steps; go on with: python main.py --resume %s", trainer.global_step,
-                     shlex.quote(str(trainer.default_root_dir)))
+            if trainer.is_global_zero:  # the log folder is this process's
+                log.info("stopped after %d steps; go on with: python main.py --resume %s", trainer.global_step,
+                         quoted(trainer.default_root_dir))

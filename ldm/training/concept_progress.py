@@ -2,23 +2,25 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 
+from ldm.command_line import quoted
 from ldm.data.images import save_grid, to_tensor
 from ldm.data.templates import fill
-from ldm.errors import UserError
-from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder
+from ldm.errors import MemoryShortage, UserError
+from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder, wants_sixteen_bits
 from ldm.models.diffusion.concept_learner import ConceptLearner
 from ldm.models.diffusion.samplers import sampler_class
 from ldm.modules.segmentation import mask_overlay
 from ldm.modules.tuned_concept import Learned, save_learned
+from ldm.sampling_options import DEFAULT_CONFIG
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,18 @@ class ConceptSaver(pl.Callback):
         for path, word, category in zip(paths, model.placeholders, model.super_categories, strict=True):
             log.info("concept %s, a %s, after %d steps: %s (%.1f KB)", word, category, trainer.global_step, path,
                      path.stat().st_size / 1e3)
-        log.info("next: python scripts/txt2img.py --concept %s --prompt %s", shlex.join(map(str, paths)),
+        log.info("next: python scripts/txt2img.py %s--concept %s --prompt %s", drawn_with(trainer), quoted(*paths),
                  " ".join(f'"a photo of a {word} on the beach"' for word in model.placeholders))
+
+
+def drawn_with(trainer: pl.Trainer) -> str:
+    """The flag, if one is needed, for drawing with the base model and the covariance that a run has: its own config."""
+    configs = sorted((Path(trainer.default_root_dir) / "configs").glob("*-project.yaml"))
+    if not configs:
+        return ""
+    ours, usual = (OmegaConf.load(path).model.params for path in (configs[-1], DEFAULT_CONFIG))
+    same = all(ours.get(key) == usual.get(key) for key in ("ckpt_path", "covariance"))
+    return "" if same else f"--config {quoted(configs[-1])} "
 
 
 class BeforeDuringAfter(pl.Callback):
@@ -96,6 +108,9 @@ class BeforeDuringAfter(pl.Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, model: ConceptLearner) -> None:
+        for saver in trainer.callbacks:
+            if isinstance(saver, ConceptSaver):  # its turn comes later: what was learned is not to wait for pictures
+                saver.save(trainer, model)
         name = "after" if trainer.global_step >= trainer.max_steps else f"stopped at step {trainer.global_step}"
         self._draw(name, trainer, model, learned=trainer.global_step > 0)
         for place in range(len(model.concepts)):
@@ -108,7 +123,11 @@ class BeforeDuringAfter(pl.Callback):
         model.eval()
         for place, category in enumerate(model.super_categories):
             concepts = [model.learned(place)] if learned else []
-            pictures = self._pictures(model, concepts, model.placeholders[place] if learned else category)
+            try:
+                pictures = self._pictures(model, concepts, model.placeholders[place] if learned else category)
+            except MemoryShortage as error:
+                log.warning("no pictures of %s (%s): %s", model.names[place], name, error)
+                continue
             self._log(place, pictures, trainer, model)
             self._show(place, name if learned else f"{name} ({category})", pictures, trainer, model)
         model.train(training)
@@ -116,8 +135,10 @@ class BeforeDuringAfter(pl.Callback):
     def _pictures(self, model: ConceptLearner, concepts: Sequence[Learned], word: str) -> list[Image.Image]:
         prompts = [fill(prompt, word) for prompt in self.prompts]
         encoded = encode_once(prompt_encoder(model, concepts), prompts)
+        on_gpu = model.device.type == "cuda"  # its memory has to hold the training's as well
         sampling = Sampling(model.latent_shape[1:], self.steps, self.scale, sampler=self.sampler,
-                            batch_size=len(prompts))
+                            batch_size=1 if on_gpu else len(prompts),
+                            autocast=wants_sixteen_bits(None, model.device))
         jobs = [Job(prompt, self.seed + number) for number, prompt in enumerate(prompts)]
         return list(draw_pictures(model, encoded, jobs, sampling))
 

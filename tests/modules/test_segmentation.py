@@ -118,8 +118,8 @@ def spoiled(folder: Path, place: Path, name: str) -> Path:
     "missing", ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "a weight", "half"]
 )
 def test_incomplete_segmenters_are_refused(folder: Path, tmp_path: Path, missing: str) -> None:
-    with pytest.raises(UserError, match="masks: none") as refused:
-        ZeroShotSegmenter.from_path(spoiled(folder, tmp_path, missing))
+    with pytest.raises(UserError, match="give a folder with a CLIPSeg model, or do something else") as refused:
+        ZeroShotSegmenter.from_path(spoiled(folder, tmp_path, missing), instead="do something else")
     assert "copy" in str(refused.value) and "\n" not in str(refused.value)
 
 

@@ -28,7 +28,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.diffusion.objectives import mask_on_latents
 from ldm.models.diffusion.prompts import check_super_category
-from ldm.models.optimisation import optimizer_and_schedule
+from ldm.models.optimisation import may_fuse, optimizer_and_schedule
 from ldm.modules.attention import name_text_layers
 from ldm.modules.concept import Concept, base_fingerprint, is_placeholder
 from ldm.modules.context import PromptContext
@@ -212,7 +212,8 @@ class ConceptLearner(LatentDiffusion):
         lacking = [place for place, data in enumerate(photos) if not data.has_masks]
         if not lacking or self.segmenter is None:
             return
-        segmenter = ZeroShotSegmenter.from_path(self.segmenter, self.device)
+        segmenter = ZeroShotSegmenter.from_path(
+            self.segmenter, self.device, "train with --masks none, or with --masks FOLDER of your own masks")
         folder = Path(self.trainer.default_root_dir) / "masks"
         for place in lacking:
             data, category = photos[place], self.super_categories[place]
@@ -263,7 +264,7 @@ class ConceptLearner(LatentDiffusion):
         groups = self.parameter_groups()
         for parameter in self.trained_parameters():
             parameter.requires_grad_(True)
-        return optimizer_and_schedule(torch.optim.Adam(groups, fused=True), self.scheduler_config)
+        return optimizer_and_schedule(torch.optim.Adam(groups, fused=may_fuse(self)), self.scheduler_config)
 
     def encoded(self, prompts: Sequence[str], vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Distinct prompts of a batch, encoded once, with `vectors` (n, width) where a concept's word stands.

@@ -90,7 +90,7 @@ def karras(schedule: Tensor, steps: int) -> TimeGrid:
 
 
 def _levels(schedule: Tensor) -> np.ndarray:
-    return schedule.double().cpu().numpy()
+    return schedule.cpu().double().numpy()
 
 
 def _grid(times: list[float], kept: np.ndarray, last: float) -> TimeGrid:

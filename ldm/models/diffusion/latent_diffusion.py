@@ -14,6 +14,8 @@ from ldm.models.autoencoder import image_batch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.pixel_diffusion import DDPM
 from ldm.models.diffusion.wrapper import Condition
+from ldm.modules.attention import name_text_layers
+from ldm.modules.concept import base_fingerprint
 from ldm.modules.context import PromptContext
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.embedding_manager import EmbeddingManager
@@ -174,7 +176,9 @@ class LatentDiffusion(DDPM):
     def on_train_end(self) -> None:
         """Writes the vectors of an `EmbeddingManager` to a small file in the log folder."""
         if self.embedding_manager is not None and self.trainer.is_global_zero:
-            path = self.embedding_manager.save(Path(self.trainer.default_root_dir) / "embeddings.safetensors")
+            base = base_fingerprint(name_text_layers(self.model.diffusion_model))
+            path = self.embedding_manager.save(Path(self.trainer.default_root_dir) / "embeddings.safetensors", base,
+                                               self.global_step)
             log.info("vectors of %s: %s", ", ".join(self.embedding_manager.placeholders), path)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.objectives import check_loss_type, error_per_sample, training_target
 from ldm.models.diffusion.schedule import check_parameterization, diffusion_buffers, lvlb_weights, q_sample
 from ldm.models.diffusion.wrapper import Condition, DiffusionWrapper, as_keywords
-from ldm.models.optimisation import ResumableModule, optimizer_and_schedule
+from ldm.models.optimisation import ResumableModule, may_fuse, optimizer_and_schedule
 from ldm.modules.ema import LitEma
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class DDPM(ResumableModule):
         return [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate, fused=True)
+        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate, fused=may_fuse(self))
         return optimizer_and_schedule(optimizer, self.scheduler_config)
 
     @torch.no_grad()

@@ -105,13 +105,13 @@ def merged_weights(base: Mapping[str, Tensor], concepts: Sequence[TunedConcept],
     lacking = [concept.label for concept in concepts if not len(concept.inputs)]
     if lacking:
         raise UserError(f"concept {lacking[0]}: its file lacks what merging needs; use it alone, or train it again")
-    targets = torch.cat([concept.inputs for concept in concepts]).double().cpu()  # E
-    dual = targets @ inverse_covariance.double().cpu()
+    targets = torch.cat([concept.inputs for concept in concepts]).cpu().double()  # E
+    dual = targets @ inverse_covariance.cpu().double()
     gram = dual @ targets.mT
     push = torch.linalg.pinv(gram, rtol=SMALLEST, hermitian=True) @ dual
     merged = {}
     for name in concepts[0].weights:
-        start = base[name].double().cpu()
-        wanted = [concept.weights[name].double().cpu() @ concept.inputs.double().cpu().mT for concept in concepts]
+        start = base[name].cpu().double()
+        wanted = [concept.weights[name].cpu().double() @ concept.inputs.cpu().double().mT for concept in concepts]
         merged[name] = (start + (torch.cat(wanted, 1) - start @ targets.mT) @ push).float()
     return merged

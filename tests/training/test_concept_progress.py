@@ -1,0 +1,60 @@
+"""What is left of a run when its last pictures cannot be drawn, and the command it ends with."""
+from __future__ import annotations
+
+import logging
+import shlex
+from pathlib import Path
+
+import pytest
+from teaching import QUICK, teach
+
+from ldm import inference
+from ldm.errors import MemoryShortage, UserError
+from ldm.modules.concept import load_concepts
+from ldm.training.concept_progress import BeforeDuringAfter
+
+
+def test_a_concept_is_safe_before_its_last_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def interrupted(self: BeforeDuringAfter, *_: object) -> None:
+        drawn.append(list(tmp_path.glob("*/concept.safetensors")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BeforeDuringAfter, "on_train_start", lambda *_: None)
+    monkeypatch.setattr(BeforeDuringAfter, "_pictures", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        teach(tmp_path, *QUICK, "--max_steps", 2, "lightning.callbacks.pictures.params.during=0")
+    (path,) = drawn[0]
+    assert load_concepts(path)[0].steps == 2
+
+
+def test_pictures_that_do_not_fit_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    def too_large(*_: object) -> None:
+        raise MemoryShortage("cuda has no memory for 1 such pictures at a time; draw smaller ones")
+
+    monkeypatch.setattr(BeforeDuringAfter, "_pictures", too_large)
+    logdir = teach(tmp_path, *QUICK, "--max_steps", 2)
+    assert load_concepts(logdir / "concept.safetensors")[0].steps == 2
+    assert [message for message in caplog.messages if message.startswith("no pictures of my-teddy (after)")]
+
+
+def test_the_last_line_names_the_config_where_the_usual_one_would_not_do(tmp_path: Path,
+                                                                        caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    covariance = tmp_path / "my own.safetensors"
+    covariance.write_bytes(Path("models/mini/covariance.safetensors").read_bytes())
+    logdir = teach(tmp_path / "logs", *QUICK, "--max_steps", 1, f"model.params.covariance={covariance}")
+    (line,) = (message for message in caplog.messages if message.startswith("next: "))
+    words = shlex.split(line)
+    config = words[words.index("--config") + 1]
+    assert Path(config).parent == logdir / "configs" and words[-1] == "a photo of a <my-teddy> on the beach"
+    assert inference.read_model_config(config).model.params.covariance == str(covariance)
+
+
+def test_an_unknown_sampler_is_told_before_anything_is_trained() -> None:
+    with pytest.raises(UserError, match="sampler 'ddjm' is unknown"):
+        BeforeDuringAfter(["a {}"], sampler="ddjm")
