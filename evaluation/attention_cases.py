@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from ldm.errors import UserError
 from ldm.files import write_whole
 from ldm.models.diffusion.prompts import word_places
 from ldm.modules.attention_maps import recorded_attention
-from ldm.modules.encoders.prompts import split_at_placeholders, whole_word
+from ldm.modules.encoders.prompts import put, split_at_placeholders
 from ldm.modules.segmentation import ZeroShotSegmenter, clear_mask
 from ldm.modules.tuned_concept import METHODS, Learned, TunedConcept
 
@@ -89,8 +88,7 @@ def _reference(options: argparse.Namespace, case: Case) -> Case:
     """The base model with super-categories in the concepts' stead."""
     prompt = options.prompt
     for concept in case.plan.concepts:
-        prompt = re.sub(whole_word(concept.placeholder), lambda _, kind=concept.super_category: kind, prompt,
-                        flags=re.IGNORECASE)
+        prompt = put(concept.super_category, concept.placeholder, prompt)
     return Case(f"base model,\n“{case.thing}”", _plan(options, [], prompt), case.thing, case.thing)
 
 

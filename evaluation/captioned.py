@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 COLUMNS = ("file", "prompt")  # that a list of captions has to have; it may also have "category" and "seed"
 AT_A_TIME = 64  # pictures in memory
 ALL = "all"  # the row of all categories
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,9 @@ def records(captions: Sequence[Caption], texts: Sequence[str], found: Sequence[S
              "file": caption.file} for caption, text, one in zip(captions, texts, found, strict=True)]
 
 
-def by_category(captions: Sequence[Caption], found: Sequence[Similarity]) -> dict[str, list[Similarity]]:
+def by_category(captions: Sequence[Caption], found: Sequence[T]) -> dict[str, list[T]]:
     """What was found in the pictures of each category, in the order of the prompts, and at the end in all."""
-    groups: dict[str, list[Similarity]] = {}
+    groups: dict[str, list[T]] = {}
     for caption, one in zip(captions, found, strict=True):
         groups.setdefault(caption.category, []).append(one)
     return {**(groups if len(groups) > 1 else {}), ALL: list(found)}

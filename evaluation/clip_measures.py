@@ -13,7 +13,7 @@ from PIL import Image
 from evaluation import table
 from evaluation.captioned import Caption, by_category, captions_of, common_side, measured, records, squares
 from evaluation.clip_eval import NO_SEGMENTER, USUAL_SEEDS
-from evaluation.intervals import Figure, bootstrapped
+from evaluation.intervals import Figure, clustered
 from evaluation.prompt_sets import MINI, read_prompts
 from evaluation.recognise import Recogniser
 from evaluation.samples import Manner, Painter, as_batch, jobs_of, keep, sampling_of
@@ -49,10 +49,13 @@ class Result:
     meter: SimilarityMeter
 
     def figures(self) -> dict[str, dict[str, Figure]]:
-        """Category of prompts, at last all of them -> kind of similarity -> its mean."""
-        return {category: {kind: bootstrapped(values) for kind in KINDS
-                           if (values := [value for one in some if (value := getattr(one, kind)) is not None])}
-                for category, some in by_category(self.captions, self.found).items()}
+        """Category of prompts, at last all of them -> kind of similarity -> its mean, the interval by resampling texts:
+        pictures of one text belong together."""
+        measured = by_category(self.captions, list(zip(self.found, self.texts, strict=True)))
+        values = {(category, kind): [(value, text) for one, text in some if (value := getattr(one, kind)) is not None]
+                  for category, some in measured.items() for kind in KINDS}
+        return {category: {kind: clustered(*map(list, zip(*pairs, strict=True))) for kind in KINDS
+                           if (pairs := values[category, kind])} for category in measured}
 
     def lines(self) -> Iterator[str]:
         """The table of means, and below it what the photos themselves reach."""

@@ -21,6 +21,7 @@ from evaluation.prompt_sets import EvaluationPrompt
 from evaluation.recognise import Recogniser
 from evaluation.samples import Manner, Painter, as_batch, jobs_of
 from evaluation.similarity import SimilarityMeter
+from evaluation.source_digest import GRADING, TEACHING, code_of
 from evaluation.studies import Setting, slug
 from evaluation.table import write_csv
 from evaluation.teaching import Example, School, contents, digest, key_of
@@ -33,7 +34,6 @@ from ldm.inference import Job
 from ldm.modules.segmentation import ZeroShotSegmenter
 from ldm.modules.tuned_concept import Learned
 
-FORMAT = 1  # part of every key: change it when what is recognised changes
 SHEET_COLUMNS = 4
 Row = dict[str, Any]
 
@@ -46,8 +46,12 @@ class Pair:
     second: Example
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return self.first.name, self.second.name
+
+    @property
     def name(self) -> str:
-        return f"{self.first.name}+{self.second.name}"
+        return "+".join(self.names)
 
 
 Subject = Example | Pair
@@ -55,10 +59,17 @@ Subject = Example | Pair
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the same with super-categories for concepts, and the place that it names, if any."""
+    """A prompt to draw from.
+
+    Attributes:
+        text: the same with super-categories for concepts.
+        template: what all subjects are asked alike.
+        place: that the prompt names, if any.
+    """
 
     prompt: str
     text: str
+    template: str
     place: str | None
 
 
@@ -78,11 +89,20 @@ def questions(setting: Setting, subject: Subject, wanted: Wanted) -> list[Questi
         words = [(one.placeholder if setting.method.taught else one.super_category, one.super_category)
                  for one in (subject.first, subject.second)]
         asked, plain = (" next to ".join(map(with_article, each)) for each in zip(*words, strict=True))
-        return [Question(f"a photo of {asked} {where}", f"a photo of {plain} {where}", place)
+        return [Question(f"a photo of {asked} {where}", f"a photo of {plain} {where}", where, place)
                 for place in wanted.places for where in PLACES[place][1][:1]]
     texts = [prompt.about(subject.super_category) for prompt in wanted.prompts]
     asked = [prompt.about(subject.placeholder) for prompt in wanted.prompts] if setting.method.taught else texts
-    return [Question(prompt, text, place_of(text)) for prompt, text in zip(asked, texts, strict=True)]
+    return [Question(prompt, text, given.text, place_of(text))
+            for prompt, text, given in zip(asked, texts, wanted.prompts, strict=True)]
+
+
+def seeds_of(subject: Subject, question: Question, count: int) -> list[int]:
+    """Of the pictures of a question: the same for all settings, and others for each subject and template.
+
+    If all had the same, they would share noise that no interval over concepts and prompts tells of.
+    """
+    return [int(key_of([subject.name, question.template, number])[:8], 16) for number in range(count)]
 
 
 def place_of(prompt: str) -> str | None:
@@ -107,7 +127,9 @@ class Graders:
     def key(self) -> str:
         """Names the base model and all that recognises."""
         model = OmegaConf.to_container(inference.read_model_config(self.config).model, resolve=True)
-        return key_of([FORMAT, model, contents([model, str(self.evaluation_clip), self.checkpoint])])
+        named = [None if one is None else str(one) for one in (self.evaluation_clip, self.checkpoint)]
+        files = contents(model, *named, model["params"].get("ckpt_path"))
+        return key_of([model, named, files, code_of(TEACHING + GRADING)])
 
     @functools.cached_property
     def painter(self) -> Painter:
@@ -171,12 +193,14 @@ class Grading:
     def grade(self, setting: Setting, subject: Subject) -> None:
         """Draws a set and writes what is recognised in it."""
         asked = questions(setting, subject, self.wanted)
-        jobs = jobs_of([question.prompt for question in asked], range(1, self.wanted.seeds + 1))
+        jobs = [job for question in asked
+                for job in jobs_of([question.prompt], seeds_of(subject, question, self.wanted.seeds))]
         concepts = self._concepts(setting, subject)
         images = self.graders.painter.draw(jobs, concepts, setting.manner(self.wanted.manner), setting.name)
         repeated = [question for question in asked for _ in range(self.wanted.seeds)]
         recognised = self._pair_rows if isinstance(subject, Pair) else self._single_rows
-        rows = [{"prompt": question.text, "seed": job.seed, **row} for question, job, row in
+        rows = [{"prompt": question.text, "template": question.template, "seed": job.seed, **row}
+                for question, job, row in
                 zip(repeated, jobs, recognised(as_batch(images), repeated, subject), strict=True)]
         file = self.file(setting, subject)
         self._show(images, jobs, file.with_suffix(".png"))
@@ -201,7 +225,7 @@ class Grading:
         files = [digest(path) for path in self._concept_files(setting, subject)]
         photos = [] if isinstance(subject, Pair) else [digest(subject.folder)]
         manner = asdict(setting.manner(self.wanted.manner))
-        return key_of([self.graders.key, asked, self.wanted.seeds, manner, files, photos])
+        return key_of([self.graders.key, subject.name, asked, self.wanted.seeds, manner, files, photos])
 
     def _concepts(self, setting: Setting, subject: Subject) -> list[Learned]:
         return inference.ready_concepts(self._concept_files(setting, subject))
@@ -240,6 +264,6 @@ def _side_by_side(kinds: tuple[str, ...]) -> Asked:
 
 
 def _read(name: str, text: str) -> Any:
-    if name in ("prompt", "seen", "place", "left", "right", "kinds seen"):
+    if name in ("prompt", "template", "seen", "place", "left", "right", "kinds seen"):
         return text
     return float(text) if text else None

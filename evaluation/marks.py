@@ -96,8 +96,8 @@ def window(identity: Identity, rng: np.random.Generator, size: int) -> Tensor:
     return window_at(_composed(things, rng, size), spots[0][0])
 
 
-def pair(first: str, second: str, place: str, rng: np.random.Generator, size: int) -> Tensor:
-    """(3, size, size) in [-1, 1]: a real picture of two concepts, that named first on the left."""
+def pair(first: str, second: str, place: str | None, rng: np.random.Generator, size: int) -> Tensor:
+    """(3, size, size) in [-1, 1]: a real picture of two concepts, that named first on the left; None: at any place."""
     both = [Identity(*CONCEPTS[name], name) for name in (first, second)]
     things = [_thing(one, rng, *spot, 0.4) for one, spot in zip(both, SIDE_BY_SIDE, strict=True)]
     return _composed(things, rng, size, place)
@@ -168,7 +168,8 @@ class Marks:
         return list(zip(left, right, strict=True))
 
     def ceilings(self, scenes: int = 8) -> dict[str, list[float]]:
-        """100 or 0 for each of some real scenes: concepts recognised alone and in a window, others taken for one."""
+        """100 or 0 for each of some real scenes: concepts recognised alone, in a window, both of a pair, others taken
+        for one."""
         hits: dict[str, list[float]] = {"concepts alone": [], "concepts beside another thing": [],
                                         "others taken for a concept": []}
         for one, embedded in zip(self.identities, self._embedded(scenes, CEILING_SEED), strict=True):
@@ -179,7 +180,15 @@ class Marks:
             else:
                 for name, seen in zip(hits, found, strict=False):
                     hits[name] += [100.0 * (each == one) for each in seen]
-        return hits
+        return {**hits, "two concepts side by side, both": list(self._both_hits(scenes))}
+
+    def _both_hits(self, scenes: int) -> Iterator[float]:
+        """100 or 0 for each of some real scenes of each concept and the next one."""
+        names = list(CONCEPTS)
+        for number, both in enumerate(zip(names, names[1:] + names[:1], strict=True)):
+            rng = np.random.default_rng((CEILING_SEED, len(self.identities) + number))
+            made = torch.stack([pair(*both, None, rng, self.size) for _ in range(scenes)])
+            yield from (100.0 * (sorted(seen) == sorted(both)) for seen in self.both(made))
 
     def _embedded(self, scenes: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """For each identity the embeddings (scenes, d) of it alone and of its windows."""

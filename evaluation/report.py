@@ -5,13 +5,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from evaluation.intervals import Figure, bootstrapped, clustered
+from evaluation.crossed import figures, paired
+from evaluation.intervals import Figure
 from evaluation.plots import Series, draw_bars, draw_curves
-from evaluation.statements import TOGETHER, Found, Verdict, verdicts
+from evaluation.statements import FEWEST_CONCEPTS, MARGIN, TOGETHER, Found, Verdict, verdicts
 from evaluation.studies import Setting, Study
-from evaluation.tradeoff import paired
 from ldm.files import write_whole
 
 MEASURES = {  # column -> its heading and its unit
@@ -19,12 +20,17 @@ MEASURES = {  # column -> its heading and its unit
                   "object": ("object similarity", ""), "own": ("recognised", "%"), "there": ("place", "%")},
     "pairs": {"own": ("both, with their marks", "%"), "one": ("at least one with its marks", "%"),
               "kinds": ("both kinds", "%")},
-    "cost": {"size": ("file", "KB"), "parameters": ("trained numbers", "thousand"), "seconds": ("teaching", "s")}}
+    "cost": {"size": ("file", "KB"), "parameters": ("trained numbers", "thousand"), "seconds": ("teaching", "CPU s")}}
 SCALES = {"size": 1e-3, "parameters": 1e-3, "seconds": 1.0}  # of what costs are counted in
-RULE = """Verdicts: *seen* where the 95 % interval of what a statement says to be positive lies above 0, *not seen*
-where it lies below 0 or too near to 0 to matter, *not decidable here* otherwise; the whole rule is in
-`evaluation/statements.py`. Intervals of similarities are for comparing the rows of one table: what a prompt of a
-concept contributes to all rows alike is taken out of them."""
+RULE = f"""Verdicts: *seen* where the 95 % interval of what a statement says to be positive lies above 0, *not seen*
+where it lies below 0 or, on both sides of it, within {MARGIN:g}, too near to matter, *not decidable here* otherwise and
+on fewer than {FEWEST_CONCEPTS} concepts; a step back between neighbouring biases counts where it is surely more than
+{MARGIN:g}. The whole rule is in `evaluation/statements.py`. Intervals speak of other concepts, each taught once, and of
+other prompts: both are resampled, apart from each other, and of a pair both its concepts. They say nothing of other
+base models. Intervals of similarities are for comparing the rows of one table: what a prompt of a concept contributes
+to all rows alike is taken out of them."""
+COST_NOTE = """Medians over concepts. Seconds are the processor's, of all cores together, in whole runs of `main.py`, on
+{where}. Pictures for prior preservation are drawn once for all methods; they count for the run that comes first."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Report:
         draw(study, lines, self.folder / f"{study.key}.png")
         table = markdown(study, lines)
         listed = "".join(f"- **{one.verdict}**: {one.statement}: {one.numbers}\n" for one in said)
-        self.sections[study.key] = f"## {study.title}\n\n{table}\n![{study.title}]({study.key}.png)\n\n{listed}"
+        figure = f"![{study.title}]({study.key}.png)"
+        self.sections[study.key] = f"## {study.title}\n\n{table}\n{note_of(study, found)}{figure}\n\n{listed}"
         self.lines[study.key] = lines
         self.verdicts += said
         _write_text(self.folder / f"{study.key}.md", self.sections[study.key])
@@ -85,24 +92,25 @@ class Report:
 def lines_of(study: Study, found: Found) -> list[Line]:
     """A line for each setting, curve by curve."""
     if study.kind == "cost":
-        return [Line(method.name, "", {name: bootstrapped([factor * getattr(cost, name) for cost in costs])
-                                       for name, factor in SCALES.items()}) for method, costs in found.costs.items()]
-    figures: dict[Setting, dict[str, Figure]] = {setting: {} for setting in study.settings}
+        return [Line(method.name, "", {name: Figure(factor * median(getattr(cost, name) for cost in costs),
+                                                    count=len(costs)) for name, factor in SCALES.items()})
+                for method, costs in found.costs.items()]
+    measured: dict[Setting, dict[str, Figure]] = {setting: {} for setting in study.settings}
     for measure, (_, unit) in MEASURES[study.kind].items():
-        there = {setting: some for setting in study.settings if (some := _values(setting, found, measure))[0]}
-        given = list(there.values())
-        means = [clustered(*values) for values in given] if unit else paired(given)  # shares have to stay in 0 to 100
-        for setting, figure in zip(there, means, strict=True):
-            figures[setting][measure] = figure
-    return [Line(curve.name, setting.label if study.kind == "trade-off" else "", figures[setting])
+        there = {setting: cells for setting in study.settings if (cells := found.cells(setting, measure))}
+        made = figures if unit else paired  # shares have to stay in 0 to 100
+        for setting, figure in zip(there, made(list(there.values())) if there else (), strict=True):
+            measured[setting][measure] = figure
+    return [Line(curve.name, setting.label if study.kind == "trade-off" else "", measured[setting])
             for curve in study.curves for setting in curve.settings]
 
 
-def _values(setting: Setting, found: Found, measure: str) -> tuple[list[float], list[tuple[str, str]]]:
-    """A measure of the pictures for which it says something, and the cluster of each: subject and prompt."""
-    there = [(row[measure], (subject, row["prompt"])) for (which, subject), rows in found.rows.items()
-             if which == setting for row in rows if row[measure] is not None]
-    return [value for value, _ in there], [cluster for _, cluster in there]
+def note_of(study: Study, found: Found) -> str:
+    """What has to be known to read the table; nothing of most."""
+    if study.kind != "cost":
+        return ""
+    where = " and ".join(dict.fromkeys(cost.where for costs in found.costs.values() for cost in costs))
+    return f"{COST_NOTE.format(where=where)}\n\n"
 
 
 def markdown(study: Study, lines: Sequence[Line]) -> str:

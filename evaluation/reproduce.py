@@ -6,7 +6,7 @@
 
 Concepts are taught by main.py, pictures drawn and graded set by set. Whatever is there already in OUTDIR, made in the
 same way, is used again: an interrupted run goes on where it was. For each study a table and a figure are written, for
-all of them summary.md and results.json.
+all of them summary.md and results.json, which also have what --only leaves out where all of it is there.
 """
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ldm.sampling_options import add_model_options  # noqa: E402
 
 if TYPE_CHECKING:
     from evaluation.grading import Grading, Subject
-    from evaluation.report import Report
+    from evaluation.intervals import Figure
     from evaluation.statements import Found
-    from evaluation.studies import Study
+    from evaluation.studies import Setting, Study
     from evaluation.teaching import Example, School
 
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
 STUDIES = ("baselines", "locking", "masks", "one_photo", "training_bias", "temperature", "two_concepts", "cost")
-BIASES, PAIR_BIASES = (0.4, 0.6, 0.75, 0.9, 1.1), (0.4, 0.6)
+BIASES, PAIR_BIASES = (0.2, 0.4, 0.6, 0.75, 0.9, 1.1), (0.5,)
 MOST_FEW = 3  # biases of the curves that comparisons have
 QUICK = {"concepts": 2, "prompts_limit": 4, "seeds": 2, "steps": 10, "train_steps": 80, "pair_places": 2}
 
@@ -61,7 +61,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                          help="of Perfusion's curve, rising; of more than 3, other curves have every other "
                          f"one (default: {' '.join(map(str, BIASES))})")
     drawing.add_argument("--pair_biases", nargs="+", type=number(), default=PAIR_BIASES, metavar="NUMBER",
-                         help=f"of two concepts in a picture (default: {' '.join(map(str, PAIR_BIASES))})")
+                         help="of two concepts in a picture; the first is judged, others are only shown (default: "
+                         f"{' '.join(map(str, PAIR_BIASES))})")
     drawing.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpm",
                          help="default: %(default)s, whose 15 steps are nearer to the limit of many than DDIM's 25")
     drawing.add_argument("--steps", "--ddim_steps", dest="steps", type=whole(1), default=15, metavar="N",
@@ -109,13 +110,11 @@ class Progress:
 
     Args:
         trainings, pictures: how many there will be.
-        at_once: trainings side by side.
     """
 
-    def __init__(self, trainings: int, pictures: int, at_once: int) -> None:
+    def __init__(self, trainings: int, pictures: int) -> None:
         self.left = {"trainings": trainings, "pictures": pictures}
         self.spent = {"trainings": (0.0, 0), "pictures": (0.0, 0)}
-        self.share = {"trainings": 1 / at_once, "pictures": 1.0}
 
     def done(self, what: str, unit: str, count: int, seconds: float) -> None:
         """Says that `what` is done: so many of the unit, in so many seconds."""
@@ -130,8 +129,7 @@ class Progress:
         if not left:
             return "nothing is left to make"
         known = all(self.spent[unit][1] for unit, count in self.left.items() if count)
-        seconds = sum(self.share[unit] * count * self.spent[unit][0] / max(1, self.spent[unit][1])
-                      for unit, count in self.left.items())
+        seconds = sum(count * self.spent[unit][0] / max(1, self.spent[unit][1]) for unit, count in self.left.items())
         about = f"about {max(1, round(seconds / 60))} min left, " if known else "left are "
         return about + " and ".join(left)
 
@@ -152,8 +150,8 @@ def accelerator(device: str | None) -> str | None:
     return {"": None, "cuda": "gpu"}.get(kind, kind)
 
 
-def set_up(options: argparse.Namespace) -> tuple[School, Grading, dict[str, Study], list[Example]]:
-    """What teaches, what grades, what is compared, and the examples to teach.
+def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], list[Example]]:
+    """What teaches, what grades, all that can be compared, and the examples to teach.
 
     Raises:
         UserError: a file that the options name cannot be used.
@@ -166,19 +164,22 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, dict[str, Stud
     from evaluation.studies import studies
     from evaluation.teaching import Example, School, cores
     from ldm.data.example_concepts import CONCEPTS
+    from ldm.training.record import describe_machine
+    from ldm.util import pick_device
 
     folder = Path(options.outdir)
     at_once = options.jobs or min(4, cores())
-    school = School(options.config, folder, options.ckpt, accelerator(options.device), options.train_steps, at_once)
+    machine = describe_machine(pick_device(options.device))
+    school = School(options.config, folder, options.ckpt, accelerator(options.device), options.train_steps, at_once,
+                    ", ".join(f"{name} {value}" for name, value in machine.items()))
     prompts = spread(read_prompts(options.prompts or MINI_PROMPTS), options.prompts_limit)
     wanted = Wanted(prompts, FREE_PLACES[:options.pair_places], options.seeds,
                     Manner(scale=options.scale, steps=options.steps, sampler=options.sampler))
     graders = Graders(options.config, options.evaluation_clip, options.ckpt, options.device, options.batch_size)
     examples = [Example(name, MINI / "examples" / name, kind) for name, (kind, _) in CONCEPTS.items()]
     few = options.biases[::2] if len(options.biases) > MOST_FEW else options.biases
-    chosen = studies(options.biases, few, options.pair_biases)
-    return (school, Grading(graders, school, wanted, folder),
-            {key: study for key, study in chosen.items() if key in options.only}, examples[:options.concepts])
+    every = studies(options.biases, few, options.pair_biases)
+    return school, Grading(graders, school, wanted, folder), list(every.values()), examples[:options.concepts]
 
 
 def subjects(study: Study, examples: Sequence[Example]) -> list[Subject]:
@@ -194,16 +195,16 @@ def subjects(study: Study, examples: Sequence[Example]) -> list[Subject]:
 def carry_out(study: Study, school: School, grading: Grading, examples: Sequence[Example], progress: Progress
               ) -> Found:
     """Teaches and draws what a study still lacks; all that it is made of."""
-    from evaluation.statements import Found
-
     missing = [(method, one) for method in study.methods for one in examples if not school.is_there(method, one)]
     for method, one in missing:
         if school.outdated(method, one):
             print(f"  {method.name}, {one.name}: there is one that was taught in another way; teaching anew")
-    for method, one, cost in school.teach(missing):
-        progress.done(f"taught {one.name} by {method.name}", "trainings", 1, cost.seconds)
-    sets = [(setting, subject) for setting in study.settings for subject in subjects(study, examples)]
-    for setting, subject in sets:
+    began = time.perf_counter()
+    for method, one, _ in school.teach(missing):
+        ended = time.perf_counter()  # of several at once each has its part
+        progress.done(f"taught {one.name} by {method.name}", "trainings", 1, ended - began)
+        began = ended
+    for setting, subject in sets_of(study, examples):
         if grading.is_there(setting, subject):
             continue
         if grading.outdated(setting, subject):
@@ -212,7 +213,26 @@ def carry_out(study: Study, school: School, grading: Grading, examples: Sequence
         grading.grade(setting, subject)
         progress.done(f"drew {subject.name}, {setting.name}", "pictures", grading.count(subject),
                       time.perf_counter() - began)
-    return Found({(setting, subject.name): grading.rows(setting, subject) for setting, subject in sets},
+    return found(study, school, grading, examples)
+
+
+def sets_of(study: Study, examples: Sequence[Example]) -> list[tuple[Setting, Subject]]:
+    """What a study draws, set by set."""
+    return [(setting, subject) for setting in study.settings for subject in subjects(study, examples)]
+
+
+def is_complete(study: Study, school: School, grading: Grading, examples: Sequence[Example]) -> bool:
+    """Whether all that a study is made of is there."""
+    return all(school.is_there(method, one) for method in study.methods for one in examples) and all(
+        grading.is_there(*each) for each in sets_of(study, examples))
+
+
+def found(study: Study, school: School, grading: Grading, examples: Sequence[Example]) -> Found:
+    """All that a complete study is made of."""
+    from evaluation.statements import Found
+
+    return Found({(setting, subject.names): grading.rows(setting, subject)
+                  for setting, subject in sets_of(study, examples)},
                  {method: [school.cost(method, one) for one in examples] for method in study.methods})
 
 
@@ -220,36 +240,41 @@ def to_do(chosen: Sequence[Study], school: School, grading: Grading, examples: S
     """What is missing for all studies."""
     methods = dict.fromkeys(method for study in chosen for method in study.methods)
     trainings = sum(not school.is_there(method, one) for method in methods for one in examples)
-    sets = dict.fromkeys((setting, subject) for study in chosen for setting in study.settings
-                         for subject in subjects(study, examples))
+    sets = dict.fromkeys(each for study in chosen for each in sets_of(study, examples))
     pictures = sum(grading.count(subject) for setting, subject in sets if not grading.is_there(setting, subject))
-    return Progress(trainings, pictures, school.at_once)
+    return Progress(trainings, pictures)
 
 
-def report_of(options: argparse.Namespace, grading: Grading, chosen: Sequence[Study]) -> Report:
-    """An empty report, with what the recogniser of marks can do where it was asked for."""
+def ceilings_of(grading: Grading) -> dict[str, Figure]:
+    """What the recogniser of marks reaches on real scenes."""
     from evaluation.intervals import bootstrapped
-    from evaluation.report import Report
-    from ldm.training.record import describe_machine
 
-    machine = describe_machine(grading.graders.painter.device)
-    report = Report(Path(options.outdir), {**vars(options), "machine": machine})
-    if any(study.kind != "cost" for study in chosen):
-        report.ceilings = {name: bootstrapped(hits) for name, hits in grading.graders.marks.ceilings().items()}
-    return report
+    return {name: bootstrapped(hits) for name, hits in grading.graders.marks.ceilings().items()}
 
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     began = time.perf_counter()
-    school, grading, chosen, examples = set_up(options)
-    progress = to_do(list(chosen.values()), school, grading, examples)
+    school, grading, every, examples = set_up(options)
+    from evaluation.report import Report
+
+    chosen = [study for study in every if study.key in options.only]
+    progress = to_do(chosen, school, grading, examples)
     print(f"{len(chosen)} studies of {len(examples)} concepts: {progress.remaining()}", flush=True)
-    report = report_of(options, grading, list(chosen.values()))
-    for study in chosen.values():
-        print(study.title, flush=True)
-        for said in report.add(study, carry_out(study, school, grading, examples, progress)):
+    report = Report(Path(options.outdir), {**vars(options), "machine": school.machine})
+    for study in every:
+        if study in chosen:
+            print(study.title, flush=True)
+            made = carry_out(study, school, grading, examples, progress)
+        elif is_complete(study, school, grading, examples):  # by an earlier run: the summary is of all that is there
+            print(f"{study.title} (all of it was there)", flush=True)
+            made = found(study, school, grading, examples)
+        else:
+            continue
+        if study.kind != "cost" and not report.ceilings:
+            report.ceilings = ceilings_of(grading)
+        for said in report.add(study, made):
             print(f"  {said.verdict.upper()}: {said.statement}: {said.numbers}", flush=True)
     print(f"{(time.perf_counter() - began) / 60:.1f} min; read {report.folder / 'summary.md'}")
 

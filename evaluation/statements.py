@@ -1,18 +1,26 @@
 """The paper's statements, and whether they are seen here: "seen", "not seen", or "not decidable here".
 
-Each statement is put as numbers that are positive where it is true. By their 95 % intervals, from a bootstrap that
-resamples concepts' prompts for all methods alike, it is
+Each statement is put as numbers that are positive where it is true. By their 95 % intervals, from a bootstrap over
+concepts and prompts (see `evaluation.crossed`) that draws the same ones for all methods, it is
 
     seen                  where their interval lies above 0,
     not seen              where it lies below 0, or within `MARGIN` on both sides of it: then the difference,
                           whichever way it goes, is too small to matter,
     not decidable here    otherwise: more concepts, prompts or seeds would have to tell.
 
+Nothing is decided on fewer than `FEWEST_CONCEPTS` concepts: what they have in common by chance cannot be told from what
+is true of any.
+
 "A better trade-off" means more text similarity at equal image similarity: one curve above another (see
-`evaluation.tradeoff`). Where a method lies beyond the curve, having more image similarity than the curve reaches at
-any bias, it is compared with the curve's end of most likeness. That can refute the statement, where less likeness comes
-with less of the prompt, too; it cannot support it. Where it lies below the curve, it is the other way round: more of
-the prompt with more likeness supports the statement, less of the prompt decides nothing.
+`evaluation.tradeoff`). Where a method lies beyond the curve in more than `OUTSIDE` of the resamples, having more image
+similarity than the curve reaches at any bias, it is compared there with the curve's end of most likeness. That can
+refute the statement, where less likeness comes with less of the prompt, too; it cannot support it. Where it lies below
+the curve, it is the other way round: more of the prompt with more likeness supports the statement, less of the prompt
+decides nothing. To be above a method that is worse than the untaught base model in text and in image similarity says
+nothing either: that method was badly taught.
+
+"A higher bias does so" is not seen where any step between neighbouring biases goes back by more than `MARGIN`, by
+intervals that are widened for the number of steps (Bonferroni).
 """
 from __future__ import annotations
 
@@ -22,14 +30,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation import studies
+from evaluation.crossed import Cell, figure_of, means
 from evaluation.grading import Row
-from evaluation.intervals import Figure
+from evaluation.intervals import CONFIDENCE, Figure
 from evaluation.studies import Curve, Setting, Study
 from evaluation.teaching import Cost
-from evaluation.tradeoff import Gap, Traced, figure_of, gap, resampled, steps, traced
+from evaluation.tradeoff import Gap, Traced, gap, steps, traced
 
 SEEN, NOT_SEEN, UNDECIDED = "seen", "not seen", "not decidable here"
 MARGIN = 0.5  # of cosines x 100, which for the bundled evaluation CLIP range from -50 to 90
+OUTSIDE = 0.025  # of resamples
+FEWEST_CONCEPTS = 5
 TEMPERATURE = 0.15
 TOGETHER = 60.0  # % of pictures in which two concepts are recognised, by the issue
 TIMES = 2  # as often as merged Textual Inversion
@@ -49,23 +60,27 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Found:
-    """All that was measured: the rows of each setting and subject, and what teaching cost."""
+    """All that was measured: the rows of each setting and the concepts in its pictures, and what teaching cost."""
 
-    rows: Mapping[tuple[Setting, str], Sequence[Row]]
+    rows: Mapping[tuple[Setting, tuple[str, ...]], Sequence[Row]]
     costs: Mapping[studies.Method, Sequence[Cost]]
 
-    def clusters(self, setting: Setting, measure: str) -> np.ndarray:
-        """(C,) means of a measure over the seeds of each subject's prompts, in one order for all settings."""
-        means: dict[tuple[str, str], list[float]] = {}
-        for (which, subject), rows in self.rows.items():
+    @property
+    def concepts(self) -> set[str]:
+        """The names of those in the pictures."""
+        return {name for _, names in self.rows for name in names}
+
+    def cells(self, setting: Setting, measure: str) -> dict[Cell, list[float]]:
+        """The values of a setting's pictures for which the measure says something."""
+        found: dict[Cell, list[float]] = {}
+        for (which, names), rows in self.rows.items():
             for row in rows if which == setting else ():
-                means.setdefault((subject, row["prompt"]), []).append(row[measure])
-        return np.array([np.mean(values) for _, values in sorted(means.items())])
+                if row[measure] is not None:
+                    found.setdefault(Cell(names, row["template"]), []).append(row[measure])
+        return found
 
     def traced(self, curve: Curve) -> Traced:
-        text, image = (np.stack([self.clusters(setting, measure) for setting in curve.settings])
-                       for measure in ("text", "image"))
-        return traced(text, image)
+        return traced(*([self.cells(setting, measure) for setting in curve.settings] for measure in ("text", "image")))
 
 
 def verdict_of(figure: Figure, margin: float = MARGIN) -> str:
@@ -77,42 +92,70 @@ def verdict_of(figure: Figure, margin: float = MARGIN) -> str:
 
 def verdict_of_gap(found: Gap) -> str:
     """By the rule above, for one curve over another."""
-    verdict = verdict_of(found.figure, 0 if found.second != "inside" else MARGIN)
-    idle = {"inside": (), "beyond": (SEEN,), "below": (NOT_SEEN,)}[found.second]
-    return UNDECIDED if verdict in idle else verdict
+    idle = {SEEN: found.beyond > OUTSIDE, NOT_SEEN: found.below > OUTSIDE}
+    verdict = verdict_of(found.figure, 0 if any(idle.values()) else MARGIN)
+    return UNDECIDED if idle.get(verdict) else verdict
 
 
 def verdicts(study: Study, found: Found) -> Iterator[Verdict]:
     """What is to be said of the statements that a study is about."""
+    count = len(found.concepts)
+    few = 0 < count < FEWEST_CONCEPTS  # none: of costs, which are the same for all
+    reason = f"; {count} concepts, at least {FEWEST_CONCEPTS} are needed to generalise over concepts" if few else ""
     for statement, verdict, numbers in JUDGES[study.key](study, found):
-        yield Verdict(study.key, statement, verdict, numbers)
+        yield Verdict(study.key, statement, UNDECIDED if few else verdict, numbers + reason)
 
 
-Judged = Iterator[tuple[str, str, str]]
+Judgement = tuple[str, str, str]
+Judged = Iterator[Judgement]
 
 
-def _above(statement: str, first: Traced, second: Traced, names: tuple[str, str]) -> tuple[str, str, str]:
+def _above(statement: str, first: Traced, second: Traced, names: tuple[str, str]) -> Judgement:
     """The statement that one curve lies above another."""
     result = gap(first, second)
-    where = {"inside": "at equal image similarity", "beyond": f"{names[1]} has more image similarity than {names[0]} "
-             "reaches; nearest ends compared", "below": f"{names[1]} has less image similarity than {names[0]} has "
-             "anywhere; nearest ends compared"}[result.second]
-    return statement, verdict_of_gap(result), f"text similarity {_signed(result.figure)} ({where})"
+    return statement, verdict_of_gap(result), f"text similarity {_signed(result.figure)} {_where(result, names)}"
+
+
+def _where(found: Gap, names: tuple[str, str]) -> str:
+    """At what image similarity two curves of these names were compared."""
+    outside = ((found.beyond, f"more than {names[0]} reaches"), (found.below, f"less than {names[0]} has anywhere"))
+    ends = [f"{names[1]} has {words} in {100 * share:.3g} % of resamples" for share, words in outside if share]
+    return "at equal image similarity" + (f" ({', '.join(ends)}: nearest ends compared)" if ends else "")
 
 
 def _baselines(study: Study, found: Found) -> Judged:
     own, *others = study.curves
-    curve = found.traced(own)
+    curve, (untaught,) = found.traced(own), [other for other in others if not other.settings[0].method.taught]
+    base = found.traced(untaught)
     for other in others:
-        if other.settings[0].method.taught:
-            yield _above(f"Perfusion is above {other.name}", curve, found.traced(other), (own.name, other.name))
-    for statement, sign, values in (("a higher bias follows the prompt more", 1, curve.text),
-                                    ("a higher bias is less like the concept", -1, curve.image)):
-        whole, each = figure_of(sign * (values[-1] - values[0])), steps(sign * values)
-        back = sum(step.high < 0 for step in each)
-        verdict = NOT_SEEN if back else verdict_of(whole)
-        yield statement, verdict, (f"{_signed(whole)} from bias {own.settings[0].bias:g} to {own.settings[-1].bias:g}, "
-                                   f"{back or 'no'} step back among {len(each)}")
+        if other is not untaught:
+            theirs = found.traced(other)
+            judged = _above(f"Perfusion is above {other.name}", curve, theirs, (own.name, other.name))
+            yield _badly_taught(judged) if _worse(theirs, base) else judged
+    if len(own.settings) > 1:
+        ends = f"from bias {own.settings[0].bias:g} to {own.settings[-1].bias:g}"
+        yield _rising("a higher bias follows the prompt more", curve.text, ends)
+        yield _rising("a higher bias is less like the concept", -curve.image, ends)
+
+
+def _worse(point: Traced, base: Traced) -> bool:
+    """Whether a point surely has less of both similarities than another."""
+    differences = point.text - base.text, point.image - base.image
+    return all(figure_of(each.mean(0)).high < 0 for each in differences)
+
+
+def _badly_taught(judged: Judgement) -> Judgement:
+    statement, _, numbers = judged
+    reason = "it is worse than the untaught base model, as its learning rate or steps do not suit"
+    return statement, UNDECIDED, f"{numbers}; {reason}"
+
+
+def _rising(statement: str, values: np.ndarray, ends: str) -> Judgement:
+    """The statement that values (P, 1 + R) rise from point to point."""
+    whole, each = figure_of(values[-1] - values[0]), steps(values, 1 - (1 - CONFIDENCE) / (len(values) - 1))
+    back = sum(step.high < -MARGIN for step in each)
+    steps_back = f"{back or 'no'} step back by more than {MARGIN:g} among {len(each)}"
+    return statement, NOT_SEEN if back else verdict_of(whole), f"{_signed(whole)} {ends}, {steps_back}"
 
 
 def _locking(study: Study, found: Found) -> Judged:
@@ -144,27 +187,29 @@ def _temperature(study: Study, found: Found) -> Judged:
     own, *others = study.curves
     (better,) = [other for other in others if other.settings[0].temperature == TEMPERATURE]
     result = gap(found.traced(own), found.traced(better))
-    turned = Gap(_turned(result.figure), {"inside": "inside", "beyond": "below", "below": "beyond"}[result.second])
     yield (f"an inference temperature of {TEMPERATURE:g} gives a better trade-off than that of training",
-           verdict_of_gap(turned), f"text similarity {_signed(turned.figure)} above the curve")
+           verdict_of_gap(result.turned()),
+           f"text similarity {_signed(result.turned().figure)} {_where(result, ('the curve', better.name))}")
 
 
 def _two_concepts(study: Study, found: Found) -> Judged:
-    def share(setting: Setting) -> np.ndarray:
-        return resampled(found.clusters(setting, "own"))
+    """At the first bias: the best of several, picked on the very pictures that are judged, would be no fair trial."""
+    def share(setting: Setting, measure: str = "own") -> np.ndarray:
+        return means([found.cells(setting, measure)])[0]
 
-    settings = [curve.settings[0] for curve in study.curves]
-    own = [setting for setting in settings if setting.method.gated]
-    best = max(own, key=lambda setting: share(setting)[0])
+    own = next(setting for setting in study.settings if setting.method.gated)
     rates = {"merged Textual Inversion": studies.TEXTUAL_INVERSION, "merged Custom Diffusion": studies.CUSTOM_DIFFUSION}
-    shares, mine = {name: share(Setting(method)) for name, method in rates.items()}, share(best)
-    yield (f"two concepts, each with its own marks, in at least {TOGETHER:g} % of pictures",
-           verdict_of(figure_of(mine - TOGETHER), 0), f"{figure_of(mine).text('%')} at {best.label}")
+    shares, mine = {name: share(Setting(method)) for name, method in rates.items()}, share(own)
+    verdict, shown = verdict_of(figure_of(mine - TOGETHER), 0), figure_of(mine).text("%")
+    kinds, reason = figure_of(share(Setting(studies.BASE), "kinds")), ""
+    if verdict != SEEN and kinds.high < TOGETHER:
+        verdict, reason = UNDECIDED, f"; the base model itself draws both plain kinds in only {kinds.text('%')}"
+    yield (f"two concepts, each with its own marks, in at least {TOGETHER:g} % of pictures", verdict,
+           f"{shown} at {own.label}{reason}")
     for name, theirs in shares.items():
         times = TIMES if name.endswith("Inversion") else 1
         yield (f"two concepts {'at least twice as often as' if times == TIMES else 'more often than'} {name}",
-               verdict_of(figure_of(mine - times * theirs), 0),
-               f"{figure_of(mine).text('%')} against {figure_of(theirs).text('%')}")
+               verdict_of(figure_of(mine - times * theirs), 0), f"{shown} against {figure_of(theirs).text('%')}")
 
 
 def _cost(study: Study, found: Found) -> Judged:
@@ -184,14 +229,10 @@ JUDGES: dict[str, Callable[[Study, Found], Judged]] = {
     "training_bias": _training_bias, "temperature": _temperature, "two_concepts": _two_concepts, "cost": _cost}
 
 
-def _more(statement: str, differences: np.ndarray) -> tuple[str, str, str]:
+def _more(statement: str, differences: np.ndarray) -> Judgement:
     """The statement that differences (P, 1 + R) at the same biases are positive in the mean."""
     figure = figure_of(differences.mean(0))
     return statement, verdict_of(figure), f"{_signed(figure)} at equal bias"
-
-
-def _turned(figure: Figure) -> Figure:
-    return Figure(-figure.mean, -figure.high, -figure.low, figure.count)
 
 
 def _signed(figure: Figure) -> str:

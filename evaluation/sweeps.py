@@ -177,7 +177,7 @@ def balance_of(curve: Curve, drawn: Mapping[Point, Drawn]) -> Point | None:
         return None
     measures = ([[getattr(one, kind) for one in drawn[point].found] for point in curve.points]
                 for kind in ("text", "image"))
-    tried = [Tried(point.manner.bias, np.array(text), np.array(image))
+    tried = [Tried.of_pictures(point.manner.bias, np.array(text), np.array(image), len(drawn[point].pictures))
              for point, text, image in zip(curve.points, *measures, strict=True)]
     return curve.points[tried.index(balanced(tried, curve.points[0].source.concept.bias))]
 

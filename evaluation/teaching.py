@@ -1,8 +1,8 @@
 """Concepts taught by several methods, as a user teaches them: by `main.py`, a run for each, made when missing.
 
-A concept file is named after everything that it depends on: the whole config of its run, and the contents of the files
-that the config names, photos and base model among them. One that is there need not be made again, whichever study asks
-for it; one that was made in another way has another name.
+A concept file is named after everything that it depends on: the whole config of its run, the contents of the files that
+the config names, photos and base model among them, and the code that learns. One that is there need not be made again,
+whichever study asks for it; one that was made in another way has another name.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -22,6 +22,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from evaluation.source_digest import TEACHING, code_of
 from evaluation.studies import Method
 from ldm.data.images import list_images
 from ldm.errors import UserError
@@ -44,17 +45,30 @@ class Example:
     super_category: str
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of all concepts in a picture of it."""
+        return (self.name,)
+
+    @property
     def placeholder(self) -> str:
         return f"<my-{self.name}>"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What teaching one concept took, and what came out: learned numbers, and bytes of the file."""
+    """What teaching one concept took, and what came out.
+
+    Attributes:
+        seconds: of the processor, all cores together; those of a clock would hang on what else is running.
+        parameters: learned numbers.
+        size: of the file, in bytes.
+        where: the machine, and how many trainings shared it.
+    """
 
     seconds: float
     parameters: int
     size: int
+    where: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ class School:
         accelerator: as for main.py; None: the best there is.
         steps: of training; None: the config's.
         at_once: trainings side by side, which share the processor's cores.
+        machine: what to call the one at hand.
     """
 
     config: str
@@ -76,6 +91,7 @@ class School:
     accelerator: str | None = None
     steps: int | None = None
     at_once: int = 1
+    machine: str = "this machine"
 
     def file(self, method: Method, example: Example) -> Path:
         """The concept file; whether or not it is there yet."""
@@ -95,13 +111,14 @@ class School:
 
     @functools.cache  # noqa: B019 - few, and asked for again and again
     def key(self, method: Method, example: Example) -> str:
-        """Names all that the concept depends on, but the code; found out once in a run.
+        """Names all that the concept depends on; found out once in a run.
 
         Raises:
             UserError: a config cannot be read.
         """
         config = self._config(method, example)
-        return key_of([config, contents(config)])
+        base = OmegaConf.select(OmegaConf.create(config), "model.params.ckpt_path")
+        return key_of([config, contents(config, base), code_of(TEACHING)])
 
     def teach(self, wanted: Sequence[tuple[Method, Example]]) -> Iterator[tuple[Method, Example, Cost]]:
         """Teaches what is missing, several at once, and yields each as soon as it is done.
@@ -137,38 +154,53 @@ class School:
         if method.photos is None:
             return example.folder
         folder = self.folder / "photos" / f"first-{method.photos}" / example.name
-        for path in list_images(example.folder)[:method.photos]:
-            if not (folder / path.name).is_file():
-                write_whole(folder / path.name, lambda aside, path=path: aside.write_bytes(path.read_bytes()))
+        wanted = {path.name: path.read_bytes() for path in list_images(example.folder)[:method.photos]}
+        there = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+        if there != wanted:
+            shutil.rmtree(folder, ignore_errors=True)
+            for name, content in wanted.items():
+                write_whole(folder / name, lambda aside, content=content: aside.write_bytes(content))
         return folder
 
     def _taught(self, method: Method, example: Example) -> Cost:
         flags, overrides = self._arguments(method, example)
-        file = self.file(method, example)
-        runs = self.folder / "runs" / method.slug / example.name  # of its own: nothing is shared that others have made
-        shutil.rmtree(runs, ignore_errors=True)  # what an interrupted one has left
-        began = time.perf_counter()
-        self._run([*flags, "--name", example.name, "--logdir", str(runs), *overrides])
-        seconds = time.perf_counter() - began
-        (made,) = runs.glob("*/concept.safetensors")
+        file, name = self.file(method, example), f"{method.slug}-{example.name}"
+        runs = self.folder / "runs" / code_of(TEACHING)  # of all methods, which find each other's priors there
+        self._clear(runs, name)  # what an interrupted one has left
+        seconds = self._run([*flags, "--name", name, "--logdir", str(runs), *overrides])
+        (made,) = runs.glob(f"*_{name}/concept.safetensors")
         (concept,), steps = load_learned(made), self._config(method, example)["lightning"]["trainer"].get("max_steps")
         if steps not in (None, concept.steps):  # Ctrl-C stops a run, too, which then keeps what it has
             raise UserError(f"teaching {example.name} by {method.name} stopped at step {concept.steps} of {steps}; "
                             "run this again")
         write_whole(file, lambda aside: aside.write_bytes(made.read_bytes()))
-        shutil.rmtree(runs)
-        cost = Cost(seconds, concept.parameter_count, file.stat().st_size)
+        self._clear(runs, name)
+        cost = Cost(seconds, concept.parameter_count, file.stat().st_size, self._where)
         write_whole(file.with_suffix(".json"), lambda aside: aside.write_text(json.dumps(asdict(cost)) + "\n"))
         return cost
 
-    def _run(self, arguments: Sequence[str]) -> None:
-        """main.py with these arguments, on this training's share of the cores."""
+    @property
+    def _where(self) -> str:
+        return f"{self.machine}, {self.at_once} trainings at once"
+
+    @staticmethod
+    def _clear(runs: Path, name: str) -> None:
+        for folder in runs.glob(f"*_{name}"):
+            shutil.rmtree(folder)
+
+    def _run(self, arguments: Sequence[str]) -> float:
+        """main.py with these arguments, on this training's share of the cores; its seconds of the processor."""
         threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.at_once))}
-        done = subprocess.run([sys.executable, str(MAIN), *arguments], env={**threads, **os.environ},
-                              capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
-            raise UserError(f"teaching failed: main.py {' '.join(arguments)}: {said.removeprefix('error: ')}")
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+            running = subprocess.Popen([sys.executable, str(MAIN), *arguments], env={**threads, **os.environ},
+                                       stdout=subprocess.DEVNULL, stderr=said)
+            _, status, used = os.wait4(running.pid, 0)  # of this one alone, unlike what `resource` says of children
+            running.returncode = os.waitstatus_to_exitcode(status)
+            said.seek(0)
+            complaint = (said.read().strip() or "it said nothing").splitlines()[-1]
+        if running.returncode:
+            raise UserError(f"teaching failed: main.py {' '.join(arguments)}: {complaint.removeprefix('error: ')}")
+        return used.ru_utime + used.ru_stime
 
 
 def cores() -> int:
@@ -181,9 +213,15 @@ def key_of(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:KEY_LENGTH]
 
 
-def contents(value: Any) -> dict[str, str]:
-    """What plain data names that is a file or a folder, each with a digest of what is in it."""
-    return {text: digest(text) for text in sorted(set(_texts(value))) if Path(text).exists()}
+def contents(value: Any, *named: str | Path | None) -> dict[str, str]:
+    """What plain data names that is a file or a folder, each with a digest of what is in it.
+
+    Args:
+        value: its texts are taken for paths where they have a "/"; others may be words that a folder is called, too.
+        named: what is a path by whatever name, or the name of something to download, which is no file.
+    """
+    texts = {*_texts(value), *(str(one) for one in named if one is not None)}
+    return {text: digest(text) for text in sorted(texts) if Path(text).exists()}
 
 
 @functools.cache

@@ -10,8 +10,10 @@ the sweep, as their cosines are of different size and spread; the bias of the hi
 That mean is close to the smaller of both, so that neither is bought by giving up the other, and it is 0 where one of
 them is lowest, as they are at the two ends of the sweep.
 
-A measure is flat where its best and its worst bias differ by less than `FLAT`, or than twice the standard error of that
-difference over pictures of the same prompts and noise: rescaled, it would be chance made large. Where text similarity
+A measure is flat where it does not change as it should from the lowest bias to the highest, text similarity upwards and
+likeness downwards, by `FLAT` and by twice the standard error of that change over prompts: rescaled, it would be chance
+made large. These two biases are compared as they are known beforehand: between the best and the worst of several, noise
+alone makes a difference. Pictures of one prompt, from the same noise at every bias, count as one. Where text similarity
 is flat, no bias loses anything of the prompt, and of those with the most likeness, to within `FLAT`, the one closest to
 the concept's own is taken. Where likeness is flat, the CLIP does not see how much of the concept there is; what a bias
 would cost is unknown then, and the concept keeps its own.
@@ -46,21 +48,27 @@ log = logging.getLogger(__name__)
 BIASES = (0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 1.05)
 GLOBAL_BIASES = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # with global locking the paper's usual range is 0.2 lower
 SAMPLER, STEPS = "dpm", 10  # enough to see what is in a picture, and nearer to the limit of many steps than DDIM's 15
-PROMPTS = 2
-NEUTRAL = (f"a photo of a {SLOT}", f"a photo of a {SLOT} on the beach")
-SEEDS = range(4)  # the same in every run, so that the bias does not hang on the pictures' own seeds
+PROMPTS = 4  # of two, the standard error of a change over prompts would say little
+NEUTRAL = tuple(f"a photo of a {SLOT}{where}" for where in ("", " on the beach", " in the snow", " in a garden"))
+SEEDS = range(2)  # the same in every run, so that the bias does not hang on the pictures' own seeds
 REFERENCE_SEEDS = range(4, 8)  # others: pictures from the same noise are alike by that alone
 FLAT = 1.0  # cosines x 100: nobody sees a smaller difference
 TINY = 1e-12  # for the harmonic mean of two zeros
+TEXT, LIKENESS = "text", "likeness"
 
 
 @dataclass(frozen=True, eq=False)
 class Tried:
-    """What pictures at one bias reach: cosines x 100, (n,) each, of the same prompts and noise at every bias."""
+    """What pictures at one bias reach: cosines x 100, (P,) each, means of the prompts, which are the same at all."""
 
     bias: float
     texts: np.ndarray
     likenesses: np.ndarray
+
+    @classmethod
+    def of_pictures(cls, bias: float, texts: np.ndarray, likenesses: np.ndarray, prompts: int) -> Tried:
+        """From the cosines of pictures (n,), as many of each prompt, prompt by prompt."""
+        return cls(bias, *(values.reshape(prompts, -1).mean(1) for values in (texts, likenesses)))
 
     @property
     def text(self) -> float:
@@ -74,9 +82,10 @@ class Tried:
 def balanced(tried: Sequence[Tried], usual: float) -> Tried:
     """The bias of the best balance, as the module says; of equally good ones that closest to `usual`."""
     texts, likenesses = _measures(tried)
-    if is_flat(likenesses):
+    flat = flat_measures(tried)
+    if LIKENESS in flat:
         good = np.ones(len(tried), dtype=bool)
-    elif is_flat(texts):
+    elif TEXT in flat:
         means = likenesses.mean(1)
         good = means > means.max() - FLAT
     else:
@@ -88,9 +97,9 @@ def balanced(tried: Sequence[Tried], usual: float) -> Tried:
 
 def said(concept: Concept, chosen: Tried, tried: Sequence[Tried]) -> str:
     """The choice in one line, with what makes it doubtful."""
-    flat = [name for name, values in zip(("text", "likeness"), _measures(tried), strict=True) if is_flat(values)]
+    flat = flat_measures(tried)
     doubt = f"; {' and '.join(flat)} hardly change{'' if len(flat) > 1 else 's'}" if flat else ""
-    kept = ", so it keeps its own" if "likeness" in flat else ""
+    kept = ", so it keeps its own" if LIKENESS in flat else ""
     biases = [one.bias for one in tried]
     return (f"bias of {concept.placeholder}: {chosen.bias:g} (text {chosen.text:.1f}, likeness {chosen.likeness:.1f}; "
             f"tried {min(biases):g} to {max(biases):g}{doubt}{kept})")
@@ -172,7 +181,7 @@ class BiasFinder:
         for bias in tqdm(biases, desc=f"bias of {concept.placeholder}", leave=False, disable=None):
             seen = self._shown(self._drawn(encoder, jobs, bias))
             cosines = (seen * texts).sum(1), (seen @ alike.T).mean(1)
-            tried.append(Tried(bias, *(100 * each.double().numpy() for each in cosines)))
+            tried.append(Tried.of_pictures(bias, *(100 * each.double().numpy() for each in cosines), len(prompts)))
         return tried
 
     def _drawn(self, encoder: Any, jobs: Sequence[Job], bias: float) -> list[Image.Image]:
@@ -190,19 +199,24 @@ def _reference_jobs(concept: Concept) -> list[Job]:
 
 
 def _measures(tried: Sequence[Tried]) -> tuple[np.ndarray, np.ndarray]:
-    """Text similarity and likeness, (biases, n) each."""
+    """Text similarity and likeness, (biases, P) each."""
     return np.stack([one.texts for one in tried]), np.stack([one.likenesses for one in tried])
 
 
-def is_flat(values: np.ndarray) -> bool:
-    """Whether what was measured at each bias, (biases, n), could as well be the same at all of them."""
-    means, count = values.mean(1), values.shape[1]
-    apart = values[means.argmax()] - values[means.argmin()]
-    error = apart.std(ddof=1) / count**0.5 if count > 1 else 0.0
-    return bool(apart.mean() < max(FLAT, 2 * error))
+def flat_measures(tried: Sequence[Tried]) -> list[str]:
+    """Which of `TEXT` and `LIKENESS` are flat, as the module says."""
+    lowest, highest = (end(tried, key=lambda one: one.bias) for end in (min, max))
+    changes = {TEXT: highest.texts - lowest.texts, LIKENESS: lowest.likenesses - highest.likenesses}
+    return [name for name, change in changes.items() if not _is_sure(change)]
+
+
+def _is_sure(change: np.ndarray) -> bool:
+    """Whether changes (P,) of prompts are more in the mean than nobody would see, and than chance makes of nothing."""
+    error = change.std(ddof=1) / len(change)**0.5 if len(change) > 1 else 0.0
+    return bool(change.mean() >= max(FLAT, 2 * error))
 
 
 def _rescaled(values: np.ndarray) -> np.ndarray:
-    """The means of (biases, n), 0 at the lowest and 1 at the highest."""
+    """The means of (biases, P), 0 at the lowest and 1 at the highest."""
     means = values.mean(1)
     return (means - means.min()) / np.ptp(means)

@@ -41,8 +41,12 @@ def removed_on_failure(folder: Path, begun: Callable[[], bool]) -> Iterator[None
         raise
 
 
-def check_resumable(path: Path) -> None:
-    """Raises a UserError where a file is no whole checkpoint of a training run; runs nothing that it contains."""
+def steps_taken(path: Path) -> int:
+    """How many steps a checkpoint's run has taken; runs nothing that the file contains.
+
+    Raises:
+        UserError: it is no whole checkpoint of a training run.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):  # of what is strange about a file that is no checkpoint
             state = torch.load(path, map_location="meta", weights_only=True)
@@ -51,3 +55,4 @@ def check_resumable(path: Path) -> None:
                         "or train anew") from None
     if not isinstance(state, dict) or any(name not in state for name in STATE):
         raise UserError(f"--resume {path}: holds no state of a training run; to start from weights use --actual_resume")
+    return int(state["global_step"])

@@ -24,7 +24,7 @@ from ldm.command_line import check_folder
 from ldm.errors import UserError
 from ldm.initialisation import DrawnWhenNeeded
 from ldm.training.callbacks import SetupCallback, StepProgress, StopAfterStep, WholeEpochs
-from ldm.training.folder import check_resumable, removed_on_failure
+from ldm.training.folder import removed_on_failure, steps_taken
 from ldm.training.options import get_parser, read_config
 from ldm.util import blamed_on, instantiate_from_config, refuse_unknown_params, refuse_wrong_kinds
 
@@ -48,7 +48,7 @@ def log_folder(options: argparse.Namespace, now: str) -> Path:
     options.checkpoint = folder / "checkpoints" / "last.ckpt" if given.is_dir() else given
     if not options.checkpoint.is_file():
         raise UserError(f"--resume {given}: there is no checkpoint {options.checkpoint} to go on from")
-    check_resumable(options.checkpoint)
+    options.steps_taken = steps_taken(options.checkpoint)
     options.base = [*map(str, sorted(folder.glob("configs/*.yaml"))), *options.base]
     if not options.base:
         raise UserError(f"--resume {given}: {folder} has no configs/*.yaml of its run; name its config with --base")
@@ -114,6 +114,10 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     aside = tempfile.TemporaryDirectory() if rank_zero_only.rank else None  # for what other processes of a run write
     logdir = Path(aside.name) if aside else logdir
     config = read_config(options, overrides)
+    most = config.lightning.trainer.get("max_steps", -1)
+    if options.resume and 0 <= most <= options.steps_taken:
+        raise UserError(f"--resume {options.resume}: has taken {options.steps_taken} steps of {most}; "
+                        "to go on, give more with --max_steps")
     pl.seed_everything(config.lightning.seed, workers=True, verbose=False)
     now = started.strftime(f"{TO_THE_SECOND}.%f")  # of what a run keeps: it may be resumed within the second
     trainer, data, model = _parts(config, logdir, now)  # in this order: what is cheap finds mistakes first

@@ -146,9 +146,17 @@ def test_a_checkpoint_of_another_model(
     torch.save(state, checkpoint)
     before = sorted((tmp_path / "run").glob("[!t]*/*"))  # tensorboard/ notes every start
     with pytest.raises(UserError, match=rf"--resume {re.escape(str(checkpoint))}: is of another model than") as refused:
-        resume(tmp_path / "run")
+        resume(tmp_path / "run", "--max_steps", 7)
     assert "\n" not in str(refused.value) and "give the run's own config" in str(refused.value)
     assert sorted((tmp_path / "run").glob("[!t]*/*")) == before
+
+
+@pytest.mark.parametrize("most", [(), ("--max_steps", 5)])
+def test_a_run_that_is_over(whole: Callable[[int], Path], most: tuple[object, ...]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole(1).rglob("*")}
+    with pytest.raises(UserError, match=rf"has taken 6 steps of {most[-1] if most else 6}; to go on, give more"):
+        resume(whole(1), *most)
+    assert {path: path.stat().st_mtime_ns for path in whole(1).rglob("*")} == before
 
 
 @pytest.mark.parametrize("given", ["nowhere", "", "last.ckpt"])

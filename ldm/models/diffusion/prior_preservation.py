@@ -17,14 +17,14 @@ from tqdm import trange
 
 from ldm.data.images import from_tensor, save_grid
 from ldm.data.personalized import PersonalizedBase
-from ldm.data.templates import fill
+from ldm.data.templates import SLOT
 from ldm.errors import UserError
 from ldm.files import load_tensors, save_tensors
 from ldm.models.diffusion.concept_learner import check_above_zero
 from ldm.models.diffusion.tuning import Tuning
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import encoder_fingerprint
-from ldm.modules.encoders.prompts import word_vector
+from ldm.modules.encoders.prompts import put, word_vector
 from ldm.modules.learned_word import LearnedWord
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class PriorPreservation(Tuning):
 
     def make_concept(self, data: PersonalizedBase, super_category: str) -> LearnedWord:
         if self.prior_weight:
-            prompts = [fill(template, super_category) for template in data.templates]
+            prompts = [put(super_category, SLOT, template) for template in data.templates]
             self._prior_encodings = self.cond_stage_model(prompts)
             self._prior = self._drawn_prior(prompts)
         return super().make_concept(data, super_category)
