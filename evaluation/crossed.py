@@ -4,8 +4,10 @@ All prompts are asked of all concepts, so that values of one concept have its on
 prompt how hard it is: cells of a concept and a prompt are not independent. Each resample draws concepts and, apart from
 them, prompts; a cell counts as often as its concept times as often as its prompt was drawn (Owen, "The pigeonhole
 bootstrap", 2007, arXiv 0712.1111). A pair of concepts counts as often as the first times as often as the second. Such
-intervals speak of other concepts and other prompts than those at hand. They are wide rather than narrow: what differs
-from cell to cell alone is counted up to three times.
+intervals speak of other concepts and other prompts than those at hand. What differs from cell to cell alone is counted
+up to three times, so that they are wide where that is all there is. Where concepts differ most and are few they are
+somewhat narrow, as those of any bootstrap: of 8 concepts 95 % intervals hold the truth in 87 to 93 of 100 simulations,
+intervals over cells in 40 to 55.
 """
 from __future__ import annotations
 

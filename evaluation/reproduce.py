@@ -262,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [study for study in every if study.key in options.only]
     progress = to_do(chosen, school, grading, examples)
     print(f"{len(chosen)} studies of {len(examples)} concepts: {progress.remaining()}", flush=True)
-    report = Report(Path(options.outdir), {**vars(options), "machine": school.machine})
+    settings = {name: value for name, value in vars(options).items() if name != "only"}  # others are told of, too
+    report = Report(Path(options.outdir), {**settings, "machine": school.machine})
     for study in every:
         if study in chosen:
             print(study.title, flush=True)

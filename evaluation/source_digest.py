@@ -21,8 +21,9 @@ TEACHING = (
 # What is drawn of it and recognised in that depends on these, too.
 GRADING = (
     *(f"evaluation/{name}.py" for name in ("grading", "marks", "similarity", "world_prompts")),
-    "ldm/data/example_concepts.py", "ldm/data/scenes.py", "ldm/models/diffusion/dpm_solver.py",
-    "ldm/models/diffusion/prompts.py", "ldm/models/diffusion/tuned_prompts.py", "ldm/models/recogniser.py")
+    "ldm/data/example_concepts.py", "ldm/data/scenes.py", "ldm/models/recogniser.py",
+    *(f"ldm/models/diffusion/{name}.py" for name in (
+        "dpm_solver", "euler", "heun", "plms", "prompts", "tuned_prompts")))
 
 
 @functools.cache

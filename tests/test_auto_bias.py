@@ -18,7 +18,7 @@ from evaluation.samples import Manner, Painter, as_batch, jobs_of
 from evaluation.similarity import SimilarityMeter
 from ldm import auto_bias
 from ldm.album import read_note
-from ldm.auto_bias import REFERENCE_SEEDS, SEEDS, BiasFinder, Tried, about, balanced, clip_for, said
+from ldm.auto_bias import REFERENCE_SEEDS, SEEDS, BiasFinder, Tried, about, balanced, clip_for, flat_measures, said
 from ldm.errors import UserError
 from ldm.inference import Sampling, latent_size, ready_concepts
 from ldm.models.recogniser import Recogniser
@@ -26,7 +26,7 @@ from ldm.modules.concept import Concept
 from ldm.modules.tuned_concept import TunedConcept, save_learned
 
 BIASES = (0.4, 0.6, 0.8, 1.0)
-NOISE = np.array([-1.0, 1.0, 0.0, 3.0])  # of single pictures, the same at all biases
+NOISE = np.array([-1.0, 1.0, 0.0, 3.0])  # of single prompts, the same at all biases
 
 
 def curve(texts: list[float], likenesses: list[float], noise: float = 1.0) -> list[Tried]:
@@ -73,11 +73,37 @@ def test_the_balance_of_known_curves(texts: list[float], likenesses: list[float]
 
 
 def test_what_chance_would_do_is_no_difference() -> None:
-    """Likeness ends 5 lower, but not in every picture: its paired standard error is above half of that."""
+    """Likeness ends 5 lower, but not in every prompt: its paired standard error is above half of that."""
     tried = curve([20, 30, 40, 60], [90, 88, 86, 85])
     assert balanced(tried, usual=0.4).bias == 0.6
     shaken = [*tried[:3], replace(tried[3], likenesses=tried[3].likenesses + np.array([-20.0, 20.0, 12.0, -12.0]))]
     assert balanced(shaken, usual=0.4).bias == 0.4
+
+
+def test_noise_alone_seldom_passes_for_a_change() -> None:
+    """Of curves that are nothing but noise a few in a hundred are told from flat ones; by a t distribution of 3 degrees
+    of freedom 7 in 100 are above 2."""
+    draw, passed = np.random.default_rng(0), 0
+    for _ in range(300):
+        tried = [Tried(bias, *draw.normal(0, 20, (2, 4))) for bias in BIASES]
+        passed += 2 - len(flat_measures(tried))
+    assert passed / 600 < 0.1
+
+
+def test_changes_the_wrong_way_are_none() -> None:
+    assert flat_measures(curve([40, 35, 30, 20], [50, 60, 70, 90])) == ["text", "likeness"]
+    assert flat_measures(curve([20, 30, 35, 40], [90, 70, 60, 50])) == []
+    assert flat_measures(curve([20, 60, 60, 20], [90, 50, 50, 90])) == ["text", "likeness"]  # the ends are the same
+
+
+def test_pictures_of_a_prompt_count_as_one() -> None:
+    """Two prompts that go opposite ways say nothing, however many pictures of each there are."""
+    low, high = np.zeros(40), np.repeat([12.0, -8.0], 20)
+    tried = [Tried.of_pictures(bias, values, -values, prompts=2) for bias, values in ((0.4, low), (1.0, high))]
+    assert tried[1].texts.tolist() == [12.0, -8.0] and tried[1].text == 2.0
+    assert flat_measures(tried) == ["text", "likeness"]
+    alone = [Tried.of_pictures(bias, values, -values, prompts=40) for bias, values in ((0.4, low), (1.0, high + 3))]
+    assert flat_measures(alone) == []
 
 
 def test_the_choice_is_said_in_one_line() -> None:
@@ -92,10 +118,13 @@ def test_the_choice_is_said_in_one_line() -> None:
 def test_a_concept_is_drawn_alone_in_the_first_prompts_that_name_it() -> None:
     toy, cup = concept("<toy>", "owl"), concept("<cup>", "mug")
     given = ["a cat", "a <cup> next to a <Toy>", "a <cup>", "a <cup>", "a <toy> outside", "a <toy> inside"]
-    assert about(toy, [toy, cup], given) == ["a mug next to a <Toy>", "a <toy> outside"]
-    assert about(cup, [toy, cup], given) == ["a <cup> next to an owl", "a <cup>"]
-    assert about(cup, [cup], ["a <cup>"]) == ["a <cup>", "a photo of a <cup>"]
-    assert about(cup, [cup], []) == ["a photo of a <cup>", "a photo of a <cup> on the beach"]
+    plain = [f"a photo of a <cup>{where}" for where in ("", " on the beach", " in the snow", " in a garden")]
+    assert about(toy, [toy, cup], given)[:3] == ["a mug next to a <Toy>", "a <toy> outside", "a <toy> inside"]
+    assert about(toy, [toy, cup], given * 2)[3:] == ["a photo of a <toy>"]
+    assert about(cup, [toy, cup], given) == ["a <cup> next to an owl", "a <cup>", *plain[:2]]
+    assert about(cup, [cup], ["a <cup>"]) == ["a <cup>", *plain[:3]]
+    assert about(cup, [cup], []) == plain
+    assert len(about(cup, [cup], [f"a <cup> {number}" for number in range(9)])) == 4
 
 
 def test_the_usual_clip_lies_beside_the_base_model(tmp_path: Path) -> None:

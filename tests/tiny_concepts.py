@@ -33,7 +33,8 @@ def attached(model: ConceptLearner, data: object, parts: int = 1, root: str = "u
     """The model with as much of a trainer as it looks at."""
     model.trainer = SimpleNamespace(
         datamodule=SimpleNamespace(datasets={"train": data}), default_root_dir=root, global_step=0,
-        world_size=1, accumulate_grad_batches=parts, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+        world_size=1, accumulate_grad_batches=parts, gradient_clip_val=None, precision="32-true",
+        strategy=SimpleNamespace(root_device=torch.device("cpu")))
     model.log = model.log_dict = lambda *_, **__: None
     return model
 

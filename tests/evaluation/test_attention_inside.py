@@ -1,16 +1,28 @@
 """Shares of attention inside a mask, on maps whose shares are known; and the picture made of them."""
 from __future__ import annotations
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from evaluation import attention_cases
 from evaluation.attention_figure import Row, attention_figure
 from evaluation.attention_inside import ALL, COLUMNS, STEPS, Inside, figures, measure, records
 from evaluation.intervals import bootstrapped
+from ldm.modules.tuned_concept import TunedConcept
 
 SMALL, LARGE = "input_blocks.1.1.transformer_blocks.0.attn2", "middle_block.1.transformer_blocks.0.attn2"
+
+
+def test_the_reference_names_things_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = TunedConcept("textual-inversion", "<toy>", "owl", torch.zeros(1, 2))
+    monkeypatch.setattr(attention_cases, "_plan", lambda _, files, prompt: (files, prompt))
+    case = attention_cases.Case("", Namespace(concepts=[toy]), "<toy>", "owl")
+    reference = attention_cases._reference(Namespace(prompt="a photo of a <Toy> outside"), case)
+    assert (reference.plan, reference.word) == (([], "a photo of an owl outside"), "owl")
 
 
 def left_half() -> torch.Tensor:

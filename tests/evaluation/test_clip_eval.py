@@ -17,6 +17,7 @@ from tiny_clips import clip_folder, segmenter_folder
 
 from evaluation import clip_eval, clip_measures
 from evaluation.captioned import Caption, captions_of
+from evaluation.intervals import clustered
 from evaluation.prompt_sets import UNSORTED
 from ldm.album import read_note
 from ldm.errors import UserError
@@ -105,6 +106,16 @@ def test_as_a_process_it_draws_measures_and_says_so(files: Path, world: World, m
 
     again = measure("--images", tmp_path / "drawn" / "samples")  # by what the pictures say of themselves
     assert rounded(again) == rounded(drawn)
+
+
+def test_intervals_are_by_prompts(measure: Measure, files: Path, world: World, tmp_path: Path) -> None:
+    """A category of one prompt has no interval, however many seeds there are; that of all is by resampling prompts."""
+    drawn = measure(*draws(files, world), segmenter="none")
+    means = {row["category"]: row for row in rows(tmp_path / "out" / "means.csv") if row["similarity"] == "text"}
+    assert means["style"]["low"] == means["style"]["high"] == "" and means["style"]["count"] == "2"
+    by_prompt = clustered([float(row["text_similarity"]) for row in drawn], [row["prompt"] for row in drawn])
+    assert float(means["all"]["low"]) == pytest.approx(by_prompt.low, abs=1e-3)
+    assert float(means["all"]["high"]) == pytest.approx(by_prompt.high, abs=1e-3)
 
 
 def test_what_pictures_were_drawn_from_is_said_in_three_ways(measure: Measure, world: World, files: Path,

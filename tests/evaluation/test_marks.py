@@ -75,6 +75,7 @@ def test_concepts_are_recognised_in_real_scenes_and_others_are_not_taken_for_the
     ceilings = {name: np.mean(hits) for name, hits in recogniser.ceilings(8).items()}
     assert ceilings["concepts alone"] > 75 and ceilings["concepts beside another thing"] > 75
     assert ceilings["others taken for a concept"] < 10
+    assert ceilings["two concepts side by side, both"] > 50
     made = [pair("teddy", "mug", "snow", np.random.default_rng(seed), 32) for seed in range(10)]
     assert recogniser.both(torch.stack(made)).count(FEW) > 5
 

@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tiny_clips import clip_folder, segmenter_folder
 
-from evaluation import marks, reproduce, world_prompts
-from evaluation.grading import Graders, Pair, questions
+from evaluation import grading, marks, reproduce, world_prompts
+from evaluation.grading import Graders, Pair, Subject, Wanted, questions, seeds_of
 from evaluation.prompt_sets import EvaluationPrompt
 from evaluation.reproduce import Progress, parse_arguments, shorten, spread
 from evaluation.samples import Manner
-from evaluation.studies import BASE, PERFUSION, STUDY_KEYS, Setting
+from evaluation.statements import UNDECIDED
+from evaluation.studies import BASE, PERFUSION, STUDY_KEYS, Method, Setting
 from evaluation.teaching import Example, School, digest
 from ldm.data import example_concepts, scenes
 from ldm.data.scenes import BACKGROUNDS_PER_PLACE
@@ -70,12 +71,13 @@ def taught(world: World, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Instead of runs of main.py, concept files of random numbers; the arguments of each run."""
     calls: list[list[str]] = []
 
-    def pretend(self: School, arguments: Sequence[str]) -> None:
+    def pretend(self: School, arguments: Sequence[str]) -> float:
         calls.append(list(arguments))
         given = dict(zip(arguments, arguments[1:], strict=False))
         made = learned(world, " ".join(arguments), given["--placeholder_string"], given["--init_word"])
         made = replace(made, steps=int(given.get("--max_steps", 0)))
-        save_learned(Path(given["--logdir"]) / "now" / "concept.safetensors", [made])
+        save_learned(Path(given["--logdir"]) / f"now_{given['--name']}" / "concept.safetensors", [made])
+        return 1.5
 
     monkeypatch.setattr(School, "_run", pretend)
     return calls
@@ -128,10 +130,14 @@ def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[li
     for verdict in results["verdicts"]:
         assert f"| {verdict['statement']} | {verdict['verdict']} |" in summary
     said = capsys.readouterr().out
-    assert "nothing is left to make" in said and said.count("taught ") == 22 and said.count("drew ") == 2 * 16 + 2 * 5
+    assert "nothing is left to make" in said and said.count("taught ") == 22 and said.count("drew ") == 2 * 16 + 2 * 4
     row = results["studies"]["baselines"][0]["figures"]
     assert row["text"]["count"] == 2 * 2 and row["own"]["count"] == row["there"]["count"] == 2
-    assert set(results["ceilings"]) == {"concepts alone", "concepts beside another thing", "others taken for a concept"}
+    assert set(results["ceilings"]) == {"concepts alone", "concepts beside another thing", "others taken for a concept",
+                                        "two concepts side by side, both"}
+    assert {verdict["verdict"] for verdict in results["verdicts"] if verdict["study"] != "cost"} == {UNDECIDED}
+    cost = results["studies"]["cost"][0]["figures"]["seconds"]
+    assert (cost["mean"], cost["low"]) == (1.5, None) and "trainings at once" in (folder / "cost.md").read_text()
 
 
 def test_it_goes_on_where_it_was(run: Run, taught: list[list[str]], tmp_path: Path,
@@ -167,9 +173,10 @@ def test_sets_say_what_was_recognised(run: Run, tmp_path: Path) -> None:
     (single, *_) = sorted((tmp_path / "out" / "graded" / "perfusion" / "teddy").glob("*.csv"))
     with single.open() as opened:
         rows = list(csv.DictReader(opened))
-    assert [(row["prompt"], row["seed"]) for row in rows] == [
-        (prompt, seed) for prompt in ("a photo of a teddy bear in the snow", "a sketch of a teddy bear")
-        for seed in "12"]
+    assert [(row["prompt"], row["template"]) for row in rows] == [
+        (prompt.format("teddy bear"), prompt) for prompt in ("a photo of a {} in the snow", "a sketch of a {}")
+        for _ in range(2)]
+    assert len({row["seed"] for row in rows}) == 4
     assert [bool(row["there"]) for row in rows] == [bool(row["own"]) for row in rows] == [True, True, False, False]
     pair = next((tmp_path / "out" / "graded" / "base-model" / "teapot+teddy").glob("*.csv"))
     with pair.open() as opened:
@@ -182,14 +189,13 @@ def test_sets_say_what_was_recognised(run: Run, tmp_path: Path) -> None:
 
 
 def test_concepts_are_asked_for_by_their_words_and_the_base_model_by_what_they_are(files: Path) -> None:
-    from evaluation.grading import Wanted
-
     owl, cat = (Example(name, files, name) for name in ("owl", "cat"))
     wanted = Wanted([EvaluationPrompt("style", "a sketch of a {} in the woods")], ["snow"], 2, Manner())
     for method, words in ((PERFUSION, "a <my-owl>"), (BASE, "an owl")):
         (question,) = questions(Setting(method), owl, wanted)
         assert question.prompt == f"a sketch of {words} in the woods" and question.place == "forest"
         assert question.text == "a sketch of an owl in the woods"
+        assert question.template == "a sketch of a {} in the woods"
     (both,) = questions(Setting(PERFUSION), Pair(cat, owl), wanted)
     assert both.prompt == "a photo of a <my-cat> next to a <my-owl> in the snow"
     assert both.text == "a photo of a cat next to an owl in the snow"
@@ -203,6 +209,50 @@ def test_another_clip_grades_anew(files: Path, tmp_path: Path) -> None:
     assert key(files / "clip") == key(files / "clip") != key(clip_folder(tmp_path / "clip", seed=3))
 
 
+def test_names_and_code_are_in_the_key(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(clip: str = "ViT-B-32/openai", checkpoint: str | None = None) -> str:
+        digest.cache_clear()
+        return Graders(str(files / "perfusion.yaml"), clip, checkpoint).key
+
+    monkeypatch.chdir(tmp_path)
+    found = [key(), key("ViT-L-14/openai")]
+    for name, content in (("a.ckpt", "1"), ("b.ckpt", "1"), ("a.ckpt", "2")):
+        Path(name).write_text(content)
+        found.append(key(checkpoint=name))
+    monkeypatch.setattr(grading, "code_of", lambda files: "other code")
+    assert len({*found, key()}) == 6
+
+
+def test_seeds_differ_by_concept_and_prompt_but_not_by_method(files: Path) -> None:
+    wanted = Wanted([EvaluationPrompt("style", text) for text in ("a {}", "a sketch of a {}")], ["snow", "beach"], 3,
+                    Manner())
+    owl, cat = (Example(name, files, name) for name in ("owl", "cat"))
+
+    def seeds(subject: Subject, method: Method = PERFUSION) -> list[list[int]]:
+        return [seeds_of(subject, question, 3) for question in questions(Setting(method), subject, wanted)]
+
+    subjects = (owl, cat, Pair(owl, cat), Pair(cat, owl))
+    every = [seed for subject in subjects for some in seeds(subject) for seed in some]
+    assert len(set(every)) == len(every) == 4 * 2 * 3 and all(0 <= seed < 2**32 for seed in every)
+    for subject in subjects:
+        assert seeds(subject) == seeds(subject, BASE)
+    assert seeds_of(owl, questions(Setting(BASE), owl, wanted)[1], 9)[:3] == seeds(owl)[1]  # more go on with others
+
+
+def test_what_is_all_there_is_reported_whatever_was_asked_for(run: Run, tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--biases", 0.4, "--seeds", 1)
+    first = run("--only", "masks", *few)
+    capsys.readouterr()
+    both = run("--only", "cost", *few)
+    assert list(both["studies"]) == ["masks", "cost"] and both["studies"]["masks"] == first["studies"]["masks"]
+    assert both["ceilings"] == first["ceilings"]
+    assert "With and without the mask loss (all of it was there)" in capsys.readouterr().out
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "(masks.png)" in summary and "(cost.png)" in summary
+    assert list(run("--only", "cost", *few, "--train_steps", 3)["studies"]) == ["cost"]  # masks are of other concepts
+
+
 def test_prompts_are_of_all_categories_in_turn() -> None:
     prompts = [EvaluationPrompt(category, f"{number}") for number, category in enumerate("aaabbc")]
     assert [prompt.text for prompt in spread(prompts, 4)] == ["0", "1", "3", "5"]
@@ -210,18 +260,18 @@ def test_prompts_are_of_all_categories_in_turn() -> None:
 
 
 def test_what_remains_is_told_once_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(trainings=3, pictures=100, at_once=2)
+    progress = Progress(trainings=3, pictures=100)
     assert progress.remaining() == "left are 3 trainings and 100 pictures"
     progress.done("taught", "trainings", 1, 120.0)
     progress.done("drew", "pictures", 50, 30.0)
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "  drew: 30.0 s; about 2 min left, 2 trainings and 50 pictures")
+        "  drew: 30.0 s; about 4 min left, 2 trainings and 50 pictures")
 
 
 def test_quick_asks_for_less_and_never_for_more() -> None:
     options = parse_arguments(["--seeds", "1", "--evaluation_clip", "x"])
     shorten(options)
-    assert (options.seeds, options.concepts, options.train_steps, options.biases) == (1, 2, 80, (0.4, 0.75, 1.1))
+    assert (options.seeds, options.concepts, options.train_steps, options.biases) == (1, 2, 80, (0.2, 0.6, 0.9))
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

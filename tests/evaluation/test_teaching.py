@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from evaluation import teaching
+from evaluation.source_digest import TEACHING, code_of
 from evaluation.studies import NO_MASKS, ONE_PHOTO, PERFUSION, TEXTUAL_INVERSION, TRAINED_KEYS, Method
 from evaluation.teaching import Cost, Example, School, digest
 from ldm.errors import UserError
@@ -21,6 +22,8 @@ given = dict(zip(sys.argv[1:], sys.argv[2:]))
 run = pathlib.Path(given["--logdir"]) / ("now_" + given["--name"])
 run.mkdir(parents=True)
 (run / "last.ckpt").write_text("")
+(run.parent / "prior").mkdir(exist_ok=True)
+(run.parent / "prior" / "pictures").touch()
 if "--max_steps" in given:
     sys.exit("error: no patience")
 shutil.copy(pathlib.Path(__file__).parent / "concept.safetensors", run)
@@ -56,7 +59,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def school(place: Path) -> School:
-    return School(str(place / "perfusion.yaml"), place / "out", at_once=2)
+    return School(str(place / "perfusion.yaml"), place / "out", at_once=2, machine="two cores")
 
 
 def example(place: Path, name: str = "cat") -> Example:
@@ -80,10 +83,21 @@ def test_what_is_missing_is_taught_and_kept(place: Path, school: School) -> None
         (method.name, one.name) for method, one in wanted)
     for method, one, cost in done:
         file = school.file(method, one)
-        assert cost == school.cost(method, one) == Cost(cost.seconds, 9, file.stat().st_size)
-        assert file.read_bytes() == (place / "concept.safetensors").read_bytes() and cost.seconds > 0
-    assert not list((place / "out" / "runs").rglob("*.ckpt"))
+        assert cost == school.cost(method, one) == Cost(cost.seconds, 9, file.stat().st_size,
+                                                        "two cores, 2 trainings at once")
+        assert file.read_bytes() == (place / "concept.safetensors").read_bytes()
+        assert cost.seconds > 0
+    (prior,) = [path for path in (place / "out" / "runs").rglob("*") if path.is_file()]
+    assert prior.name == "pictures"  # shared by all, and kept
     assert not list(school.teach(wanted)) and len(calls(place)) == 4
+
+
+def test_seconds_are_the_processors(place: Path, school: School) -> None:
+    seconds = []
+    for does in ("time.sleep(0.5)", "while time.process_time() < 0.5: pass"):
+        (place / "main.py").write_text(f"import time\n{does}\n")
+        seconds.append(school._run([]))
+    assert 0 < seconds[0] < 0.5 <= seconds[1]
 
 
 def test_runs_are_told_what_a_user_would_say(place: Path, school: School) -> None:
@@ -100,6 +114,17 @@ def test_one_photo_is_the_first(place: Path, school: School) -> None:
     folder = Path(calls(place)[0].partition("--data_root ")[2].split()[0])
     assert [path.name for path in folder.iterdir()] == ["0.png"]
     assert (folder / "0.png").read_bytes() == (place / "cat" / "0.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["0.png", "00.png"])
+def test_another_first_photo_takes_the_place_of_the_first(place: Path, school: School, name: str) -> None:
+    first = school.key(ONE_PHOTO, example(place))
+    (place / "cat" / "0.png").unlink()
+    Image.new("RGB", (16, 16), "red").save(place / "cat" / name)
+    forget()
+    assert school.key(ONE_PHOTO, example(place)) != first
+    (copy,) = (place / "out" / "photos" / "first-1" / "cat").iterdir()
+    assert copy.name == name and copy.read_bytes() == (place / "cat" / name).read_bytes()
 
 
 def test_a_name_stands_for_all_that_matters(place: Path, school: School) -> None:
@@ -128,9 +153,29 @@ def test_what_was_made_otherwise_is_made_again(place: Path, school: School) -> N
 
 
 def test_an_interrupted_run_leaves_nothing_in_the_way(place: Path, school: School) -> None:
-    shutil.copytree(place / "owl", place / "out" / "runs" / "perfusion" / "cat" / "before_cat")
+    runs = place / "out" / "runs" / code_of(TEACHING)
+    shutil.copytree(place / "owl", runs / "before_perfusion-cat")
+    (runs / "before_perfusion-cat" / "concept.safetensors").touch()
     assert not school.is_there(PERFUSION, example(place))
     assert len(list(school.teach([(PERFUSION, example(place))]))) == 1
+
+
+def test_other_code_teaches_anew(place: Path, school: School, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = school.key(PERFUSION, example(place))
+    forget()
+    monkeypatch.setattr(teaching, "code_of", lambda files: f"other code in {len(files)} files")
+    assert school.key(PERFUSION, example(place)) != first
+
+
+def test_weights_in_the_working_folder_are_told_apart(place: Path, school: School,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    keys = set()
+    for name, content in (("a.ckpt", "weights"), ("b.ckpt", "weights"), ("a.ckpt", "others")):
+        Path(name).write_text(content)
+        forget()
+        keys.add(replace(school, checkpoint=name).key(PERFUSION, example(place)))
+    assert len(keys) == 3
 
 
 def test_a_run_that_was_stopped_early_does_not_count(place: Path, school: School) -> None:
@@ -142,6 +187,6 @@ def test_a_run_that_was_stopped_early_does_not_count(place: Path, school: School
 
 
 def test_a_failure_says_what_the_run_said(place: Path, school: School) -> None:
-    with pytest.raises(UserError, match="main.py --base .* --name cat.*: no patience"):
+    with pytest.raises(UserError, match="main.py --base .* --name perfusion-cat.*: no patience"):
         list(replace(school, steps=3).teach([(PERFUSION, example(place))]))
     assert not list((place / "out").rglob("*.safetensors"))

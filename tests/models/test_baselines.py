@@ -182,6 +182,13 @@ def test_the_prior_is_drawn_by_the_untouched_model_and_kept(folder: Path, monkey
     assert not hasattr(prepared(folder, "dreambooth", prior_weight=0.0), "_prior")
 
 
+def test_the_prior_is_asked_for_as_one_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = unprepared(folder, "dreambooth"), []
+    monkeypatch.setattr(type(model), "_drawn_prior", lambda _, prompts: asked.extend(prompts))
+    model.make_concept(photos(folder), "outside")
+    assert asked == ["a photo of an outside", "the outside in a picture"]
+
+
 # Files
 
 
