@@ -117,7 +117,7 @@ class WholeEpochs(pl.Callback):
 
 
 class StopAfterStep(pl.Callback):
-    """Ctrl-C ends training after the step at hand, with a checkpoint to go on from; a second one ends it at once."""
+    """Ctrl-C ends training after the step at hand; a second one ends it at once. Every end leaves a checkpoint."""
 
     def __init__(self) -> None:
         self.previous: Any = None
@@ -138,8 +138,11 @@ class StopAfterStep(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGINT, self.previous)
-        if self.last_step is not None and trainer.global_step != trainer.max_steps:
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=False)
-            if trainer.is_global_zero:  # the log folder is this process's
-                log.info("stopped after %d steps; go on with: python main.py --resume %s", trainer.global_step,
-                         quoted(trainer.default_root_dir))
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        regular = trainer.strategy.broadcast(any(folder.glob(f"*-{trainer.global_step:08}.ckpt")))
+        if trainer.checkpoint_callbacks and not regular:  # the steps since the last regular one count as well
+            trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
+        stopped = self.last_step is not None and trainer.global_step != trainer.max_steps
+        if stopped and trainer.is_global_zero:  # whose log folder it is
+            log.info("stopped after %d steps; go on with: python main.py --resume %s", trainer.global_step,
+                     quoted(trainer.default_root_dir))

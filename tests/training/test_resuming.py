@@ -113,6 +113,12 @@ def test_a_run_of_more_steps_is_a_longer_run(
     same(resume(logdir, "--max_steps", 6), whole(parts))
 
 
+@pytest.mark.parametrize("interval", [4, 6, 100])
+def test_the_last_checkpoint_is_of_the_last_step(tmp_path: Path, interval: int) -> None:
+    logdir = teach(tmp_path, *short(1), f"lightning.modelcheckpoint.every_n_train_steps={interval}")
+    assert state_of(logdir)["global_step"] == 6
+
+
 @pytest.mark.parametrize(("parts", "batch", "steps"), [(1, 4, 5), (2, 2, 2)])
 def test_ctrl_c_ends_with_a_whole_step(
     whole: Callable[[int], Path], tmp_path: Path, parts: int, batch: int, steps: int
