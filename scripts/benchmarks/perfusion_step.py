@@ -42,7 +42,7 @@ class PerfusionStep:
         self.trainer = SimpleNamespace(
             datamodule=SimpleNamespace(datasets={"train": self.data}), default_root_dir=str(self.settings.folder),
             global_step=0, world_size=1, accumulate_grad_batches=1,
-            strategy=SimpleNamespace(root_device=self.settings.device))
+            gradient_clip_val=None, precision="32-true", strategy=SimpleNamespace(root_device=self.settings.device))
         model.trainer = self.trainer
         model.log = model.log_dict = lambda *_, **__: None
         model.setup("fit")

@@ -38,7 +38,8 @@ class BrightPlaces:
     def __init__(self) -> None:
         self.asked: list[object] = []
 
-    def load(self, name: str, device: object) -> BrightPlaces:
+    def load(self, name: str, device: object, instead: str) -> BrightPlaces:
+        assert "--mask FILE" in instead
         self.asked.append(name)
         return self
 
