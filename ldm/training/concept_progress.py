@@ -48,8 +48,13 @@ class ConceptSaver(pl.Callback):
         for path, word, category in zip(paths, model.placeholders, model.super_categories, strict=True):
             log.info("concept %s, a %s, after %d steps: %s (%.1f KB)", word, category, trainer.global_step, path,
                      path.stat().st_size / 1e3)
-        log.info("next: python scripts/txt2img.py %s--concept %s --prompt %s", drawn_with(trainer), quoted(*paths),
-                 " ".join(f'"a photo of a {word} on the beach"' for word in model.placeholders))
+        log.info("next: python scripts/txt2img.py %s--concept %s%s --prompt %s", drawn_with(trainer), quoted(*paths),
+                 guided_by(trainer), " ".join(f'"a photo of a {word} on the beach"' for word in model.placeholders))
+
+
+def guided_by(trainer: pl.Trainer) -> str:
+    """The flag for the guidance that a run's own pictures have: models differ in how much they bear."""
+    return next((f" --scale {one.scale:g}" for one in trainer.callbacks if isinstance(one, BeforeDuringAfter)), "")
 
 
 def drawn_with(trainer: pl.Trainer) -> str:
