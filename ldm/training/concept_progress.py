@@ -62,8 +62,8 @@ def drawn_with(trainer: pl.Trainer) -> str:
     configs = sorted((Path(trainer.default_root_dir) / "configs").glob("*-project.yaml"))
     if not configs:
         return ""
-    ours, usual = (OmegaConf.load(path).model.params for path in (configs[-1], DEFAULT_CONFIG))
-    same = all(ours.get(key) == usual.get(key) for key in ("ckpt_path", "covariance"))
+    ours, *usual = (OmegaConf.load(path).model.params for path in (configs[-1], DEFAULT_CONFIG) if Path(path).is_file())
+    same = usual and all(ours.get(key) == usual[0].get(key) for key in ("ckpt_path", "covariance"))
     return "" if same else f"--config {quoted(configs[-1])} "
 
 

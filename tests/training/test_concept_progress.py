@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from teaching import QUICK, teach
@@ -11,7 +12,7 @@ from teaching import QUICK, teach
 from ldm import inference
 from ldm.errors import MemoryShortage, UserError
 from ldm.modules.concept import load_concepts
-from ldm.training.concept_progress import BeforeDuringAfter
+from ldm.training.concept_progress import BeforeDuringAfter, drawn_with
 
 
 def test_a_concept_is_safe_before_its_last_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +55,17 @@ def test_the_last_line_names_the_config_where_the_usual_one_would_not_do(tmp_pat
     assert words[words.index("--scale") + 1] == "4"
     assert Path(config).parent == logdir / "configs" and words[-1] == "a photo of a <my-teddy> on the beach"
     assert inference.read_model_config(config).model.params.covariance == str(covariance)
+
+
+def test_a_run_from_another_folder_has_no_usual_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path))
+    assert drawn_with(trainer) == ""
+    (tmp_path / "configs").mkdir()
+    config = tmp_path / "configs" / "2026-project.yaml"
+    config.write_bytes(Path("configs/perfusion.yaml").read_bytes())
+    assert drawn_with(trainer) == ""
+    monkeypatch.chdir(tmp_path)
+    assert drawn_with(trainer) == f"--config {config} "
 
 
 def test_an_unknown_sampler_is_told_before_anything_is_trained() -> None:
