@@ -13,11 +13,11 @@ from PIL import Image
 from evaluation import table
 from evaluation.captioned import Caption, by_category, captions_of, common_side, measured, records, squares
 from evaluation.clip_eval import NO_SEGMENTER, USUAL_SEEDS
-from evaluation.intervals import Figure, clustered
+from evaluation.intervals import Figure
 from evaluation.prompt_sets import MINI, read_prompts
 from evaluation.recognise import Recogniser
 from evaluation.samples import Manner, Painter, as_batch, jobs_of, keep, sampling_of
-from evaluation.similarity import Similarity, SimilarityMeter
+from evaluation.similarity import KINDS, Similarity, SimilarityMeter, figures_of
 from ldm import inference
 from ldm.data.images import square
 from ldm.data.personalized import PersonalizedBase
@@ -29,7 +29,6 @@ from ldm.util import pick_device
 log = logging.getLogger(__name__)
 
 MOST_PIXELS = 512  # on a side, of what is measured
-KINDS = ("text", "image", "object")
 HEADINGS = ("prompts", "pictures", *(f"{kind} similarity" for kind in KINDS))
 WIDTHS = (20, 8, 22, 22, 22)
 
@@ -52,10 +51,7 @@ class Result:
         """Category of prompts, at last all of them -> kind of similarity -> its mean, the interval by resampling texts:
         pictures of one text belong together."""
         measured = by_category(self.captions, list(zip(self.found, self.texts, strict=True)))
-        values = {(category, kind): [(value, text) for one, text in some if (value := getattr(one, kind)) is not None]
-                  for category, some in measured.items() for kind in KINDS}
-        return {category: {kind: clustered(*map(list, zip(*pairs, strict=True))) for kind in KINDS
-                           if (pairs := values[category, kind])} for category in measured}
+        return {category: figures_of(*zip(*some, strict=True)) for category, some in measured.items()}
 
     def lines(self) -> Iterator[str]:
         """The table of means, and below it what the photos themselves reach."""

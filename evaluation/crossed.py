@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evaluation.intervals import CONFIDENCE, RESAMPLES, Figure
+from evaluation.intervals import CONFIDENCE, RESAMPLES, Figure, ends
 
 
 class Cell(NamedTuple):
@@ -63,8 +63,7 @@ def means(rows: Sequence[Cells], resamples: int = RESAMPLES, seed: int = 0) -> n
 
 def figure_of(column: np.ndarray, count: int = 1, confidence: float = CONFIDENCE) -> Figure:
     """A statistic with its percentile interval, from (1 + R,) as made of `means`."""
-    low, high = np.nanquantile(column[1:], [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Figure(float(column[0]), float(low), float(high), count)
+    return Figure(float(column[0]), *ends(column[1:], confidence), count)
 
 
 def figures(rows: Sequence[Cells]) -> list[Figure]:

@@ -25,6 +25,12 @@ class Figure:
         return f"{self.mean:.1f}{f' {unit}' if unit else ''}{spread}"
 
 
+def ends(samples: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The percentile interval of a statistic's resamples; NaN, where one leaves nothing to measure, is passed over."""
+    low, high = np.nanquantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def bootstrapped(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Figure:
     """The mean of independent values with its percentile interval; the same values give the same interval.
 
@@ -39,8 +45,7 @@ def bootstrapped(values: Sequence[float], resamples: int = RESAMPLES, seed: int 
     if len(given) == 1:
         return Figure(float(given[0]))
     picks = np.random.default_rng(seed).integers(len(given), size=(resamples, len(given)))
-    low, high = np.quantile(given[picks].mean(1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Figure(float(given.mean()), float(low), float(high), len(given))
+    return Figure(float(given.mean()), *ends(given[picks].mean(1)), len(given))
 
 
 def clustered(values: Sequence[float], clusters: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = 0
@@ -61,5 +66,4 @@ def clustered(values: Sequence[float], clusters: Sequence[Hashable], resamples: 
     if len(numbers) == 1:
         return Figure(mean, count=len(values))
     picks = np.random.default_rng(seed).integers(len(numbers), size=(resamples, len(numbers)))
-    low, high = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Figure(mean, float(low), float(high), len(values))
+    return Figure(mean, *ends(sums[picks].sum(1) / counts[picks].sum(1)), len(values))

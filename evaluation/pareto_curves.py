@@ -15,11 +15,11 @@ from evaluation.clip_measures import meter_of
 from evaluation.intervals import Figure
 from evaluation.picture_grid import draw_grid
 from evaluation.plots import Series, draw_curves
-from evaluation.prompt_sets import MINI, EvaluationPrompt, read_prompts
-from evaluation.reproduce import spread
+from evaluation.prompt_sets import MINI, EvaluationPrompt, read_prompts, spread
 from evaluation.samples import Manner, Painter, sampling_of
+from evaluation.similarity import KINDS
 from evaluation.studies import slug
-from evaluation.sweeps import KINDS, Drawn, Point, Source, Sweep, Sweeper, balance_of, points_of, sweeps_of
+from evaluation.sweeps import Drawn, Point, Source, Sweep, Sweeper, balance_of, points_of, sweeps_of
 from ldm import inference
 from ldm.errors import UserError
 

@@ -6,7 +6,7 @@ prompts below it, a line that starts with `#` is a comment.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,16 @@ def read_prompts(path: str | Path) -> list[EvaluationPrompt]:
     if not prompts:
         raise UserError(f'{path}: no prompts in it; write one per line, such as "a photo of a {SLOT} on the beach"')
     return prompts
+
+
+def spread(prompts: Sequence[EvaluationPrompt], limit: int) -> list[EvaluationPrompt]:
+    """So many prompts, of the categories in turn, in the order of the file."""
+    ranks: dict[str, int] = {}
+    order = []
+    for place, prompt in enumerate(prompts):
+        ranks[prompt.category] = ranks.get(prompt.category, -1) + 1
+        order.append((ranks[prompt.category], place))
+    return [prompts[place] for place in sorted(place for _, place in sorted(order)[:limit])]
 
 
 def _parsed(path: str | Path, text: str) -> Iterator[EvaluationPrompt]:

@@ -134,16 +134,6 @@ class Progress:
         return about + " and ".join(left)
 
 
-def spread(prompts: Sequence, limit: int) -> list:
-    """So many prompts, of the categories in turn, in the order of the file."""
-    ranks: dict[str, int] = {}
-    order = []
-    for place, prompt in enumerate(prompts):
-        ranks[prompt.category] = ranks.get(prompt.category, -1) + 1
-        order.append((ranks[prompt.category], place))
-    return [prompts[place] for place in sorted(place for _, place in sorted(order)[:limit])]
-
-
 def accelerator(device: str | None) -> str | None:
     """The name that main.py has for a device."""
     kind = (device or "").partition(":")[0]
@@ -159,7 +149,7 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], l
     from evaluation.grading import Graders, Grading, Wanted
     from evaluation.marks import FREE_PLACES
     from evaluation.prompt_sets import MINI as MINI_PROMPTS
-    from evaluation.prompt_sets import read_prompts
+    from evaluation.prompt_sets import read_prompts, spread
     from evaluation.samples import Manner
     from evaluation.studies import studies
     from evaluation.teaching import Example, School, cores

@@ -7,12 +7,13 @@ the object in sight: cut out by a segmenter, on grey, in photos and pictures ali
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from evaluation.intervals import Figure, clustered
 from evaluation.recognise import Recogniser
 from ldm.data.images import from_tensor
 from ldm.modules.segmentation import FAINTEST, ZeroShotSegmenter
@@ -27,6 +28,20 @@ class Similarity:
     text: float
     image: float
     object: float | None = None
+
+
+KINDS = tuple(one.name for one in fields(Similarity))
+
+
+def figures_of(found: Sequence[Similarity], prompts: Sequence[Hashable]) -> dict[str, Figure]:
+    """The mean of each kind of similarity that there is, its interval by resampling prompts.
+
+    Args:
+        prompts: of each picture, whatever names it: pictures of one prompt belong together.
+    """
+    values = {kind: [(value, prompt) for one, prompt in zip(found, prompts, strict=True)
+                     if (value := getattr(one, kind)) is not None] for kind in KINDS}
+    return {kind: clustered(*map(list, zip(*pairs, strict=True))) for kind, pairs in values.items() if pairs}
 
 
 class SimilarityMeter:

@@ -14,16 +14,15 @@ import numpy as np
 from PIL import Image
 
 from evaluation.captioned import measured
-from evaluation.intervals import Figure, clustered
+from evaluation.intervals import Figure
 from evaluation.prompt_sets import EvaluationPrompt
 from evaluation.samples import Manner, Painter, jobs_of
-from evaluation.similarity import Similarity, SimilarityMeter
+from evaluation.similarity import Similarity, SimilarityMeter, figures_of
 from ldm.auto_bias import Tried, balanced
 from ldm.data.images import square
 from ldm.modules.concept import Concept
 from ldm.modules.tuned_concept import Learned
 
-KINDS = ("text", "image", "object")
 LOCKS = {"local": False, "global": True}
 FEWEST_TO_BALANCE = 3  # biases: at two, one is the most of the prompt and the other the most of the concept
 
@@ -99,9 +98,7 @@ class Drawn:
     def figures(self) -> dict[str, Figure]:
         """The mean of each kind of similarity, its interval by resampling prompts: seeds of one belong together."""
         prompts = np.repeat(np.arange(len(self.pictures)), len(self.found) // len(self.pictures))
-        values = {kind: [(getattr(one, kind), prompt) for one, prompt in zip(self.found, prompts, strict=True)
-                         if getattr(one, kind) is not None] for kind in KINDS}
-        return {kind: clustered(*map(list, zip(*pairs, strict=True))) for kind, pairs in values.items() if pairs}
+        return figures_of(self.found, prompts.tolist())
 
 
 def sweeps_of(sources: Sequence[Source], manner: Manner, biases: Sequence[float], locks: Sequence[str] = ("local",),

@@ -24,12 +24,12 @@ from evaluation.recognise import closest
 from ldm.data.images import to_tensor
 from ldm.data.places import PLACES
 from ldm.data.scenes import (
-    CLOSE_UP,
     PLACE_NAMES,
     PLAIN_TEMPLATES,
     RELATIONS,
     Scene,
     SceneDataset,
+    close_up_box,
     compose,
     with_article,
 )
@@ -110,10 +110,8 @@ def _spots(scene: Scene) -> list[tuple[float, float]]:
 def window_at(picture: Tensor, centre: tuple[float, float]) -> Tensor:
     """(3, H, W): the window of a picture (3, H, W) around a spot of it, (x, y) in [0, 1], enlarged to the whole."""
     height, width = picture.shape[-2:]
-    side = round(CLOSE_UP * min(height, width))
-    left = round(min(max(centre[0] * width - side / 2, 0), width - side))
-    top = round(min(max(centre[1] * height - side / 2, 0), height - side))
-    part = picture[None, :, top:top + side, left:left + side]
+    left, top, right, bottom = close_up_box(centre, width, height)
+    part = picture[None, :, top:bottom, left:right]
     return F.interpolate(part, (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 

@@ -13,8 +13,18 @@ from PIL import Image
 
 from ldm.data.personalized import PersonalizedBase
 from ldm.models.diffusion.concept_learner import ConceptLearner
+from ldm.modules.covariance import encoder_fingerprint, save_covariance
 
 WORD = "<toy>"
+
+
+def write_base(folder: Path) -> None:
+    """A base model's weights in `folder`/base.ckpt, and beside them its text encoder's covariance."""
+    base = tiny_models.built(folder, use_ema=False)
+    torch.save({"state_dict": base.state_dict()}, folder / "base.ckpt")
+    words = base.get_learned_conditioning(["a cat in a red box", "the dog and a cup", "a bear on a bike"]).flatten(0, 1)
+    save_covariance(folder / "covariance.safetensors", words.mT @ words / len(words), source="test", captions=3,
+                    tokens="all", encoder=encoder_fingerprint(base.cond_stage_model))
 
 
 def write_photos(folder: Path) -> None:

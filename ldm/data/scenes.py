@@ -127,14 +127,20 @@ def compose(place: str, variant: int, things: Sequence[Thing], size: int = 64,
     return (STYLES[style](scene) if style else scene), np.stack(masks)
 
 
+def close_up_box(centre: tuple[float, float], width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a square window in a picture, CLOSE_UP of its shorter side, around (x, y) in [0, 1]
+    or as near to it as the window lies inside."""
+    side = round(CLOSE_UP * min(width, height))
+    left, top = (round(min(max(c * size - side / 2, 0), size - side))
+                 for c, size in zip(centre, (width, height), strict=True))
+    return left, top, left + side, top + side
+
+
 def cut_around(centre: tuple[float, float], picture: Image.Image, mask: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-    """A window, CLOSE_UP of the side, around a spot, (x, y) in [0, 1], of a square picture and a mask; enlarged."""
-    size = picture.width
-    side = round(CLOSE_UP * size)
-    left, top = (round(min(max(c * size - side / 2, 0), size - side)) for c in centre)
-    cut, box = (left, top, left + side, top + side), (size, size)
-    shown = Image.fromarray(mask).resize(box, Image.Resampling.BILINEAR, cut)
-    return picture.resize(box, Image.Resampling.BICUBIC, cut), np.asarray(shown)
+    """The window of a picture and of a mask around a spot, both enlarged to the size of the whole."""
+    box = close_up_box(centre, *picture.size)
+    shown = Image.fromarray(mask).resize(picture.size, Image.Resampling.BILINEAR, box)
+    return picture.resize(picture.size, Image.Resampling.BICUBIC, box), np.asarray(shown)
 
 
 def with_article(phrase: str) -> str:

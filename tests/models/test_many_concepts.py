@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import tiny_models
 import torch
 from PIL import Image
-from tiny_concepts import attached
+from tiny_concepts import attached, write_base
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -21,7 +21,6 @@ from ldm.errors import UserError
 from ldm.inference import Job, encode_once, prompt_encoder
 from ldm.models.diffusion.concept_learner import ConceptLearner, names_of
 from ldm.modules.concept import Concept, load_concepts
-from ldm.modules.covariance import encoder_fingerprint, save_covariance
 from ldm.util import instantiate_from_config
 
 THINGS = {"<toy>": "cat", "<mug>": "mug", "<hat>": "red hat"}  # the word of each concept -> its super-category
@@ -33,11 +32,7 @@ METHODS = {"perfusion": "perfusion.Perfusion", "textual-inversion": "textual_inv
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, its text encoder's covariance, and photos: two, three and four of noise."""
     path = tmp_path_factory.mktemp("many")
-    base = tiny_models.built(path, use_ema=False)
-    torch.save({"state_dict": base.state_dict()}, path / "base.ckpt")
-    words = base.get_learned_conditioning(["a cat in a red box", "the dog and a cup", "a bear on a bike"]).flatten(0, 1)
-    save_covariance(path / "covariance.safetensors", words.mT @ words / len(words), source="test", captions=3,
-                    tokens="all", encoder=encoder_fingerprint(base.cond_stage_model))
+    write_base(path)
     for number, name in enumerate(WORDS):
         (path / name).mkdir()
         noise = np.random.default_rng(number).integers(0, 256, (2 + number, 16, 16, 3), dtype=np.uint8)

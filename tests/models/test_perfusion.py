@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from tiny_concepts import WORD, SameBatch, attached, photos, trained, write_photos
+from tiny_concepts import WORD, SameBatch, attached, photos, trained, write_base, write_photos
 from torch import Tensor
 
 from ldm.errors import UserError
@@ -18,7 +18,6 @@ from ldm.models.diffusion.perfusion import Perfusion
 from ldm.models.diffusion.prompts import word_vector
 from ldm.modules.concept import Concept, load_concepts, save_concepts
 from ldm.modules.context import PromptContext
-from ldm.modules.covariance import encoder_fingerprint, save_covariance
 from ldm.modules.rank_one import gate, similarity
 from ldm.util import instantiate_from_config
 
@@ -29,11 +28,7 @@ LAYERS = 7
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a base model, its text encoder's covariance, and two photos."""
     path = tmp_path_factory.mktemp("perfusion")
-    base = tiny_models.built(path, use_ema=False)
-    torch.save({"state_dict": base.state_dict()}, path / "base.ckpt")
-    words = base.get_learned_conditioning(["a cat in a red box", "the dog and a cup", "a bear on a bike"]).flatten(0, 1)
-    save_covariance(path / "covariance.safetensors", words.mT @ words / len(words), source="test", captions=3,
-                    tokens="all", encoder=encoder_fingerprint(base.cond_stage_model))
+    write_base(path)
     write_photos(path)
     return path
 
