@@ -20,14 +20,16 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
-from transformers import CLIPConfig, CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.checkpoint import AVERAGES, moving_averages, read_state_dict  # noqa: E402
+from ldm.checkpoints.diffusers_names import clip_text_tensors  # noqa: E402
 from ldm.command_line import Parser, check_folder  # noqa: E402
 from ldm.data.scenes import SceneDataset  # noqa: E402
 from ldm.errors import UserError, one_line_errors  # noqa: E402
@@ -35,8 +37,10 @@ from ldm.files import save_tensors, write_whole  # noqa: E402
 from ldm.models.clip import CLIP_MEAN, CLIP_STD  # noqa: E402
 from ldm.models.openclip import SETTINGS, OpenCLIPTrainer  # noqa: E402
 from ldm.modules.covariance import encoder_fingerprint, estimate_covariance, save_covariance  # noqa: E402
+from ldm.modules.encoders.clip import special_tokens  # noqa: E402
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder  # noqa: E402
 from ldm.modules.encoders.vocabulary import pack_table  # noqa: E402
+from ldm.modules.residual_segmenter import ResidualSegmenter  # noqa: E402
 from ldm.training.record import newest_config, record_run  # noqa: E402
 from ldm.util import instantiate_from_config  # noqa: E402
 
@@ -51,9 +55,13 @@ def last_checkpoint(run: Path) -> tuple[dict[str, Tensor], OmegaConf]:
     return read_state_dict(run / "checkpoints" / "last.ckpt"), config
 
 
-def built(config: OmegaConf) -> torch.nn.Module:
-    """The model of a run's config, its weights still those it starts with."""
-    return instantiate_from_config({key: config.model[key] for key in ("target", "params")})
+def trained(run: Path, **params: Any) -> torch.nn.Module:
+    """The model of a run with its newest weights; `params` are set in its config."""
+    tensors, config = last_checkpoint(run)
+    config.model.params.update(params)
+    model = instantiate_from_config({key: config.model[key] for key in ("target", "params")})
+    model.load_state_dict(tensors)
+    return model
 
 
 def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,9 +94,7 @@ def pack_words(tensors: dict[str, Tensor], tokenizer: object) -> dict[str, Tenso
 @torch.no_grad()
 def export_autoencoder(run: Path, folder: Path) -> None:
     """The first stage with its latents shifted and scaled to mean 0 and variance 1 in every channel."""
-    tensors, config = last_checkpoint(run)
-    model = built(config).eval()
-    model.load_state_dict(tensors)
+    model = trained(run).eval()
     scenes = SceneDataset(seed=4)
     latents = torch.cat([model.encode(torch.stack([scenes[start + i]["image"] for i in range(64)])).sample()
                          for start in range(0, 2048, 64)])
@@ -125,51 +131,45 @@ def fold_normalisation(model: torch.nn.Module, mean: Tensor, std: Tensor) -> Non
 
 
 def export_clip(run: Path, folder: Path) -> None:
-    """The whole CLIP for `transformers`, and its text tower alone for the training of the U-Net."""
-    packed, config = export_towers(run, folder / "clip")
-    text = {key: value for key, value in packed.items() if key.startswith("text_model.")}
-    save_tensors(folder / PARTS / "text_encoder" / "model.safetensors", text, {"format": "pt", "run": run.name})
-    for place in (folder / PARTS / "text_encoder", folder / "text_encoder"):
-        config.text_config.save_pretrained(place)
+    """The whole CLIP for `open_clip`, and its text tower alone, for `transformers`, to train the U-Net with."""
+    model = trained(run)
+    write_openclip(folder / "clip", model, {"format": "pt", "run": run.name})
+    config = text_settings(model)
+    tensors = clip_text_tensors(model.clip.state_dict(), CLIPTextModel(config).state_dict())
+    place = folder / PARTS / "text_encoder"
+    save_tensors(place / "model.safetensors", half(pack_words(tensors, model.tokenizer)),
+                 {"format": "pt", "run": run.name})
+    config.save_pretrained(place)
+
+
+def text_settings(model: OpenCLIPTrainer) -> CLIPTextConfig:
+    """How `transformers` describes the text tower of a CLIP of `open_clip`'s."""
+    tower = model.settings["text_cfg"]
+    return CLIPTextConfig(
+        hidden_size=tower["width"], intermediate_size=4 * tower["width"], num_hidden_layers=tower["layers"],
+        num_attention_heads=tower["heads"], max_position_embeddings=tower["context_length"],
+        projection_dim=model.settings["embed_dim"], hidden_act="gelu", **special_tokens(model.tokenizer))
 
 
 def export_evaluation_clip(run: Path, folder: Path) -> None:
     """The second CLIP, for `open_clip`."""
-    tensors, config = last_checkpoint(run)
-    model = built(config)
-    model.load_state_dict(tensors)
-    write_openclip(folder / "evaluation_clip", model, {"format": "pt", "run": run.name})
+    write_openclip(folder / "evaluation_clip", trained(run), {"format": "pt", "run": run.name})
 
 
 def write_openclip(folder: Path, model: OpenCLIPTrainer, metadata: dict[str, str]) -> None:
     """Weights and settings in the layout that `open_clip` calls local-dir, but for the packed word table."""
     settings = {"model_cfg": model.settings, "preprocess_cfg": {"mean": CLIP_MEAN, "std": CLIP_STD}}
     save_tensors(folder / "model.safetensors", half(pack_words(model.clip.state_dict(), model.tokenizer)), metadata)
-    write_whole(folder / SETTINGS, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
+    write_json(folder / SETTINGS, settings)
 
 
-def export_towers(run: Path, folder: Path) -> tuple[dict[str, Tensor], CLIPConfig]:
-    """Writes the CLIP of a run into `folder`; returns the tensors as they are stored, and its settings."""
-    tensors, config = last_checkpoint(run)
-    model = built(config)
-    clip = {key.removeprefix("clip."): value for key, value in tensors.items()}
-    model.clip.load_state_dict(clip)
-    packed = half(pack_words(clip, model.tokenizer))
-    save_tensors(folder / "model.safetensors", packed, {"format": "pt", "run": run.name})
-    model.clip.config.save_pretrained(folder)
-    write_preprocessing(folder, model.clip.config.vision_config.image_size)
-    return packed, model.clip.config
-
-
-def write_preprocessing(folder: Path, side: int) -> None:
-    """How the image towers want their pictures, in `transformers`' words."""
-    settings = {"size": {"height": side, "width": side}, "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-    write_whole(folder / "preprocessor_config.json", lambda aside: aside.write_text(json.dumps(settings) + "\n"))
+def write_json(path: Path, settings: dict[str, Any]) -> None:
+    write_whole(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
 
 
 def export_text2img(run: Path, folder: Path) -> None:
     """One checkpoint as Stable Diffusion's are: averaged U-Net, text tower, and the first stage as last exported."""
-    tensors, _ = last_checkpoint(run)
+    tensors, config = last_checkpoint(run)
     stage = "first_stage_model."
     newest = read_state_dict(folder / PARTS / "autoencoder.safetensors")
     refuse_other_latents(run, {key.removeprefix(stage): value for key, value in tensors.items()
@@ -178,19 +178,20 @@ def export_text2img(run: Path, folder: Path) -> None:
     whole = {key: value for key, value in (tensors | moving_averages(tensors)).items() if not key.startswith(AVERAGES)}
     packed = half(pack_words(whole, CLIPTokenizer.from_pretrained(TOKENIZER)))
     save_tensors(folder / "model.safetensors", packed, {"format": "pt", "run": run.name})
+    settings = config.model.params.cond_stage_config.params.version
+    CLIPTextConfig.from_pretrained(settings).save_pretrained(folder / "text_encoder")
 
 
 def export_segmenter(run: Path, folder: Path) -> None:
-    """The segmenter for `transformers`, as `ldm.modules.segmentation` loads it."""
-    tensors, config = last_checkpoint(run)
-    config.model.params.clip = str(folder / "clip")  # its settings; a run's own path may lead elsewhere by now
-    model = built(config)
-    model.load_state_dict(tensors)
-    whole = {key.removeprefix("segmenter."): value for key, value in tensors.items()}
-    save_tensors(folder / "segmenter" / "model.safetensors", half(pack_words(whole, model.tokenizer)),
+    """The segmenter as `ldm.modules.segmentation` loads it."""
+    model = trained(run, clip=str(folder / "clip"))  # its settings; a run's own path may lead elsewhere by now
+    place, segmenter = folder / "segmenter", model.segmenter
+    save_tensors(place / "model.safetensors", half(pack_words(segmenter.state_dict(), model.tokenizer)),
                  {"format": "pt", "run": run.name})
-    model.segmenter.config.save_pretrained(folder / "segmenter")
-    write_preprocessing(folder / "segmenter", model.segmenter.config.vision_config.image_size)
+    side = segmenter.config["vision_cfg"]["image_size"]
+    write_json(place / "config.json", {"model_type": ResidualSegmenter.model_type, **segmenter.config})
+    write_json(place / "preprocessor_config.json", {"size": {"height": side, "width": side}, "resample": 3,
+                                                    "image_mean": CLIP_MEAN, "image_std": CLIP_STD})
 
 
 def export_covariance(folder: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.tokenizer import bytes_to_unicode
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
-from ldm.models.clip import CLIPTrainer
 from ldm.models.openclip import OpenCLIPTrainer
+from ldm.modules.encoders.clip import special_tokens
 from ldm.modules.encoders.modules import TOKENIZER
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -22,22 +22,18 @@ OPEN_TOWERS = {"text_config": {"width": 16, "layers": 2, "heads": 2}, "embed_dim
                "vision_config": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 32}}
 
 
-def tiny_trainer(seed: int = 0, max_length: int = 16) -> CLIPTrainer:
-    """A CLIP in training, of random weights."""
-    torch.manual_seed(seed)
-    return CLIPTrainer(str(TOKENIZER), TOWER, {**TOWER, "image_size": SIDE, "patch_size": 8}, projection_dim=8,
-                       max_length=max_length)
-
-
 def tiny_openclip(seed: int = 0, max_length: int = 16, **settings: float) -> OpenCLIPTrainer:
-    """One of `open_clip`'s in training, its image tower a residual network for pictures of 32 x 32."""
+    """A CLIP in training, of random weights, its image tower a residual network for pictures of 32 x 32."""
     torch.manual_seed(seed)
     return OpenCLIPTrainer(str(TOKENIZER), **OPEN_TOWERS, max_length=max_length, **settings)
 
 
 def clip_folder(folder: Path, seed: int = 0) -> Path:
-    """One as `transformers` keeps it."""
-    tiny_trainer(seed).clip.eval().save_pretrained(folder)
+    """One as `transformers` keeps it, of two transformers."""
+    torch.manual_seed(seed)
+    words = special_tokens(CLIPTokenizer.from_pretrained(TOKENIZER))
+    CLIPModel(CLIPConfig(text_config={**TOWER, **words, "max_position_embeddings": 16}, projection_dim=8,
+                         vision_config={**TOWER, "image_size": SIDE, "patch_size": 8})).eval().save_pretrained(folder)
     return folder
 
 

@@ -44,7 +44,7 @@ CLIP_TO_OPEN_CLIP = (
     (r"^encoder\.layers\.(\d+)\.mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
     (r"^encoder\.layers\.(\d+)\.mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
 )
-STACKED = re.compile(r"(.*\.in_proj_)[qkv]\.(weight|bias)")  # one projection there, three here
+STACKED = re.compile(r"(.*\.in_proj_)([qkv])\.(weight|bias)")  # one projection there, three here
 BERT_LAYER = {  # within a layer: which of the two sublayers, and the place in it
     "self_attn_layer_norm": (0, "0"), "self_attn.q_proj": (0, "1.to_q"), "self_attn.k_proj": (0, "1.to_k"),
     "self_attn.v_proj": (0, "1.to_v"), "self_attn.out_proj": (0, "1.to_out"),
@@ -85,11 +85,21 @@ def open_clip_tensors(tensors: Tensors) -> dict[str, Tensor]:
     """The text tower of a `FrozenCLIPEmbedder` (its keys from `embeddings.` and `encoder.` on) as open_clip has it."""
     named = {_replaced(key, CLIP_TO_OPEN_CLIP): tensor for key, tensor in tensors.items()}
     whole = {key: tensor for key, tensor in named.items() if not STACKED.fullmatch(key)}
-    stacks = dict.fromkeys(found.groups() for key in named if (found := STACKED.fullmatch(key)))
+    stacks = dict.fromkeys(found.group(1, 3) for key in named if (found := STACKED.fullmatch(key)))
     for start, kind in stacks:
         parts = [named[key] for part in "qkv" if (key := f"{start}{part}.{kind}") in named]
         whole[start + kind] = torch.cat(parts)
     return whole
+
+
+def clip_text_tensors(tensors: Tensors, keys: Iterable[str]) -> dict[str, Tensor]:
+    """The other way round: what open_clip's text tower has for the keys of a `CLIPTextModel`."""
+    found = {}
+    for key in keys:
+        name = _replaced(key, CLIP_TO_OPEN_CLIP)
+        part = STACKED.fullmatch(name)
+        found[key] = (tensors[part[1] + part[3]].chunk(3)["qkv".index(part[2])] if part else tensors[name]).clone()
+    return found
 
 
 def _unet_namer(keys: Iterable[str]) -> Callable[[str], str]:

@@ -151,8 +151,9 @@ class SceneDataset(Dataset):
     """Endless scenes of the mini world; item `i` of a seed is the same on every machine.
 
     Items: "image" (3, size, size) float32 in [-1, 1]; "caption"; "mask" (1, size, size) of the thing named first,
-    "objects" of all things; "kind" its index in `KINDS`, "second_kind" that of the other thing, or -1; "word" the first
-    one's word; "other" the name of a kind that is not in the scene; "place" an index in `PLACES`.
+    "second_mask" that of the other, empty where there is none, "objects" of all things; "kind" the first one's index in
+    `KINDS`, "second_kind" the other's, or -1; "word" and "second_word" ("" where there is none) the words for them;
+    "other" the name of a kind that is not in the scene; "place" an index in `PLACES`.
 
     Args:
         size: side of the pictures in pixels.
@@ -204,13 +205,15 @@ class SceneDataset(Dataset):
         if scene.close_up is not None:
             picture, mask = cut_around(scene.spoken_of[0].centre, picture, masks[scene.close_up])
             masks = mask[None]
-        things = scene.spoken_of
+        things, two = scene.spoken_of, len(scene.spoken_of) > 1
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
         return {"image": pixels, "caption": scene.caption, "mask": torch.from_numpy(masks[0])[None],
+                "second_mask": torch.from_numpy(masks[1] if two else np.zeros_like(masks[0]))[None],
                 "objects": torch.from_numpy(masks.max(0))[None],
                 "kind": KIND_NAMES.index(things[0].kind),
-                "second_kind": KIND_NAMES.index(things[1].kind) if len(things) > 1 else -1,
-                "word": scene.words[0], "other": scene.absent, "place": PLACE_NAMES.index(scene.place)}
+                "second_kind": KIND_NAMES.index(things[1].kind) if two else -1,
+                "word": scene.words[0], "second_word": scene.words[1] if two else "", "other": scene.absent,
+                "place": PLACE_NAMES.index(scene.place)}
 
     def plan(self, index: int) -> Scene:
         """What is in scene `index` and what is said of it, nothing drawn yet."""

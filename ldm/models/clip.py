@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from ldm.data.places import PLACES
 from ldm.data.scenes import with_article
 from ldm.data.world import KIND_NAMES
 from ldm.models.optimisation import OneStepModule, may_fuse, optimizer_and_schedule
-from ldm.modules.encoders.clip import special_tokens
 
 # What CLIP's image tower expects of a picture in [0, 1]; the project's own towers are trained with the same figures.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -129,28 +128,3 @@ class ContrastiveTrainer(OneStepModule):
                                        {"params": others, "weight_decay": 0.0}], lr=self.learning_rate,
                                       betas=(0.9, 0.98), fused=may_fuse(self))
         return optimizer_and_schedule(optimizer, self.scheduler_config)
-
-
-class CLIPTrainer(ContrastiveTrainer):
-    """A CLIP as `transformers` builds it, of two transformers.
-
-    Args:
-        text_config, vision_config: settings of `transformers`' CLIPTextConfig and CLIPVisionConfig.
-        projection_dim: width of the space that both towers meet in.
-
-    The others are those of `ContrastiveTrainer`.
-    """
-
-    def __init__(self, tokenizer: str, text_config: Mapping[str, Any], vision_config: Mapping[str, Any],
-                 projection_dim: int, **contrastive: Any) -> None:
-        super().__init__(tokenizer, **contrastive)
-        usual = {"max_position_embeddings": self.max_length, **special_tokens(self.tokenizer)}
-        self.clip = CLIPModel(CLIPConfig(
-            text_config={**usual, **text_config},
-            vision_config=dict(vision_config), projection_dim=projection_dim))
-
-    def text_features(self, tokens: Tensor) -> Tensor:
-        return features_of(self.clip.get_text_features(input_ids=tokens))
-
-    def image_features(self, pixels: Tensor) -> Tensor:
-        return features_of(self.clip.get_image_features(pixels))

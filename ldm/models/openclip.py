@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.files import load_tensors
 from ldm.models.clip import ContrastiveTrainer
+from ldm.modules.encoders.openclip import text_features
 from ldm.modules.encoders.vocabulary import unpack_tables
 
 SETTINGS = "open_clip_config.json"
@@ -37,11 +38,7 @@ class OpenCLIPTrainer(ContrastiveTrainer):
         self.clip = open_clip.CLIP(**self.settings).to(memory_format=torch.channels_last)  # convolutions gain by it
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        """What `encode_text` gives, computed no further than the longest text: a word looks at none after it."""
-        clip, ends, length = self.clip, tokens.argmax(1), tokens.shape[1]  # the end token has the highest number
-        encoded = clip.token_embedding(tokens) + clip.positional_embedding[:length]
-        encoded = clip.ln_final(clip.transformer(encoded, attn_mask=clip.attn_mask[:length, :length]))
-        return encoded[torch.arange(len(tokens), device=tokens.device), ends] @ clip.text_projection
+        return text_features(self.clip, tokens)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         return self.clip.encode_image(pixels)

@@ -1,46 +1,21 @@
-"""Training of a CLIPSeg of any size (Lüddecke & Ecker, "Image Segmentation Using Text and Image Prompts", 2022)."""
+"""Training of a segmenter that is asked by text, on pictures whose masks are known."""
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from ldm.models.clip import clip_pixels, features_of
+from ldm.models.clip import clip_pixels
+from ldm.models.openclip import SETTINGS, load_openclip
 from ldm.models.optimisation import OneStepModule, may_fuse, optimizer_and_schedule
 from ldm.modules.encoders.clip import TOKENIZER
-from ldm.modules.encoders.vocabulary import load_pretrained
-
-
-@torch.no_grad()
-def start_smooth(layer: torch.nn.ConvTranspose2d) -> None:
-    """Makes every pixel of a patch start alike: from random weights, noise within patches takes long to die out."""
-    layer.weight.copy_(layer.weight.sum((2, 3), keepdim=True) / layer.kernel_size[0])
-
-
-def finer_patches(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-    """A CLIP's weights with its picture cut into patches of `size` pixels a side rather than those it was trained with.
-
-    A segmenter tells what lies within a patch from a single vector: finer ones have sharper edges. Patch embeddings are
-    averaged over the pixels that become one and scaled to keep their sum, positions are interpolated, as in Beyer et
-    al., "FlexiViT", 2023.
-
-    Raises:
-        ValueError: `size` does not divide the patches that the weights are for.
-    """
-    embeddings = "vision_model.embeddings."
-    patch, place = embeddings + "patch_embedding.weight", embeddings + "position_embedding.weight"
-    times, left = divmod(tensors[patch].shape[-1], size)
-    if left or not times:
-        raise ValueError(f"patch_size {size}: it must divide that of the CLIP, {tensors[patch].shape[-1]}")
-    whole, grid = tensors[place][:1], tensors[place][1:]
-    side = round(len(grid) ** 0.5)
-    grid = F.interpolate(grid.T.reshape(1, -1, side, side), scale_factor=times, mode="bicubic", align_corners=False)
-    return {**tensors, patch: F.avg_pool2d(tensors[patch], times) * times**2,
-            place: torch.cat([whole, grid.flatten(2)[0].T])}
+from ldm.modules.residual_segmenter import ResidualSegmenter
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -61,55 +36,36 @@ def intersection_over_union(found: Tensor, true: Tensor) -> Tensor:
 class SegmenterTrainer(OneStepModule):
     """Learns to find, in a picture, the thing that a word names; both towers start as those of a trained CLIP.
 
-    Batches bring "image", "mask" and "word", and with "other" a word of something that is not in the picture: that
-    is asked of every fourth picture, and nothing is to be found there.
+    Batches bring "image", "mask" and "word", for scenes of two things "second_mask" and "second_word", and with "other"
+    a word of something that is not in the picture: that is asked of every fourth picture, and nothing is to be found
+    there. Of two things, captions mostly name the left one first, so that each is asked about as often.
 
     Args:
-        clip: folder of the CLIP to start from.
-        reduce_dim, extract_layers, decoder: width of CLIPSeg's decoder, the layers of the image tower that it reads,
-            and further settings of `transformers`' CLIPSegConfig.
-        text_trainable: whether the text tower is trained along, as is needed where the CLIP tells words hardly apart.
-        patch_size: of the image tower in pixels, where finer than the CLIP's own.
-
-    Raises:
-        ValueError: `patch_size` does not divide the CLIP's.
+        clip: folder of the CLIP to start from, with a residual image tower, as `open_clip` keeps it.
+        widths: channels of the decoder's levels (see `ResidualSegmenter`).
     """
 
-    def __init__(self, clip: str, reduce_dim: int = 64, extract_layers: Sequence[int] = (0, 1, 2),
-                 decoder: Mapping[str, Any] | None = None, text_trainable: bool = False, patch_size: int | None = None,
+    def __init__(self, clip: str, widths: Sequence[int] = (32, 64, 96, 128, 128),
                  scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
         super().__init__()
-        start = load_pretrained(CLIPModel, clip)
-        vision = start.config.vision_config.to_dict()
-        vision["patch_size"] = patch_size or vision["patch_size"]
+        settings = json.loads((Path(clip) / SETTINGS).read_text())["model_cfg"]
         self.tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-        self.segmenter = CLIPSegForImageSegmentation(CLIPSegConfig(
-            text_config=start.config.text_config.to_dict(), vision_config=vision,
-            projection_dim=start.config.projection_dim, reduce_dim=reduce_dim, extract_layers=list(extract_layers),
-            **(decoder or {})))
-        self.segmenter.clip.load_state_dict(finer_patches(start.state_dict(), vision["patch_size"]))
-        start_smooth(self.segmenter.decoder.transposed_convolution)
-        self.segmenter.clip.text_model.requires_grad_(text_trainable)
-        self.segmenter.clip.text_projection.requires_grad_(text_trainable)
-        self.text_trainable = text_trainable
-        self.max_length = start.config.text_config.max_position_embeddings
+        self.segmenter = ResidualSegmenter(**settings, widths=widths)
+        self.segmenter.clip.load_state_dict(
+            {key: value for key, value in load_openclip(clip).state_dict().items() if "attnpool" not in key})
+        self.segmenter.to(memory_format=torch.channels_last)
         self.scheduler_config, self.monitor = scheduler_config, monitor
         self.learning_rate = 1e-3
 
     def logits(self, images: Tensor, words: Sequence[str]) -> Tensor:
         """(B, H, W) for pictures (B, 3, H, W) in [-1, 1] and a word for each."""
-        tokens = self.tokenizer(list(words), truncation=True, max_length=self.max_length, padding=True,
+        tokens = self.tokenizer(list(words), truncation=True, max_length=self.segmenter.longest_text, padding=True,
                                 return_tensors="pt")["input_ids"].to(self.device)
-        with torch.set_grad_enabled(self.text_trainable and torch.is_grad_enabled()):
-            asked = features_of(self.segmenter.clip.get_text_features(tokens))
-        output = self.segmenter(pixel_values=clip_pixels(images), conditional_embeddings=asked)
-        return output.logits.reshape(len(images), *images.shape[-2:])
+        return self.segmenter(clip_pixels(images), self.segmenter.encode_text(tokens))
 
     def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
-        absent = torch.arange(len(batch["image"]), device=self.device) % 4 == 3
-        pairs = zip(batch["word"], batch["other"], absent.tolist(), strict=True)
-        logits = self.logits(batch["image"], [other if is_absent else word for word, other, is_absent in pairs])
-        target = batch["mask"][:, 0] * ~absent[:, None, None]
+        words, target, absent = asked(batch)
+        logits = self.logits(batch["image"], words)
         loss = F.binary_cross_entropy_with_logits(logits, target) + dice_loss(logits, target)
         overlap = intersection_over_union(logits > 0, target > 0.5)[~absent]
         self.log_dict({f"{split}/loss": loss.detach(), f"{split}/iou": overlap.mean()}, prog_bar=True,
@@ -117,9 +73,8 @@ class SegmenterTrainer(OneStepModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trained = [p for p in self.segmenter.parameters() if p.requires_grad]
-        return optimizer_and_schedule(torch.optim.AdamW(trained, lr=self.learning_rate, fused=may_fuse(self)),
-                                      self.scheduler_config)
+        return optimizer_and_schedule(torch.optim.AdamW(self.segmenter.parameters(), lr=self.learning_rate,
+                                                        fused=may_fuse(self)), self.scheduler_config)
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8) -> dict[str, Tensor]:
@@ -127,3 +82,14 @@ class SegmenterTrainer(OneStepModule):
         images = batch["image"][:N].to(self.device)
         found = self.logits(images, batch["word"][:N]).sigmoid()[:, None]
         return {"inputs": images, "found": (images + 1) * found - 1}
+
+
+def asked(batch: Mapping[str, Any]) -> tuple[list[str], Tensor, Tensor]:
+    """What is looked for in each picture of a batch: words, masks (B, H, W), and (B,) whether it is not there."""
+    order = torch.arange(len(batch["image"]), device=batch["image"].device)
+    absent = order % 4 == 3
+    second = (order % 8 >= 4) & torch.tensor([bool(word) for word in batch["second_word"]], device=order.device)
+    words = [batch["other" if nowhere else "second_word" if other else "word"][place] for place, (nowhere, other)
+             in enumerate(zip(absent.tolist(), second.tolist(), strict=True))]
+    masks = torch.where(second[:, None, None], batch["second_mask"][:, 0], batch["mask"][:, 0])
+    return words, masks * ~absent[:, None, None], absent

@@ -1,7 +1,8 @@
 """Zero-shot masks: where in a photo is the thing that the super-category names?
 
 Perfusion weighs its loss by a soft segmentation (arXiv 2305.01644, "Zero-shot mask loss"); the segmenter is CLIPSeg
-(Lüddecke and Ecker, arXiv 2112.10003). Masks are computed once, before training, and kept on disk.
+(Lüddecke and Ecker, arXiv 2112.10003), for the mini model one with a residual image tower. Masks are computed once,
+before training, and kept on disk.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
@@ -28,6 +30,7 @@ from ldm.errors import UserError
 from ldm.files import write_whole
 from ldm.modules.encoders.clip import tokenizer_folder
 from ldm.modules.encoders.vocabulary import load_pretrained
+from ldm.modules.residual_segmenter import is_residual, load_residual_segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +76,7 @@ class Preprocessing:
 class ZeroShotSegmenter:
     """A CLIPSeg model with the tokenizer and the preprocessing that it was trained with."""
 
-    def __init__(
-        self, model: CLIPSegForImageSegmentation, tokenizer: CLIPTokenizer, preprocessing: Preprocessing
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer: CLIPTokenizer, preprocessing: Preprocessing) -> None:
         self.model = model.float().eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.preprocessing = preprocessing
@@ -84,10 +85,11 @@ class ZeroShotSegmenter:
     def from_path(cls, path: str | Path, device: torch.device | str = "cpu", instead: str = "") -> ZeroShotSegmenter:
         """Loads a folder (config.json, model.safetensors, tokenizer files, preprocessor_config.json) or a hub name.
 
-        `instead` is what a user may do without one, for the message of an error.
+        A folder may hold a `ResidualSegmenter` instead of a CLIPSeg. `instead` is what a user may do without a
+        segmenter, for the message of an error.
 
         Raises:
-            UserError: it cannot be loaded, or is no complete CLIPSeg.
+            UserError: it cannot be loaded, or is no complete segmenter.
         """
         remedy = "give a folder with a CLIPSeg model" + (f", or {instead}" if instead else "")
         folder = Path(path)
@@ -97,17 +99,41 @@ class ZeroShotSegmenter:
         elif folder.is_absolute() or len(folder.parts) > 2:  # nor can it be the name of a model on the hub
             raise UserError(f"segmenter {path}: no such folder; {remedy}")
         try:
-            model = load_pretrained(CLIPSegForImageSegmentation, path)
-            tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder) if folder.is_dir() else path)
-            config, _ = ImageProcessingMixin.get_image_processor_dict(path)
-            _refuse_other_vocabulary(path, len(tokenizer), model.config.text_config.vocab_size)
-            preprocessing = Preprocessing.from_config(config, model.config.vision_config.image_size)
+            made = (ResidualZeroShotSegmenter if is_residual(folder) else ZeroShotSegmenter)._loaded(path)
+            _refuse_other_vocabulary(path, len(made.tokenizer), made.vocabulary)
         except UserError as error:
             raise UserError(f"segmenter {error}; {remedy}") from None
         except Exception as error:  # files, network, formats: each library in between has its own exceptions
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"segmenter {path}: cannot be loaded ({reason}); {remedy}") from error
-        return cls(model.to(device), tokenizer, preprocessing)
+        made.model.to(device)
+        return made
+
+    @classmethod
+    def _loaded(cls, path: str | Path) -> ZeroShotSegmenter:
+        model = load_pretrained(CLIPSegForImageSegmentation, path)
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(Path(path)) if Path(path).is_dir() else path)
+        return cls(model, tokenizer, _preprocessing(path, model.config.vision_config.image_size))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many words the model has rows for."""
+        return self.model.config.text_config.vocab_size
+
+    @property
+    def longest_text(self) -> int:
+        """In tokens, the marks for start and end included."""
+        return self.model.config.text_config.max_position_embeddings
+
+    def meaning(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(1, d) for the word-piece numbers of a text, (1, N)."""
+        return self.model.get_conditional_embeddings(
+            batch_size=1, input_ids=tokens, attention_mask=torch.ones_like(tokens))
+
+    def logits(self, pixels: torch.Tensor, meaning: torch.Tensor) -> torch.Tensor:
+        """(n, H, W) for prepared pictures (n, 3, H, W) and what is looked for in each of them, (n, d)."""
+        logits = self.model(pixel_values=pixels, conditional_embeddings=meaning).logits
+        return logits.reshape(len(pixels), *logits.shape[-2:])
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -127,18 +153,44 @@ class ZeroShotSegmenter:
         Pictures of any sizes go in as one batch; `size` is the side or the (height, width) of what comes out, None
         the model's own.
         """
-        device = self.model.device
-        limit = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer([text], truncation=True, max_length=limit, return_tensors="pt").to(device)
-        meaning = self.model.get_conditional_embeddings(
-            batch_size=1, input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-        )
+        device = next(self.model.parameters()).device
+        tokens = self.tokenizer([text], truncation=True, max_length=self.longest_text, return_tensors="pt")
+        meaning = self.meaning(tokens.input_ids.to(device))
         pixels = self.preprocessing(images).to(device)
-        logits = self.model(pixel_values=pixels, conditional_embeddings=meaning.expand(len(images), -1)).logits
-        probabilities = logits.reshape(len(images), 1, *logits.shape[-2:]).float().sigmoid().cpu()
+        logits = self.logits(pixels, meaning.expand(len(images), -1))
+        probabilities = logits[:, None].float().sigmoid().cpu()
         if size is not None:
             probabilities = interpolate(probabilities, size=size, mode="bilinear", antialias=True, align_corners=False)
         return probabilities[:, 0].clamp(0, 1)
+
+
+class ResidualZeroShotSegmenter(ZeroShotSegmenter):
+    """A `ResidualSegmenter` with its tokenizer and its preprocessing."""
+
+    @classmethod
+    def _loaded(cls, path: str | Path) -> ZeroShotSegmenter:
+        folder = Path(path)
+        model = load_residual_segmenter(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder))
+        return cls(model, tokenizer, _preprocessing(path, model.config["vision_cfg"]["image_size"]))
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.config["text_cfg"]["vocab_size"]
+
+    @property
+    def longest_text(self) -> int:
+        return self.model.longest_text
+
+    def meaning(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_text(tokens)
+
+    def logits(self, pixels: torch.Tensor, meaning: torch.Tensor) -> torch.Tensor:
+        return self.model(pixels, meaning)
+
+
+def _preprocessing(path: str | Path, side: int) -> Preprocessing:
+    return Preprocessing.from_config(ImageProcessingMixin.get_image_processor_dict(path)[0], side)
 
 
 def _refuse_other_vocabulary(path: str | Path, words: int, rows: int) -> None:

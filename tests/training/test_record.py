@@ -11,7 +11,7 @@ from mini_runs import log_folder, log_scalars
 from ldm.errors import UserError
 from ldm.training.record import describe_machine, describe_run, read_records, record_run
 
-MODEL = {"target": "ldm.models.clip.CLIPTrainer", "base_learning_rate": 1e-5, "params": {}}
+MODEL = {"target": "ldm.models.openclip.OpenCLIPTrainer", "base_learning_rate": 1e-5, "params": {}}
 
 
 def test_a_run_is_described_by_what_it_left(tmp_path: Path) -> None:

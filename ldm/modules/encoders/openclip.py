@@ -96,3 +96,12 @@ def text_tower(arch: str) -> TextTransformer:
     tower = TextTransformer(output_dim=config["embed_dim"], act_layer=activation, **params)
     tower.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of the whole; checkpoints carry it along
     return tower
+
+
+def text_features(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:
+    """(B, embed_dim) as `encode_text` gives, computed no further than the longest of B texts, (B, N): a word looks at
+    none after it."""
+    ends, length = tokens.argmax(1), tokens.shape[1]  # the end token has the highest number
+    encoded = clip.token_embedding(tokens) + clip.positional_embedding[:length]
+    encoded = clip.ln_final(clip.transformer(encoded, attn_mask=clip.attn_mask[:length, :length]))
+    return encoded[torch.arange(len(tokens), device=tokens.device), ends] @ clip.text_projection
