@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from ldm.data.variations import Variations
 from ldm.models.clip import clip_pixels
 from ldm.models.openclip import SETTINGS, load_openclip
 from ldm.models.optimisation import OneStepModule, may_fuse, optimizer_and_schedule
 from ldm.modules.encoders.clip import TOKENIZER
 from ldm.modules.residual_segmenter import ResidualSegmenter
+
+ABSENT = 8  # of so many pictures, one is asked for what it does not show
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -37,15 +40,18 @@ class SegmenterTrainer(OneStepModule):
     """Learns to find, in a picture, the thing that a word names; both towers start as those of a trained CLIP.
 
     Batches bring "image", "mask" and "word", for scenes of two things "second_mask" and "second_word", and with "other"
-    a word of something that is not in the picture: that is asked of every fourth picture, and nothing is to be found
-    there. Of two things, captions mostly name the left one first, so that each is asked about as often.
+    a word of something that is not in the picture: that is asked of every eighth picture, and nothing is to be found
+    there. (Asked more often, what is drawn unlike everything in training is taken for absent.) Of two things, captions
+    mostly name the left one first, so that either is asked for.
 
     Args:
         clip: folder of the CLIP to start from, with a residual image tower, as `open_clip` keeps it.
         widths: channels of the decoder's levels (see `ResidualSegmenter`).
+        varied: how often a training picture is bent, turned and recoloured (see `Variations`); 0: never. Without,
+            drawings are learned by heart.
     """
 
-    def __init__(self, clip: str, widths: Sequence[int] = (32, 64, 96, 128, 128),
+    def __init__(self, clip: str, widths: Sequence[int] = (32, 64, 96, 128, 128), varied: float = 0.0,
                  scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
         super().__init__()
         settings = json.loads((Path(clip) / SETTINGS).read_text())["model_cfg"]
@@ -54,6 +60,7 @@ class SegmenterTrainer(OneStepModule):
         self.segmenter.clip.load_state_dict(
             {key: value for key, value in load_openclip(clip).state_dict().items() if "attnpool" not in key})
         self.segmenter.to(memory_format=torch.channels_last)
+        self.variations = Variations(varied) if varied else None
         self.scheduler_config, self.monitor = scheduler_config, monitor
         self.learning_rate = 1e-3
 
@@ -64,8 +71,11 @@ class SegmenterTrainer(OneStepModule):
         return self.segmenter(clip_pixels(images), self.segmenter.encode_text(tokens))
 
     def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
-        words, target, absent = asked(batch)
-        logits = self.logits(batch["image"], words)
+        images, masks = batch["image"], torch.cat([batch["mask"], batch["second_mask"]], 1)
+        if split == "train" and self.variations is not None:
+            images, masks = self.variations(images, masks)
+        words, target, absent = asked(batch, masks)
+        logits = self.logits(images, words)
         loss = F.binary_cross_entropy_with_logits(logits, target) + dice_loss(logits, target)
         overlap = intersection_over_union(logits > 0, target > 0.5)[~absent]
         self.log_dict({f"{split}/loss": loss.detach(), f"{split}/iou": overlap.mean()}, prog_bar=True,
@@ -84,12 +94,15 @@ class SegmenterTrainer(OneStepModule):
         return {"inputs": images, "found": (images + 1) * found - 1}
 
 
-def asked(batch: Mapping[str, Any]) -> tuple[list[str], Tensor, Tensor]:
-    """What is looked for in each picture of a batch: words, masks (B, H, W), and (B,) whether it is not there."""
-    order = torch.arange(len(batch["image"]), device=batch["image"].device)
-    absent = order % 4 == 3
-    second = (order % 8 >= 4) & torch.tensor([bool(word) for word in batch["second_word"]], device=order.device)
+def asked(batch: Mapping[str, Any], masks: Tensor) -> tuple[list[str], Tensor, Tensor]:
+    """What is looked for in each picture of a batch: words, masks (B, H, W), and (B,) whether it is not there.
+
+    `masks` (B, 2, H, W) are those of the things that are there.
+    """
+    order = torch.arange(len(masks), device=masks.device)
+    absent = order % ABSENT == ABSENT - 1
+    second = (order % 2 == 1) & torch.tensor([bool(word) for word in batch["second_word"]], device=order.device)
     words = [batch["other" if nowhere else "second_word" if other else "word"][place] for place, (nowhere, other)
              in enumerate(zip(absent.tolist(), second.tolist(), strict=True))]
-    masks = torch.where(second[:, None, None], batch["second_mask"][:, 0], batch["mask"][:, 0])
-    return words, masks * ~absent[:, None, None], absent
+    target = torch.where(second[:, None, None], masks[:, 1], masks[:, 0])
+    return words, target * ~absent[:, None, None], absent
