@@ -18,7 +18,7 @@ from ldm.models.optimisation import OneStepModule, may_fuse, optimizer_and_sched
 from ldm.modules.encoders.clip import TOKENIZER
 from ldm.modules.residual_segmenter import ResidualSegmenter
 
-ABSENT = 8  # of so many pictures, one is asked for what it does not show
+ABSENT = 32  # of so many pictures, one is asked for what it does not show
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class SegmenterTrainer(OneStepModule):
     """Learns to find, in a picture, the thing that a word names; both towers start as those of a trained CLIP.
 
     Batches bring "image", "mask" and "word", for scenes of two things "second_mask" and "second_word", and with "other"
-    a word of something that is not in the picture: that is asked of every eighth picture, and nothing is to be found
+    a word of something that is not in the picture: that is asked of one picture in 32, and nothing is to be found
     there. (Asked more often, what is drawn unlike everything in training is taken for absent.) Of two things, captions
     mostly name the left one first, so that either is asked for.
 

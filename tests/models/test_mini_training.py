@@ -71,13 +71,13 @@ def test_a_batch_is_learned_by_heart(segmenter: SegmenterTrainer) -> None:
 
 
 def test_either_of_two_things_is_asked_for_and_now_and_then_what_is_not_there() -> None:
-    twice = {key: torch.cat([value, value]) if isinstance(value, torch.Tensor) else value * 2
-             for key, value in scenes().items()}
-    words, masks, absent = asked(twice, torch.cat([twice["mask"], twice["second_mask"]], 1))
-    assert words == ["cat", "tree", "car", "owl", "cat", "tree", "car", "car"]
-    assert absent.tolist() == [False] * 7 + [True]
-    first, second = twice["mask"][0, 0], twice["second_mask"][1, 0]
-    expected = [first, second, first, first, first, second, first, torch.zeros(SIDE, SIDE)]
+    many = {key: value.repeat(8, *[1] * (value.ndim - 1)) if isinstance(value, torch.Tensor) else value * 8
+            for key, value in scenes().items()}
+    words, masks, absent = asked(many, torch.cat([many["mask"], many["second_mask"]], 1))
+    assert words == ["cat", "tree", "car", "owl"] * 7 + ["cat", "tree", "car", "car"]
+    assert absent.tolist() == [False] * 31 + [True]
+    first, second = many["mask"][0, 0], many["second_mask"][1, 0]
+    expected = [first, second, first, first] * 7 + [first, second, first, torch.zeros(SIDE, SIDE)]
     assert all(torch.equal(mask, shown) for mask, shown in zip(masks, expected, strict=True))
 
 

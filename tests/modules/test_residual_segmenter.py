@@ -67,13 +67,22 @@ def test_a_folder_is_read_back(model: ResidualSegmenter, folder: Path) -> None:
     segmenter = ZeroShotSegmenter.from_path(folder)
     tokens = segmenter.tokenizer(["a cat"], return_tensors="pt").input_ids
     with torch.no_grad():
-        expected = model(segmenter.preprocessing([noise()]), model.encode_text(tokens)).sigmoid()
+        pixels, meaning = segmenter.preprocessing([noise()]), model.encode_text(tokens)
+        expected = ((model(pixels, meaning) + model(pixels.flip(-1), meaning).flip(-1)) / 2).sigmoid()
     torch.testing.assert_close(segmenter.segment([noise()], "a cat"), expected, atol=1e-5, rtol=0)
     assert segmenter.segment([noise(), noise(1)], "a cat " * 30, 20).shape == (2, 20, 20)  # cut to what it reads
     assert load_residual_segmenter(folder).config == model.config
 
 
-def test_both_kinds_have_fingerprints_of_their_own(folder: Path, tmp_path: Path) -> None:
+def test_a_mirror_image_has_the_mirror_image_of_the_mask(folder: Path) -> None:
+    segmenter = ZeroShotSegmenter.from_path(folder)
+    mirrored = Image.fromarray(np.asarray(noise())[:, ::-1])
+    found = segmenter.segment([noise(), mirrored], "a cat")
+    torch.testing.assert_close(found[0], found[1].flip(-1), atol=1e-5, rtol=0)
+    assert (found[0] - found[0].flip(-1)).abs().max() > 1e-3
+
+
+def test_other_weights_have_another_fingerprint(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "other")
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "out.bias": weights["out.bias"] + 1}, tmp_path / "other" / "model.safetensors")
