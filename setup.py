@@ -15,6 +15,7 @@ setup(
         "omegaconf>=2.3",
         "transformers>=5.0",
         "open-clip-torch",
+        "kornia>=0.7",  # varies the pictures that the segmenter is trained on
         "numpy",
         "pillow>=10",
         "safetensors>=0.4",
