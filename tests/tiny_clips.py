@@ -4,7 +4,9 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -12,6 +14,7 @@ from open_clip.tokenizer import bytes_to_unicode
 from transformers import CLIPConfig, CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
 from ldm.models.openclip import OpenCLIPTrainer
+from ldm.models.optimisation import OneStepModule
 from ldm.modules.encoders.clip import special_tokens
 from ldm.modules.encoders.modules import TOKENIZER
 
@@ -26,6 +29,18 @@ def tiny_openclip(seed: int = 0, max_length: int = 16, **settings: float) -> Ope
     """A CLIP in training, of random weights, its image tower a residual network for pictures of 32 x 32."""
     torch.manual_seed(seed)
     return OpenCLIPTrainer(str(TOKENIZER), **OPEN_TOWERS, max_length=max_length, **settings)
+
+
+def learned_by_heart(trainer: OneStepModule, batch: Mapping[str, Any], steps: int) -> list[float]:
+    """The losses of so many steps of training on one batch."""
+    optimizer, losses = trainer.configure_optimizers()["optimizer"], []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = trainer.step(batch, "train")
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def clip_folder(folder: Path, seed: int = 0) -> Path:

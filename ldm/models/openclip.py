@@ -11,11 +11,9 @@ import open_clip
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError
-from ldm.files import load_tensors
 from ldm.models.clip import ContrastiveTrainer
 from ldm.modules.encoders.openclip import text_features
-from ldm.modules.encoders.vocabulary import unpack_tables
+from ldm.modules.encoders.vocabulary import load_packed
 
 SETTINGS = "open_clip_config.json"
 
@@ -67,9 +65,5 @@ def load_openclip(folder: str | Path) -> open_clip.CLIP:
     """
     with hushed():
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    try:
-        model.load_state_dict(unpack_tables(load_tensors(Path(folder) / "model.safetensors")[0]))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: its weights do not fit its {SETTINGS} ({reason}); copy it again") from None
+    load_packed(model, folder, SETTINGS)
     return model

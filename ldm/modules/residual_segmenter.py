@@ -16,11 +16,9 @@ import open_clip
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import UserError
-from ldm.files import load_tensors
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.modules.encoders.openclip import text_features
-from ldm.modules.encoders.vocabulary import unpack_tables
+from ldm.modules.encoders.vocabulary import load_packed
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 SUBPIXELS = 2  # the finest level of the decoder has half the picture's side
@@ -93,9 +91,5 @@ def load_residual_segmenter(folder: Path) -> ResidualSegmenter:
     settings = json.loads((folder / "config.json").read_text())
     settings.pop("model_type")
     model = ResidualSegmenter(**settings)
-    try:
-        model.load_state_dict(unpack_tables(load_tensors(folder / "model.safetensors")[0]))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: its weights do not fit its config.json ({reason}); copy it again") from None
+    load_packed(model, folder, "config.json")
     return model

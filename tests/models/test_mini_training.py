@@ -1,19 +1,17 @@
 """The trainers of the mini model's parts, on tiny towers, and what is done to their weights on the way into files."""
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_clips import tiny_openclip
+from tiny_clips import learned_by_heart, tiny_openclip
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.openclip import load_openclip
 from ldm.models.segmenter import SegmenterTrainer, asked
-from scripts.export_mini import write_openclip
+from scripts.export_mini import fold_normalisation, write_openclip
 
-PROJECT = Path(__file__).resolve().parents[2]
 SIDE = 32
 
 
@@ -57,13 +55,8 @@ def test_the_segmenter_starts_from_the_clip_and_trains_both_its_towers(
 
 
 def test_a_batch_is_learned_by_heart(segmenter: SegmenterTrainer) -> None:
-    batch, optimizer = scenes(), segmenter.configure_optimizers()["optimizer"]
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        losses.append(segmenter.step(batch, "train"))
-        losses[-1].backward()
-        optimizer.step()
+    batch = scenes()
+    losses = learned_by_heart(segmenter, batch, 30)
     assert losses[-1] < 0.5 * losses[0]
     found = segmenter.logits(batch["image"], batch["word"])
     assert found.shape == (4, SIDE, SIDE)
@@ -82,9 +75,6 @@ def test_either_of_two_things_is_asked_for_and_now_and_then_what_is_not_there() 
 
 
 def test_folding_the_normalisation_leaves_pictures_alone() -> None:
-    spec = importlib.util.spec_from_file_location("export_mini", PROJECT / "scripts" / "export_mini.py")
-    export = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(export)
     torch.manual_seed(0)
     shape = {"ch": 32, "out_ch": 3, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3,
              "resolution": 16, "z_channels": 4}
@@ -93,7 +83,7 @@ def test_folding_the_normalisation_leaves_pictures_alone() -> None:
     with torch.no_grad():
         before, latents = model(images, sample_posterior=False)[0], model.encode(images)
         mean, std = latents.mode().mean((0, 2, 3)), latents.mode().std((0, 2, 3))
-        export.fold_normalisation(model, mean, std)
+        fold_normalisation(model, mean, std)
         after, folded = model(images, sample_posterior=False)[0], model.encode(images)
     assert torch.allclose(before, after, atol=1e-4)
     assert torch.allclose(folded.mode().mean((0, 2, 3)), torch.zeros(4), atol=1e-4)

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_clips import tiny_openclip
+from tiny_clips import learned_by_heart, tiny_openclip
 
 from ldm.data.places import PLACES
 from ldm.data.scenes import with_article
@@ -87,13 +87,7 @@ def test_places_are_asked_for_by_a_third_loss_with_any_kind_there() -> None:
 
 
 def test_a_batch_is_learned_by_heart(trainer: OpenCLIPTrainer) -> None:
-    batch, optimizer = scenes(), trainer.configure_optimizers()["optimizer"]
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        losses.append(trainer.step(batch, "train"))
-        losses[-1].backward()
-        optimizer.step()
+    losses = learned_by_heart(trainer, scenes(), 20)
     assert losses[-1] < 0.5 * losses[0]
 
 

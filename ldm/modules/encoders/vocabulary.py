@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ldm.errors import UserError
@@ -77,6 +77,19 @@ def load_pretrained(cls: Any, path: str | Path) -> Any:
     if missing:  # transformers would fill them with random numbers and go on
         raise UserError(f"{path}: has no weights for {missing[0]} ({len(missing)} missing); copy or download it again")
     return model
+
+
+def load_packed(model: nn.Module, folder: str | Path, settings: str) -> None:
+    """Gives a model the weights in a folder, packed tables unpacked; `settings` is the file that the model is built by.
+
+    Raises:
+        UserError: they are cut off, or are not those of this model.
+    """
+    try:
+        model.load_state_dict(unpack_tables(load_tensors(Path(folder) / "model.safetensors")[0]))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: its weights do not fit its {settings} ({reason}); copy it again") from None
 
 
 @contextlib.contextmanager
