@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def resume(logdir: Path, *arguments: object) -> Path:
 def start(*command: object) -> subprocess.Popen[str]:
     """A process in the project's folder, its stderr to be read along with stdout."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
+                            stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
 
 
 def output_of(*command: object) -> str:
@@ -105,6 +107,22 @@ class CtrlC(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
             signal.raise_signal(signal.SIGINT)
+
+
+class Waiting(pl.Callback):
+    """Says so while a batch is at work, counted from 0, and waits for Ctrl-C: no machine is too fast or too slow."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx != self.batch:
+            return
+        handler, patience = signal.getsignal(signal.SIGINT), time.monotonic() + 120
+        print("waiting for a signal", flush=True)
+        while signal.getsignal(signal.SIGINT) is handler:  # StopAfterStep puts back the one before it
+            assert time.monotonic() < patience, "nobody sent a signal"
+            time.sleep(0.01)
 
 
 @torch.no_grad()

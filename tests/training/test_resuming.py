@@ -19,6 +19,7 @@ from ldm.modules.concept import load_concepts
 from ldm.training.run import main as train
 
 STEPS = 12
+WAITING = "lightning.callbacks.waiting"
 LONG = (*FEW_PICTURES, "--max_steps", STEPS, "data.params.batch_size=4")
 
 
@@ -36,28 +37,26 @@ def same(logdir: Path, other: Path) -> None:
         assert torch.equal(value, theirs["state_dict"][name]), name
 
 
-def signalled(folder: Path, number: int, when: Callable[[str, Path], bool], *arguments: object) -> tuple[int, str]:
-    """Starts a run in `folder` and signals it when its output and folder are so; exit status and whole output."""
-    process = start("main.py", *BASE, "-l", folder, *LONG, *arguments)
+def signalled(folder: Path, number: int, batch: int, *arguments: object) -> tuple[int, str]:
+    """Starts a run in `folder` and signals it in its batch `batch`; exit status and whole output."""
+    process = start("main.py", *BASE, "-l", folder, *LONG, f"{WAITING}.target=teaching.Waiting",
+                    f"{WAITING}.params.batch={batch}", *arguments)
     output = ""
-    while character := process.stdout.read(1):
-        output += character
-        if when(output, folder):
+    for line in process.stdout:
+        output += line
+        if "waiting for a signal" in line:
             process.send_signal(number)
-            break
-    output += process.stdout.read()
     return process.wait(), output
 
 
 def test_ctrl_c_keeps_the_concept_and_says_how_to_go_on(straight: Path, tmp_path: Path) -> None:
-    status, output = signalled(tmp_path, signal.SIGINT, lambda text, _: f" 3/{STEPS} " in text)
+    status, output = signalled(tmp_path, signal.SIGINT, 3)
     (logdir,) = tmp_path.iterdir()
     assert status == 0 and "Traceback" not in output, output
     (concept,) = load_concepts(logdir / "concept.safetensors")
-    assert 3 <= concept.steps < STEPS
-    assert state_of(logdir)["global_step"] == concept.steps
-    command = re.search(rf"stopped after {concept.steps} steps; go on with: python main.py (.*)", output)
-    resume(logdir, *shlex.split(command[1])[2:])
+    assert concept.steps == state_of(logdir)["global_step"] == 4
+    command = re.search(r"stopped after 4 steps; go on with: python main.py (.*)", output)
+    resume(logdir, *shlex.split(command[1])[2:], f"{WAITING}.params.batch=-1")
     assert shlex.split(command[1])[:2] == ["--resume", str(logdir)]
     same(logdir, straight)
     (concept,) = load_concepts(logdir / "concept.safetensors")
@@ -66,14 +65,11 @@ def test_ctrl_c_keeps_the_concept_and_says_how_to_go_on(straight: Path, tmp_path
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(straight: Path, tmp_path: Path) -> None:
-    def kept(_: str, folder: Path) -> bool:
-        return any(folder.glob("*/checkpoints/last.ckpt"))
-
-    status, output = signalled(tmp_path, signal.SIGKILL, kept, "lightning.modelcheckpoint.every_n_train_steps=4")
+    status, output = signalled(tmp_path, signal.SIGKILL, 6, "lightning.modelcheckpoint.every_n_train_steps=4")
     (logdir,) = tmp_path.iterdir()
     assert status == -signal.SIGKILL, output
-    assert state_of(logdir)["global_step"] < STEPS and not (logdir / "concept.safetensors").exists()
-    same(resume(logdir), straight)
+    assert state_of(logdir)["global_step"] == 4 and not (logdir / "concept.safetensors").exists()
+    same(resume(logdir, f"{WAITING}.params.batch=-1"), straight)
 
 
 def short(parts: int, *arguments: object) -> tuple[object, ...]:
