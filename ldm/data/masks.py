@@ -1,4 +1,4 @@
-"""Masks of what is drawn anew in a picture: read, grown, softened, and brought to a coarser grid."""
+"""Masks of things, and of what is drawn anew in a picture: read, grown, softened, and brought to a coarser grid."""
 from __future__ import annotations
 
 from pathlib import Path

@@ -258,6 +258,20 @@ def test_masks_decide_where_errors_count(folder: Path) -> None:
     assert losses[0] == losses[1] > 0
 
 
+def test_errors_count_less_and_less_beyond_a_mask(folder: Path) -> None:
+    weight = given_to_the_objective(prepared(folder, masks=[left_half(0.0)] * 2, mask_border=0.25))[-1]
+    expected = torch.tensor([1.0] * 4 + [0.7, 0.3, 0.0, 0.0])  # 0.8, 0.6, 0.4, 0.2 on four pixels, two in each cell
+    assert torch.allclose(weight[0, 0], expected.expand(8, 8)) and torch.allclose(weight[1, 0], expected.flip(0))
+    everywhere = given_to_the_objective(prepared(folder, mask_border=0.25))[-1]  # without masks
+    assert torch.equal(everywhere, torch.ones(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("border", [-0.1, 1.5])
+def test_a_border_that_is_no_share(folder: Path, border: float) -> None:
+    with pytest.raises(UserError, match=rf"mask_border {border} is a share of the picture's side"):
+        unprepared(folder, mask_border=border)
+
+
 def test_half_precision_does_not_reach_the_similarity(folder: Path) -> None:
     model = prepared(folder)
     with torch.no_grad():

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from ldm.data.images import to_tensor
+from ldm.data.masks import softened
 from ldm.data.personalized import PersonalizedBase
 from ldm.data.templates import fill
 from ldm.errors import UserError
@@ -87,6 +88,9 @@ class ConceptLearner(LatentDiffusion):
             sets, in the same order.
         segmenter: folder or hub name of a CLIPSeg that makes the masks by which errors are weighed; None: no masks,
             unless the data bring their own.
+        mask_border: how far beyond a mask errors still count, less and less, as a share of the picture's side. Where
+            nothing beside the object counts, nothing says where it ends: it is drawn too large and without outline.
+            CLIPSeg's own masks are soft and reach beyond the object, sharper ones do not.
         seed: of noise and timesteps, by default the run's; each step draws from (seed, step), so that a resumed run
             repeats them.
 
@@ -98,14 +102,16 @@ class ConceptLearner(LatentDiffusion):
     """
 
     def __init__(self, super_category: str | Sequence[str] | None = None,
-                 placeholder: str | Sequence[str] = "<concept>", segmenter: str | None = None, seed: int | None = None,
-                 **latent_diffusion: Any) -> None:
+                 placeholder: str | Sequence[str] = "<concept>", segmenter: str | None = None, mask_border: float = 0.0,
+                 seed: int | None = None, **latent_diffusion: Any) -> None:
         placeholders = _checked_placeholders(_listed(placeholder))
         categories = _one_for_each(_listed(super_category or ""), placeholders)
+        if not 0 <= mask_border <= 1:
+            raise UserError(f"mask_border {mask_border} is a share of the picture's side; give a number from 0 to 1")
         super().__init__(**{**latent_diffusion, "use_ema": False})  # nothing is trained that has an average
         self.placeholders, self.names = placeholders, names_of(placeholders)
         self.super_categories = [" ".join(words.split()) for words in categories]
-        self.segmenter, self.seed = segmenter, seed
+        self.segmenter, self.mask_border, self.seed = segmenter, mask_border, seed
         self.concepts = nn.ModuleList()
         self.turns = 1  # batches until each concept has had one
         self.base = ""
@@ -231,6 +237,7 @@ class ConceptLearner(LatentDiffusion):
         self._moments = torch.stack([self._encoded(data, photo) for data in photos for photo in data.images])
         self._check_latents(self._moments.shape[2] // 2, *self._moments.shape[3:])
         masks = torch.stack([data.mask(photo) for data in photos for photo in range(len(data.images))])
+        masks = softened(masks, round(self.mask_border * min(masks.shape[-2:])))
         both = torch.stack([masks, masks.flip(-1)], 1).to(self._moments)
         self._weights = mask_on_latents(both.flatten(0, 1), self._moments.shape[-2:]).unflatten(0, (-1, 2))
 
