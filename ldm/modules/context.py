@@ -15,7 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.rank_one import concept_basis, edited_projection, gate, project_out, similarity
+from ldm.modules.rank_one import (
+    concept_basis,
+    edited_projection,
+    gate,
+    known_not_above_zero,
+    project_out,
+    similarity,
+)
 
 
 class TextLayer(Protocol):
@@ -199,7 +206,7 @@ class Edit:
         target_outputs_k: layer name -> o*_K, (J, p); `locked_keys` gives those of locked keys.
 
     Raises:
-        ValueError: shapes that do not fit together, or a temperature that is not above 0.
+        ValueError: shapes that do not fit together, or, on the CPU, a temperature that is not above 0.
     """
 
     target_inputs: Tensor
@@ -215,7 +222,7 @@ class Edit:
         if self.biases.shape != (count,) or self.temperatures.shape != (count,):
             shapes = tuple(self.biases.shape), tuple(self.temperatures.shape)
             raise ValueError(f"biases and temperatures must be ({count},), not {shapes[0]} and {shapes[1]}")
-        if not (self.temperatures > 0).all():
+        if known_not_above_zero(self.temperatures):
             raise ValueError(f"every temperature must be above 0, not {self.temperatures.tolist()}")
         if set(self.target_outputs_v) != set(self.target_outputs_k):
             odd = sorted(set(self.target_outputs_v) ^ set(self.target_outputs_k))

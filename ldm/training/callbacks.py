@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,14 @@ class ImageLogger(pl.Callback):
 
 
 class StepProgress(TQDMProgressBar):
-    """Lightning's progress bar, counting the steps of the run rather than those of an epoch."""
+    """Lightning's progress bar, counting the steps of the run rather than those of an epoch.
+
+    Numbers of the last step are shown once a second: to read them is to wait until an accelerator has done that step,
+    when it could have been given the next one.
+    """
+
+    SECONDS = 1.0
+    _shown = -SECONDS
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -95,7 +103,9 @@ class StepProgress(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         bar = self.train_progress_bar
-        bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+        if trainer.global_step == trainer.max_steps or time.monotonic() - self._shown >= self.SECONDS:
+            self._shown = time.monotonic()
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
         bar.update(trainer.global_step - bar.n)
 
     def get_metrics(self, trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, Any]:

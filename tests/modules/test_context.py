@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ldm.modules.context import Edit, PromptContext, locked_keys
 from ldm.modules.rank_one import invert_covariance
@@ -218,6 +219,20 @@ def test_edit_whose_parts_do_not_fit_is_refused(
     parts = {**vars(edit_of(layers, 2, seed=10)), **change}
     with pytest.raises(ValueError, match=message):
         Edit(**parts)
+
+
+def test_an_edit_does_not_wait_for_an_accelerator() -> None:
+    """Tensors that say nothing, as if on a GPU: whatever had to look at one would fail, as it does on the CPU."""
+
+    def edited(device: str) -> PromptContext:
+        with FakeTensorMode():
+            target, output = torch.empty(1, WIDTH, device=device), torch.empty(1, 5, device=device)
+            edit = Edit(target, target[0, :1], target[0, :1], {"layer": output}, {"layer": output})
+            return edit.context(torch.empty(2, TOKENS, WIDTH, device=device), torch.empty(WIDTH, WIDTH, device=device))
+
+    assert edited("cuda").gates.shape == (2, TOKENS, 1)
+    with pytest.raises(DataDependentOutputException):
+        edited("cpu")
 
 
 def test_locked_keys_are_those_of_the_super_category(layers: dict[str, SimpleNamespace]) -> None:

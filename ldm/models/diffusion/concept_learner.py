@@ -284,7 +284,7 @@ class ConceptLearner(LatentDiffusion):
         rows = {prompt: row for row, prompt in enumerate(sorted(set(prompts)))}
         tokens = encoder.tokenize(list(rows), self.placeholders, [len(own) for own in vectors])
         with torch.autocast(self.device.type, enabled=False):  # C^-1 would magnify what half precision rounds off
-            encoding = encoder.encode_tokens(tokens.to(self.device), torch.cat(list(vectors)))
+            encoding = encoder.encode_tokens(tokens, torch.cat(list(vectors)))
         return tokens, encoding, torch.tensor([rows[prompt] for prompt in prompts])
 
     def step_context(self, prompts: list[str]) -> PromptContext:

@@ -27,6 +27,5 @@ class CustomDiffusion(PriorPreservation):
 
     @torch.no_grad()
     def word_inputs(self) -> Tensor:
-        tokens = self._tokens.to(self.device)
-        encoding = self.cond_stage_model.encode_tokens(tokens, self.concepts[0]())
-        return encoding[self.concept_positions(tokens)].unflatten(0, (len(tokens), -1)).mean(0)
+        encoding = self.cond_stage_model.encode_tokens(self._tokens, self.concepts[0]())
+        return encoding[self.concept_positions(self._tokens)].unflatten(0, (len(self._tokens), -1)).mean(0)

@@ -116,16 +116,17 @@ class PromptEncoder(AbstractEncoder):
         """Encodings (B, N, d) of tokens (B, N), where numbers past the vocabulary stand for the rows of `vectors`.
 
         The encoder runs on a table of just the words in use, so a gradient with respect to `vectors` (J, width) costs
-        no more than they do, and nothing inside the encoder is replaced.
+        no more than they do, and nothing inside the encoder is replaced. Tokens are best on the CPU, where they are
+        counted: another device would have to finish its work first.
         """
         table = self.token_table
-        tokens = tokens.to(table.device)
-        words, places = tokens.unique(return_inverse=True)
+        words, places = tokens.cpu().unique(return_inverse=True)
         known = words < len(table)
-        rows = table[words[known]]
+        rows = table[words[known].to(table.device)]
         if vectors is not None:
-            rows = torch.cat([rows, vectors.to(rows.dtype)[words[~known] - len(table)]])
-        return self._encode_rows(rows, places)
+            new = (words[~known] - len(table)).to(vectors.device)
+            rows = torch.cat([rows, vectors.to(rows.dtype)[new]])
+        return self._encode_rows(rows, places.to(table.device))
 
     def forward(self, text: Sequence[str] | str) -> Tensor:
         return self.encode_tokens(self.tokenize([text] if isinstance(text, str) else text))
