@@ -161,7 +161,7 @@ def test_what_was_made_in_another_way_is_made_anew_and_said(run: Run, capsys: py
     few = ("--only", "masks", "--biases", 0.4)
     run(*few)
     capsys.readouterr()
-    run(*few, "--scale", 2)
+    run(*few, "--scale", 3)
     said = capsys.readouterr().out
     assert said.count("drawing anew") == said.count("drew ") == 4 and "teaching anew" not in said
     run(*few, "--train_steps", 3)
