@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # What a concept depends on: what learns, the edit, the data, and what draws the pictures for prior preservation.
 TEACHING = (
-    "ldm/data/personalized.py", "ldm/data/templates.py",
+    "ldm/data/masks.py", "ldm/data/personalized.py", "ldm/data/templates.py",
     *(f"ldm/models/diffusion/{name}.py" for name in (
         "concept_learner", "custom_diffusion", "ddim", "dreambooth", "grids", "objectives", "perfusion",
         "prior_preservation", "sampling", "textual_inversion", "tuning")),
