@@ -24,9 +24,9 @@ pictures with a row for each of some prompts and a column for each bias; similar
 that --bias auto would choose of a curve is printed in bold there, and marked with * in the table.
 """
 EXAMPLES = """examples:
-  python evaluation/pareto.py --concept teddy.safetensors --photos models/mini/examples/teddy --scale 4
+  python evaluation/pareto.py --concept teddy.safetensors --photos models/mini/examples/teddy --scale 2
   python evaluation/pareto.py --concept teddy.safetensors trained_keys.safetensors --labels "locked keys" \\
-      "trained keys" --photos models/mini/examples/teddy --temperatures 0.05 0.2 --scales 2 4 8 --scale 4 --steps 25
+      "trained keys" --photos models/mini/examples/teddy --temperatures 0.05 0.2 --scales 1 2 4 --scale 2 --steps 25
 
 Keys are trained by main.py with model.params.locking=trained. Files of other methods are single points.
 """

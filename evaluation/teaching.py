@@ -168,7 +168,9 @@ class School:
         runs = self.folder / "runs" / code_of(TEACHING)  # of all methods, which find each other's priors there
         self._clear(runs, name)  # what an interrupted one has left
         seconds = self._run([*flags, "--name", name, "--logdir", str(runs), *overrides])
-        (made,) = runs.glob(f"*_{name}/concept.safetensors")
+        made = next(runs.glob(f"*_{name}/concept.safetensors"), None)
+        if made is None:  # a run that is told to end does so, well or not
+            raise UserError(f"teaching {example.name} by {method.name} was stopped before it began; run this again")
         (concept,), steps = load_learned(made), self._config(method, example)["lightning"]["trainer"].get("max_steps")
         if steps not in (None, concept.steps):  # Ctrl-C stops a run, too, which then keeps what it has
             raise UserError(f"teaching {example.name} by {method.name} stopped at step {concept.steps} of {steps}; "

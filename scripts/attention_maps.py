@@ -20,7 +20,7 @@ early, middle and late steps; beside it a CSV and a JSON with the same name, of 
 attention lies inside the mask, and how much it would be, were it spread evenly. Earlier ones stay.
 """
 EXAMPLES = """examples:
-  python scripts/attention_maps.py "a photo of a <my-teddy> on the beach" --scale 4 --n_samples 8 --reference \\
+  python scripts/attention_maps.py "a photo of a <my-teddy> on the beach" --scale 2 --n_samples 8 --reference \\
       --concepts locked.safetensors trained_keys.safetensors textual_inversion.safetensors
   python scripts/attention_maps.py "a photo of a cat on the beach" --word beach
 """

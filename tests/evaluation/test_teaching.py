@@ -178,6 +178,14 @@ def test_weights_in_the_working_folder_are_told_apart(place: Path, school: Schoo
     assert len(keys) == 3
 
 
+def test_a_run_that_was_stopped_at_its_start_is_told_of(place: Path, school: School,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(School, "_run", lambda *_: 1.0)
+    with pytest.raises(UserError, match="cat by Perfusion was stopped before it began; run this again"):
+        list(school.teach([(PERFUSION, example(place))]))
+    assert not school.is_there(PERFUSION, example(place))
+
+
 def test_a_run_that_was_stopped_early_does_not_count(place: Path, school: School) -> None:
     config = place / "perfusion.yaml"
     config.write_text(config.read_text().replace("max_steps: 3", "max_steps: 4"))
