@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.checkpoint import load_model  # noqa: E402
 from ldm.command_line import Parser, check_file, whole  # noqa: E402
@@ -88,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     check_file("--output", options.output)  # found out before hours of work, not after
     config, device = read_model_config(options.config), pick_device(options.device)
+    if OmegaConf.select(config, "model.params.covariance") is not None:
+        config.model.params.covariance = None  # the config of Perfusion may name the very file that is to be made
     captions, source = choose_captions(options.captions, options.limit)
     encoder = text_encoder(load_model(config, options.ckpt, device), options.config)
     found = estimate_covariance(encoder, captions, options.tokens, options.batch_size)

@@ -83,12 +83,16 @@ def latent_diffusion(encoder_config: dict[str, object]) -> dict[str, object]:
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet}}}
 
 
+@pytest.mark.parametrize("names_it_already", [False, True])
 def test_a_model_on_disk_becomes_a_covariance_on_disk(
-    encoder_config: dict[str, object], files: SimpleNamespace, tmp_path: Path
+    encoder_config: dict[str, object], files: SimpleNamespace, tmp_path: Path, names_it_already: bool
 ) -> None:
     section = latent_diffusion(encoder_config)
     model = instantiate_from_config(section)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "model.ckpt")
+    if names_it_already:
+        section = {"target": "ldm.models.diffusion.perfusion.Perfusion",
+                   "params": {**section["params"], "covariance": str(files.output)}}
     OmegaConf.save({"model": section}, files.config)
     command = [sys.executable, SCRIPT, "--config", files.config, "--ckpt", tmp_path / "model.ckpt",
                "--captions", files.captions, "--output", files.output, "--device", "cpu"]
