@@ -52,7 +52,7 @@ def test_the_last_line_names_the_config_where_the_usual_one_would_not_do(tmp_pat
     (line,) = (message for message in caplog.messages if message.startswith("next: "))
     words = shlex.split(line)
     config = words[words.index("--config") + 1]
-    assert words[words.index("--scale") + 1] == "4"
+    assert words[words.index("--scale") + 1] == "2"
     assert Path(config).parent == logdir / "configs" and words[-1] == "a photo of a <my-teddy> on the beach"
     assert inference.read_model_config(config).model.params.covariance == str(covariance)
 
