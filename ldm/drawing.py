@@ -117,7 +117,7 @@ class Start:
 
 def notes_of(concepts: Sequence[Learned]) -> list[dict[str, Any]]:
     """What pictures keep of the concepts that they were drawn with."""
-    kept = ("placeholder", "super_category", "source", "bias", "temperature")
+    kept = ("placeholder", "super_category", "source", "bias", "temperature", "projection")
     return [{name: getattr(concept, name) for name in kept if hasattr(concept, name)} for concept in concepts]
 
 

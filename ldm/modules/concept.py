@@ -1,7 +1,8 @@
 """A learned concept as a value: kept in a file of some 30 KB, checked, merged with others, handed to the edit.
 
-File format 1 (safetensors). Metadata key `perfusion`, JSON: {"format_version": 1, "concepts": [{"placeholder",
-"super_category", "bias", "temperature", "steps", "base"}, ...]}. Tensors of the concept at position n of that list:
+File format 2 (safetensors). Metadata key `perfusion`, JSON: {"format_version": 2, "concepts": [{"placeholder",
+"super_category", "bias", "temperature", "projection", "steps", "base"}, ...]}. Format 1 knows no projection: all are
+full. Tensors of the concept at position n of that list:
 
     n.embedding                 (1, width)  learned word embedding v of the placeholder
     n.target_input              (d,)        i*
@@ -25,8 +26,9 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.files import load_tensors, save_tensors
 from ldm.modules.context import Edit, TextLayer, locked_keys
+from ldm.modules.rank_one import PROJECTIONS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "perfusion"
 VECTORS = ("embedding", "target_input", "super_input")
 TABLES = ("target_output_v", "target_output_k")
@@ -35,6 +37,7 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "super_category": str,
     "bias": (int, float),
     "temperature": (int, float),
+    "projection": str,
     "steps": int,
     "base": str,
 }
@@ -70,6 +73,7 @@ class Concept(Labelled):
         target_output_k: layer name -> o*_K, (p,); empty where keys are locked.
         bias: beta.
         temperature: tau, above 0.
+        projection: of `ldm.modules.rank_one.PROJECTIONS`.
         steps: how many training steps it had.
         base: `base_fingerprint` of the model it was trained on.
         source: the file it was loaded from, for messages; not stored.
@@ -84,6 +88,7 @@ class Concept(Labelled):
     target_output_k: dict[str, Tensor] = field(default_factory=dict)
     bias: float = 0.75
     temperature: float = 0.1
+    projection: str = "full"
     steps: int = 0
     base: str = ""
     source: str = ""
@@ -91,7 +96,8 @@ class Concept(Labelled):
     @property
     def summary(self) -> str:
         """How it was learned and is used, in a few words."""
-        return f"bias {self.bias:g}, temperature {self.temperature:g}"
+        gated = ", gated projection" if self.projection == "gated" else ""
+        return f"bias {self.bias:g}, temperature {self.temperature:g}{gated}"
 
     @property
     def parameter_count(self) -> int:
@@ -157,6 +163,8 @@ def load_concepts(path: str | Path) -> list[Concept]:
     settings = header.get("concepts")
     if not isinstance(settings, list):
         raise UserError(f"{path}: damaged, it lists no concepts; copy or train it again")
+    if header["format_version"] < 2:
+        settings = [{**one, "projection": "full"} if isinstance(one, dict) else one for one in settings]
     return _assemble(Path(path), settings, tensors)
 
 
@@ -229,6 +237,8 @@ def _settings_problem(values: object) -> str | None:
         return f"its bias is {values['bias']}; give it a number, such as 0.75"
     if not (math.isfinite(values["temperature"]) and values["temperature"] > 0):
         return f"its temperature is {values['temperature']}; give it a number above 0, such as 0.1"
+    if values["projection"] not in PROJECTIONS:
+        return f"its projection {values['projection']!r} is none of {', '.join(PROJECTIONS)}; train it again"
     return None
 
 
@@ -390,4 +400,5 @@ def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLa
         temperatures=torch.tensor([float(concept.temperature) for concept in concepts], device=device),
         target_outputs_v=values,
         target_outputs_k=keys,
+        projections=[concept.projection for concept in concepts],
     )

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.rank_one import (
+    PROJECTIONS,
     concept_basis,
     edited_projection,
     gate,
     known_not_above_zero,
+    let_through,
     project_out,
     similarity,
 )
@@ -38,7 +40,8 @@ class PromptContext:
 
     Attributes:
         encoding: e, (B, N, d), plain text encodings.
-        projected: e_perp, (B, N, d), from which values are computed; `encoding` itself where there is no concept.
+        projected: e_perp, or of gated projections what lies between that and e, (B, N, d), from which values are
+            computed; `encoding` itself where there is no concept.
         gates: (B, N, J), J may be 0.
         target_outputs_v: layer name -> o*_V, (J, p); not read while J is 0.
         target_outputs_k: layer name -> o*_K, (J, p); not read while J is 0.
@@ -124,21 +127,24 @@ class PromptContext:
             raise ValueError(f"no target output for layer {layer_name!r}; there are some for {', '.join(outputs)}")
         return edited_projection(projected, gates, layer.weight, outputs[layer_name])
 
-    def restricted(self, acting: Tensor, target_inputs: Tensor, inverse_covariance: Tensor) -> PromptContext:
+    def restricted(self, acting: Tensor, target_inputs: Tensor, inverse_covariance: Tensor,
+                   projections: Sequence[str]) -> PromptContext:
         """The same prompts, on each of which only some of the concepts act, as if there were no others.
 
         Args:
             acting: (B, J) booleans.
-            target_inputs: i*, (J, d), of the `Edit` that made this context.
+            target_inputs, projections: i*, (J, d), and the projections of the `Edit` that made this context.
             inverse_covariance: C^-1, (d, d).
         """
-        projected = self.encoding.clone()
+        projected, gates = self.encoding.clone(), self.gates * acting[:, None]
         for some in acting.unique(dim=0):
             if some.any():
                 rows = (acting == some).all(1)
                 basis = concept_basis(target_inputs[some], inverse_covariance)
-                projected[rows] = project_out(self.encoding[rows], basis, inverse_covariance)
-        return replace(self, projected=projected, gates=self.gates * acting[:, None])
+                own = [projection for projection, acts in zip(projections, some.tolist(), strict=True) if acts]
+                projected[rows] = let_through(
+                    self.encoding[rows], project_out(self.encoding[rows], basis, inverse_covariance), gates[rows], own)
+        return replace(self, projected=projected, gates=gates)
 
     @staticmethod
     def cat(contexts: Sequence[PromptContext]) -> PromptContext:
@@ -204,6 +210,7 @@ class Edit:
         temperatures: tau, (J,), above 0.
         target_outputs_v: layer name -> o*_V, (J, p).
         target_outputs_k: layer name -> o*_K, (J, p); `locked_keys` gives those of locked keys.
+        projections: of `ldm.modules.rank_one.PROJECTIONS`, one for each concept; empty: those of the paper.
 
     Raises:
         ValueError: shapes that do not fit together, or, on the CPU, a temperature that is not above 0.
@@ -214,6 +221,7 @@ class Edit:
     temperatures: Tensor
     target_outputs_v: Mapping[str, Tensor]
     target_outputs_k: Mapping[str, Tensor]
+    projections: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         count = len(self.target_inputs)
@@ -222,6 +230,9 @@ class Edit:
         if self.biases.shape != (count,) or self.temperatures.shape != (count,):
             shapes = tuple(self.biases.shape), tuple(self.temperatures.shape)
             raise ValueError(f"biases and temperatures must be ({count},), not {shapes[0]} and {shapes[1]}")
+        self.projections = self.projections or ("full",) * count
+        if len(self.projections) != count or not set(self.projections) <= set(PROJECTIONS):
+            raise ValueError(f"projections must be {count} of {', '.join(PROJECTIONS)}, not {self.projections}")
         if known_not_above_zero(self.temperatures):
             raise ValueError(f"every temperature must be above 0, not {self.temperatures.tolist()}")
         if set(self.target_outputs_v) != set(self.target_outputs_k):
@@ -255,7 +266,7 @@ class Edit:
         basis = concept_basis(self.target_inputs, inverse_covariance)
         return PromptContext(
             encoding=encoding,
-            projected=project_out(encoding, basis, inverse_covariance),
+            projected=let_through(encoding, project_out(encoding, basis, inverse_covariance), gates, self.projections),
             gates=gates,
             target_outputs_v=self.target_outputs_v,
             target_outputs_k=self.target_outputs_k,

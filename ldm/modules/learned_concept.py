@@ -44,7 +44,7 @@ class LearnedConcept(nn.Module):
         """Every target output that is learned."""
         return [*self.target_outputs_v, *(self.target_outputs_k or ())]
 
-    def edit(self, bias: float, temperature: float) -> Edit:
+    def edit(self, bias: float, temperature: float, projection: str = "full") -> Edit:
         """The edit that this concept makes now; gradients reach the target outputs."""
         device = self.target_input.device
         trained = self.target_outputs_k
@@ -52,7 +52,7 @@ class LearnedConcept(nn.Module):
             name: key.to(device) for name, key in self._locked.items()}
         return Edit(self.target_input[None], torch.tensor([bias], device=device),
                     torch.tensor([temperature], device=device),
-                    dict(zip(self.layer_names, self.target_outputs_v, strict=True)), keys)
+                    dict(zip(self.layer_names, self.target_outputs_v, strict=True)), keys, (projection,))
 
     @torch.no_grad()
     def move_target_input(self, encodings: Tensor, decay: float) -> None:

@@ -21,6 +21,14 @@ Legend (d: width of the text encoding, p: inner width of one cross-attention lay
 
     <a, b> = a^T C^-1 b,    ||i*||^2 = <i*, i*>,    h = W e_perp + sum_j g_j(e) o*_j
 
+Beside the paper's "full" projection, which is this, there is a "gated" one of our own:
+
+    h = W (e + max_j g_j(e) (e_perp - e)) + sum_j g_j(e) o*_j
+
+It is the same where a gate is open, and leaves a token alone to the degree that it is shut. By Eq. 3 a token with half
+of a concept in it ("a red <my-teddy>" is less like i* than "a <my-teddy>") loses its teddy and is given hardly anything
+instead: the kind of thing disappears, and a higher bias leads to nothing rather than to an ordinary teddy.
+
 Our readings, where the paper leaves something open:
 
 * Ridge. C + ridge * mean(diag C) * I is inverted. As no eigenvalue of C exceeds its trace, the condition number stays
@@ -38,12 +46,14 @@ Our readings, where the paper leaves something open:
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+PROJECTIONS = ("full", "gated")
 RIDGE = 1e-4
 RANK_TOLERANCE = 1e-6
 ROWS = 16  # concepts whose products are held at a time: those of all of a thousand would take gigabytes
@@ -143,6 +153,23 @@ def project_out(encoding: Tensor, basis: Tensor, inverse_covariance: Tensor) -> 
     parts = zip(coefficients.split(ROWS, -1), basis.split(ROWS), strict=True)
     removed = sum((some[..., None] * rows).sum(-2) for some, rows in parts)
     return (encoding - removed).to(encoding.dtype)
+
+
+def let_through(encoding: Tensor, projected: Tensor, gates: Tensor, projections: Sequence[str]) -> Tensor:
+    """What is projected of each token: all of e_perp, or where projections are gated as much of it as gates are open.
+
+    Args:
+        encoding: e, (B, N, d).
+        projected: e_perp, (B, N, d).
+        gates: (B, N, J), J at least 1.
+        projections: of `PROJECTIONS`, J; where one is full, so is that of all concepts that act together.
+
+    Returns:
+        (B, N, d).
+    """
+    if "full" in projections:
+        return projected
+    return encoding.lerp(projected, gates.amax(-1, keepdim=True).to(encoding.dtype))
 
 
 def edited_projection(projected: Tensor, gates: Tensor, weight: Tensor, target_outputs: Tensor) -> Tensor:

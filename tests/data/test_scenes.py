@@ -370,5 +370,21 @@ def test_shares() -> None:
     assert {thing.kind for scene in plans for thing in scene.things} == set(KIND_NAMES)
 
 
+def test_second_colours_are_named_beside_the_first() -> None:
+    worn = {"two_things": 0.0, "patterned": 1.0, "sized": 0.0, "styled": 0.0, "seed": 4}
+    plain, named = SceneDataset(**worn), SceneDataset(**worn, second_colours=1.0)
+    seconds = 0
+    for scene, same in ((named.plan(index), plain.plan(index)) for index in range(80)):
+        (thing,) = scene.things
+        look = thing.look
+        assert same.things == scene.things and f" and {look.second} " not in same.caption
+        if f"{look.colour} {look.pattern}" in same.caption:
+            assert f"{look.colour} and {look.second} {look.pattern}" in scene.caption
+            seconds += 1
+        else:
+            assert f" and {look.second} " not in scene.caption
+    assert 20 < seconds < 60
+
+
 def test_length() -> None:
     assert len(SceneDataset(length=7)) == 7

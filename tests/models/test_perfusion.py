@@ -125,7 +125,8 @@ def test_a_super_category_of_several_pieces_is_their_mean(folder: Path) -> None:
 @pytest.mark.parametrize(("params", "named"), [
     ({"super_category": None}, "--init_word"), ({"super_category": "  "}, "teddy bear"),
     ({"ckpt_path": None}, "--actual_resume"), ({"placeholder": "two words"}, "white space"),
-    ({"locking": "global"}, "local, trained"), ({"temperature": 0.0}, "above 0"),
+    ({"locking": "global"}, "local, trained"), ({"projection": "half"}, "full, gated"),
+    ({"temperature": 0.0}, "above 0"),
     ({"covariance": "missing.safetensors"}, "missing.safetensors"), ({"ckpt_path": "missing.ckpt"}, "missing.ckpt"),
 ])
 def test_params_that_no_concept_can_have(folder: Path, params: dict[str, Any], named: str) -> None:
@@ -285,11 +286,12 @@ def test_half_precision_does_not_reach_the_similarity(folder: Path) -> None:
 # What is kept
 
 
-@pytest.mark.parametrize("locking", ["local", "trained"])
-def test_a_saved_concept_draws_what_was_learned(folder: Path, tmp_path: Path, locking: str) -> None:
-    model = prepared(folder, locking=locking, super_category="teddy bear")
+@pytest.mark.parametrize(("locking", "projection"), [("local", "full"), ("trained", "gated")])
+def test_a_saved_concept_draws_what_was_learned(folder: Path, tmp_path: Path, locking: str, projection: str) -> None:
+    model = prepared(folder, locking=locking, super_category="teddy bear", projection=projection)
     stir(model)
     learned = model.learned()
+    assert learned.projection == projection
     assert (learned.placeholder, learned.super_category, learned.steps) == (WORD, "teddy bear", 0)
     assert set(learned.target_output_v) == set(model.text_layers)
     assert set(learned.target_output_k) == (set(model.text_layers) if locking == "trained" else set())

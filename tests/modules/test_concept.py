@@ -57,7 +57,7 @@ def make_layers(seed: int = 0) -> dict[str, SimpleNamespace]:
 
 
 def assert_same(one: Concept, other: Concept) -> None:
-    for name in ("placeholder", "super_category", "bias", "temperature", "steps", "base"):
+    for name in ("placeholder", "super_category", "bias", "temperature", "projection", "steps", "base"):
         assert getattr(one, name) == getattr(other, name)
     mine, theirs = dict(one.tensors()), dict(other.tensors())
     assert mine.keys() == theirs.keys()
@@ -69,7 +69,7 @@ def assert_same(one: Concept, other: Concept) -> None:
 
 @pytest.mark.parametrize("trained_keys", [False, True])
 def test_a_loaded_concept_survives_saving_bit_for_bit(tmp_path: Path, trained_keys: bool) -> None:
-    concept = make(trained_keys=trained_keys, bias=0.65, temperature=0.15)
+    concept = make(trained_keys=trained_keys, bias=0.65, temperature=0.15, projection="gated")
     first = tmp_path / "first.safetensors"
     save_concepts(first, [concept])
     (loaded,) = load_concepts(first)
@@ -97,6 +97,15 @@ def test_several_concepts_keep_their_order(tmp_path: Path) -> None:
         assert_same(one, other)
 
 
+def test_concepts_from_before_projections_are_full(tmp_path: Path) -> None:
+    def age(tensors: dict, header: dict) -> None:
+        header["format_version"] = 1
+        del settings_of(header)["projection"]
+
+    path = rewritten(tmp_path / "old.safetensors", age)
+    assert_same(load_concepts(path)[0], make(projection="full"))
+
+
 def test_a_concept_of_stable_diffusion_takes_thirty_kilobytes(tmp_path: Path) -> None:
     inner = [320] * 5 + [640] * 5 + [1280] * 6
     layers = {f"output_blocks.{n}.1.transformer_blocks.0.attn2": torch.randn(p) for n, p in enumerate(inner)}
@@ -111,7 +120,7 @@ def test_a_concept_of_stable_diffusion_takes_thirty_kilobytes(tmp_path: Path) ->
 
 def rewritten(path: Path, change: Callable[[dict, dict], None]) -> Path:
     """A concept file whose tensors and parsed header `change` has altered in place."""
-    save_concepts(path, [make()])
+    save_concepts(path, [make()], torch.float32)
     tensors, metadata = load_tensors(path)
     header = metadata["perfusion"]
     change(tensors, header)
@@ -125,7 +134,7 @@ def settings_of(header: dict) -> dict:
 
 V = "0.target_output_v.middle_block.1.attn2"
 BROKEN: dict[str, tuple[Callable[[dict, dict], object], str]] = {
-    "newer": (lambda t, h: h.update(format_version=2), "concept format 2.*update"),
+    "newer": (lambda t, h: h.update(format_version=3), "concept format 3.*update"),
     "no version": (lambda t, h: h.pop("format_version"), "not a concept"),
     "no list": (lambda t, h: h.pop("concepts"), "lists no concepts"),
     "empty list": (lambda t, h: h.update(concepts=[]), "no concept in it"),
@@ -134,6 +143,8 @@ BROKEN: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "bias of the wrong kind": (lambda t, h: settings_of(h).update(bias="high"), "<bear>: its bias"),
     "bias not finite": (lambda t, h: settings_of(h).update(bias=float("nan")), "<bear>: its bias is nan"),
     "temperature zero": (lambda t, h: settings_of(h).update(temperature=0), "its temperature is 0"),
+    "no projection": (lambda t, h: settings_of(h).pop("projection"), "its projection is missing"),
+    "unknown projection": (lambda t, h: settings_of(h).update(projection="half"), "'half' is none of full, gated"),
     "white space": (lambda t, h: settings_of(h).update(placeholder="my bear"), "without white space"),
     "no embedding": (lambda t, h: t.pop("0.embedding"), "embedding is missing"),
     "no values": (lambda t, h: [t.pop(f"0.target_output_v.{n}") for n in INNER], "target_output_v is missing"),

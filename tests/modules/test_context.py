@@ -1,6 +1,7 @@
 """Contexts: the edit reaches a layer as Eq. 3 says, batches join without mixing concepts, caches are used."""
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,53 @@ def test_local_locking_edits_keys_and_values_by_equation_3(
         torch.testing.assert_close(key, expected, rtol=1e-4, atol=1e-5)
         expected = equation_3(edit, encoding, inverse, layer.to_v.weight, edit.target_outputs_v[name][0])
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gated_projection_takes_out_as_much_as_its_gate_is_open(
+    layers: dict[str, SimpleNamespace], inverse: Tensor
+) -> None:
+    edit, encoding = replace(edit_of(layers, 1, seed=10), projections=["gated"]), draw(2, TOKENS, WIDTH)
+    context = edit.context(encoding, inverse)
+    e, i, metric = (x.double() for x in (encoding, edit.target_inputs[0], inverse))
+    s = (e @ metric @ i) / (i @ metric @ i)
+    opened = torch.sigmoid((s - 0.6) / 0.2)[..., None]
+    assert opened.min() < 0.3 < opened.max()
+    for name, layer in layers.items():
+        _, value = context.keys_values(name, layer.to_k, layer.to_v)
+        expected = (e - opened * s[..., None] * i) @ layer.to_v.weight.detach().double().T
+        expected += opened * edit.target_outputs_v[name][0].double()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("projections", "same_as"), [
+    (("gated", "gated"), "plain"), (("full", "gated"), "full"), (("full", "full"), "full")])
+def test_behind_shut_gates_only_a_full_projection_changes_a_prompt(
+    layers: dict[str, SimpleNamespace], inverse: Tensor, projections: tuple[str, ...], same_as: str
+) -> None:
+    """And one full projection among several is that of all."""
+    shut = replace(edit_of(layers, 2, seed=10), biases=torch.full((2,), 1e3))
+    encoding = draw(2, TOKENS, WIDTH)
+    alike = {"plain": PromptContext.plain(encoding), "full": shut.context(encoding, inverse)}
+    found = keys_values(replace(shut, projections=projections).context(encoding, inverse), layers)
+    assert_rows(found, keys_values(alike[same_as], layers))
+    other = keys_values(alike[{"plain": "full", "full": "plain"}[same_as]], layers)
+    assert not torch.allclose(found[0], other[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("projection", ["full", "gated"])
+def test_concepts_that_do_not_act_on_a_prompt_leave_no_trace_of_themselves(
+    layers: dict[str, SimpleNamespace], inverse: Tensor, projection: str
+) -> None:
+    both = replace(edit_of(layers, 2, seed=10), projections=[projection] * 2)
+    first = replace(both, **{name: getattr(both, name)[:1] for name in
+                             ("target_inputs", "biases", "temperatures", "projections")},
+                    target_outputs_v={name: o[:1] for name, o in both.target_outputs_v.items()},
+                    target_outputs_k={name: o[:1] for name, o in both.target_outputs_k.items()})
+    encoding, acting = draw(2, TOKENS, WIDTH), torch.tensor([[True, False], [False, False]])
+    context = both.context(encoding, inverse).restricted(acting, both.target_inputs, inverse, both.projections)
+    alone = first.context(encoding[:1], inverse)
+    assert_rows(keys_values(context.select([0]), layers), keys_values(alone, layers))
+    assert_rows(keys_values(context.select([1]), layers), keys_values(PromptContext.plain(encoding[1:]), layers))
 
 
 def test_global_locking_takes_all_keys_from_the_super_category(
@@ -210,6 +258,8 @@ def test_layer_that_no_concept_knows_is_named(layers: dict[str, SimpleNamespace]
         ({"biases": torch.zeros(3)}, "biases"),
         ({"temperatures": torch.tensor([0.1, 0.0])}, "above 0"),
         ({"target_outputs_k": {}}, "keys or for values only"),
+        ({"projections": ("gated",)}, "2 of full, gated"),
+        ({"projections": ("gated", "half")}, "half"),
         ({"target_outputs_v": {name: torch.zeros(1, p) for name, p in INNER.items()}}, "must be"),
     ],
 )

@@ -19,7 +19,7 @@ from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.learned_concept import LOCKINGS, LearnedConcept
-from ldm.modules.rank_one import invert_covariance
+from ldm.modules.rank_one import PROJECTIONS, invert_covariance
 
 
 class Perfusion(ConceptLearner):
@@ -29,15 +29,17 @@ class Perfusion(ConceptLearner):
         bias, temperature: beta and tau of the gate in training, and the concept's defaults in sampling.
         embedding_lr, value_lr: learning rates of the word embedding and of the target outputs.
         locking: "local" (keys locked to the super-category) or "trained" (keys learned like values, an ablation).
+        projection: "full", by the paper's Eq. 3, or "gated" (see `ldm.modules.rank_one`); concepts keep it.
         target_input_decay: of the moving average i*.
         covariance: file of the text encoder's covariance C; None: computed once from default captions and cached.
     """
 
     def __init__(self, bias: float = 0.75, temperature: float = 0.1, embedding_lr: float = 0.006,
-                 value_lr: float = 0.03, locking: str = "local", target_input_decay: float = 0.99,
-                 covariance: str | None = None, **concept_learner: Any) -> None:
-        if locking not in LOCKINGS:
-            raise UserError(f"locking {locking!r} is unknown; choose one of {', '.join(LOCKINGS)}")
+                 value_lr: float = 0.03, locking: str = "local", projection: str = "full",
+                 target_input_decay: float = 0.99, covariance: str | None = None, **concept_learner: Any) -> None:
+        for name, value, known in (("locking", locking, LOCKINGS), ("projection", projection, PROJECTIONS)):
+            if value not in known:
+                raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         check_above_zero(temperature=temperature, embedding_lr=embedding_lr, value_lr=value_lr)
         if not 0 <= target_input_decay < 1:
             raise UserError(f"target_input_decay {target_input_decay} must be at least 0 and below 1; 0.99 is usual")
@@ -47,7 +49,8 @@ class Perfusion(ConceptLearner):
         super().__init__(**concept_learner)
         self.bias, self.temperature = bias, temperature
         self.embedding_lr, self.value_lr = embedding_lr, value_lr
-        self.locking, self.target_input_decay, self.covariance = locking, target_input_decay, covariance
+        self.locking, self.projection = locking, projection
+        self.target_input_decay, self.covariance = target_input_decay, covariance
         self._inverse_covariance: Tensor | None = None
 
     def inverse_covariance(self) -> Tensor:
@@ -84,7 +87,7 @@ class Perfusion(ConceptLearner):
                 decay = self.target_input_decay ** (1 / self.parts)  # each part moves i* by its share of the step
                 self.concepts[place].move_target_input(encoding[own, where[own]], decay)
             self._exchange_target_inputs()
-        edited = [self.concepts[place].edit(self.bias, self.temperature).context(
+        edited = [self.concepts[place].edit(self.bias, self.temperature, self.projection).context(
             encoding[named == place], self.inverse_covariance()) for place in places]
         sorted_by_concept = named.argsort(stable=True)
         return PromptContext.cat(edited).select(sorted_by_concept.argsort()[rows])
@@ -101,4 +104,5 @@ class Perfusion(ConceptLearner):
     def learned(self, place: int = 0) -> Concept:
         return self.concepts[place].to_concept(
             placeholder=self.placeholders[place], super_category=self.super_categories[place], bias=float(self.bias),
-            temperature=float(self.temperature), steps=int(self.global_step), base=self.base)
+            temperature=float(self.temperature), projection=self.projection, steps=int(self.global_step),
+            base=self.base)

@@ -217,4 +217,5 @@ class ConceptPrompts:
         if all(map(all, named)):
             return context
         target_inputs = torch.stack([concept.target_input for concept in self.concepts]).to(self.inverse_covariance)
-        return context.restricted(torch.tensor(named, device=context.device), target_inputs, self.inverse_covariance)
+        return context.restricted(torch.tensor(named, device=context.device), target_inputs, self.inverse_covariance,
+                                  [concept.projection for concept in self.concepts])
