@@ -165,6 +165,13 @@ def _locking(study: Study, found: Found) -> Judged:
     yield _more("the global lock follows the prompt more than the local lock", overall.text - local.text)
 
 
+def _projection(study: Study, found: Found) -> Judged:
+    """No statement of the paper's: whether the projection that this project adds to it is worth having."""
+    gated, full = map(found.traced, study.curves)
+    yield _more("a gated projection follows the prompt more than Eq. 3's", gated.text - full.text)
+    yield _above("a gated projection gives a better trade-off than Eq. 3's", gated, full, ("gated", "Eq. 3's"))
+
+
 def _masks(study: Study, found: Found) -> Judged:
     masked, plain = map(found.traced, study.curves)
     yield _more("masks raise text similarity", masked.text - plain.text)
@@ -225,7 +232,7 @@ def _cost(study: Study, found: Found) -> Judged:
 
 
 JUDGES: dict[str, Callable[[Study, Found], Judged]] = {
-    "baselines": _baselines, "locking": _locking, "masks": _masks, "one_photo": _one_photo,
+    "baselines": _baselines, "locking": _locking, "projection": _projection, "masks": _masks, "one_photo": _one_photo,
     "training_bias": _training_bias, "temperature": _temperature, "two_concepts": _two_concepts, "cost": _cost}
 
 

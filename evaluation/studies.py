@@ -113,6 +113,8 @@ class Study:
 BASE = Method("base model", taught=False)
 PERFUSION = Method("Perfusion")
 TRAINED_KEYS = Method("trained keys", overrides=("model.params.locking=trained",))
+GATED, FULL = (Method(f"{name} projection", overrides=(f"model.params.projection={name}",))
+               for name in ("gated", "full"))
 NO_MASKS = Method("no masks", masks=False)
 ONE_PHOTO = Method("one photo", photos=1)
 TEXTUAL_INVERSION = Method("Textual Inversion", "textual-inversion.yaml")
@@ -122,7 +124,8 @@ DREAMBOOTH = Method("DreamBooth", "dreambooth.yaml")
 POINTS = (TEXTUAL_INVERSION, FOUR_VECTORS, CUSTOM_DIFFUSION, DREAMBOOTH)
 TRAINING_BIASES = (0.4, 0.6, 0.9)  # beside TRAINING_BIAS
 TEMPERATURES = (0.05, 0.15, 0.3)  # beside that of training
-STUDY_KEYS = ("baselines", "locking", "masks", "one_photo", "training_bias", "temperature", "two_concepts", "cost")
+STUDY_KEYS = ("baselines", "locking", "projection", "masks", "one_photo", "training_bias", "temperature",
+              "two_concepts", "cost")
 
 
 def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence[float]) -> dict[str, Study]:
@@ -147,6 +150,8 @@ def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence
         Study("locking", "Local lock, global lock, trained keys",
               (curve("local lock", PERFUSION, few), curve("global lock", PERFUSION, few, global_locking=True),
                curve("trained keys", TRAINED_KEYS, few))),
+        Study("projection", "What the gate takes out: gated, or all as in Eq. 3",
+              tuple(curve(method.name, method, few) for method in (GATED, FULL))),
         Study("masks", "With and without the mask loss",
               (curve("with masks", PERFUSION, few), curve("no masks", NO_MASKS, few))),
         Study("one_photo", "One photo against all",

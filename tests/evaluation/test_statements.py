@@ -13,6 +13,7 @@ from evaluation.studies import (
     BASE,
     CUSTOM_DIFFUSION,
     DREAMBOOTH,
+    FULL,
     NO_MASKS,
     PERFUSION,
     TEXTUAL_INVERSION,
@@ -134,6 +135,12 @@ def test_locks_are_compared_at_equal_bias_and_keys_at_equal_image_similarity() -
         return {"text": plain["text"] + shift, "image": plain["image"] - shift}
 
     assert set(said("locking", row).values()) == {SEEN}
+
+
+@pytest.mark.parametrize(("lost", "verdict"), [(1.5, SEEN), (-1.5, NOT_SEEN), (0.0, NOT_SEEN)])
+def test_a_gated_projection_is_better_or_not(lost: float, verdict: str) -> None:
+    found = said("projection", lambda setting: on_the_front(setting, lost * (setting.method == FULL)))
+    assert len(found) == 2 and set(found.values()) == {verdict}
 
 
 @pytest.mark.parametrize(("lost", "verdict"), [(1.5, SEEN), (-1.5, NOT_SEEN), (0.0, NOT_SEEN)])

@@ -31,7 +31,7 @@ def test_every_method_is_a_config_of_its_own(method: Method) -> None:
 
 
 def test_names_are_told_apart() -> None:
-    assert len({method.slug for method in METHODS}) == len(METHODS) == 11
+    assert len({method.slug for method in METHODS}) == len(METHODS) == 13
     for study in ALL.values():
         assert len({setting.name for setting in study.settings}) == len(study.settings)
         assert len({curve.name for curve in study.curves}) == len(study.curves)
