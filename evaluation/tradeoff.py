@@ -1,11 +1,14 @@
 """Curves of text- against image-similarity over a sweep, and how far one lies above another, with paired intervals.
 
+Compared are fronts: of a sweep only the points count that no other point of it exceeds in both similarities. Nobody who
+can turn a dial would leave it where another place gives more of both.
+
 All points of a comparison are drawn of the same concepts, from the same prompts and seeds. So each resample of the
 bootstrap draws the same concepts and prompts for all of them, and what varies between these cancels in differences.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,14 +32,22 @@ class Traced:
 
     @property
     def range(self) -> tuple[np.ndarray, np.ndarray]:
-        """The lowest and the highest image similarity of its points, (1 + R,) each."""
-        return self.image.min(0), self.image.max(0)
+        """The lowest and the highest image similarity of its front, (1 + R,) each."""
+        return tuple(np.array([ends[place] for ends, _ in self._fronts()]) for place in (0, -1))
 
     def text_at(self, places: np.ndarray) -> np.ndarray:
-        """(G, 1 + R): text similarity at image similarities (G, 1 + R), linear between points, constant beyond."""
-        order = np.argsort(self.image, axis=0)
-        image, text = (np.take_along_axis(values, order, axis=0) for values in (self.image, self.text))
-        return np.stack([np.interp(places[:, r], image[:, r], text[:, r]) for r in range(image.shape[1])], axis=1)
+        """(G, 1 + R): text similarity of the front at image similarities (G, 1 + R), linear between points, constant
+        beyond."""
+        found = [np.interp(places[:, r], *front) for r, front in enumerate(self._fronts())]
+        return np.stack(found, axis=1)
+
+    def _fronts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Image and text similarity of the front of each resample, by rising image similarity."""
+        for text, image in zip(self.text.T, self.image.T, strict=True):
+            order = np.lexsort((text, image))[::-1]  # of equal images the highest text comes first
+            best = np.maximum.accumulate(text[order])
+            kept = order[np.insert(best[1:] > best[:-1], 0, True)][::-1]
+            yield image[kept], text[kept]
 
 
 @dataclass(frozen=True)

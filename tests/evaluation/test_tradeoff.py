@@ -53,6 +53,21 @@ def test_a_point_at_an_end_is_outside_in_some_resamples() -> None:
     assert 0 < inside.beyond < at_the_end.beyond / 2
 
 
+def test_what_another_point_exceeds_in_both_does_not_count() -> None:
+    """A sweep that turns back: its lowest bias has less of both than the next one."""
+    hooked = traced(noisy([18.0, 20.0, 24.0]), noisy([74.0, 80.0, 70.0]))
+    front = traced(noisy([20.0, 24.0]), noisy([80.0, 70.0]))
+    for ends, others in zip(hooked.range, front.range, strict=True):
+        assert ends == pytest.approx(others)
+    for image in (60.0, 72.0, 90.0):
+        point = traced(noisy([20.0]), noisy([image]))
+        found, wanted = gap(hooked, point), gap(front, point)
+        assert (found.beyond, found.below) == (wanted.beyond, wanted.below)
+        assert found.figure.mean == pytest.approx(wanted.figure.mean)
+    same = traced(noisy([19.0, 23.0]), noisy([75.0, 75.0]))
+    assert gap(same, traced(noisy([20.0]), noisy([75.0]))).figure.mean == pytest.approx(3.0)
+
+
 def test_the_order_of_points_does_not_matter() -> None:
     text, image = noisy([20.0, 24.0, 22.0]), noisy([80.0, 70.0, 76.0])
     point = traced(noisy([20.0]), noisy([75.0]))

@@ -308,6 +308,13 @@ def test_a_saved_concept_draws_what_was_learned(folder: Path, tmp_path: Path, lo
                     assert torch.allclose(ours, theirs, atol=tolerance * float(theirs.abs().max()))
 
 
+def test_the_bias_of_sampling_is_another_where_asked(folder: Path) -> None:
+    usual, shut = prepared(folder, bias=0.6), prepared(folder, bias=0.6, inference_bias=0.95)
+    assert (usual.learned().bias, shut.learned().bias) == (0.6, 0.95)
+    gates = [model.prompt_context(batch()["caption"]).gates for model in (usual, shut)]
+    assert torch.equal(*gates)  # training knows nothing of it
+
+
 def test_trained_keys_are_used(folder: Path) -> None:
     model = prepared(folder, locking="trained")
     name, layer = next(iter(model.text_layers.items()))

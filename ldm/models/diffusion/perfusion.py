@@ -27,6 +27,7 @@ class Perfusion(ConceptLearner):
 
     Args (beside those of `ConceptLearner`, whose segmenter makes the masks of the zero-shot mask loss):
         bias, temperature: beta and tau of the gate in training, and the concept's defaults in sampling.
+        inference_bias: the default in sampling where it is another than in training.
         embedding_lr, value_lr: learning rates of the word embedding and of the target outputs.
         locking: "local" (keys locked to the super-category) or "trained" (keys learned like values, an ablation).
         projection: "full", by the paper's Eq. 3, or "gated" (see `ldm.modules.rank_one`); concepts keep it.
@@ -36,7 +37,8 @@ class Perfusion(ConceptLearner):
 
     def __init__(self, bias: float = 0.75, temperature: float = 0.1, embedding_lr: float = 0.006,
                  value_lr: float = 0.03, locking: str = "local", projection: str = "full",
-                 target_input_decay: float = 0.99, covariance: str | None = None, **concept_learner: Any) -> None:
+                 target_input_decay: float = 0.99, covariance: str | None = None, inference_bias: float | None = None,
+                 **concept_learner: Any) -> None:
         for name, value, known in (("locking", locking, LOCKINGS), ("projection", projection, PROJECTIONS)):
             if value not in known:
                 raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
@@ -48,6 +50,7 @@ class Perfusion(ConceptLearner):
                             "or set null")
         super().__init__(**concept_learner)
         self.bias, self.temperature = bias, temperature
+        self.inference_bias = bias if inference_bias is None else inference_bias
         self.embedding_lr, self.value_lr = embedding_lr, value_lr
         self.locking, self.projection = locking, projection
         self.target_input_decay, self.covariance = target_input_decay, covariance
@@ -103,6 +106,6 @@ class Perfusion(ConceptLearner):
 
     def learned(self, place: int = 0) -> Concept:
         return self.concepts[place].to_concept(
-            placeholder=self.placeholders[place], super_category=self.super_categories[place], bias=float(self.bias),
-            temperature=float(self.temperature), projection=self.projection, steps=int(self.global_step),
-            base=self.base)
+            placeholder=self.placeholders[place], super_category=self.super_categories[place],
+            bias=float(self.inference_bias), temperature=float(self.temperature), projection=self.projection,
+            steps=int(self.global_step), base=self.base)
