@@ -63,7 +63,7 @@ def test_one_photo_and_a_super_category_of_several_words(tmp_path: Path) -> None
     (tmp_path / "photos").mkdir()
     Image.open(EXAMPLE / "0.png").save(tmp_path / "photos" / "only.jpg")
     logdir = teach(tmp_path / "logs", *QUICK, "--data_root", tmp_path / "photos", "--init_word",
-                   "old brown teddy bear", "--placeholder", "bearkin", "model.params.bias=0.6",
+                   "old brown teddy bear", "--placeholder", "bearkin", "model.params.inference_bias=0.6",
                    "model.params.temperature=0.2", KEEP_PHOTOS)
     concept = concept_of(logdir)
     assert (concept.super_category, concept.placeholder) == ("old brown teddy bear", "bearkin")
@@ -134,7 +134,7 @@ def test_another_base_model(plain: Path, tmp_path: Path) -> None:
 
 def test_later_configs_win_and_overrides_most(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
-        "model: {params: {bias: 0.5, temperature: 0.3}}\nlightning: {trainer: {max_steps: 1}}\n")
+        "model: {params: {inference_bias: 0.5, temperature: 0.3}}\nlightning: {trainer: {max_steps: 1}}\n")
     arguments = [*QUICK[2:], "model.params.temperature=0.4"]
     with teaching.as_one_process():
         teaching.train([*teaching.BASE, str(tmp_path / "mine.yaml"), "-l", str(tmp_path / "logs"), *arguments])
