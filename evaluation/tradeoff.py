@@ -8,8 +8,9 @@ bootstrap draws the same concepts and prompts for all of them, and what varies b
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -33,21 +34,24 @@ class Traced:
     @property
     def range(self) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and the highest image similarity of its front, (1 + R,) each."""
-        return tuple(np.array([ends[place] for ends, _ in self._fronts()]) for place in (0, -1))
+        return tuple(np.array([ends[place] for ends, _ in self._fronts]) for place in (0, -1))
 
     def text_at(self, places: np.ndarray) -> np.ndarray:
         """(G, 1 + R): text similarity of the front at image similarities (G, 1 + R), linear between points, constant
         beyond."""
-        found = [np.interp(places[:, r], *front) for r, front in enumerate(self._fronts())]
+        found = [np.interp(places[:, r], *front) for r, front in enumerate(self._fronts)]
         return np.stack(found, axis=1)
 
-    def _fronts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    @cached_property
+    def _fronts(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Image and text similarity of the front of each resample, by rising image similarity."""
+        fronts = []
         for text, image in zip(self.text.T, self.image.T, strict=True):
             order = np.lexsort((text, image))[::-1]  # of equal images the highest text comes first
             best = np.maximum.accumulate(text[order])
             kept = order[np.insert(best[1:] > best[:-1], 0, True)][::-1]
-            yield image[kept], text[kept]
+            fronts.append((image[kept], text[kept]))
+        return fronts
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from ldm.modules.rank_one import (
     PROJECTIONS,
-    concept_basis,
     edited_projection,
     gate,
     known_not_above_zero,
     let_through,
-    project_out,
     similarity,
 )
 
@@ -140,10 +138,9 @@ class PromptContext:
         for some in acting.unique(dim=0):
             if some.any():
                 rows = (acting == some).all(1)
-                basis = concept_basis(target_inputs[some], inverse_covariance)
                 own = [projection for projection, acts in zip(projections, some.tolist(), strict=True) if acts]
                 projected[rows] = let_through(
-                    self.encoding[rows], project_out(self.encoding[rows], basis, inverse_covariance), gates[rows], own)
+                    self.encoding[rows], target_inputs[some], inverse_covariance, gates[rows][..., some], own)
         return replace(self, projected=projected, gates=gates)
 
     @staticmethod
@@ -263,10 +260,9 @@ class Edit:
             raise ValueError(f"super_encoding must have the shape of encoding, not {shapes[0]} against {shapes[1]}")
         scores = similarity(encoding, self.target_inputs, inverse_covariance)
         gates = gate(scores, self.biases, self.temperatures).to(encoding.dtype)
-        basis = concept_basis(self.target_inputs, inverse_covariance)
         return PromptContext(
             encoding=encoding,
-            projected=let_through(encoding, project_out(encoding, basis, inverse_covariance), gates, self.projections),
+            projected=let_through(encoding, self.target_inputs, inverse_covariance, gates, self.projections),
             gates=gates,
             target_outputs_v=self.target_outputs_v,
             target_outputs_k=self.target_outputs_k,

@@ -155,18 +155,21 @@ def project_out(encoding: Tensor, basis: Tensor, inverse_covariance: Tensor) -> 
     return (encoding - removed).to(encoding.dtype)
 
 
-def let_through(encoding: Tensor, projected: Tensor, gates: Tensor, projections: Sequence[str]) -> Tensor:
-    """What is projected of each token: all of e_perp, or where projections are gated as much of it as gates are open.
+def let_through(encoding: Tensor, target_inputs: Tensor, inverse_covariance: Tensor, gates: Tensor,
+                projections: Sequence[str]) -> Tensor:
+    """What each token keeps: e_perp, or where projections are gated what lies as far from e to it as gates are open.
 
     Args:
         encoding: e, (B, N, d).
-        projected: e_perp, (B, N, d).
-        gates: (B, N, J), J at least 1.
+        target_inputs: i*, (J, d), J at least 1.
+        inverse_covariance: C^-1, (d, d).
+        gates: (B, N, J).
         projections: of `PROJECTIONS`, J; where one is full, so is that of all concepts that act together.
 
     Returns:
         (B, N, d).
     """
+    projected = project_out(encoding, concept_basis(target_inputs, inverse_covariance), inverse_covariance)
     if "full" in projections:
         return projected
     return encoding.lerp(projected, gates.amax(-1, keepdim=True).to(encoding.dtype))
