@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from evaluation.marks import Marks, leaves_marks, spot_of
+from evaluation.marks import Identity, Marks, leaves_marks, spot_of
 from evaluation.prompt_sets import EvaluationPrompt
 from evaluation.recognise import Recogniser
 from evaluation.samples import Manner, Painter, as_batch, jobs_of
@@ -234,19 +234,27 @@ class Grading:
         found = self.graders.meter(example)(pictures, [question.text for question in asked])
         seen = self.graders.marks.nearest(pictures, [spot_of(question.text) for question in asked])
         places = self._places(pictures)
-        return [{**asdict(alike), "own": 100.0 * (label == example.name) if leaves_marks(question.text) else None,
-                 "seen": label, "there": 100.0 * (place == question.place) if question.place else None, "place": place}
-                for question, alike, label, place in zip(asked, found, seen, places, strict=True)]
+        return [{**asdict(alike), **self._own(thing, example, leaves_marks(question.text)), "seen": thing.label,
+                 "there": 100.0 * (place == question.place) if question.place else None, "place": place}
+                for question, alike, thing, place in zip(asked, found, seen, places, strict=True)]
+
+    @staticmethod
+    def _own(seen: Identity, example: Example, asked: bool) -> Row:
+        """Whether a picture bears a concept's marks, and whether it shows its very drawing; None where not asked."""
+        own = seen.concept == example.name
+        hits = {"own": 100.0 * own, "itself": 100.0 * (own and seen.held_out)}
+        return hits if asked else dict.fromkeys(hits)
 
     def _pair_rows(self, pictures: Tensor, asked: Sequence[Question], pair: Pair) -> list[Row]:
-        both = [pair.first, pair.second]
-        names, kinds = sorted(one.name for one in both), tuple(one.super_category for one in both)
-        wanted = [_side_by_side(kinds)] * len(asked)
-        answers = self.graders.world.answers(pictures, wanted)
-        seen = self.graders.marks.both(pictures)
-        return [{"kinds": kind, "own": 100.0 * (sorted(labels) == names), "one": 100.0 * bool({*names} & {*labels}),
-                 "left": labels[0], "right": labels[1], "kinds seen": " + ".join(found)}
-                for kind, labels, found in zip(answers.kind_hits(wanted), seen, answers.kinds, strict=True)]
+        names, kinds = (sorted(each) for each in zip(*(
+            (one.name, one.super_category) for one in (pair.first, pair.second)), strict=True))
+        rows = []
+        for things in self.graders.marks.both(pictures):
+            bearers = [str(thing.concept) for thing in things]
+            rows.append({"kinds": 100.0 * (sorted(thing.kind for thing in things) == kinds),
+                         "own": 100.0 * (sorted(bearers) == names), "one": 100.0 * bool({*names} & {*bearers}),
+                         "left": things[0].label, "right": things[1].label})
+        return rows
 
     def _places(self, pictures: Tensor) -> list[str]:
         return self.graders.world.answers(pictures, [_side_by_side(("",))] * len(pictures)).places
@@ -264,6 +272,6 @@ def _side_by_side(kinds: tuple[str, ...]) -> Asked:
 
 
 def _read(name: str, text: str) -> Any:
-    if name in ("prompt", "template", "seen", "place", "left", "right", "kinds seen"):
+    if name in ("prompt", "template", "seen", "place", "left", "right"):
         return text
     return float(text) if text else None

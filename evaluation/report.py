@@ -17,7 +17,8 @@ from ldm.files import write_whole
 
 MEASURES = {  # column -> its heading and its unit
     "trade-off": {"text": ("text similarity", ""), "image": ("image similarity", ""),
-                  "object": ("object similarity", ""), "own": ("recognised", "%"), "there": ("place", "%")},
+                  "object": ("object similarity", ""), "own": ("its marks", "%"), "itself": ("its very drawing", "%"),
+                  "there": ("place", "%")},
     "pairs": {"own": ("both, with their marks", "%"), "one": ("at least one with its marks", "%"),
               "kinds": ("both kinds", "%")},
     "cost": {"size": ("file", "KB"), "parameters": ("trained numbers", "thousand"), "seconds": ("teaching", "CPU s")}}

@@ -133,8 +133,7 @@ def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[li
     assert "nothing is left to make" in said and said.count("taught ") == 26 and said.count("drew ") == 2 * 18 + 2 * 4
     row = results["studies"]["baselines"][0]["figures"]
     assert row["text"]["count"] == 2 * 2 and row["own"]["count"] == row["there"]["count"] == 2
-    assert set(results["ceilings"]) == {"concepts alone", "concepts beside another thing", "others taken for a concept",
-                                        "two concepts side by side, both"}
+    assert len(results["ceilings"]) == 6 and "known drawings in their looks, alone" in summary
     assert {verdict["verdict"] for verdict in results["verdicts"] if verdict["study"] != "cost"} == {UNDECIDED}
     cost = results["studies"]["cost"][0]["figures"]["seconds"]
     assert (cost["mean"], cost["low"]) == (1.5, None) and "trainings at once" in (folder / "cost.md").read_text()
@@ -178,14 +177,19 @@ def test_sets_say_what_was_recognised(run: Run, tmp_path: Path) -> None:
         for _ in range(2)]
     assert len({row["seed"] for row in rows}) == 4
     assert [bool(row["there"]) for row in rows] == [bool(row["own"]) for row in rows] == [True, True, False, False]
+    looks = {"teddy bear, purple striped yellow": "teddy", "teapot, green spotted pink": "teapot"}
+    for row in rows[:2]:
+        very, own = row["seen"].endswith(", held out"), looks.get(row["seen"].removesuffix(", held out")) == "teddy"
+        assert (float(row["own"]), float(row["itself"])) == (100 * own, 100 * (own and very))
     pair = next((tmp_path / "out" / "graded" / "base-model" / "teapot+teddy").glob("*.csv"))
     with pair.open() as opened:
         rows = list(csv.DictReader(opened))
     assert rows[0]["prompt"] == "a photo of a teapot next to a teddy bear on the beach" and len(rows) == 2
     for row in rows:
-        seen = {row["left"], row["right"]}
-        assert float(row["own"]) == 100 * (seen == {"teddy", "teapot"})
-        assert float(row["one"]) == 100 * bool(seen & {"teddy", "teapot"})
+        seen = [row[side].removesuffix(", held out") for side in ("left", "right")]
+        assert float(row["own"]) == 100 * (sorted(seen) == sorted(looks))
+        assert float(row["one"]) == 100 * bool({*seen} & {*looks})
+        assert float(row["kinds"]) == 100 * (sorted(one.partition(",")[0] for one in seen) == ["teapot", "teddy bear"])
 
 
 def test_concepts_are_asked_for_by_their_words_and_the_base_model_by_what_they_are(files: Path) -> None:
