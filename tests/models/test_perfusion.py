@@ -247,6 +247,15 @@ def test_a_step_depends_on_seed_and_step_and_part_alone(folder: Path) -> None:
         assert not torch.equal(changed, reference)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_steps_of_training_are_shifted_as_the_config_says(folder: Path, shift: float) -> None:
+    model, generator = prepared(folder, timestep_shift=shift), torch.Generator().manual_seed(2)
+    _, t = model.noise_and_times(torch.zeros(20_000, 1, 1, 1), generator)
+    assert t.float().median().item() == pytest.approx(1000 * shift * 0.5 / (1 + (shift - 1) * 0.5), abs=12)
+    torch.manual_seed(5)  # drawn by the step's own generator, so that a resumed run draws the same
+    assert torch.equal(model.noise_and_times(torch.zeros(20_000, 1, 1, 1), generator.manual_seed(2))[1], t)
+
+
 def test_masks_decide_where_errors_count(folder: Path) -> None:
     model = prepared(folder, masks=[left_half(0.0)] * 2)
     outputs = torch.randn(2, 4, 8, 8)

@@ -353,7 +353,7 @@ class ConceptLearner(LatentDiffusion):
     def noise_and_times(self, z: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Noise of the shape of z (B, C, h, w), and timesteps (B,)."""
         noise = torch.randn(z.shape, generator=generator).to(z)
-        return noise, torch.randint(self.num_timesteps, (len(z),), generator=generator).to(z.device)
+        return noise, self.draw_timesteps(len(z), z.device, generator)
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """The base model's latents are scaled already."""

@@ -144,11 +144,12 @@ class DDPM(ResumableModule):
             numbers["loss_vlb"] = bound.detach()
         return losses, {**numbers, "loss": losses.detach()}
 
-    def draw_timesteps(self, count: int, device: torch.device) -> Tensor:
-        """(count,) steps in [0, T) to train on."""
+    def draw_timesteps(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+        """(count,) steps in [0, T) to train on; drawn where the generator is, if there is one."""
+        drawn_on = device if generator is None else generator.device
         if self.timestep_shift == 1:
-            return torch.randint(self.num_timesteps, (count,), device=device)
-        u = torch.rand(count, device=device)
+            return torch.randint(self.num_timesteps, (count,), device=drawn_on, generator=generator).to(device)
+        u = torch.rand(count, device=drawn_on, generator=generator).to(device)
         shifted = self.timestep_shift * u / (1 + (self.timestep_shift - 1) * u)
         return (shifted * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
