@@ -25,11 +25,11 @@ from evaluation.source_digest import GRADING, TEACHING, code_of
 from evaluation.studies import Setting, slug
 from evaluation.table import write_csv
 from evaluation.teaching import Example, School, contents, digest, key_of
-from evaluation.world_prompts import Asked, WorldRecogniser
+from evaluation.world_prompts import WorldRecogniser
 from ldm import inference
 from ldm.data.images import load_folder, save_grid, square
 from ldm.data.places import PLACES
-from ldm.data.scenes import SIDE_BY_SIDE, Scene, Thing, with_article
+from ldm.data.scenes import with_article
 from ldm.inference import Job
 from ldm.modules.segmentation import ZeroShotSegmenter
 from ldm.modules.tuned_concept import Learned
@@ -233,7 +233,7 @@ class Grading:
     def _single_rows(self, pictures: Tensor, asked: Sequence[Question], example: Example) -> list[Row]:
         found = self.graders.meter(example)(pictures, [question.text for question in asked])
         seen = self.graders.marks.nearest(pictures, [spot_of(question.text) for question in asked])
-        places = self._places(pictures)
+        places = self.graders.world.places_in(pictures)
         return [{**asdict(alike), **self._own(thing, example, leaves_marks(question.text)), "seen": thing.label,
                  "there": 100.0 * (place == question.place) if question.place else None, "place": place}
                 for question, alike, thing, place in zip(asked, found, seen, places, strict=True)]
@@ -245,30 +245,21 @@ class Grading:
         hits = {"own": 100.0 * own, "itself": 100.0 * (own and seen.held_out)}
         return hits if asked else dict.fromkeys(hits)
 
-    def _pair_rows(self, pictures: Tensor, asked: Sequence[Question], pair: Pair) -> list[Row]:
-        names, kinds = (sorted(each) for each in zip(*(
-            (one.name, one.super_category) for one in (pair.first, pair.second)), strict=True))
+    def _pair_rows(self, pictures: Tensor, _: Sequence[Question], pair: Pair) -> list[Row]:
+        both = [pair.first, pair.second]
+        names, kinds = {one.name for one in both}, sorted(one.super_category for one in both)
         rows = []
         for things in self.graders.marks.both(pictures):
-            bearers = [str(thing.concept) for thing in things]
+            bearers = {thing.concept for thing in things}
             rows.append({"kinds": 100.0 * (sorted(thing.kind for thing in things) == kinds),
-                         "own": 100.0 * (sorted(bearers) == names), "one": 100.0 * bool({*names} & {*bearers}),
+                         "own": 100.0 * (bearers == names), "one": 100.0 * bool(bearers & names),
                          "left": things[0].label, "right": things[1].label})
         return rows
-
-    def _places(self, pictures: Tensor) -> list[str]:
-        return self.graders.world.answers(pictures, [_side_by_side(("",))] * len(pictures)).places
 
     def _show(self, images: Sequence[Image.Image], jobs: Sequence[Job], path: Path) -> None:
         """A sheet with the first seed of each prompt."""
         firsts = range(0, len(jobs), self.wanted.seeds)
         save_grid([images[n] for n in firsts], path, SHEET_COLUMNS, [jobs[n].prompt for n in firsts])
-
-
-def _side_by_side(kinds: tuple[str, ...]) -> Asked:
-    """What `WorldRecogniser` has to know of a prompt: where to look for what."""
-    things = [Thing(kind, "", centre=centre) for kind, (centre, _) in zip(kinds, SIDE_BY_SIDE, strict=False)]
-    return Asked("", 0, kinds, None, Scene("", 0, things, [], ""))
 
 
 def _read(name: str, text: str) -> Any:

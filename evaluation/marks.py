@@ -46,6 +46,8 @@ PROTOTYPE_SEED, CEILING_SEED = 1, 2
 RIDGE = 0.1  # of the covariance within a class, in units of its mean eigenvalue: pictures to look at are no real scenes
 SHADES, SOFTNESS = 4, 0.3  # of each of red, green and blue in [-1, 1]; a colour counts for the shades next to it, too
 MARGIN = 8  # an eighth of the picture on every side is the place's
+SHOWN = {True: "concepts", False: "known drawings in their looks,"}  # in real scenes, by `Identity.held_out`
+WHERE, OTHERS = ("alone", "beside another thing"), "others taken for a concept"
 Spot = tuple[float, float]
 
 
@@ -200,18 +202,15 @@ class Marks:
     def ceilings(self, scenes: int = 4) -> dict[str, list[float]]:
         """100 or 0 for each of some real scenes: marks recognised on the concept itself and on known drawings in its
         look, alone, in a window and both of a pair; others taken for a concept."""
-        hits: dict[str, list[float]] = {name: [] for name in (
-            "concepts alone", "concepts beside another thing", "known drawings in their looks, alone",
-            "known drawings in their looks, beside another thing", "others taken for a concept")}
-        itself, itself_cut, known, known_cut, others = hits.values()
+        hits: dict[str, list[float]] = {f"{shown} {where}": [] for shown in SHOWN.values() for where in WHERE}
+        hits[OTHERS] = []
         for one, embedded in zip(self.identities, self._embedded(scenes, CEILING_SEED), strict=True):
-            found = [[self.identities[row].concept for row in prototypes.nearest(rows).tolist()]
-                     for prototypes, rows in zip((self.whole, self.cut), embedded, strict=True)]
-            if one.concept is None:
-                others += [100.0 * bool(seen) for seen in sum(found, [])]
-            else:
-                for name, seen in zip((itself, itself_cut) if one.held_out else (known, known_cut), found, strict=True):
-                    name += [100.0 * (each == one.concept) for each in seen]
+            for prototypes, rows, where in zip((self.whole, self.cut), embedded, WHERE, strict=True):
+                seen = [self.identities[row].concept for row in prototypes.nearest(rows).tolist()]
+                if one.concept is None:
+                    hits[OTHERS] += [100.0 * (each is not None) for each in seen]
+                else:
+                    hits[f"{SHOWN[one.held_out]} {where}"] += [100.0 * (each == one.concept) for each in seen]
         return {**hits, "two concepts side by side, both": list(self._both_hits(scenes))}
 
     def _both_hits(self, scenes: int) -> Iterator[float]:
@@ -220,7 +219,7 @@ class Marks:
         for number, both in enumerate(zip(names, names[1:] + names[:1], strict=True)):
             rng = np.random.default_rng((CEILING_SEED, len(self.identities) + number))
             made = torch.stack([pair(*both, None, rng, self.size) for _ in range(scenes)])
-            yield from (100.0 * (sorted(str(one.concept) for one in seen) == sorted(both)) for seen in self.both(made))
+            yield from (100.0 * ({one.concept for one in seen} == {*both}) for seen in self.both(made))
 
     def _embedded(self, scenes: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """For each identity descriptions (scenes, d) of it alone and of its windows."""

@@ -10,6 +10,7 @@ where the two windows are recognised as the two kinds, whichever is where. Real 
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,8 +147,20 @@ class WorldRecogniser:
 
     def __init__(self, embedder: Any) -> None:
         self.embedder = embedder
-        self.kinds = embedder.embed_classes(kind_texts(), "texts about kinds")
-        self.places = embedder.embed_classes(place_texts(), "texts about places")
+
+    @functools.cached_property
+    def kinds(self) -> Tensor:
+        """(100, d), one embedding for each kind; not everyone who asks for places asks for them."""
+        return self.embedder.embed_classes(kind_texts(), "texts about kinds")
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """(20, d), one embedding for each place."""
+        return self.embedder.embed_classes(place_texts(), "texts about places")
+
+    def places_in(self, pictures: Tensor) -> list[str]:
+        """Where pictures (N, 3, H, W) in [-1, 1] are."""
+        return self._nearest_places(self.embedder.embed_images(pictures))
 
     def answers(self, pictures: Tensor, wanted: Sequence[Asked]) -> Answers:
         """What is in pictures (N, 3, H, W) in [-1, 1] of N prompts, all with one thing or all with two."""
@@ -155,5 +168,7 @@ class WorldRecogniser:
         things = len(wanted[0].kinds)
         parts = whole if things == 1 else self.embedder.embed_images(windows(pictures, wanted))
         kinds = [KIND_NAMES[number] for number in closest(parts, self.kinds).tolist()]
-        places = [PLACE_NAMES[number] for number in closest(whole, self.places).tolist()]
-        return Answers([tuple(kinds[i:i + things]) for i in range(0, len(kinds), things)], places)
+        return Answers([tuple(kinds[i:i + things]) for i in range(0, len(kinds), things)], self._nearest_places(whole))
+
+    def _nearest_places(self, embeddings: Tensor) -> list[str]:
+        return [PLACE_NAMES[number] for number in closest(embeddings, self.places).tolist()]

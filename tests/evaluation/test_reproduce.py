@@ -133,7 +133,10 @@ def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[li
     assert "nothing is left to make" in said and said.count("taught ") == 26 and said.count("drew ") == 2 * 18 + 2 * 4
     row = results["studies"]["baselines"][0]["figures"]
     assert row["text"]["count"] == 2 * 2 and row["own"]["count"] == row["there"]["count"] == 2
-    assert len(results["ceilings"]) == 6 and "known drawings in their looks, alone" in summary
+    assert set(results["ceilings"]) == {
+        "concepts alone", "concepts beside another thing", "known drawings in their looks, alone",
+        "known drawings in their looks, beside another thing", "others taken for a concept",
+        "two concepts side by side, both"}
     assert {verdict["verdict"] for verdict in results["verdicts"] if verdict["study"] != "cost"} == {UNDECIDED}
     cost = results["studies"]["cost"][0]["figures"]["seconds"]
     assert (cost["mean"], cost["low"]) == (1.5, None) and "trainings at once" in (folder / "cost.md").read_text()

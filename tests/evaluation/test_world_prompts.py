@@ -76,8 +76,9 @@ def test_windows_are_where_the_prompt_says_in_its_order(relation: str, first: st
 class ColourEmbedder:
     """Sees the mean red of a picture as the number of a kind and its mean green as that of a place."""
 
+    kinds, places = len(KIND_NAMES), len(PLACE_NAMES)
+
     def embed_classes(self, texts: Sequence[Sequence[str]], description: str) -> Tensor:
-        self.kinds, self.places = len(KIND_NAMES), len(PLACE_NAMES)
         rows = F.one_hot(torch.arange(len(texts)) + (0 if len(texts) == self.kinds else self.kinds))
         return F.pad(rows, (0, self.kinds + self.places - rows.shape[1])).float()
 
