@@ -11,6 +11,7 @@ all of them summary.md and results.json, which also have what --only leaves out 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -147,6 +148,8 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], l
     Raises:
         UserError: a file that the options name cannot be used.
     """
+    from omegaconf import OmegaConf
+
     from evaluation.grading import Graders, Grading, Wanted
     from evaluation.marks import FREE_PLACES
     from evaluation.prompt_sets import MINI as MINI_PROMPTS
@@ -155,6 +158,7 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], l
     from evaluation.studies import studies
     from evaluation.teaching import Example, School, cores
     from ldm.data.example_concepts import CONCEPTS
+    from ldm.inference import read_model_config
     from ldm.training.record import describe_machine
     from ldm.util import pick_device
 
@@ -169,7 +173,8 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], l
     graders = Graders(options.config, options.evaluation_clip, options.ckpt, options.device, options.batch_size)
     examples = [Example(name, MINI / "examples" / name, kind) for name, (kind, _) in CONCEPTS.items()]
     few = options.biases[::2] if len(options.biases) > MOST_FEW else options.biases
-    every = studies(options.biases, few, options.pair_biases)
+    projection = OmegaConf.select(read_model_config(options.config), "model.params.projection", default="full")
+    every = studies(options.biases, few, options.pair_biases, projection)
     return school, Grading(graders, school, wanted, folder), list(every.values()), examples[:options.concepts]
 
 
@@ -243,6 +248,11 @@ def ceilings_of(grading: Grading) -> dict[str, Figure]:
     return {name: bootstrapped(hits) for name, hits in grading.graders.marks.ceilings().items()}
 
 
+def stop(*_: object) -> None:
+    """What to do when told to end: leave, so that trainings that have been begun are ended, too."""
+    sys.exit("told to stop; the same command goes on from what is there")
+
+
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
@@ -272,4 +282,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     main()

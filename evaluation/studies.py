@@ -115,6 +115,7 @@ PERFUSION = Method("Perfusion")
 TRAINED_KEYS = Method("trained keys", overrides=("model.params.locking=trained",))
 GATED, FULL = (Method(f"{name} projection", overrides=(f"model.params.projection={name}",))
                for name in ("gated", "full"))
+BY_PROJECTION = {"gated": GATED, "full": FULL}
 NO_MASKS = Method("no masks", masks=False)
 ONE_PHOTO = Method("one photo", photos=1)
 TEXTUAL_INVERSION = Method("Textual Inversion", "textual-inversion.yaml")
@@ -128,13 +129,16 @@ STUDY_KEYS = ("baselines", "locking", "projection", "masks", "one_photo", "train
               "two_concepts", "cost")
 
 
-def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence[float]) -> dict[str, Study]:
+def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence[float],
+            projection: str | None = None) -> dict[str, Study]:
     """All studies by their keys, in the order of `STUDY_KEYS`.
 
     Args:
         biases: of Perfusion's own curve.
         few: some of them, for the curves that it is compared with.
         pair_biases: for two concepts in one picture.
+        projection: that of Perfusion's config, whose concepts then need not be taught once more to be compared; None:
+            not known.
     """
     own = curve("Perfusion", PERFUSION, biases)
     trained_at = [curve(f"trained at bias {bias:g}", _trained_at(bias), few) for bias in TRAINING_BIASES]
@@ -151,7 +155,8 @@ def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence
               (curve("local lock", PERFUSION, few), curve("global lock", PERFUSION, few, global_locking=True),
                curve("trained keys", TRAINED_KEYS, few))),
         Study("projection", "What the gate takes out: gated, or all as in Eq. 3",
-              tuple(curve(method.name, method, few) for method in (GATED, FULL))),
+              tuple(curve(method.name, PERFUSION if name == projection else method, few)
+                    for name, method in BY_PROJECTION.items())),
         Study("masks", "With and without the mask loss",
               (curve("with masks", PERFUSION, few), curve("no masks", NO_MASKS, few))),
         Study("one_photo", "One photo against all",

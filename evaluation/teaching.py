@@ -6,17 +6,19 @@ whichever study asks for it; one that was made in another way has another name.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,7 @@ class School:
     steps: int | None = None
     at_once: int = 1
     machine: str = "this machine"
+    _running: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def file(self, method: Method, example: Example) -> Path:
         """The concept file; whether or not it is there yet."""
@@ -123,6 +126,8 @@ class School:
     def teach(self, wanted: Sequence[tuple[Method, Example]]) -> Iterator[tuple[Method, Example, Cost]]:
         """Teaches what is missing, several at once, and yields each as soon as it is done.
 
+        Whatever ends this before all are done ends the trainings, too.
+
         Raises:
             UserError: a training fails.
         """
@@ -132,7 +137,10 @@ class School:
                 for done in as_completed(running):
                     yield *running[done], done.result()
             finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                for training in tuple(self._running):
+                    with contextlib.suppress(ProcessLookupError):  # it ended just now
+                        os.kill(training, signal.SIGTERM)
 
     def _arguments(self, method: Method, example: Example) -> tuple[list[str], list[str]]:
         """Flags for main.py, and overrides."""
@@ -196,8 +204,10 @@ class School:
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
             running = subprocess.Popen([sys.executable, str(MAIN), *arguments], env={**threads, **os.environ},
                                        stdout=subprocess.DEVNULL, stderr=said)
+            self._running.add(running.pid)
             _, status, used = os.wait4(running.pid, 0)  # of this one alone, unlike what `resource` says of children
             running.returncode = os.waitstatus_to_exitcode(status)
+            self._running.discard(running.pid)
             said.seek(0)
             complaint = (said.read().strip() or "it said nothing").splitlines()[-1]
         if running.returncode:

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from evaluation import reproduce
 from evaluation.samples import Manner
-from evaluation.studies import PERFUSION, POINTS, STUDY_KEYS, TRAINING_BIAS, Method, Setting, studies
+from evaluation.studies import FULL, GATED, PERFUSION, POINTS, STUDY_KEYS, TRAINING_BIAS, Method, Setting, studies
 from ldm.training.options import get_parser, read_config
 
 ALL = studies((0.4, 0.6, 0.75, 0.9, 1.1), (0.4, 0.75, 1.1), (0.4, 0.6))
@@ -45,6 +45,13 @@ def test_comparisons_share_perfusions_own_curve() -> None:
     trained = {curve.name: curve.settings[0].method for curve in ALL["training_bias"].curves}
     assert list(trained) == [f"trained at bias {bias:g}" for bias in (0.4, 0.6, 0.75, 0.9)]
     assert trained["trained at bias 0.75"] == PERFUSION
+
+
+def test_what_the_config_does_anyway_is_not_taught_once_more() -> None:
+    study = studies((0.4, 0.9), (0.4, 0.9), (0.5,), "gated")["projection"]
+    assert [curve.name for curve in study.curves] == [GATED.name, FULL.name]
+    assert study.methods == [PERFUSION, FULL]
+    assert OmegaConf.load(CONFIG).model.params.projection == "gated"
 
 
 def test_settings_change_what_is_drawn() -> None:

@@ -1,6 +1,7 @@
 """Concepts taught by processes, with a stand-in for main.py: what is made, kept, made again, and what goes wrong."""
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -198,3 +199,18 @@ def test_a_failure_says_what_the_run_said(place: Path, school: School) -> None:
     with pytest.raises(UserError, match="main.py --base .* --name perfusion-cat.*: no patience"):
         list(replace(school, steps=3).teach([(PERFUSION, example(place))]))
     assert not list((place / "out").rglob("*.safetensors"))
+
+
+def test_what_is_left_early_leaves_no_training_behind(place: Path, school: School) -> None:
+    script = place / "main.py"
+    script.write_text(f"{STAND_IN}\nif 'owl' in given['--name']:\n"
+                      "    import os, time\n"
+                      f"    pathlib.Path(r'{place}', 'number').write_text(str(os.getpid()))\n"
+                      "    time.sleep(300)\n"
+                      "else:\n"
+                      f"    while not pathlib.Path(r'{place}', 'number').exists(): pass\n")
+    teaching = school.teach([(PERFUSION, example(place)), (PERFUSION, example(place, "owl"))])
+    assert next(teaching)[1].name == "cat"
+    teaching.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((place / "number").read_text()), 0)
