@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ldm.data.asides import aside
 from ldm.data.places import PLACES
 from ldm.data.styles import STYLES
 from ldm.data.world import COLOURS, KIND_NAMES, KINDS, PATTERNS, SETS, drawing, drawings_of, pattern_mask, recolour
@@ -176,6 +177,8 @@ class SceneDataset(Dataset):
             recogniser that looks at parts of pictures needs them.
         second_colours: share of the captions that name a thing's colour and pattern and say the second colour, too ("a
             purple and yellow striped mug"). What no caption names, no value of a word can turn on.
+        asides: share of the captions that leave colours and patterns to the noun: "a (purple striped|mug)", for an
+            encoder that understands asides (`ldm.modules.encoders.asides`).
 
     Raises:
         UserError: `sources` or `kinds` name what does not exist.
@@ -185,14 +188,14 @@ class SceneDataset(Dataset):
                  coloured: float = 0.35, patterned: float = 0.15, sized: float = 0.12, styled: float = 0.1,
                  empty_caption: float = 0.0, held_out: bool = False, jitter: float = 1.0, flips: float = 0.5,
                  sources: Sequence[str] | None = None, kinds: Sequence[str] | None = None,
-                 close_ups: float = 0.0, second_colours: float = 0.0) -> None:
+                 close_ups: float = 0.0, second_colours: float = 0.0, asides: float = 0.0) -> None:
         _refuse_unknown("sources", "picture set", sources, SETS)
         _refuse_unknown("kinds", "kind of thing", kinds, KIND_NAMES)
         self.size, self.length, self.seed = size, length, seed
         self.two_things, self.coloured, self.patterned = two_things, coloured, patterned
         self.sized, self.styled = sized, styled
         self.empty_caption, self.jitter, self.flips, self.close_ups = empty_caption, jitter, flips, close_ups
-        self.second_colours = second_colours
+        self.second_colours, self.asides = second_colours, asides
         self.drawings = {name: _preferred(drawings_of(name, held_out), sources) for name in KIND_NAMES}
         named = Counter(kinds or KIND_NAMES)
         self.kinds = [kind for kind in KINDS if self.drawings[kind.name] and kind.name in named]
@@ -264,7 +267,8 @@ class SceneDataset(Dataset):
     def _caption(self, rng: np.random.Generator, scene: Scene, relation: str | None, size: str | None) -> str:
         if rng.random() < self.empty_caption:
             return ""
-        phrases = [_phrase(rng, thing.look, word, size, self.second_colours)
+        aside = bool(self.asides) and rng.random() < self.asides
+        phrases = [_phrase(rng, thing.look, word, size, self.second_colours, aside)
                    for thing, word in zip(scene.spoken_of, scene.words, strict=True)]
         template = scene.style or _choice(rng, PLAIN_TEMPLATES, TEMPLATE_SHARES)
         caption = template.format(f" {relation} ".join(phrases))
@@ -288,9 +292,13 @@ def _choice(rng: np.random.Generator, options: Sequence[str], shares: Sequence[f
     return options[rng.choice(len(options), p=shares)]
 
 
-def _phrase(rng: np.random.Generator, look: Look, word: str, size: str | None, second_colours: float) -> str:
+def _phrase(rng: np.random.Generator, look: Look, word: str, size: str | None, second_colours: float,
+            as_aside: bool) -> str:
     """The thing with most of its looks named: what captions leave out, a model learns to vary by itself."""
     parts = [part for part in (size, look.colour, look.pattern) if part and rng.random() < 0.8]
     if second_colours and look.second and parts[-2:] == [look.colour, look.pattern] and rng.random() < second_colours:
         parts[-1:] = ["and", look.second, look.pattern]
+    if as_aside:
+        sizes = [part for part in parts if part == size]
+        return with_article(" ".join([*sizes, aside(" ".join(parts[len(sizes):]), word)]))
     return with_article(" ".join([*parts, word]))

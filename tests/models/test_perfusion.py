@@ -126,6 +126,7 @@ def test_a_super_category_of_several_pieces_is_their_mean(folder: Path) -> None:
     ({"super_category": None}, "--init_word"), ({"super_category": "  "}, "teddy bear"),
     ({"ckpt_path": None}, "--actual_resume"), ({"placeholder": "two words"}, "white space"),
     ({"locking": "global"}, "local, trained"), ({"projection": "half"}, "full, gated"),
+    ({"value_axes": "words"}, "plain, looks"),
     ({"temperature": 0.0}, "above 0"),
     ({"covariance": "missing.safetensors"}, "missing.safetensors"), ({"ckpt_path": "missing.ckpt"}, "missing.ckpt"),
 ])
@@ -338,6 +339,24 @@ def test_trained_keys_are_used(folder: Path) -> None:
         model.concepts[0].target_outputs_k[0].add_(1.0)
     gates = model.prompt_context(batch()["caption"]).gates
     assert torch.allclose(keys() - before, gates.detach().expand_as(before), atol=1e-4)
+
+
+def test_values_along_the_axes_of_looks(folder: Path) -> None:
+    """They start where others do, have fewer numbers, and never leave what adjectives make of the super-category."""
+    plain, looks = prepared(folder), prepared(folder, value_axes="looks", value_lr=0.5)
+    start = looks.learned().target_output_v
+    for name, output in plain.learned().target_output_v.items():
+        torch.testing.assert_close(start[name], output)
+    (optimizer,) = [looks.configure_optimizers()["optimizer"]]
+    for step in range(3):
+        optimizer.zero_grad()
+        looks.training_step(batch(), step).backward()
+        optimizer.step()
+    for place, (name, output) in enumerate(looks.learned().target_output_v.items()):
+        axes = getattr(looks.concepts[0].target_outputs_v, f"axes_{place}")
+        moved = (output - start[name]).double()
+        assert moved.norm() > 0
+        assert (moved - axes.double() @ torch.linalg.pinv(axes.double()) @ moved).norm() < 1e-3 * moved.norm()
 
 
 def draw(model: Perfusion, prompts: list[str], concepts: list[Concept]) -> list[np.ndarray]:
