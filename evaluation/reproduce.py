@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
 STUDIES = ("baselines", "locking", "projection", "masks", "one_photo", "training_bias", "temperature", "two_concepts",
            "cost")
-BIASES, PAIR_BIASES = (0.2, 0.4, 0.6, 0.75, 0.9, 1.1), (0.5,)
+BIASES, PAIR_BIASES = (0.4, 0.6, 0.75, 0.9, 1.05, 1.2), (0.75,)
 MOST_FEW = 3  # biases of the curves that comparisons have
 QUICK = {"concepts": 2, "prompts_limit": 4, "seeds": 2, "steps": 10, "train_steps": 80, "pair_places": 2}
 
@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                          help="default: %(default)s, whose 15 steps are nearer to the limit of many than DDIM's 25")
     drawing.add_argument("--steps", "--ddim_steps", dest="steps", type=whole(1), default=15, metavar="N",
                          help="sampling steps (default: %(default)s)")
-    drawing.add_argument("--scale", type=number(1), default=2.0, metavar="NUMBER",
+    drawing.add_argument("--scale", type=number(1), default=3.0, metavar="NUMBER",
                          help="guidance (default: %(default)s)")
     drawing.add_argument("--batch_size", type=whole(1), default=32, metavar="N",
                          help="pictures drawn at a time (default: %(default)s)")
