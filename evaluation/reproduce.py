@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                          help="default: %(default)s, whose 15 steps are nearer to the limit of many than DDIM's 25")
     drawing.add_argument("--steps", "--ddim_steps", dest="steps", type=whole(1), default=15, metavar="N",
                          help="sampling steps (default: %(default)s)")
-    drawing.add_argument("--scale", type=number(1), default=3.0, metavar="NUMBER",
+    drawing.add_argument("--scale", type=number(1), default=2.0, metavar="NUMBER",
                          help="guidance (default: %(default)s)")
     drawing.add_argument("--batch_size", type=whole(1), default=32, metavar="N",
                          help="pictures drawn at a time (default: %(default)s)")
