@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
 STUDIES = ("baselines", "locking", "projection", "masks", "one_photo", "training_bias", "temperature", "two_concepts",
            "cost")
-BIASES, PAIR_BIASES = (0.4, 0.6, 0.75, 0.9, 1.05, 1.2), (0.75,)
+BIASES, PAIR_BIASES = (0.2, 0.4, 0.6, 0.75, 0.9, 1.1), (0.5,)
 MOST_FEW = 3  # biases of the curves that comparisons have
 QUICK = {"concepts": 2, "prompts_limit": 4, "seeds": 2, "steps": 10, "train_steps": 80, "pair_places": 2}
 
