@@ -267,8 +267,8 @@ class SceneDataset(Dataset):
     def _caption(self, rng: np.random.Generator, scene: Scene, relation: str | None, size: str | None) -> str:
         if rng.random() < self.empty_caption:
             return ""
-        aside = bool(self.asides) and rng.random() < self.asides
-        phrases = [_phrase(rng, thing.look, word, size, self.second_colours, aside)
+        as_aside = bool(self.asides) and rng.random() < self.asides
+        phrases = [_phrase(rng, thing.look, word, size, self.second_colours, as_aside)
                    for thing, word in zip(scene.spoken_of, scene.words, strict=True)]
         template = scene.style or _choice(rng, PLAIN_TEMPLATES, TEMPLATE_SHARES)
         caption = template.format(f" {relation} ".join(phrases))
