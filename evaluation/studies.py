@@ -113,9 +113,9 @@ class Study:
 BASE = Method("base model", taught=False)
 PERFUSION = Method("Perfusion")
 TRAINED_KEYS = Method("trained keys", overrides=("model.params.locking=trained",))
-GATED, FULL = (Method(f"{name} projection", overrides=(f"model.params.projection={name}",))
-               for name in ("gated", "full"))
-BY_PROJECTION = {"gated": GATED, "full": FULL}
+BY_PROJECTION = {name: Method(f"{name} projection", overrides=(f"model.params.projection={name}",))
+                 for name in ("gated", "full")}
+GATED, FULL = BY_PROJECTION.values()
 NO_MASKS = Method("no masks", masks=False)
 ONE_PHOTO = Method("one photo", photos=1)
 TEXTUAL_INVERSION = Method("Textual Inversion", "textual-inversion.yaml")

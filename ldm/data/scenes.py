@@ -299,6 +299,6 @@ def _phrase(rng: np.random.Generator, look: Look, word: str, size: str | None, s
     if second_colours and look.second and parts[-2:] == [look.colour, look.pattern] and rng.random() < second_colours:
         parts[-1:] = ["and", look.second, look.pattern]
     if as_aside:
-        sizes = [part for part in parts if part == size]
-        return with_article(" ".join([*sizes, aside(" ".join(parts[len(sizes):]), word)]))
+        looks = [part for part in parts if part != size]
+        parts, word = parts[:len(parts) - len(looks)], aside(" ".join(looks), word)
     return with_article(" ".join([*parts, word]))
