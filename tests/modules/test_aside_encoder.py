@@ -46,7 +46,8 @@ def test_nouns_hear_and_nothing_else_does(encoder: AsideCLIPEmbedder, plain: Fro
 
 
 def test_places_of_nouns(encoder: AsideCLIPEmbedder) -> None:
-    first, second = nouns(encoder, CAPTIONS[0])
+    (row, first), (_, second), *_ = nouns(encoder, CAPTIONS)
+    assert row == 0
     assert (first.told, first.heard, first.count) == (5, 7, 2)
     assert (second.told, second.heard, second.count) == (10, 13, 1)
 

@@ -30,15 +30,14 @@ class Noun:
     count: int
 
 
-def nouns(encoder: PromptEncoder, caption: str) -> list[Noun]:
-    """The nouns of a caption that have asides."""
-    places = []
-    for found in ASIDE.finditer(caption):
-        count = len(encoder.word_pieces(found[2]))
-        until = caption[:found.end()]
-        told, heard = (1 + len(encoder.word_pieces(read(until))) - count for read in (as_told, as_heard))
-        places.append(Noun(told, heard, count))
-    return places
+def nouns(encoder: PromptEncoder, captions: Sequence[str]) -> list[tuple[int, Noun]]:
+    """The nouns that have asides, each with the number of its caption."""
+    found = [(row, match, caption[:match.end()]) for row, caption in enumerate(captions)
+             for match in ASIDE.finditer(caption)]
+    texts = [text for _, match, until in found for text in (match[2], as_told(until), as_heard(until))]
+    counts = map(len, encoder.word_pieces_of(texts))
+    return [(row, Noun(1 + told - count, 1 + heard - count, count))
+            for (row, _, _), count, told, heard in zip(found, counts, counts, counts, strict=True)]
 
 
 class AsideCLIPEmbedder(FrozenCLIPEmbedder):
@@ -51,7 +50,7 @@ class AsideCLIPEmbedder(FrozenCLIPEmbedder):
             UserError: a caption is too long, asides included.
         """
         captions = [text] if isinstance(text, str) else text
-        found = [(row, noun) for row, caption in enumerate(captions) for noun in nouns(self, caption)]
+        found = nouns(self, captions)
         rows = list(dict.fromkeys(row for row, _ in found))
         encoding = super().forward([*map(as_told, captions), *(as_heard(captions[row]) for row in rows)])
         told, heard = encoding[:len(captions)], encoding[len(captions):]

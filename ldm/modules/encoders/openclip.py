@@ -4,6 +4,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+from collections.abc import Sequence
 
 import open_clip
 import torch
@@ -62,8 +63,8 @@ class FrozenOpenCLIPEmbedder(ClipWords):
     def token_table(self) -> Tensor:
         return self.model.token_embedding.weight
 
-    def word_pieces(self, text: str) -> list[int]:
-        return super().word_pieces(self._clean(text))
+    def word_pieces_of(self, texts: Sequence[str]) -> list[list[int]]:
+        return super().word_pieces_of([self._clean(text) for text in texts])
 
     def _frame(self) -> tuple[int, int, int]:
         return self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, PADDING
