@@ -83,7 +83,7 @@ def test_a_run_leaves_a_small_concept(teddy: SimpleNamespace) -> None:
     assert teddy.concept.stat().st_size < 100_000
     (concept,) = load_concepts(teddy.concept)
     assert (concept.placeholder, concept.super_category, concept.steps) == ("<my-teddy>", "teddy bear", STEPS)
-    assert (concept.bias, concept.temperature, concept.projection) == (0.95, 0.1, "gated")
+    assert (concept.bias, concept.temperature, concept.projection) == (0.75, 0.1, "gated")
     assert concept.embedding.shape == (1, 128) and concept.target_input.shape == (128,)
     assert concept.target_output_v and not concept.target_output_k
 

@@ -1,7 +1,7 @@
 """The numbers of one concept while they are being learned."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,44 @@ from ldm.modules.concept import Concept
 from ldm.modules.context import Edit, TextLayer, locked_keys
 
 LOCKINGS = ("local", "trained")
+FAINTEST_AXIS = 1e-6  # of the variance along the longest one
+
+
+def axes_of(covariance: Tensor) -> Tensor:
+    """(d, r): principal axes A of C (d, d), each as long as the standard deviation along it, so that A A^T = C.
+
+    Those with hardly any are left out.
+    """
+    variances, axes = torch.linalg.eigh(covariance.to("cpu").double())
+    kept = variances > FAINTEST_AXIS * variances[-1]
+    return (axes[:, kept] * variances[kept].sqrt()).float()
+
+
+class TargetOutputs(nn.ParameterList):
+    """The numbers by which target outputs of one concept, (1, p) for each layer, are learned.
+
+    Args:
+        starts: where they start.
+        axes: (p, r) of each layer; None: the outputs themselves are learned. With axes it is coordinates along them,
+            the same z (1, r) for all layers, o* = start + A z. An optimiser like Adam, which takes steps of about the
+            same length in each number, so moves outputs along each axis as far as it is long, and nowhere else.
+    """
+
+    def __init__(self, starts: Sequence[Tensor], axes: Sequence[Tensor] | None = None) -> None:
+        super().__init__(tensor.detach().clone() for tensor in (
+            starts if axes is None else [axes[0].new_zeros(1, axes[0].shape[1])]))
+        self.layers = len(starts)
+        self.along_axes = axes is not None
+        for place, (start, axis) in enumerate(zip(starts, axes, strict=True) if axes is not None else ()):
+            self.register_buffer(f"start_{place}", start.detach().clone(), persistent=False)
+            self.register_buffer(f"axes_{place}", axis, persistent=False)
+
+    def outputs(self) -> list[Tensor]:
+        """The target outputs as they now are."""
+        if not self.along_axes:
+            return list(self)
+        return [getattr(self, f"start_{place}") + self[0] @ getattr(self, f"axes_{place}").mT
+                for place in range(self.layers)]
 
 
 class LearnedConcept(nn.Module):
@@ -21,10 +59,12 @@ class LearnedConcept(nn.Module):
             over the training prompts. i* starts there, too.
         text_layers: layer name -> layer; values start at o*_V = W_V i_super.
         locking: "local" locks keys at o*_K = W_K i_super (derived, never stored); "trained" learns them like values.
+        looks: (d, d), a covariance of encodings, axes A: target outputs are those of one encoding that all layers are
+            given, o*_V = W_V (i_super + A z), and z is learned (see `TargetOutputs`); None: each by itself, freely.
     """
 
     def __init__(self, embedding: Tensor, super_input: Tensor, text_layers: Mapping[str, TextLayer],
-                 locking: str = "local") -> None:
+                 locking: str = "local", looks: Tensor | None = None) -> None:
         super().__init__()
         if locking not in LOCKINGS:
             raise ValueError(f"locking {locking!r} is not one of {', '.join(LOCKINGS)}")
@@ -32,9 +72,17 @@ class LearnedConcept(nn.Module):
         self.embedding = nn.Parameter(embedding.detach().float().clone())
         super_input = super_input.detach().float()
         values = [super_input[None] @ layer.to_v.weight.detach().float().T for layer in text_layers.values()]
-        self.target_outputs_v = nn.ParameterList(values)
         keys = locked_keys(text_layers, super_input[None])
-        self.target_outputs_k = nn.ParameterList(keys.values()) if locking == "trained" else None
+
+        shared = None if looks is None else axes_of(looks)
+
+        def learned(starts: Iterable[Tensor], projections: Iterable[nn.Linear]) -> TargetOutputs:
+            return TargetOutputs(list(starts), None if looks is None else [
+                layer.weight.detach().float() @ shared.to(layer.weight.device) for layer in projections])
+
+        self.target_outputs_v = learned(values, [layer.to_v for layer in text_layers.values()])
+        self.target_outputs_k = learned(keys.values(), [layer.to_k for layer in text_layers.values()]
+                               ) if locking == "trained" else None
         self.register_buffer("super_input", super_input.clone())
         self.register_buffer("target_input", super_input.clone())
         self.register_buffer("start", self.embedding.detach().clone(), persistent=False)
@@ -47,12 +95,13 @@ class LearnedConcept(nn.Module):
     def edit(self, bias: float, temperature: float, projection: str = "full") -> Edit:
         """The edit that this concept makes now; gradients reach the target outputs."""
         device = self.target_input.device
-        trained = self.target_outputs_k
-        keys = dict(zip(self.layer_names, trained, strict=True)) if trained is not None else {
-            name: key.to(device) for name, key in self._locked.items()}
+        keys = self._by_layer(self.target_outputs_k) or {name: key.to(device) for name, key in self._locked.items()}
         return Edit(self.target_input[None], torch.tensor([bias], device=device),
                     torch.tensor([temperature], device=device),
-                    dict(zip(self.layer_names, self.target_outputs_v, strict=True)), keys, (projection,))
+                    self._by_layer(self.target_outputs_v), keys, (projection,))
+
+    def _by_layer(self, learned: TargetOutputs | None) -> dict[str, Tensor]:
+        return {} if learned is None else dict(zip(self.layer_names, learned.outputs(), strict=True))
 
     @torch.no_grad()
     def move_target_input(self, encodings: Tensor, decay: float) -> None:
@@ -65,10 +114,9 @@ class LearnedConcept(nn.Module):
 
     def to_concept(self, **settings: object) -> Concept:
         """The concept as a value; settings are the fields of `Concept` that are not tensors."""
-        def named(outputs: nn.ParameterList | None) -> dict[str, Tensor]:
-            return {name: output[0].detach().clone() for name, output in zip(self.layer_names, outputs or (),
-                                                                           strict=outputs is not None)}
+        def kept(learned: TargetOutputs | None) -> dict[str, Tensor]:
+            return {name: output[0].detach().clone() for name, output in self._by_layer(learned).items()}
 
         return Concept(embedding=self.embedding.detach().clone(), target_input=self.target_input.clone(),
-                       super_input=self.super_input.clone(), target_output_v=named(self.target_outputs_v),
-                       target_output_k=named(self.target_outputs_k), **settings)
+                       super_input=self.super_input.clone(), target_output_v=kept(self.target_outputs_v),
+                       target_output_k=kept(self.target_outputs_k), **settings)

@@ -18,6 +18,8 @@ from ldm.models.diffusion.perfusion import Perfusion
 from ldm.models.diffusion.prompts import word_vector
 from ldm.modules.concept import Concept, load_concepts, save_concepts
 from ldm.modules.context import PromptContext
+from ldm.modules.learned_concept import axes_of
+from ldm.modules.looks import looks_covariance
 from ldm.modules.rank_one import gate, similarity
 from ldm.util import instantiate_from_config
 
@@ -126,6 +128,7 @@ def test_a_super_category_of_several_pieces_is_their_mean(folder: Path) -> None:
     ({"super_category": None}, "--init_word"), ({"super_category": "  "}, "teddy bear"),
     ({"ckpt_path": None}, "--actual_resume"), ({"placeholder": "two words"}, "white space"),
     ({"locking": "global"}, "local, trained"), ({"projection": "half"}, "full, gated"),
+    ({"value_axes": "words"}, "plain, looks"), ({"value_decay": -0.1}, "0 or more"),
     ({"temperature": 0.0}, "above 0"),
     ({"covariance": "missing.safetensors"}, "missing.safetensors"), ({"ckpt_path": "missing.ckpt"}, "missing.ckpt"),
 ])
@@ -171,6 +174,7 @@ def test_the_optimiser_has_two_rates_for_the_concept_alone(folder: Path) -> None
     model = prepared(folder, locking="trained", embedding_lr=0.5, value_lr=0.25)
     groups = model.configure_optimizers()["optimizer"].param_groups
     assert [group["lr"] for group in groups] == [0.5, 0.25]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.0]
     given = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in given} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(given) == 1 + 2 * LAYERS
@@ -338,6 +342,38 @@ def test_trained_keys_are_used(folder: Path) -> None:
         model.concepts[0].target_outputs_k[0].add_(1.0)
     gates = model.prompt_context(batch()["caption"]).gates
     assert torch.allclose(keys() - before, gates.detach().expand_as(before), atol=1e-4)
+
+
+def test_values_along_the_axes_of_looks(folder: Path) -> None:
+    """They start where others do, and are always those of one encoding that adjectives make of the super-category."""
+    plain, looks = prepared(folder), prepared(folder, value_axes="looks", value_lr=0.5)
+    start = looks.learned().target_output_v
+    for name, output in plain.learned().target_output_v.items():
+        torch.testing.assert_close(start[name], output)
+    (optimizer,) = [looks.configure_optimizers()["optimizer"]]
+    for step in range(3):
+        optimizer.zero_grad()
+        looks.training_step(batch(), step).backward()
+        optimizer.step()
+    encoder = looks.cond_stage_model
+    shared = axes_of(looks_covariance(encoder, word_vector(encoder, looks.super_categories[0])))
+    (numbers,) = looks.concepts[0].target_outputs_v
+    assert numbers.detach().norm() > 0
+    for name, output in looks.learned().target_output_v.items():
+        moved = (numbers.detach() @ shared.T @ looks.text_layers[name].to_v.weight.T)[0]
+        torch.testing.assert_close(output - start[name], moved, rtol=1e-4, atol=1e-4)
+
+
+def test_values_stay_near_the_super_categorys_where_they_decay(folder: Path) -> None:
+    """With a gradient that always leads the same way, Adam's steps of lr and a decay of lr x w meet at 1 / w."""
+    model = prepared(folder, value_axes="looks", value_lr=0.1, value_decay=0.5)
+    optimizer = model.configure_optimizers()["optimizer"]
+    for _ in range(200):
+        optimizer.zero_grad()
+        sum(numbers.sum() for numbers in model.concepts[0].target_outputs_v).backward()
+        optimizer.step()
+    for numbers in model.concepts[0].target_outputs_v:
+        torch.testing.assert_close(numbers.detach(), torch.full_like(numbers, -2.0), rtol=1e-2, atol=0)
 
 
 def draw(model: Perfusion, prompts: list[str], concepts: list[Concept]) -> list[np.ndarray]:

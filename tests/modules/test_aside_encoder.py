@@ -7,6 +7,7 @@ from tiny_models import text_tower
 
 from ldm.data.asides import as_heard, as_told
 from ldm.errors import UserError
+from ldm.modules.context import PromptContext
 from ldm.modules.encoders.asides import AsideCLIPEmbedder, nouns
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder
 
@@ -71,3 +72,37 @@ def test_too_long_with_its_asides(encoder: AsideCLIPEmbedder) -> None:
     caption = f"a ({'red ' * 12}striped|cat)"
     with pytest.raises(UserError, match="tokens, but the text encoder takes 14"):
         encoder([caption])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_keys_of_what_is_told(encoder: AsideCLIPEmbedder, plain: FrozenCLIPEmbedder, share: float) -> None:
+    to_k, to_v = torch.nn.Linear(32, 8, bias=False), torch.nn.Linear(32, 8, bias=False)
+    heard, told = encoder(CAPTIONS), plain([as_told(c) for c in CAPTIONS])
+    torch.manual_seed(0)
+    encoder.told_keys = share
+    found = encoder(CAPTIONS)
+    encoder.told_keys = 0.0
+    if not share:
+        assert isinstance(found, torch.Tensor)
+        return
+    assert isinstance(found, PromptContext)
+    keys, values = found.keys_values("layer", to_k, to_v)
+    torch.testing.assert_close(values, to_v(heard))
+    locked = (keys - to_k(told)).abs().amax((1, 2)) < 1e-4
+    torch.testing.assert_close(keys[~locked], to_k(heard)[~locked])
+    if share == 1:
+        assert locked.all()
+
+
+def test_some_captions_keep_the_keys_of_what_is_told(encoder: AsideCLIPEmbedder) -> None:
+    torch.manual_seed(0)
+    encoder.told_keys = 0.3
+    found = encoder(["a (red|cat)"] * 400)
+    encoder.told_keys = 0.0
+    locked = ~(found.key_projected - found.projected).abs().amax((1, 2)).bool()
+    assert 0.2 < 1 - locked.float().mean() < 0.4
+
+
+def test_no_share(tower: str) -> None:
+    with pytest.raises(UserError, match="told_keys 1.5 is a share"):
+        AsideCLIPEmbedder(tower, max_length=16, told_keys=1.5)

@@ -271,7 +271,8 @@ class ConceptLearner(LatentDiffusion):
         groups = self.parameter_groups()
         for parameter in self.trained_parameters():
             parameter.requires_grad_(True)
-        return optimizer_and_schedule(torch.optim.Adam(groups, fused=may_fuse(self)), self.scheduler_config)
+        return optimizer_and_schedule(torch.optim.AdamW(groups, weight_decay=0.0, fused=may_fuse(self)),
+                                      self.scheduler_config)
 
     def encoded(self, prompts: Sequence[str], vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Distinct prompts of a batch, encoded once, with `vectors` (n, width) where a concept's word stands.

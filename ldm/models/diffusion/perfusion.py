@@ -19,7 +19,10 @@ from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.learned_concept import LOCKINGS, LearnedConcept
+from ldm.modules.looks import looks_covariance
 from ldm.modules.rank_one import PROJECTIONS, invert_covariance
+
+VALUE_AXES = ("plain", "looks")
 
 
 class Perfusion(ConceptLearner):
@@ -30,6 +33,11 @@ class Perfusion(ConceptLearner):
         inference_bias: the default in sampling where it is another than in training.
         embedding_lr, value_lr: learning rates of the word embedding and of the target outputs.
         locking: "local" (keys locked to the super-category) or "trained" (keys learned like values, an ablation).
+        value_axes: "plain", any target output can be learned, each layer's by itself; "looks", those of one encoding
+            that adjectives could make of the super-category (see `ldm.modules.looks`), and `value_lr` is in standard
+            deviations of what these do.
+        value_decay: weight decay of what target outputs are learned by (Loshchilov and Hutter 2019, arXiv 1711.05101);
+            along the axes of looks it keeps them within 1 / value_decay standard deviations of the super-category.
         projection: "full", by the paper's Eq. 3, or "gated" (see `ldm.modules.rank_one`); concepts keep it.
         target_input_decay: of the moving average i*.
         covariance: file of the text encoder's covariance C; None: computed once from default captions and cached.
@@ -38,11 +46,14 @@ class Perfusion(ConceptLearner):
     def __init__(self, bias: float = 0.75, temperature: float = 0.1, embedding_lr: float = 0.006,
                  value_lr: float = 0.03, locking: str = "local", projection: str = "full",
                  target_input_decay: float = 0.99, covariance: str | None = None, inference_bias: float | None = None,
-                 **concept_learner: Any) -> None:
-        for name, value, known in (("locking", locking, LOCKINGS), ("projection", projection, PROJECTIONS)):
+                 value_axes: str = "plain", value_decay: float = 0.0, **concept_learner: Any) -> None:
+        for name, value, known in (("locking", locking, LOCKINGS), ("projection", projection, PROJECTIONS),
+                                   ("value_axes", value_axes, VALUE_AXES)):
             if value not in known:
                 raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         check_above_zero(temperature=temperature, embedding_lr=embedding_lr, value_lr=value_lr)
+        if value_decay < 0:
+            raise UserError(f"value_decay {value_decay} must be 0 or more; 0 lets target outputs go anywhere")
         if not 0 <= target_input_decay < 1:
             raise UserError(f"target_input_decay {target_input_decay} must be at least 0 and below 1; 0.99 is usual")
         if covariance is not None and not Path(covariance).is_file():  # before weights, which take longer to load
@@ -52,7 +63,8 @@ class Perfusion(ConceptLearner):
         self.bias, self.temperature = bias, temperature
         self.inference_bias = bias if inference_bias is None else inference_bias
         self.embedding_lr, self.value_lr = embedding_lr, value_lr
-        self.locking, self.projection = locking, projection
+        self.locking, self.projection, self.value_axes = locking, projection, value_axes
+        self.value_decay = value_decay
         self.target_input_decay, self.covariance = target_input_decay, covariance
         self._inverse_covariance: Tensor | None = None
 
@@ -72,11 +84,13 @@ class Perfusion(ConceptLearner):
         tokens = self.training_tokens(data)
         super_input = encoder.encode_tokens(tokens, start)[self.concept_positions(tokens)].mean(0)
         self.inverse_covariance()
-        return LearnedConcept(start, super_input, self.text_layers, self.locking)
+        looks = looks_covariance(encoder, start) if self.value_axes == "looks" else None
+        return LearnedConcept(start, super_input, self.text_layers, self.locking, looks)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [concept.embedding for concept in self.concepts], "lr": self.embedding_lr},
-                {"params": [value for concept in self.concepts for value in concept.values()], "lr": self.value_lr}]
+                {"params": [value for concept in self.concepts for value in concept.values()], "lr": self.value_lr,
+                 "weight_decay": self.value_decay}]
 
     def prompt_context(self, prompts: list[str], average: bool = False) -> PromptContext:
         """Each prompt under the edit, as it now is, of the concept that it names; `average` moves i* by them first."""

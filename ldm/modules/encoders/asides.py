@@ -11,12 +11,15 @@ Double", 2022, show how far that goes); a small one, trained along with its U-Ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.data.asides import ASIDE, as_heard, as_told
+from ldm.errors import UserError
+from ldm.modules.context import PromptContext
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder
 from ldm.modules.encoders.prompts import PromptEncoder
 
@@ -41,10 +44,23 @@ def nouns(encoder: PromptEncoder, captions: Sequence[str]) -> list[tuple[int, No
 
 
 class AsideCLIPEmbedder(FrozenCLIPEmbedder):
-    """The text tower of a CLIP that understands asides; it has the same weights and takes the same params."""
+    """The text tower of a CLIP that understands asides; it has the same weights.
 
-    def forward(self, text: Sequence[str] | str) -> Tensor:
+    Args (beside those of `FrozenCLIPEmbedder`):
+        told_keys: share of the captions with asides whose nouns have heard them in their values only. Keys are then
+            those of the plain noun, as Perfusion locks them, and what a noun looks like is all in what it says.
+    """
+
+    def __init__(self, *args: Any, told_keys: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not 0 <= told_keys <= 1:
+            raise UserError(f"told_keys {told_keys} is a share of captions; give a number from 0 to 1")
+        self.told_keys = told_keys
+
+    def forward(self, text: Sequence[str] | str) -> Tensor | PromptContext:
         """Encodings (B, max_length, d): captions as told, with nouns as they are heard where these have asides.
+
+        With `told_keys` they come as a context in which keys may have encodings of their own.
 
         Raises:
             UserError: a caption is too long, asides included.
@@ -54,9 +70,15 @@ class AsideCLIPEmbedder(FrozenCLIPEmbedder):
         rows = list(dict.fromkeys(row for row, _ in found))
         encoding = super().forward([*map(as_told, captions), *(as_heard(captions[row]) for row in rows)])
         told, heard = encoding[:len(captions)], encoding[len(captions):]
-        if not found:
-            return told
-        places = [(row, noun.told + piece, rows.index(row), noun.heard + piece)
-                  for row, noun in found for piece in range(noun.count)]
-        row, to, heard_row, heard_at = torch.tensor(places, device=encoding.device).T
-        return told.index_put((row, to), heard[heard_row, heard_at])
+        if found:
+            places = [(row, noun.told + piece, rows.index(row), noun.heard + piece)
+                      for row, noun in found for piece in range(noun.count)]
+            row, to, heard_row, heard_at = torch.tensor(places, device=encoding.device).T
+            heard = told.index_put((row, to), heard[heard_row, heard_at])
+        else:
+            heard = told
+        if not self.told_keys:
+            return heard
+        locked = (torch.rand(len(captions)) < self.told_keys).to(told.device)
+        context = PromptContext.plain(heard)
+        return replace(context, key_projected=torch.where(locked[:, None, None], told, heard))
