@@ -76,7 +76,7 @@ def test_too_long_with_its_asides(encoder: AsideCLIPEmbedder) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_keys_of_what_is_told(encoder: AsideCLIPEmbedder, plain: FrozenCLIPEmbedder, share: float) -> None:
-    to_k, to_v = torch.nn.Linear(32, 8, bias=False), torch.nn.Linear(32, 8, bias=False)
+    to_k, to_v = torch.nn.Linear(16, 8, bias=False), torch.nn.Linear(16, 8, bias=False)
     heard, told = encoder(CAPTIONS), plain([as_told(c) for c in CAPTIONS])
     torch.manual_seed(0)
     encoder.told_keys = share
