@@ -23,31 +23,42 @@ def axes_of(covariance: Tensor) -> Tensor:
     return (axes[:, kept] * variances[kept].sqrt()).float()
 
 
-class TargetOutputs(nn.ParameterList):
-    """The numbers by which target outputs of one concept, (1, p) for each layer, are learned.
+class FreeOutputs(nn.ParameterList):
+    """Target outputs of one concept, (1, p) for each layer, each learned by itself from where it starts."""
+
+    def __init__(self, starts: Iterable[Tensor]) -> None:
+        super().__init__(start.detach().clone() for start in starts)
+
+    def outputs(self) -> list[Tensor]:
+        """The target outputs as they now are."""
+        return list(self)
+
+
+class OutputsAlongAxes(nn.ParameterList):
+    """Target outputs of one concept, (1, p) for each layer, o* = start + A z with the same z (1, r) for all layers.
+
+    Only z is learned. An optimiser like Adam, which takes steps of about the same length in each number, so moves
+    outputs along each axis as far as it is long, and nowhere else.
 
     Args:
         starts: where they start.
-        axes: (p, r) of each layer; None: the outputs themselves are learned. With axes it is coordinates along them,
-            the same z (1, r) for all layers, o* = start + A z. An optimiser like Adam, which takes steps of about the
-            same length in each number, so moves outputs along each axis as far as it is long, and nowhere else.
+        axes: A of each layer, (p, r).
     """
 
-    def __init__(self, starts: Sequence[Tensor], axes: Sequence[Tensor] | None = None) -> None:
-        super().__init__(tensor.detach().clone() for tensor in (
-            starts if axes is None else [axes[0].new_zeros(1, axes[0].shape[1])]))
-        self.layers = len(starts)
-        self.along_axes = axes is not None
-        for place, (start, axis) in enumerate(zip(starts, axes, strict=True) if axes is not None else ()):
+    def __init__(self, starts: Iterable[Tensor], axes: Sequence[Tensor]) -> None:
+        super().__init__([axes[0].new_zeros(1, axes[0].shape[1])])
+        self.layers = len(axes)
+        for place, (start, axis) in enumerate(zip(starts, axes, strict=True)):
             self.register_buffer(f"start_{place}", start.detach().clone(), persistent=False)
             self.register_buffer(f"axes_{place}", axis, persistent=False)
 
     def outputs(self) -> list[Tensor]:
         """The target outputs as they now are."""
-        if not self.along_axes:
-            return list(self)
         return [getattr(self, f"start_{place}") + self[0] @ getattr(self, f"axes_{place}").mT
                 for place in range(self.layers)]
+
+
+TargetOutputs = FreeOutputs | OutputsAlongAxes
 
 
 class LearnedConcept(nn.Module):
@@ -60,7 +71,7 @@ class LearnedConcept(nn.Module):
         text_layers: layer name -> layer; values start at o*_V = W_V i_super.
         locking: "local" locks keys at o*_K = W_K i_super (derived, never stored); "trained" learns them like values.
         looks: (d, d), a covariance of encodings, axes A: target outputs are those of one encoding that all layers are
-            given, o*_V = W_V (i_super + A z), and z is learned (see `TargetOutputs`); None: each by itself, freely.
+            given, o*_V = W_V (i_super + A z), and z is learned (see `OutputsAlongAxes`); None: each by itself, freely.
     """
 
     def __init__(self, embedding: Tensor, super_input: Tensor, text_layers: Mapping[str, TextLayer],
@@ -77,12 +88,14 @@ class LearnedConcept(nn.Module):
         shared = None if looks is None else axes_of(looks)
 
         def learned(starts: Iterable[Tensor], projections: Iterable[nn.Linear]) -> TargetOutputs:
-            return TargetOutputs(list(starts), None if looks is None else [
-                layer.weight.detach().float() @ shared.to(layer.weight.device) for layer in projections])
+            if shared is None:
+                return FreeOutputs(starts)
+            return OutputsAlongAxes(starts, [layer.weight.detach().float() @ shared.to(layer.weight.device)
+                                             for layer in projections])
 
-        self.target_outputs_v = learned(values, [layer.to_v for layer in text_layers.values()])
-        self.target_outputs_k = learned(keys.values(), [layer.to_k for layer in text_layers.values()]
-                               ) if locking == "trained" else None
+        layers = text_layers.values()
+        self.target_outputs_v = learned(values, [layer.to_v for layer in layers])
+        self.target_outputs_k = None if locking == "local" else learned(keys.values(), [layer.to_k for layer in layers])
         self.register_buffer("super_input", super_input.clone())
         self.register_buffer("target_input", super_input.clone())
         self.register_buffer("start", self.embedding.detach().clone(), persistent=False)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.modules.learned_concept import TargetOutputs, axes_of
+from ldm.modules.learned_concept import FreeOutputs, OutputsAlongAxes, TargetOutputs, axes_of
 
 
 def spread(width: int, rank: int, seed: int) -> torch.Tensor:
@@ -27,7 +27,7 @@ def test_axes_are_those_of_encodings(width: int, rank: int, seed: int) -> None:
 def test_outputs_start_where_they_are_told_and_move_along_axes_together() -> None:
     starts, shared = [torch.randn(1, 6), torch.randn(1, 5)], axes_of(spread(4, 2, 0))
     weights = [torch.randn(6, 4), torch.randn(5, 4)]
-    learned = TargetOutputs(starts, [weight @ shared for weight in weights])
+    learned = OutputsAlongAxes(starts, [weight @ shared for weight in weights])
     torch.testing.assert_close(learned.outputs(), starts)
     optimiser = torch.optim.Adam(learned.parameters(), lr=0.5)
     for _ in range(3):
@@ -43,13 +43,15 @@ def test_outputs_start_where_they_are_told_and_move_along_axes_together() -> Non
 def test_the_first_step_is_as_long_as_each_axis() -> None:
     """Adam's first step is the learning rate in each number, so along each axis that times its length."""
     axes = torch.diag(torch.tensor([3.0, 1.0, 0.01]))
-    learned = TargetOutputs([torch.zeros(1, 3)], [axes])
+    learned = OutputsAlongAxes([torch.zeros(1, 3)], [axes])
     optimiser = torch.optim.Adam(learned.parameters(), lr=0.1)
     (learned.outputs()[0] - 5.0).square().sum().backward()
     optimiser.step()
     torch.testing.assert_close(learned.outputs()[0].detach(), torch.tensor([[0.3, 0.1, 0.001]]), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("axes", [None, [torch.ones(6, 2)]])
-def test_checkpoints_hold_what_is_learned_alone(axes: list[torch.Tensor] | None) -> None:
-    assert set(TargetOutputs([torch.zeros(1, 6)], axes).state_dict()) == {"0"}
+@pytest.mark.parametrize("learned", [FreeOutputs([torch.zeros(1, 6)]),
+                                     OutputsAlongAxes([torch.zeros(1, 6)], [torch.ones(6, 2)])],
+                         ids=["free", "along axes"])
+def test_checkpoints_hold_what_is_learned_alone(learned: TargetOutputs) -> None:
+    assert set(learned.state_dict()) == {"0"}
