@@ -178,7 +178,8 @@ def draw(run: Plan, start: Start | None = None) -> Album:
     Raises:
         UserError: the weights are missing or do not fit, or memory is short.
     """
-    model = inference.load_base(run.config, run.options.ckpt, run.device)
+    model = inference.quickened(inference.load_base(run.config, run.options.ckpt, run.device), run.concepts,
+                                run.sampling)
     run = balanced(run, model)
     encoder = inference.prompt_encoder(model, run.concepts)
     texts = [*run.prompts, *run.negatives]

@@ -286,10 +286,25 @@ def wants_sixteen_bits(precision: str | None, device: torch.device) -> bool:
     return precision == "autocast" or (precision is None and device.type == "cuda")
 
 
+def quickened(model: Any, concepts: Sequence[Learned], sampling: Sampling) -> Any:
+    """`model`, its U-Net on a CUDA device as fast as sampling in 16 bits allows; for good, so that all it draws is so.
+
+    Where concepts bring weights of their own, nothing is changed: those are in 32 bits.
+    """
+    device, tuned = model.betas.device, any(getattr(concept, "weights", None) for concept in concepts)
+    if sampling.autocast and device.type == "cuda" and not tuned:
+        model.model.quicken(_sixteen_bit_type(device))
+    return model
+
+
 def _sixteen_bits(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16, whose range no activation leaves, or to float16 on GPUs that have only that."""
+    return torch.autocast(device.type, _sixteen_bit_type(device), enabled=enabled)
+
+
+def _sixteen_bit_type(device: torch.device) -> torch.dtype:
+    """bfloat16, whose range no activation leaves, or float16 on GPUs that have only that."""
     modern = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.autocast(device.type, torch.bfloat16 if modern else torch.float16, enabled=enabled)
+    return torch.bfloat16 if modern else torch.float16
 
 
 def _first_stage_factor(config: DictConfig) -> int:

@@ -5,7 +5,9 @@ Shapes: B batch, C channels, L = H*W image positions, N text tokens, d width of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -87,9 +89,11 @@ class PerfusionCrossAttention(CrossAttention):
 
     def keys_values(self, context: Tensor | PromptContext) -> tuple[Tensor, Tensor]:
         """Keys and values, (B, N, heads * dim_head) each, of an encoded prompt with or without concepts in it."""
-        if isinstance(context, PromptContext):
-            return context.keys_values(self.layer_name, self.to_k, self.to_v)
-        return super().keys_values(context)
+        inner, own = self.to_q.weight.dtype, self.to_k.weight.dtype
+        with nullcontext() if inner == own else torch.autocast(context.device.type, inner):
+            if isinstance(context, PromptContext):
+                return context.keys_values(self.layer_name, self.to_k, self.to_v)
+            return super().keys_values(context)
 
 
 def name_text_layers(unet: nn.Module) -> dict[str, PerfusionCrossAttention]:

@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from ldm.command_line import quoted
 from ldm.data.images import from_tensor, save_grid
 from ldm.files import write_whole
+from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.training.record import describe_machine
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,25 @@ class ImageLogger(pl.Callback):
             for logger in trainer.loggers:
                 if hasattr(logger.experiment, "add_images"):
                     logger.experiment.add_images(f"train/{name}", (images + 1) / 2, step)
+
+
+class Quickened(pl.Callback):
+    """On a CUDA device with mixed precision, a U-Net that is not trained runs in 16 bits and by CUDA graphs.
+
+    What stays in 32 bits, such as the text encoder, may then multiply in TF32: that moves gates by a hundredth of what
+    bfloat16 would, and takes a quarter of the time.
+    """
+
+    DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        network, dtype = getattr(pl_module, "model", None), self.DTYPES.get(str(trainer.precision))
+        if dtype is None or pl_module.device.type != "cuda" or not isinstance(network, DiffusionWrapper):
+            return
+        averaged = getattr(pl_module, "use_ema", False)  # into copies of the weights as they were
+        if not averaged and not any(parameter.requires_grad for parameter in network.parameters()):
+            network.quicken(dtype)
+            torch.set_float32_matmul_precision("high")
 
 
 class StepProgress(TQDMProgressBar):

@@ -23,7 +23,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ldm.command_line import check_folder
 from ldm.errors import UserError
 from ldm.initialisation import DrawnWhenNeeded
-from ldm.training.callbacks import SetupCallback, StepProgress, StopAfterStep, WholeEpochs
+from ldm.training.callbacks import Quickened, SetupCallback, StepProgress, StopAfterStep, WholeEpochs
 from ldm.training.folder import removed_on_failure, steps_taken
 from ldm.training.options import get_parser, read_config
 from ldm.util import blamed_on, instantiate_from_config, refuse_unknown_params, refuse_wrong_kinds
@@ -73,7 +73,7 @@ def make_trainer(config: DictConfig, logdir: Path, now: str) -> pl.Trainer:
     with blamed_on("lightning.modelcheckpoint cannot be used", MisconfigurationException):
         callbacks = [SetupCallback(now, logdir, OmegaConf.create(plain), lightning), ModelCheckpoint(**checkpoints),
                      LearningRateMonitor(logging_interval="step"), StepProgress(), WholeEpochs(), StopAfterStep(),
-                     *own]
+                     Quickened(), *own]
     logger = TensorBoardLogger(save_dir=logdir, name="", version="tensorboard")
     with blamed_on("lightning.trainer, --accelerator or --devices cannot be used", MisconfigurationException):
         return pl.Trainer(**settings, callbacks=callbacks, logger=logger, default_root_dir=logdir)

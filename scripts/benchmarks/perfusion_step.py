@@ -1,7 +1,7 @@
 """A training step of a concept as `main.py` makes it, without the rest of a run: photos, loggers, progress bars."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ldm.data.personalized import PersonalizedBase
+from ldm.modules.cuda_graphs import GraphedUNet
 from scripts.benchmarks.common import Settings
-from scripts.benchmarks.device import mixed_precision
+from scripts.benchmarks.device import mixed_precision, precision
 from scripts.benchmarks.random_models import covariance_file, random_model, random_photos, read_config
 
 NOT_LOADED = ("random weights", (), False)
@@ -48,6 +49,9 @@ class PerfusionStep:
         model.setup("fit")
         model.on_fit_start()
         model.train()
+        if self.settings.device.type == "cuda":  # as `ldm.training.callbacks.Quickened` has it
+            model.model.quicken(precision(self.settings.device))
+            torch.set_float32_matmul_precision("high")
 
     @property
     def unet(self) -> nn.Module:
@@ -57,6 +61,23 @@ class PerfusionStep:
     def holds(self) -> list[Any]:
         """What a run keeps in memory."""
         return [self.model, self.model._moments, self.optimizer]
+
+    def way(self, recompute: bool = False, graphed: bool = True) -> Callable[[Mapping[str, Any]], None]:
+        """`step` in one of several ways: activations computed again in the backward pass or kept, by graphs or not.
+
+        Graphs are captured in the first step, on CUDA alone, and are the way's own.
+        """
+        graphs = GraphedUNet(self.unet) if graphed and self.settings.device.type == "cuda" else None
+
+        def step(batch: Mapping[str, Any]) -> None:
+            self.model.model.graphs = graphs
+            if recompute:
+                set_recomputation(self.unet, True)
+            self.step(batch)
+            if recompute:
+                set_recomputation(self.unet, False)
+
+        return step
 
     def batch(self, size: int) -> dict[str, Any]:
         """The first items of the photos, on the device."""
@@ -91,11 +112,17 @@ class FrozenUNet:
         return {"x": x, "timesteps": torch.randint(1000, (size,), device=self.device), "gradient": gradient,
                 "context": torch.randn(size, *self.context, device=self.device, requires_grad=True)}
 
-    def step(self, batch: Mapping[str, Tensor]) -> None:
-        with mixed_precision(self.device):
-            predicted = self.unet(batch["x"], batch["timesteps"], context=batch["context"])
-        predicted.backward(batch["gradient"].to(predicted.dtype))
-        batch["context"].grad = None
+    def way(self, graphed: bool) -> Callable[[Mapping[str, Tensor]], None]:
+        """A step by graphs, on CUDA, or by the U-Net as it is."""
+        unet = GraphedUNet(self.unet) if graphed and self.device.type == "cuda" else self.unet
+
+        def step(batch: Mapping[str, Tensor]) -> None:
+            with mixed_precision(self.device):
+                predicted = unet(batch["x"], batch["timesteps"], context=batch["context"])
+            predicted.backward(batch["gradient"].to(predicted.dtype))
+            batch["context"].grad = None
+
+        return step
 
 
 def set_recomputation(unet: nn.Module, on: bool) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ldm.inference import Job, Sampling, draw_latents, encode_once, latent_size
+from ldm.inference import Job, Sampling, draw_latents, encode_once, latent_size, quickened
 from ldm.models.diffusion.prompts import ConceptPrompts
 from ldm.modules.attention import name_text_layers
 from ldm.modules.concept import base_fingerprint
@@ -42,6 +42,7 @@ class Drawer:
         words = self.model.cond_stage_model.token_table.shape[1]
         self.concepts = [random_concept(self.layers, words, base, number) for number in range(most)]
         self.inverse = invert_covariance(random_covariance(width))
+        quickened(self.model, (), self.sampling)
 
     def encoder(self, count: int) -> ConceptPrompts:
         """What encodes prompts with the first `count` concepts loaded."""

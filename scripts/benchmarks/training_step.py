@@ -1,9 +1,9 @@
 """A training step of a concept beside those of other methods, and beside the least that it could take.
 
 All take turns in one run: same shape, picture size, batch, precision and attention. The least is the frozen U-Net's
-forward and backward pass alone. "Of the matrix rate": what the step needs (no pass counted twice, as recomputation
-would) over what the device does in one large matrix product. Memory: what the method keeps, and the most that a step
-takes beside it.
+forward and backward pass alone, on CUDA by graphs as Perfusion's is. "Of the matrix rate": what the step needs (no pass
+counted twice, as recomputation would) over what the device does in one large matrix product. Memory: what the method
+keeps, and the most that a step takes beside it.
 """
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from scripts.benchmarks.perfusion_step import FrozenUNet, PerfusionStep, set_rec
 from scripts.benchmarks.random_models import read_config
 
 PERFUSION, FLOOR, RECOMPUTING = "Perfusion", "frozen U-Net alone", "Perfusion, checkpointing"
+PLAIN_PERFUSION, PLAIN_FLOOR = "Perfusion without graphs", "frozen U-Net alone without graphs"
 TEXTUAL_INVERSION = "diffusers' Textual Inversion"
 RATIO_GOALS = {FLOOR: Goal(1.05), TEXTUAL_INVERSION: Goal(0.7)}
 MEMORY_GOALS = {(RECOMPUTING, 1): Goal(5.0), (PERFUSION, 4): Goal(12.0)}  # at 512 pixels
+STEPS_TOGETHER = 5
 MEMORY_GOAL_SIDE, RATE_GOAL, RATE_GOAL_BATCH = 512, Goal(45, at_least=True), 16
 # What torch.compile takes one by one: blocks that occur many times and read tensors only.
 REGIONS = ("ResBlock", "FeedForward", "CrossAttention", "ResnetBlock2D", "BasicTransformerBlock")
@@ -35,10 +37,14 @@ REGIONS = ("ResBlock", "FeedForward", "CrossAttention", "ResnetBlock2D", "BasicT
 
 @dataclass
 class Contestant:
-    """A step with its batch; `holds` is what it keeps in memory from step to step."""
+    """A step with its batch; `holds` is what it keeps in memory from step to step.
+
+    `plain` is the step without graphs, whose operations and memory can be told; None: `step` itself.
+    """
 
     step: Callable[[], object]
     holds: list[Any]
+    plain: Callable[[], object] | None = None
     flops: float = 0.0
     most_memory: list[int] = field(default_factory=list)
 
@@ -57,10 +63,19 @@ class Contest:
                  parts: baselines.Parts | None, others: dict[str, Any]) -> None:
         self.settings, self.size, self.perfusion = settings, size, perfusion
         batch, bare = perfusion.batch(size), floor.batch(size)
+
+        def contestant(ways: Callable[..., Callable[[Any], None]], given: Any, holds: list[Any], **settings: bool
+                       ) -> Contestant:
+            graphed, plain = (ways(graphed=graphed, **settings) for graphed in (True, False))
+            return Contestant(lambda: graphed(given), holds, lambda: plain(given))
+
         self.contestants = {
-            PERFUSION: Contestant(lambda: perfusion.step(batch), perfusion.holds),
-            RECOMPUTING: Contestant(lambda: self._recomputing(batch), perfusion.holds),
-            FLOOR: Contestant(lambda: floor.step(bare), floor.holds)}
+            PERFUSION: contestant(perfusion.way, batch, perfusion.holds),
+            RECOMPUTING: contestant(perfusion.way, batch, perfusion.holds, recompute=True),
+            FLOOR: contestant(floor.way, bare, floor.holds)}
+        if settings.device.type == "cuda":
+            self.contestants |= {name: Contestant(self.contestants[same].plain, self.contestants[same].holds)
+                                 for name, same in ((PLAIN_PERFUSION, PERFUSION), (PLAIN_FLOOR, FLOOR))}
         if parts is not None:
             theirs = parts.batch(size, settings.side, floor.context[0])
             self.contestants |= {name: Contestant(lambda other=other: other.step(theirs), other.holds)
@@ -68,19 +83,14 @@ class Contest:
         self.watch = MemoryWatch(settings.device)
         self.without_room: dict[str, str] = {}
 
-    def _recomputing(self, batch: dict[str, Any]) -> None:
-        set_recomputation(self.perfusion.unet, True)
-        self.perfusion.step(batch)
-        set_recomputation(self.perfusion.unet, False)
-
     def warm_up(self) -> None:
         """One step of each, its floating-point operations counted; who finds no memory is out."""
         for name, contestant in list(self.contestants.items()):
             try:
                 with _uncompiled(self.settings.compile), FlopCounterMode(display=False) as counter:
-                    contestant.step()
+                    (contestant.plain or contestant.step)()
                 contestant.flops = counter.get_total_flops()
-                if self.settings.compile:
+                if self.settings.compile or contestant.plain:
                     contestant.step()
             except torch.OutOfMemoryError:
                 del self.contestants[name]
@@ -90,18 +100,25 @@ class Contest:
             self.contestants[RECOMPUTING].flops = self.contestants[PERFUSION].flops
 
     def _timed(self, contestant: Contestant) -> None:
-        contestant.step()
+        for _ in range(self.together):
+            contestant.step()
         wait(self.settings.device)
+
+    @property
+    def together(self) -> int:
+        """Steps of a round: as in a run, an accelerator is given the next before it has done the last."""
+        return 1 if self.settings.device.type == "cpu" else STEPS_TOGETHER
 
     def run(self) -> dict[str, list[float]]:
         """Seconds of every round of each."""
         self.warm_up()
         for contestant in self.contestants.values():  # apart from the race: resetting the peak costs time on a CPU
-            most = self.watch.during(contestant.step)
+            most = self.watch.during(contestant.plain or contestant.step)
             if most is not None:
                 contestant.most_memory.append(most)
         race = Race({name: lambda one=contestant: self._timed(one) for name, contestant in self.contestants.items()})
-        return race.run(self.settings.rounds, warm_up=False)
+        times = race.run(self.settings.rounds, warm_up=False)
+        return {name: [taken / self.together for taken in rounds] for name, rounds in times.items()}
 
     def rows(self, rate: float) -> Iterator[Row]:
         times = self.run()

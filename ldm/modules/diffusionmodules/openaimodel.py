@@ -191,7 +191,7 @@ class UNetModel(nn.Module):
         context_dim: width of the context that the spatial transformers read.
         legacy: how the first models counted heads, see `_attention`.
         use_linear_in_transformer: as in Stable Diffusion 2.
-        use_fp16: kept for the public configs; weights stay in 32 bits, and autocast decides what is computed in 16.
+        use_fp16: kept for the public configs; `ldm.modules.sixteen_bits` and autocast decide what is computed in 16.
 
     Raises:
         UserError: a param that is not supported, or params that contradict each other.
@@ -333,6 +333,18 @@ class UNetModel(nn.Module):
             ValueError: timesteps, context or labels are missing, or given to a model that does not read them.
         """
         self._check_inputs(timesteps, context, y)
+        if self.dtype == torch.float32:
+            return self._predict(x, timesteps, context, y)
+        with torch.autocast(x.device.type, enabled=False):  # it would turn norms back to 32 bits
+            return self._predict(x.to(self.dtype), timesteps, context, y).to(x.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights; see `ldm.modules.sixteen_bits`."""
+        return self.out[-1].weight.dtype
+
+    def _predict(self, x: Tensor, timesteps: Tensor, context: Tensor | PromptContext | None, y: Tensor | None
+                 ) -> Tensor:
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         if y is not None:
             emb = emb + self.label_emb(y)

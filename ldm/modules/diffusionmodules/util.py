@@ -101,7 +101,7 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalization whose statistics are float32 whatever the input is; gives the input's dtype back."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 == self.weight.dtype:
+        if x.dtype == self.weight.dtype:  # of 16 bits, too, torch makes the statistics in 32
             return super().forward(x)
         scaled = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
         return scaled.to(x.dtype)
@@ -141,5 +141,7 @@ def checkpoint(function: Callable[..., Tensor], *inputs: Any, flag: bool) -> Ten
     Inputs need not be tensors, and frozen parameters or tensors that arrive by closure keep their proper gradients.
     """
     if flag and torch.is_grad_enabled():
-        return recompute_in_backward(function, *inputs, use_reentrant=False)
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return recompute_in_backward(function, *inputs, use_reentrant=False,
+                                     preserve_rng_state=not captured)  # a graph cannot ask for it
     return function(*inputs)

@@ -1,0 +1,138 @@
+"""Calling a U-Net by graphs: contexts taken apart and put together, and the same numbers, by stand-ins for graphs or,
+where there is a GPU, by real ones."""
+from __future__ import annotations
+
+import graph_stand_ins
+import pytest
+import torch
+from graphed_unets import Case, case, error_of, frozen_unet
+from torch import Tensor, nn
+
+from ldm.modules.context import PromptContext
+from ldm.modules.cuda_graphs import MOST_SHAPES, GraphedUNet, OwnGradient, unpacked
+from ldm.modules.sixteen_bits import to_sixteen_bits
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on CUDA only")
+ROUNDING = 0.05  # of bfloat16; attention adds gradients up in an order of its own
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_contexts_are_put_together_as_they_were(edited: bool) -> None:
+    given = case(edited)
+    context = given.context()
+    tensors, rebuilt = unpacked(context)
+    again = rebuilt(tensors)
+    assert isinstance(again, PromptContext) and again.concept_count == edited
+    unet = frozen_unet()
+    assert torch.equal(unet(given.x, given.timesteps, context=again), unet(given.x, given.timesteps, context=context))
+
+
+def test_plain_encodings_stay_plain() -> None:
+    encoding = torch.randn(1, 2, 3)
+    tensors, rebuilt = unpacked(encoding)
+    assert tensors == [encoding] and rebuilt(tensors) is encoding
+
+
+def test_contexts_of_one_kind_are_alike() -> None:
+    first, second, other = (unpacked(one.context())[1] for one in (case(True, 1), case(True, 2), case(False)))
+    assert first == second and hash(first) == hash(second)
+    assert first != other
+
+
+def test_gradients_are_copies() -> None:
+    place = torch.ones(3)
+
+    class IntoOnePlace(torch.autograd.Function):
+        """A graph, as far as gradients are concerned."""
+
+        @staticmethod
+        def forward(context: object, x: Tensor) -> Tensor:
+            return x.sum()
+
+        @staticmethod
+        def backward(context: object, gradient: Tensor) -> Tensor:
+            return place.detach()
+
+    learned = nn.Parameter(torch.zeros(3))
+    for number in (1.0, 10.0):
+        place.fill_(number)
+        IntoOnePlace.apply(OwnGradient.apply(learned)).backward()
+    assert learned.grad.tolist() == [11.0] * 3
+
+
+def test_dropout_is_refused() -> None:
+    with pytest.raises(ValueError, match="dropout"):
+        GraphedUNet(nn.Sequential(nn.Dropout(0.1)))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_cuda)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where there are graphs, or on the CPU what behaves like them."""
+    if request.param == "cpu":
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", graph_stand_ins.make_graphed_callables)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", graph_stand_ins.Graph)
+    return request.param
+
+
+def sixteen_bit_unet(device: str, monkeypatch: pytest.MonkeyPatch, checkpointing: bool = False) -> nn.Module:
+    unet = frozen_unet(checkpointing).to(device)
+    to_sixteen_bits(unet, torch.bfloat16)
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph_stand_ins.recording(graph, unet))
+    return unet
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("edited", [False, True])
+def test_training_adds_up_the_same_gradients(device: str, edited: bool, checkpointing: bool,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = sixteen_bit_unet(device, monkeypatch, checkpointing)
+    graphed = GraphedUNet(unet)
+    given = case(edited, device=device)
+    for _ in range(3):  # the first of them captures
+        found, exact = (_two_steps(call, given) for call in (graphed, unet))
+        for one, other in zip(found, exact, strict=True):
+            assert error_of(one, other) < ROUNDING
+        given.x.normal_()
+    assert len(graphed.training) == 1
+
+
+def _two_steps(call: GraphedUNet | nn.Module, given: Case) -> list[Tensor]:
+    outputs = []
+    for shift in (0, 100):
+        with torch.autocast(given.x.device.type, torch.bfloat16):
+            outputs.append(call(given.x + shift / 100, (given.timesteps + shift) % 1000, context=given.context()))
+        outputs[-1].square().mean().backward()
+    return [*(output.detach() for output in outputs), *given.take_gradients()]
+
+
+def test_sampling_draws_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = sixteen_bit_unet(device, monkeypatch)
+    graphed = GraphedUNet(unet)
+    for seed in (1, 2):  # a second sampling has prompts of its own
+        given = case(edited=True, seed=seed, device=device)
+        with torch.no_grad():
+            context, plain = given.context(cache=True), given.context()
+            found = [graphed(given.x + n, given.timesteps // (n + 1), context) for n in range(4)]
+            exact = [unet(given.x + n, given.timesteps // (n + 1), context=plain) for n in range(4)]
+        for one, other in zip(found, exact, strict=True):
+            assert error_of(one, other) < ROUNDING
+    assert graphed.sampling.graph is not None and not graphed.training
+
+
+def test_prompts_that_may_not_come_again_are_not_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphed, given = GraphedUNet(sixteen_bit_unet(device, monkeypatch)), case(edited=True, device=device)
+    with torch.no_grad():
+        first, second = (graphed(given.x, given.timesteps, given.context()) for _ in range(2))
+    assert torch.equal(first, second) and graphed.sampling is None
+
+
+def test_shapes_beyond_the_first_ones_are_computed_all_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = sixteen_bit_unet(device, monkeypatch)
+    graphed = GraphedUNet(unet)
+    for tokens in range(1, MOST_SHAPES + 3):
+        given = case(edited=False, device=device)
+        encoding = given.encoding.detach()[:, :1].repeat(1, tokens, 1).requires_grad_()
+        found = graphed(given.x, given.timesteps, encoding)
+        assert error_of(found, unet(given.x, given.timesteps, context=encoding)) < ROUNDING
+    assert len(graphed.training) == MOST_SHAPES
