@@ -98,10 +98,10 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
 # Layers.
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalization whose statistics are float32 whatever the input is; gives the input's dtype back."""
+    """Group normalization whose sums are float32 whatever the input is; gives the input's dtype back."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:  # of 16 bits, too, torch makes the statistics in 32
+        if x.dtype == self.weight.dtype:  # of 16 bits, too, torch adds up in 32
             return super().forward(x)
         scaled = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
         return scaled.to(x.dtype)
