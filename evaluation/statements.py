@@ -16,8 +16,10 @@ is true of any.
 similarity than the curve reaches at any bias, it is compared there with the curve's end of most likeness. That can
 refute the statement, where less likeness comes with less of the prompt, too; it cannot support it. Where it lies below
 the curve, it is the other way round: more of the prompt with more likeness supports the statement, less of the prompt
-decides nothing. To be above a method that is worse than the untaught base model in text and in image similarity says
-nothing either: that method was badly taught.
+decides nothing. A baseline is compared the other way about as well, by image similarity at equal text similarity: one
+that has hardly learned the concept has nearly all of the prompt, and less likeness than the curve has anywhere. To be
+above a method that is worse than the untaught base model in text and in image similarity says nothing either: that
+method was badly taught.
 
 "A higher bias does so" is not seen where any step between neighbouring biases goes back by more than `MARGIN`, by
 intervals that are widened for the number of steps (Bonferroni).
@@ -116,11 +118,18 @@ def _above(statement: str, first: Traced, second: Traced, names: tuple[str, str]
     return statement, verdict_of_gap(result), f"text similarity {_signed(result.figure)} {_where(result, names)}"
 
 
-def _where(found: Gap, names: tuple[str, str]) -> str:
-    """At what image similarity two curves of these names were compared."""
+def _beside(statement: str, first: Traced, second: Traced, names: tuple[str, str]) -> Judgement:
+    """The statement that one curve has more image similarity than another at equal text similarity."""
+    result = gap(first.turned, second.turned)
+    numbers = f"image similarity {_signed(result.figure)} {_where(result, names, 'text')}"
+    return statement, verdict_of_gap(result), numbers
+
+
+def _where(found: Gap, names: tuple[str, str], equal: str = "image") -> str:
+    """At what similarity two curves of these names were compared."""
     outside = ((found.beyond, f"more than {names[0]} reaches"), (found.below, f"less than {names[0]} has anywhere"))
     ends = [f"{names[1]} has {words} in {100 * share:.3g} % of resamples" for share, words in outside if share]
-    return "at equal image similarity" + (f" ({', '.join(ends)}: nearest ends compared)" if ends else "")
+    return f"at equal {equal} similarity" + (f" ({', '.join(ends)}: nearest ends compared)" if ends else "")
 
 
 def _baselines(study: Study, found: Found) -> Judged:
@@ -130,8 +139,10 @@ def _baselines(study: Study, found: Found) -> Judged:
     for other in others:
         if other is not untaught:
             theirs = found.traced(other)
-            judged = _above(f"Perfusion is above {other.name}", curve, theirs, (own.name, other.name))
-            yield _badly_taught(judged) if _worse(theirs, base) else judged
+            names = own.name, other.name
+            for judged in (_above(f"Perfusion is above {other.name}", curve, theirs, names),
+                           _beside(f"Perfusion is more like the concept than {other.name}", curve, theirs, names)):
+                yield _badly_taught(judged) if _worse(theirs, base) else judged
     if len(own.settings) > 1:
         ends = f"from bias {own.settings[0].bias:g} to {own.settings[-1].bias:g}"
         yield _rising("a higher bias follows the prompt more", curve.text, ends)

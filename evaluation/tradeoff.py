@@ -32,6 +32,11 @@ class Traced:
     image: np.ndarray
 
     @property
+    def turned(self) -> Traced:
+        """The same with text and image similarity in each other's place."""
+        return Traced(self.image, self.text)
+
+    @property
     def range(self) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and the highest image similarity of its front, (1 + R,) each."""
         return tuple(np.array([ends[place] for ends, _ in self._fronts]) for place in (0, -1))
