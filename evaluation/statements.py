@@ -114,15 +114,18 @@ Judged = Iterator[Judgement]
 
 def _above(statement: str, first: Traced, second: Traced, names: tuple[str, str]) -> Judgement:
     """The statement that one curve lies above another."""
-    result = gap(first, second)
-    return statement, verdict_of_gap(result), f"text similarity {_signed(result.figure)} {_where(result, names)}"
+    return _compared(statement, gap(first, second), names, "text", "image")
 
 
 def _beside(statement: str, first: Traced, second: Traced, names: tuple[str, str]) -> Judgement:
     """The statement that one curve has more image similarity than another at equal text similarity."""
-    result = gap(first.turned, second.turned)
-    numbers = f"image similarity {_signed(result.figure)} {_where(result, names, 'text')}"
-    return statement, verdict_of_gap(result), numbers
+    return _compared(statement, gap(first.transposed, second.transposed), names, "image", "text")
+
+
+def _compared(statement: str, found: Gap, names: tuple[str, str], gained: str, equal: str) -> Judgement:
+    """The statement that a curve has more of one similarity than another where the other similarity is equal."""
+    numbers = f"{gained} similarity {_signed(found.figure)} {_where(found, names, equal)}"
+    return statement, verdict_of_gap(found), numbers
 
 
 def _where(found: Gap, names: tuple[str, str], equal: str = "image") -> str:

@@ -32,7 +32,7 @@ class Traced:
     image: np.ndarray
 
     @property
-    def turned(self) -> Traced:
+    def transposed(self) -> Traced:
         """The same with text and image similarity in each other's place."""
         return Traced(self.image, self.text)
 

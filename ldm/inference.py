@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -273,7 +272,8 @@ def draw_latents(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], sampl
     unconditional = None if sampling.scale == 1 else negative
     start = {} if original is None else {"x0": original.latents.expand(len(jobs), -1, -1, -1), "mask": original.mask,
                                          "strength": original.strength}
-    with _sixteen_bits(model.betas.device, sampling.autocast):
+    device = model.betas.device
+    with torch.autocast(device.type, _sixteen_bit_type(device), enabled=sampling.autocast):
         latents, _ = sampler.sample(
             sampling.steps, len(jobs), (model.channels, *sampling.latent_size), conditional, eta=sampling.eta,
             verbose=verbose, generators=[torch.Generator().manual_seed(job.seed) for job in jobs],
@@ -295,10 +295,6 @@ def quickened(model: Any, concepts: Sequence[Learned], sampling: Sampling) -> An
     if sampling.autocast and device.type == "cuda" and not tuned:
         model.model.quicken(_sixteen_bit_type(device))
     return model
-
-
-def _sixteen_bits(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, _sixteen_bit_type(device), enabled=enabled)
 
 
 def _sixteen_bit_type(device: torch.device) -> torch.dtype:

@@ -55,6 +55,13 @@ def test_runs_that_train_the_network_or_average_it(tmp_path: Path) -> None:
         assert not is_quick(learner)
 
 
+def test_dropout_leaves_out_the_graphs_alone(tmp_path: Path) -> None:
+    learner = model(tmp_path, CUDA)
+    learner.model.diffusion_model.middle_block[0].out_layers[2].p = 0.1
+    Quickened().on_train_start(SimpleNamespace(precision="bf16-mixed"), learner)
+    assert learner.model.graphs is None and learner.model.diffusion_model.dtype == torch.bfloat16
+
+
 def test_runs_of_other_models(tmp_path: Path) -> None:
     Quickened().on_train_start(SimpleNamespace(precision="bf16-mixed"), Stand(device=CUDA))  # a first stage, say
 

@@ -27,7 +27,7 @@ class GraphedUNet:
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        if any(isinstance(module, nn.Dropout) and module.p for module in unet.modules()):
+        if has_dropout(unet):
             raise ValueError("a graph would repeat the same dropout in every step")
         self.unet = unet
         self.training: dict[object, Callable[..., Tensor]] = {}
@@ -53,6 +53,11 @@ class GraphedUNet:
                 return self.unet(x, timesteps, context=context)
             self.training[shape] = captured(lambda x, t, *rest: self.unet(x, t, context=rebuilt(rest)), inputs)
         return self.training[shape](*inputs)
+
+
+def has_dropout(unet: nn.Module) -> bool:
+    """Whether a pass through it may differ from the next by what it leaves out."""
+    return any(isinstance(module, nn.Dropout) and module.p for module in unet.modules())
 
 
 class SamplingSteps:

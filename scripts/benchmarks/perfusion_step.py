@@ -11,11 +11,13 @@ from torch.utils.data import default_collate
 
 from ldm.data.personalized import PersonalizedBase
 from ldm.modules.cuda_graphs import GraphedUNet
+from ldm.training.callbacks import Quickened
 from scripts.benchmarks.common import Settings
 from scripts.benchmarks.device import mixed_precision, precision
 from scripts.benchmarks.random_models import covariance_file, random_model, random_photos, read_config
 
 NOT_LOADED = ("random weights", (), False)
+PRECISIONS = {torch.bfloat16: "bf16-mixed", torch.float32: "32-true"}  # as Lightning calls them
 
 
 class PerfusionStep:
@@ -43,15 +45,14 @@ class PerfusionStep:
         self.trainer = SimpleNamespace(
             datamodule=SimpleNamespace(datasets={"train": self.data}), default_root_dir=str(self.settings.folder),
             global_step=0, world_size=1, accumulate_grad_batches=1,
-            gradient_clip_val=None, precision="32-true", strategy=SimpleNamespace(root_device=self.settings.device))
+            gradient_clip_val=None, precision=PRECISIONS[precision(self.settings.device)],
+            strategy=SimpleNamespace(root_device=self.settings.device))
         model.trainer = self.trainer
         model.log = model.log_dict = lambda *_, **__: None
         model.setup("fit")
         model.on_fit_start()
         model.train()
-        if self.settings.device.type == "cuda":  # as `ldm.training.callbacks.Quickened` has it
-            model.model.quicken(precision(self.settings.device))
-            torch.set_float32_matmul_precision("high")
+        Quickened().on_train_start(self.trainer, model)
 
     @property
     def unet(self) -> nn.Module:
@@ -65,9 +66,9 @@ class PerfusionStep:
     def way(self, recompute: bool = False, graphed: bool = True) -> Callable[[Mapping[str, Any]], None]:
         """`step` in one of several ways: activations computed again in the backward pass or kept, by graphs or not.
 
-        Graphs are captured in the first step, on CUDA alone, and are the way's own.
+        Graphs, which only CUDA has, are captured in the first step and are the way's own.
         """
-        graphs = GraphedUNet(self.unet) if graphed and self.settings.device.type == "cuda" else None
+        graphs = GraphedUNet(self.unet) if graphed else None
 
         def step(batch: Mapping[str, Any]) -> None:
             self.model.model.graphs = graphs
@@ -113,8 +114,8 @@ class FrozenUNet:
                 "context": torch.randn(size, *self.context, device=self.device, requires_grad=True)}
 
     def way(self, graphed: bool) -> Callable[[Mapping[str, Tensor]], None]:
-        """A step by graphs, on CUDA, or by the U-Net as it is."""
-        unet = GraphedUNet(self.unet) if graphed and self.device.type == "cuda" else self.unet
+        """A step by graphs, which only CUDA has, or by the U-Net as it is."""
+        unet = GraphedUNet(self.unet) if graphed else self.unet
 
         def step(batch: Mapping[str, Tensor]) -> None:
             with mixed_precision(self.device):

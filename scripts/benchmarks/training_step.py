@@ -64,9 +64,12 @@ class Contest:
         self.settings, self.size, self.perfusion = settings, size, perfusion
         batch, bare = perfusion.batch(size), floor.batch(size)
 
-        def contestant(ways: Callable[..., Callable[[Any], None]], given: Any, holds: list[Any], **settings: bool
+        def contestant(ways: Callable[..., Callable[[Any], None]], given: Any, holds: list[Any], **how: bool
                        ) -> Contestant:
-            graphed, plain = (ways(graphed=graphed, **settings) for graphed in (True, False))
+            plain = ways(graphed=False, **how)
+            if settings.device.type != "cuda":
+                return Contestant(lambda: plain(given), holds)
+            graphed = ways(graphed=True, **how)
             return Contestant(lambda: graphed(given), holds, lambda: plain(given))
 
         self.contestants = {
