@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+TAKEN_AT_ONCE = 2**16  # bytes (CUDA Runtime API, "API synchronization behavior")
 OF_THE_DEVICE = ("CUDA", "cuDNN", "HIP", "MPS")  # how errors begin that no value of the user's brings about
+
+
+def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device, without waiting until that has done what it was given before.
+
+    CUDA takes small tensors from anywhere, larger ones without waiting only from memory that cannot be swapped out.
+    """
+    if tensor.device.type != "cpu":
+        return tensor.to(device)
+    large = device.type == "cuda" and tensor.nbytes >= TAKEN_AT_ONCE
+    return (tensor.pin_memory() if large else tensor).to(device, non_blocking=True)
 
 
 def get_obj_from_str(path: str) -> Any:

@@ -1,9 +1,15 @@
 """Settings that hold for every test, and the world that what draws is tried in."""
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from drawing_world import World, make_world
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: it then runs on the CPU, number by number
 
 # A first example pays for imports and caches, and machines are shared: time says nothing about correctness here.
 settings.register_profile("untimed", deadline=None)

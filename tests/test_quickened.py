@@ -10,6 +10,7 @@ import torch
 from tiny_models import built
 
 from ldm.inference import Sampling, quickened
+from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.training.callbacks import Quickened
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -33,6 +34,25 @@ def model(tmp_path: Path, device: torch.device, **attributes: object) -> Stand:
 
 def is_quick(found: Stand) -> bool:
     return found.model.graphs is not None and found.model.diffusion_model.dtype != torch.float32
+
+
+class Encoder(PromptEncoder):
+    """One that has a table to be frozen or trained, and nothing else."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(3, 2).requires_grad_(trained)
+
+    def encode_embedded(self, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_text_encoders_of_runs(tmp_path: Path, precision: str, trained: bool) -> None:
+    learner = model(tmp_path, CUDA, cond_stage_model=Encoder(trained))
+    Quickened().on_train_start(SimpleNamespace(precision=precision), learner)
+    assert (learner.cond_stage_model.graphs is not None) == (precision == "bf16-mixed" and not trained)
 
 
 @pytest.mark.parametrize(("device", "precision", "expected"), [

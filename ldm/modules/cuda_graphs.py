@@ -1,4 +1,4 @@
-"""A U-Net's passes as CUDA graphs: all their kernels are launched at once, where Python would launch them one by one.
+"""Passes of frozen networks as CUDA graphs: all kernels are launched at once, where Python would launch them singly.
 
 Each of Stable Diffusion's passes is thousands of kernels. Up to a batch of about 8 a fast GPU is done with one before
 Python can give it the next. What is captured once is replayed with new numbers in the same places in memory, so every
@@ -6,17 +6,21 @@ shape of inputs has a graph of its own (Nvidia, "CUDA C++ Programming Guide", CU
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ldm.modules.context import PromptContext
 
 Context = Tensor | PromptContext
+PER_PROMPT = ("encoding", "projected", "gates", "key_projected", "key_gates")
+TABLES = ("target_outputs_v", "target_outputs_k")
 MOST_SHAPES = 4  # that are trained on: each keeps memory for all activations of its own
+MOST_PROMPTS = 4
 
 
 class GraphedUNet:
@@ -30,7 +34,7 @@ class GraphedUNet:
         if has_dropout(unet):
             raise ValueError("a graph would repeat the same dropout in every step")
         self.unet = unet
-        self.training: dict[object, Callable[..., Tensor]] = {}
+        self.training = TrainingGraphs()
         self.sampling: SamplingSteps | None = None
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Context) -> Tensor:
@@ -46,13 +50,40 @@ class GraphedUNet:
 
     def _with_gradient(self, x: Tensor, timesteps: Tensor, context: Context) -> Tensor:
         tensors, rebuilt = unpacked(context)
-        inputs = (x, timesteps, *tensors)
-        shape = (rebuilt, *((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs))
-        if shape not in self.training:
-            if len(self.training) == MOST_SHAPES:
-                return self.unet(x, timesteps, context=context)
-            self.training[shape] = captured(lambda x, t, *rest: self.unet(x, t, context=rebuilt(rest)), inputs)
-        return self.training[shape](*inputs)
+        return self.training(lambda x, t, *rest: self.unet(x, t, context=rebuilt(rest)), (x, timesteps, *tensors),
+                             rebuilt)
+
+
+class TrainingGraphs:
+    """Calls a function of tensors, of which some want gradients, by graphs: one for each of the first few shapes."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[object, Callable[..., Tensor]] = {}
+
+    def __call__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], kind: object = None) -> Tensor:
+        """`function(*inputs)`; the same as in former calls unless `kind` is another."""
+        shape = (kind, *((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs))
+        if shape not in self.graphs:
+            if len(self.graphs) == MOST_SHAPES:
+                return function(*inputs)
+            self.graphs[shape] = captured(function, inputs)
+        return self.graphs[shape](*inputs)
+
+
+class GraphedEncoder:
+    """Calls a frozen text encoder by graphs where it is to give gradients, for few prompts at a time.
+
+    Of many prompts its kernels take longer than to launch them.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
+        self.encode, self.training = encode, TrainingGraphs()
+
+    def __call__(self, embedded: Tensor) -> Tensor:
+        """What `encode` makes of embedded prompts (B, N, width)."""
+        if embedded.requires_grad and len(embedded) <= MOST_PROMPTS:
+            return self.training(self.encode, (embedded,))
+        return self.encode(embedded)
 
 
 def has_dropout(unet: nn.Module) -> bool:
@@ -94,33 +125,41 @@ class SamplingSteps:
         return self.output.clone()  # the next step writes into the same place
 
 
+@dataclass(frozen=True)
 class Rebuilt:
-    """Makes a context of the tensors that `unpacked` took out of one; those that are built alike compare equal."""
+    """Makes a context of the tensors that `unpacked` took out of one; those that are built alike are equal.
 
-    def __init__(self, structure: object) -> None:
-        self.structure = structure
+    Attributes:
+        names: what the tensors are of a `PromptContext`; none: the only one is the context.
+        layers: of each table of target outputs the names and widths of its layers, in the order of its columns.
+    """
+
+    names: tuple[str, ...] = ()
+    layers: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict, hash=False)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Context:
-        if self.structure is None:
+        if not self.names:
             return tensors[0]
-        return PromptContext(**tree_unflatten(list(tensors), self.structure))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rebuilt) and self.structure == other.structure
-
-    def __hash__(self) -> int:
-        return hash(str(self.structure))
+        values: dict[str, Any] = {**dict.fromkeys(TABLES, {}), **dict(zip(self.names, tensors, strict=True))}
+        for name, layers in self.layers.items():
+            columns = values[name].split([width for _, width in layers], dim=1)
+            values[name] = dict(zip((layer for layer, _ in layers), columns, strict=True))
+        return PromptContext(**values)
 
 
 def unpacked(context: Context) -> tuple[list[Tensor], Rebuilt]:
-    """The tensors of a context, and what makes one like it of as many others."""
+    """The tensors of a context, as few as they can be, and what makes one like it of as many others.
+
+    Target outputs of all layers are joined: a graph's inputs are copied one by one.
+    """
     if isinstance(context, Tensor):
-        return [context], Rebuilt(None)
-    values = {field.name: getattr(context, field.name) for field in fields(context) if field.init}
-    tensors, structure = tree_flatten({name: dict(value) if name.startswith("target_outputs") else value
-                                       for name, value in values.items()
-                                       if name not in ("weights", "cache") and value is not None})
-    return tensors, Rebuilt(structure)
+        return [context], Rebuilt()
+    named = {name: getattr(context, name) for name in PER_PROMPT if getattr(context, name) is not None}
+    tables = {name: table for name in TABLES if (table := getattr(context, name))}
+    joined = {name: torch.cat(list(table.values()), dim=1) for name, table in tables.items()}
+    layers = {name: tuple((layer, outputs.shape[1]) for layer, outputs in table.items())
+              for name, table in tables.items()}
+    return [*named.values(), *joined.values()], Rebuilt((*named, *joined), layers)
 
 
 def captured(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
@@ -129,7 +168,8 @@ def captured(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Calla
     A graph writes outputs and gradients to the same places in every step. What is handed out are copies.
     """
     samples = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs)
-    with torch.autocast("cuda", enabled=False):  # it would keep casts that a graph throws away
+    with torch.autocast("cuda", enabled=False), warnings.catch_warnings():  # autocast keeps casts that a graph drops
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # that of samples, which take no gradient
         graphed = torch.cuda.make_graphed_callables(function, samples, allow_unused_input=True)
     return lambda *tensors: graphed(*map(OwnGradient.apply, tensors)).clone()
 

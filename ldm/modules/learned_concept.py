@@ -109,8 +109,8 @@ class LearnedConcept(nn.Module):
         """The edit that this concept makes now; gradients reach the target outputs."""
         device = self.target_input.device
         keys = self._by_layer(self.target_outputs_k) or {name: key.to(device) for name, key in self._locked.items()}
-        return Edit(self.target_input[None], torch.tensor([bias], device=device),
-                    torch.tensor([temperature], device=device),
+        return Edit(self.target_input[None], torch.full((1,), bias, device=device),
+                    torch.full((1,), temperature, device=device),
                     self._by_layer(self.target_outputs_v), keys, (projection,))
 
     def _by_layer(self, learned: TargetOutputs | None) -> dict[str, Tensor]:

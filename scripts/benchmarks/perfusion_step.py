@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ldm.data.personalized import PersonalizedBase
-from ldm.modules.cuda_graphs import GraphedUNet
+from ldm.modules.cuda_graphs import GraphedEncoder, GraphedUNet
 from ldm.training.callbacks import Quickened
 from scripts.benchmarks.common import Settings
 from scripts.benchmarks.device import mixed_precision, precision
@@ -68,10 +68,12 @@ class PerfusionStep:
 
         Graphs, which only CUDA has, are captured in the first step and are the way's own.
         """
+        encoder = self.model.cond_stage_model
         graphs = GraphedUNet(self.unet) if graphed else None
+        of_encoder = GraphedEncoder(encoder.encode_embedded) if graphed else None
 
         def step(batch: Mapping[str, Any]) -> None:
-            self.model.model.graphs = graphs
+            self.model.model.graphs, encoder.graphs = graphs, of_encoder
             if recompute:
                 set_recomputation(self.unet, True)
             self.step(batch)

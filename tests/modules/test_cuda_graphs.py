@@ -1,15 +1,20 @@
-"""Calling a U-Net by graphs: contexts taken apart and put together, and the same numbers, by stand-ins for graphs or,
+"""Calling networks by graphs: contexts taken apart and put together, and the same numbers, by stand-ins for graphs or,
 where there is a GPU, by real ones."""
 from __future__ import annotations
+
+from pathlib import Path
 
 import graph_stand_ins
 import pytest
 import torch
 from graphed_unets import Case, case, error_of, frozen_unet
+from oracles import randomise
+from tiny_models import WIDTH, text_tower
 from torch import Tensor, nn
 
 from ldm.modules.context import PromptContext
-from ldm.modules.cuda_graphs import MOST_SHAPES, GraphedUNet, OwnGradient, unpacked
+from ldm.modules.cuda_graphs import MOST_PROMPTS, MOST_SHAPES, GraphedUNet, OwnGradient, unpacked
+from ldm.modules.encoders.clip import FrozenCLIPEmbedder
 from ldm.modules.sixteen_bits import to_sixteen_bits
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on CUDA only")
@@ -94,7 +99,7 @@ def test_training_adds_up_the_same_gradients(device: str, edited: bool, checkpoi
         for one, other in zip(found, exact, strict=True):
             assert error_of(one, other) < ROUNDING
         given.x.normal_()
-    assert len(graphed.training) == 1
+    assert len(graphed.training.graphs) == 1
 
 
 def _two_steps(call: GraphedUNet | nn.Module, given: Case) -> list[Tensor]:
@@ -117,7 +122,7 @@ def test_sampling_draws_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -
             exact = [unet(given.x + n, given.timesteps // (n + 1), context=plain) for n in range(4)]
         for one, other in zip(found, exact, strict=True):
             assert error_of(one, other) < ROUNDING
-    assert graphed.sampling.graph is not None and not graphed.training
+    assert graphed.sampling.graph is not None and not graphed.training.graphs
 
 
 def test_prompts_that_may_not_come_again_are_not_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,4 +140,42 @@ def test_shapes_beyond_the_first_ones_are_computed_all_the_same(device: str, mon
         encoding = given.encoding.detach()[:, :1].repeat(1, tokens, 1).requires_grad_()
         found = graphed(given.x, given.timesteps, encoding)
         assert error_of(found, unet(given.x, given.timesteps, context=encoding)) < ROUNDING
-    assert len(graphed.training) == MOST_SHAPES
+    assert len(graphed.training.graphs) == MOST_SHAPES
+
+
+@pytest.fixture
+def encoder(device: str, tmp_path: Path) -> FrozenCLIPEmbedder:
+    made = FrozenCLIPEmbedder(text_tower(tmp_path), max_length=16)
+    randomise(made.transformer, 3)
+    return made.to(device)
+
+
+def test_word_vectors_get_the_same_gradients(encoder: FrozenCLIPEmbedder) -> None:
+    vector = nn.Parameter(torch.randn(1, WIDTH, device=encoder.device))
+
+    def learned(prompts: list[str]) -> list[Tensor]:
+        """Encodings of two batches of prompts, and the sum of the gradients."""
+        encoded = []
+        for place in ("", " in the snow"):
+            tokens = encoder.tokenize([prompt + place for prompt in prompts], ["<it>"])
+            encoded.append(encoder.encode_tokens(tokens, vector))
+            encoded[-1].square().mean().backward()
+        found, vector.grad = vector.grad, None
+        return [*(one.detach() for one in encoded), found]
+
+    prompts = ["a <it>", "the <it> beside a <it>"]
+    exact = [learned(prompts[:count]) for count in (1, 2, 1)]
+    encoder.quicken()
+    for count, expected in zip((1, 2, 1), exact, strict=True):
+        for one, other in zip(learned(prompts[:count]), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert len(encoder.graphs.training.graphs) == 2
+
+
+def test_prompts_are_not_captured_without_a_gradient_or_in_large_batches(encoder: FrozenCLIPEmbedder) -> None:
+    encoder.quicken()
+    vector = torch.randn(1, WIDTH, device=encoder.device)
+    for count, wanted in ((1, False), (MOST_PROMPTS + 1, True)):
+        tokens = encoder.tokenize(["a <it>"] * count, ["<it>"])
+        assert encoder.encode_tokens(tokens, vector.clone().requires_grad_(wanted)).isfinite().all()
+    assert not encoder.graphs.training.graphs

@@ -36,7 +36,7 @@ from ldm.modules.context import PromptContext
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.segmentation import ZeroShotSegmenter, cached_masks
 from ldm.modules.tuned_concept import TunedConcept
-from ldm.util import blamed_on
+from ldm.util import blamed_on, onto
 
 log = logging.getLogger(__name__)
 
@@ -353,7 +353,7 @@ class ConceptLearner(LatentDiffusion):
 
     def noise_and_times(self, z: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Noise of the shape of z (B, C, h, w), and timesteps (B,)."""
-        noise = torch.randn(z.shape, generator=generator).to(z)
+        noise = onto(torch.randn(z.shape, generator=generator), z.device).to(z.dtype)
         return noise, self.draw_timesteps(len(z), z.device, generator)
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:

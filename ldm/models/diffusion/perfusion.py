@@ -21,6 +21,7 @@ from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.learned_concept import LOCKINGS, LearnedConcept
 from ldm.modules.looks import looks_covariance
 from ldm.modules.rank_one import PROJECTIONS, invert_covariance
+from ldm.util import onto
 
 VALUE_AXES = ("plain", "looks")
 
@@ -102,12 +103,15 @@ class Perfusion(ConceptLearner):
             for place in places:
                 own = rows[named[rows] == place]
                 decay = self.target_input_decay ** (1 / self.parts)  # each part moves i* by its share of the step
-                self.concepts[place].move_target_input(encoding[own, where[own]], decay)
+                self.concepts[place].move_target_input(encoding[self._here(own), self._here(where[own])], decay)
             self._exchange_target_inputs()
         edited = [self.concepts[place].edit(self.bias, self.temperature, self.projection).context(
-            encoding[named == place], self.inverse_covariance()) for place in places]
+            encoding[self._here((named == place).nonzero()[:, 0])], self.inverse_covariance()) for place in places]
         sorted_by_concept = named.argsort(stable=True)
-        return PromptContext.cat(edited).select(sorted_by_concept.argsort()[rows])
+        return PromptContext.cat(edited).select(self._here(sorted_by_concept.argsort()[rows]))
+
+    def _here(self, index: Tensor) -> Tensor:
+        return onto(index, self.device)
 
     def _exchange_target_inputs(self) -> None:
         """Every device gets the i* of the concepts that others learn; optimisers keep the rest the same everywhere."""

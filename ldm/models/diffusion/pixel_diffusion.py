@@ -17,6 +17,7 @@ from ldm.models.diffusion.schedule import check_parameterization, diffusion_buff
 from ldm.models.diffusion.wrapper import Condition, DiffusionWrapper, as_keywords
 from ldm.models.optimisation import ResumableModule, may_fuse, optimizer_and_schedule
 from ldm.modules.ema import LitEma
+from ldm.util import onto
 
 log = logging.getLogger(__name__)
 
@@ -148,8 +149,8 @@ class DDPM(ResumableModule):
         """(count,) steps in [0, T) to train on; drawn where the generator is, if there is one."""
         drawn_on = device if generator is None else generator.device
         if self.timestep_shift == 1:
-            return torch.randint(self.num_timesteps, (count,), device=drawn_on, generator=generator).to(device)
-        u = torch.rand(count, device=drawn_on, generator=generator).to(device)
+            return onto(torch.randint(self.num_timesteps, (count,), device=drawn_on, generator=generator), device)
+        u = onto(torch.rand(count, device=drawn_on, generator=generator), device)
         shifted = self.timestep_shift * u / (1 + (self.timestep_shift - 1) * u)
         return (shifted * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 

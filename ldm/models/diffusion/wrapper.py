@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.modules.context import PromptContext
 from ldm.modules.cuda_graphs import GraphedUNet, has_dropout
+from ldm.modules.fused import can_fuse, fuse
 from ldm.modules.sixteen_bits import to_sixteen_bits
 from ldm.util import instantiate_from_config
 
@@ -52,9 +53,11 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t)
 
     def quicken(self, dtype: torch.dtype) -> None:
-        """Makes a frozen U-Net on a CUDA device as fast as it can be: in `dtype`, of 16 bits, and without dropout by
-        graphs."""
+        """Makes a frozen U-Net on a CUDA device as fast as it can be: in `dtype`, of 16 bits, with fused norms, and
+        without dropout by graphs."""
         to_sixteen_bits(self.diffusion_model, dtype)
+        if can_fuse(next(self.diffusion_model.parameters()).device):
+            fuse(self.diffusion_model)
         if not has_dropout(self.diffusion_model):
             self.graphs = GraphedUNet(self.diffusion_model)
 

@@ -94,8 +94,8 @@ class BERTEmbedder(PromptEncoder):
     def _frame(self) -> tuple[int, int, int]:
         return self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id
 
-    def _encode_rows(self, rows: Tensor, places: Tensor) -> Tensor:
-        return self.transformer.encode_embedded(rows[places])
+    def encode_embedded(self, embedded: Tensor) -> Tensor:
+        return self.transformer.encode_embedded(embedded)
 
     def _whole_words(self) -> dict[str, int]:
         return {piece: number for piece, number in self.tokenizer.get_vocab().items() if not piece.startswith("##")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -81,9 +82,11 @@ class FrozenCLIPEmbedder(ClipWords):
         end = self.tokenizer.eos_token_id
         return self.tokenizer.bos_token_id, end, end
 
-    def _encode_rows(self, rows: Tensor, places: Tensor) -> Tensor:
-        table = self.token_table
-        name = next(n for n, parameter in self.transformer.named_parameters() if parameter is table)
+    def encode_embedded(self, embedded: Tensor) -> Tensor:
+        """See `PromptEncoder`. `transformers` wants numbers: each token has a row of its own in a table."""
+        name = next(n for n, parameter in self.transformer.named_parameters() if parameter is self.token_table)
+        rows = embedded.flatten(0, 1)
+        places = torch.arange(len(rows), device=rows.device).view(embedded.shape[:2])
         output = functional_call(self.transformer, {name: rows}, kwargs={
             "input_ids": places, "output_hidden_states": self.layer_idx is not None})
         return output.last_hidden_state if self.layer_idx is None else output.hidden_states[self.layer_idx]

@@ -69,9 +69,9 @@ class FrozenOpenCLIPEmbedder(ClipWords):
     def _frame(self) -> tuple[int, int, int]:
         return self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, PADDING
 
-    def _encode_rows(self, rows: Tensor, places: Tensor) -> Tensor:
-        length = places.shape[1]
-        x = rows[places] + self.model.positional_embedding[:length]
+    def encode_embedded(self, embedded: Tensor) -> Tensor:
+        length = embedded.shape[1]
+        x = embedded + self.model.positional_embedding[:length]
         causal = self.model.attn_mask[:length, :length]
         blocks = self.model.transformer.resblocks
         for block in blocks[:len(blocks) - self.layer_idx]:

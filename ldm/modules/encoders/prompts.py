@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.modules.cuda_graphs import GraphedEncoder
+from ldm.util import onto
 
 VOWELS = tuple("aeiou")
 
@@ -26,10 +28,14 @@ class PromptEncoder(AbstractEncoder):
 
     A subclass has a `tokenizer` of `transformers`' kind, a `max_length` and a `token_table`, and says how tokens are
     framed and how their rows of the table become encodings.
+
+    Attributes:
+        graphs: what calls `encode_embedded` in its place, see `quicken`; None: nothing.
     """
 
     tokenizer: Any
     max_length: int
+    graphs: GraphedEncoder | None = None
 
     @property
     def token_table(self) -> Tensor:
@@ -40,13 +46,17 @@ class PromptEncoder(AbstractEncoder):
         """The numbers of the tokens that start, end and fill up a prompt."""
         raise NotImplementedError
 
-    def _encode_rows(self, rows: Tensor, places: Tensor) -> Tensor:
-        """Encodings (B, N, d) of tokens that are given by their places (B, N) among embeddings `rows` (n, width)."""
+    def encode_embedded(self, embedded: Tensor) -> Tensor:
+        """Encodings (B, N, d) of tokens whose embeddings (B, N, width) are given."""
         raise NotImplementedError
 
     def _whole_words(self) -> dict[str, int]:
         """Word pieces that are whole words, and their numbers."""
         raise NotImplementedError
+
+    def quicken(self) -> None:
+        """Makes a frozen encoder on a CUDA device as fast as it can be while vectors are learned, by graphs."""
+        self.graphs = GraphedEncoder(self.encode_embedded)
 
     def freeze(self) -> None:
         self.requires_grad_(False).eval()
@@ -121,18 +131,18 @@ class PromptEncoder(AbstractEncoder):
     def encode_tokens(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Encodings (B, N, d) of tokens (B, N), where numbers past the vocabulary stand for the rows of `vectors`.
 
-        The encoder runs on a table of just the words in use, so a gradient with respect to `vectors` (J, width) costs
-        no more than they do, and nothing inside the encoder is replaced. Tokens are best on the CPU, where they are
-        counted: another device would have to finish its work first.
+        A gradient with respect to `vectors` (J, width) costs no more than they do, and nothing inside the encoder is
+        replaced. Tokens are best on the CPU, where they are looked at: another device would have to finish its work
+        first.
         """
-        table = self.token_table
-        words, places = tokens.cpu().unique(return_inverse=True)
-        known = words < len(table)
-        rows = table[words[known].to(table.device)]
+        table, tokens = self.token_table, tokens.cpu()
+        new = tokens >= len(table)
+        embedded = nn.functional.embedding(onto(tokens.masked_fill(new, 0), table.device), table)
         if vectors is not None:
-            new = (words[~known] - len(table)).to(vectors.device)
-            rows = torch.cat([rows, vectors.to(rows.dtype)[new]])
-        return self._encode_rows(rows, places.to(table.device))
+            places = [onto(place, table.device) for place in new.nonzero(as_tuple=True)]
+            instead = vectors.to(table)[onto(tokens[new] - len(table), table.device)]
+            embedded = embedded.index_put(places, instead)
+        return (self.graphs or self.encode_embedded)(embedded)
 
     def forward(self, text: Sequence[str] | str) -> Tensor:
         return self.encode_tokens(self.tokenize([text] if isinstance(text, str) else text))

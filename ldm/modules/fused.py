@@ -1,0 +1,104 @@
+"""A frozen U-Net whose norms, SiLUs, GEGLUs and sums are computed by kernels of its own (`ldm.modules.kernels`).
+
+A good part of the time that Stable Diffusion's U-Net takes on a fast GPU goes into passing over what convolutions and
+matrix products give. What follows them is done in as few passes as there can be. Parameters keep their names.
+"""
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ldm.modules.attention import GEGLU, SpatialTransformer
+from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+
+log = logging.getLogger(__name__)
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """The group norm of maps (B, C, H, W); a gradient for the maps alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _normalized(self, x, silu=False)
+
+
+class FusedGEGLU(GEGLU):
+    """GEGLU with one pass behind its projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from ldm.modules.kernels.geglu import GatedGELU
+
+        return GatedGELU.apply(self.proj(x))
+
+
+class FusedResBlock(ResBlock):
+    """A residual block whose biases, embedding, norms and SiLUs have no passes of their own."""
+
+    def _residual(self, x: Tensor, emb: Tensor) -> Tensor:
+        from ldm.modules.kernels.residual import BiasedSum
+
+        norm, _, conv = self.in_layers
+        h = _convolved(_normalized(norm, x, silu=True), conv)
+        norm, _, dropout, out = self.out_layers
+        h = _normalized(norm, h, silu=True, added=self.emb_layers(emb).to(h.dtype) + conv.bias)
+        if isinstance(self.skip_connection, nn.Conv2d):
+            x, bias = _convolved(x, self.skip_connection), out.bias + self.skip_connection.bias
+        else:
+            bias = out.bias
+        return BiasedSum.apply(x, _convolved(dropout(h), out), bias)
+
+
+def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The convolution without its bias, which torch would add in a pass of its own."""
+    return nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+
+
+def _normalized(norm: nn.GroupNorm, x: Tensor, silu: bool, added: Tensor | None = None) -> Tensor:
+    from ldm.modules.kernels.group_norm import GroupNormSiLU
+
+    return GroupNormSiLU.apply(x, added, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def fuse(unet: nn.Module) -> None:
+    """Turns layers of `unet`, none of whose weights is trained, into such ones; what it is called with stays."""
+    for module in unet.modules():
+        if type(module) is ResBlock and _is_plain(module):
+            module.__class__ = FusedResBlock
+        elif type(module) is GEGLU:
+            module.__class__ = FusedGEGLU
+        elif isinstance(module, SpatialTransformer):
+            module.norm.__class__ = FusedGroupNorm
+        elif isinstance(module, UNetModel) and isinstance(module.out[-1], nn.Conv2d):
+            module.out[0].__class__ = FusedGroupNorm
+
+
+def _is_plain(block: ResBlock) -> bool:
+    """Whether it is of two dimensions, and nothing comes between its norms, SiLUs and convolutions."""
+    two_dimensions = isinstance(block.in_layers[-1], nn.Conv2d)
+    return two_dimensions and block.resample is None and not block.use_scale_shift_norm
+
+
+@functools.cache
+def can_fuse(device: torch.device) -> bool:
+    """Whether the kernels run there: they are compiled when first called, which takes Triton and a C compiler."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    from ldm.modules.kernels.geglu import GatedGELU
+    from ldm.modules.kernels.group_norm import GroupNormSiLU
+
+    x, weight = _probe(device)
+    try:
+        GatedGELU.apply(GroupNormSiLU.apply(x, None, weight, weight, 1, 1e-5, True))
+    except Exception as error:  # noqa: BLE001 - a compiler that is missing, or too old a GPU: each says so in its own way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("the U-Net's norms are not fused, which would be faster: %s", reason)
+        return False
+    return True
+
+
+def _probe(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A map and a weight of its channels."""
+    return torch.zeros(1, 2, 2, 2, device=device), torch.ones(2, device=device)
