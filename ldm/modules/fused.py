@@ -12,7 +12,8 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.attention import GEGLU, SpatialTransformer
+from ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
+from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,22 @@ class FusedResBlock(ResBlock):
         return BiasedSum.apply(x, _convolved(dropout(h), out), bias)
 
 
+class FusedTransformerBlock(BasicTransformerBlock):
+    """A transformer block that adds up and normalizes in one pass."""
+
+    def _residuals(self, x: Tensor, context: Tensor | PromptContext | None) -> Tensor:
+        x, normal = _sum_normalized(self.norm1, x, None)
+        x, normal = _sum_normalized(self.norm2, x, self.attn1(normal, context if self.disable_self_attn else None))
+        x, normal = _sum_normalized(self.norm3, x, self.attn2(normal, context if self.attn2.reads_text else None))
+        return x + self.ff(normal)
+
+
+def _sum_normalized(norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    from ldm.modules.kernels.layer_norm import SumLayerNorm
+
+    return SumLayerNorm.apply(x, added, norm.weight, norm.bias, norm.eps)
+
+
 def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """The convolution without its bias, which torch would add in a pass of its own."""
     return nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding)
@@ -62,13 +79,16 @@ def _normalized(norm: nn.GroupNorm, x: Tensor, silu: bool, added: Tensor | None 
     return GroupNormSiLU.apply(x, added, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
 
 
+FUSED = {GEGLU: FusedGEGLU, BasicTransformerBlock: FusedTransformerBlock}
+
+
 def fuse(unet: nn.Module) -> None:
     """Turns layers of `unet`, none of whose weights is trained, into such ones; what it is called with stays."""
     for module in unet.modules():
         if type(module) is ResBlock and _is_plain(module):
             module.__class__ = FusedResBlock
-        elif type(module) is GEGLU:
-            module.__class__ = FusedGEGLU
+        elif type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
         elif isinstance(module, SpatialTransformer):
             module.norm.__class__ = FusedGroupNorm
         elif isinstance(module, UNetModel) and isinstance(module.out[-1], nn.Conv2d):

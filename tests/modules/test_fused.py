@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ldm.modules import fused
-from ldm.modules.attention import GEGLU, SpatialTransformer
+from ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
-from ldm.modules.fused import FusedGEGLU, FusedGroupNorm, FusedResBlock, can_fuse, fuse
+from ldm.modules.fused import FusedGEGLU, FusedGroupNorm, FusedResBlock, FusedTransformerBlock, can_fuse, fuse
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,6 +107,28 @@ def test_norms_of_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
         assert one.dtype == dtype and error_of(one, other) < torch.finfo(dtype).eps
 
 
+@given(rows=st.integers(1, 9), channels=st.sampled_from([1, 5, 320, 5000]), adds=st.booleans())
+@settings(max_examples=15)
+def test_sums_and_their_layer_norms_are_torchs(rows: int, channels: int, adds: bool) -> None:
+    from ldm.modules.kernels.layer_norm import SumLayerNorm
+
+    norm = nn.LayerNorm(channels).to(DEVICE).requires_grad_(False)
+    norm.weight.copy_(drawn(channels, seed=2))
+    norm.bias.copy_(drawn(channels, seed=3))
+
+    def found(both: Tensor) -> Tensor:
+        x, added = both.unbind()
+        return torch.stack(SumLayerNorm.apply(x, added if adds else None, norm.weight, norm.bias, norm.eps))
+
+    def exact(both: Tensor) -> Tensor:
+        total = both.sum(0) if adds else both[0]
+        return torch.stack([total, norm(total)])
+
+    both = drawn(2, 2, rows, channels, seed=rows) + 1
+    for one, other in zip(with_gradient(found, both), with_gradient(exact, both), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), width=st.sampled_from([1, 7, 1024, 1300]),
        seed=st.integers(0, 9))
 @settings(max_examples=15)
@@ -138,8 +160,9 @@ def test_a_fused_unet_says_the_same_and_stays_what_it_is() -> None:
     for one, other in zip(found, exact, strict=True):
         assert error_of(one, other) < 1e-4
     kinds = collections.Counter(type(module) for module in unet.modules())
-    assert not kinds[ResBlock] and not kinds[GEGLU]
-    assert kinds[FusedResBlock] and kinds[FusedGEGLU] and kinds[FusedGroupNorm] == 1 + kinds[SpatialTransformer]
+    assert not kinds[ResBlock] and not kinds[GEGLU] and not kinds[BasicTransformerBlock]
+    assert kinds[FusedResBlock] and kinds[FusedTransformerBlock] == kinds[FusedGEGLU] == kinds[SpatialTransformer]
+    assert kinds[FusedGroupNorm] == 1 + kinds[SpatialTransformer]
 
 
 @pytest.mark.parametrize("width", [32, 64])
