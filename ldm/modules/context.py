@@ -112,6 +112,18 @@ class PromptContext:
             self._stored[layer_name] = keys, values
         return keys, values
 
+    def with_stored_copied(self) -> PromptContext:
+        """The same prompts with keys and values of their own, where these are stored."""
+        copied = replace(self)
+        copied._stored.update((layer, (keys.clone(), values.clone())) for layer, (keys, values) in self._stored.items())
+        return copied
+
+    def take_stored(self, other: PromptContext) -> None:
+        """Puts the keys and values that are stored with `other` in the place of those that are stored here."""
+        for layer, tensors in other._stored.items():
+            for place, new in zip(self._stored[layer], tensors, strict=True):
+                place.copy_(new)
+
     def _key_side(self) -> tuple[Tensor, Tensor]:
         projected = self.projected if self.key_projected is None else self.key_projected
         return projected, self.gates if self.key_gates is None else self.key_gates

@@ -20,7 +20,7 @@ Context = Tensor | PromptContext
 PER_PROMPT = ("encoding", "projected", "gates", "key_projected", "key_gates")
 TABLES = ("target_outputs_v", "target_outputs_k")
 MOST_SHAPES = 4  # that are trained on: each keeps memory for all activations of its own
-MOST_PROMPTS = 4
+PROMPTS = 4  # a multiple of which, of more than two, are encoded at a time
 
 
 class GraphedUNet:
@@ -45,8 +45,8 @@ class GraphedUNet:
             return self.unet(x, timesteps, context=context)  # nobody says that it will come again
         if self.sampling is None or not self.sampling.fits(x, timesteps, context):
             self.sampling = None  # before the next one, to have its memory back
-            self.sampling = SamplingSteps(self.unet, x, timesteps, context)
-        return self.sampling(x, timesteps)
+            self.sampling = SamplingSteps(self.unet, x, timesteps)
+        return self.sampling(x, timesteps, context)
 
     def _with_gradient(self, x: Tensor, timesteps: Tensor, context: Context) -> Tensor:
         tensors, rebuilt = unpacked(context)
@@ -71,9 +71,9 @@ class TrainingGraphs:
 
 
 class GraphedEncoder:
-    """Calls a frozen text encoder by graphs where it is to give gradients, for few prompts at a time.
+    """Calls a frozen text encoder by graphs where it is to give gradients.
 
-    Of many prompts its kernels take longer than to launch them.
+    A batch has now more, now fewer distinct prompts: they are filled up to a number that comes again.
     """
 
     def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
@@ -81,9 +81,12 @@ class GraphedEncoder:
 
     def __call__(self, embedded: Tensor) -> Tensor:
         """What `encode` makes of embedded prompts (B, N, width)."""
-        if embedded.requires_grad and len(embedded) <= MOST_PROMPTS:
-            return self.training(self.encode, (embedded,))
-        return self.encode(embedded)
+        if not embedded.requires_grad:
+            return self.encode(embedded)
+        count = len(embedded)
+        lacking = (-count) % (PROMPTS if count > 2 else 1)
+        filled = torch.cat([embedded, embedded[:1].detach().expand(lacking, -1, -1)])
+        return self.training(self.encode, (filled,))[:count]
 
 
 def has_dropout(unet: nn.Module) -> bool:
@@ -92,35 +95,40 @@ def has_dropout(unet: nn.Module) -> bool:
 
 
 class SamplingSteps:
-    """The steps of one sampling: the first by the U-Net itself, which keeps keys and values, then all by one graph.
+    """The steps of samplings of one shape: the first of each by the U-Net itself, which keeps keys and values of its
+    prompts, then all by one graph, into which those are copied.
 
     Args:
-        unet, x, timesteps, context: what the first step is of.
+        unet, x, timesteps: what the first step is of.
     """
 
-    def __init__(self, unet: nn.Module, x: Tensor, timesteps: Tensor, context: PromptContext) -> None:
-        self.unet, self.context = unet, context
-        self.inputs = x.clone(), timesteps.clone()
+    def __init__(self, unet: nn.Module, x: Tensor, timesteps: Tensor) -> None:
+        self.unet, self.inputs = unet, (x.clone(), timesteps.clone())
+        self.begun: PromptContext | None = None  # the prompts of the sampling that is going on
+        self.captured: PromptContext | None = None  # a copy that nobody else reads, with their keys and values
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Tensor | None = None
-        self.begun = False
 
     def fits(self, x: Tensor, timesteps: Tensor, context: PromptContext) -> bool:
-        """Whether a step is one of this sampling."""
-        return context is self.context and all(
-            new.shape == old.shape and new.dtype == old.dtype
-            for new, old in zip((x, timesteps), self.inputs, strict=True))
+        """Whether a step is one of these, or may be the first of another such sampling."""
+        same = all(new.shape == old.shape and new.dtype == old.dtype
+                   for new, old in zip((x, timesteps), self.inputs, strict=True))
+        return same and (self.captured is None or context.shape == self.captured.shape)
 
-    def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        if not self.begun:
-            self.begun = True
-            return self.unet(x, timesteps, context=self.context)
+    def __call__(self, x: Tensor, timesteps: Tensor, context: PromptContext) -> Tensor:
+        if context is not self.begun:
+            first = self.unet(x, timesteps, context=context)
+            self.begun = context
+            if self.captured is not None:
+                self.captured.take_stored(context)
+            return first
         for place, new in zip(self.inputs, (x, timesteps), strict=True):
             place.copy_(new)
         if self.graph is None:
+            self.captured = context.with_stored_copied()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.output = self.unet(*self.inputs, context=self.context)
+                self.output = self.unet(*self.inputs, context=self.captured)
         self.graph.replay()
         return self.output.clone()  # the next step writes into the same place
 
