@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import re
 import string
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.modules.concept import Concept, base_fingerprint, check_base, stack_concepts
-from ldm.modules.context import PromptContext, TextLayer
+from ldm.modules.context import Edit, PromptContext, TextLayer
 from ldm.modules.encoders.prompts import split_at_placeholders, word_vector
 from ldm.modules.tuned_concept import Learned, TunedConcept
 
@@ -204,8 +205,17 @@ class ConceptPrompts:
         if global_locking:
             vectors = torch.cat([word_vector(self.encoder, concept.super_category) for concept in self.concepts])
             instead = self.encoder.encode_tokens(tokens, vectors)
-        edit = stack_concepts(with_settings(self.concepts, biases, temperatures), self.text_layers)
+        concepts = with_settings(self.concepts, biases, temperatures)
+        edit = replace(self._stacked,
+                       biases=torch.tensor([float(concept.bias) for concept in concepts], device=table.device),
+                       temperatures=torch.tensor([float(concept.temperature) for concept in concepts],
+                                                 device=table.device))
         return edit.context(encoding, self.inverse_covariance, super_encoding=instead, cache=True)
+
+    @functools.cached_property
+    def _stacked(self) -> Edit:
+        """The concepts' numbers on the device: of many, to bring them there takes as long as several steps."""
+        return stack_concepts(self.concepts, self.text_layers)
 
     def only_named(self, context: PromptContext, texts: Sequence[str]) -> PromptContext:
         """What `encode` gave, with just those concepts acting on each prompt whose words stand in its text of `texts`.
