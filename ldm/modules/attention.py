@@ -172,10 +172,15 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | PromptContext | None = None) -> Tensor:
         """x (B, C, H, W), context (B, N, context_dim); returns (B, C, H, W)."""
-        positions = self._project(self.proj_in, _as_sequence(self.norm(x)))
+        x, normal = self._normalized(x)
+        positions = self._project(self.proj_in, _as_sequence(normal))
         for block in self.transformer_blocks:
             positions = block(positions, context)
         return x + _as_map(self._project(self.proj_out, positions), x.shape[-2:])
+
+    def _normalized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x for the residual, and its norm."""
+        return x, self.norm(x)
 
     @staticmethod
     def _project(layer: nn.Module, positions: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
 from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from ldm.modules.diffusionmodules.util import NORM_GROUPS
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,14 @@ class FusedGroupNorm(nn.GroupNorm):
     """The group norm of maps (B, C, H, W); a gradient for the maps alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _normalized(self, x, silu=False)
+        return _normalized(self, x, silu=False)[1]
+
+
+class FusedSpatialTransformer(SpatialTransformer):
+    """Transformer blocks over a map whose norm has few passes."""
+
+    def _normalized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _normalized(self.norm, x, silu=False)
 
 
 class FusedGEGLU(GEGLU):
@@ -42,9 +50,10 @@ class FusedResBlock(ResBlock):
         from ldm.modules.kernels.residual import BiasedSum
 
         norm, _, conv = self.in_layers
-        h = _convolved(_normalized(norm, x, silu=True), conv)
+        x, h = _normalized(norm, x, silu=True)
+        h = _convolved(h, conv)
         norm, _, dropout, out = self.out_layers
-        h = _normalized(norm, h, silu=True, added=self.emb_layers(emb).to(h.dtype) + conv.bias)
+        _, h = _normalized(norm, h, silu=True, added=self.emb_layers(emb).to(h.dtype) + conv.bias)
         if isinstance(self.skip_connection, nn.Conv2d):
             x, bias = _convolved(x, self.skip_connection), out.bias + self.skip_connection.bias
         else:
@@ -73,24 +82,22 @@ def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
-def _normalized(norm: nn.GroupNorm, x: Tensor, silu: bool, added: Tensor | None = None) -> Tensor:
+def _normalized(norm: nn.GroupNorm, x: Tensor, silu: bool, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from ldm.modules.kernels.group_norm import GroupNormSiLU
 
     return GroupNormSiLU.apply(x, added, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
 
 
-FUSED = {GEGLU: FusedGEGLU, BasicTransformerBlock: FusedTransformerBlock}
+FUSED = {GEGLU: FusedGEGLU, BasicTransformerBlock: FusedTransformerBlock, SpatialTransformer: FusedSpatialTransformer}
 
 
-def fuse(unet: nn.Module) -> None:
-    """Turns layers of `unet`, none of whose weights is trained, into such ones; what it is called with stays."""
-    for module in unet.modules():
+def fuse(network: nn.Module) -> None:
+    """Turns the layers of a network, none of whose weights is trained, into such ones; its parameters stay."""
+    for module in network.modules():
         if type(module) is ResBlock and _is_plain(module):
             module.__class__ = FusedResBlock
         elif type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
-        elif isinstance(module, SpatialTransformer):
-            module.norm.__class__ = FusedGroupNorm
         elif isinstance(module, UNetModel) and isinstance(module.out[-1], nn.Conv2d):
             module.out[0].__class__ = FusedGroupNorm
 
@@ -102,23 +109,28 @@ def _is_plain(block: ResBlock) -> bool:
 
 
 @functools.cache
-def can_fuse(device: torch.device) -> bool:
-    """Whether the kernels run there: they are compiled when first called, which takes Triton and a C compiler."""
+def can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run there, forward and backward, which takes Triton, a C compiler and no old GPU.
+
+    They are compiled when they are first called; those of a small network are nearly all that larger ones need.
+    """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    from ldm.modules.kernels.geglu import GatedGELU
-    from ldm.modules.kernels.group_norm import GroupNormSiLU
-
-    x, weight = _probe(device)
     try:
-        GatedGELU.apply(GroupNormSiLU.apply(x, None, weight, weight, 1, 1e-5, True))
-    except Exception as error:  # noqa: BLE001 - a compiler that is missing, or too old a GPU: each says so in its own way
+        _try_out(device, dtype)
+    except Exception as error:  # noqa: BLE001 - whatever is missing says so in its own way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("the U-Net's norms are not fused, which would be faster: %s", reason)
         return False
     return True
 
 
-def _probe(device: torch.device) -> tuple[Tensor, Tensor]:
-    """A map and a weight of its channels."""
-    return torch.zeros(1, 2, 2, 2, device=device), torch.ones(2, device=device)
+def _try_out(device: torch.device, dtype: torch.dtype) -> None:
+    """Calls every kernel."""
+    width, side = 2 * NORM_GROUPS, 8
+    blocks = nn.ModuleList([ResBlock(width, width, 0.0), SpatialTransformer(width, 1, width)])
+    blocks.to(device, dtype).requires_grad_(False)
+    fuse(blocks)
+    x = torch.zeros(1, width, side, side, device=device, dtype=dtype, requires_grad=True)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        blocks[1](blocks[0](x, x[:, :, 0, 0])).sum().backward()

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import collections
+import importlib
+import pkgutil
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +17,15 @@ from torch import Tensor, nn
 from ldm.modules import fused
 from ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
-from ldm.modules.fused import FusedGEGLU, FusedGroupNorm, FusedResBlock, FusedTransformerBlock, can_fuse, fuse
+from ldm.modules.fused import (
+    FusedGEGLU,
+    FusedGroupNorm,
+    FusedResBlock,
+    FusedSpatialTransformer,
+    FusedTransformerBlock,
+    can_fuse,
+    fuse,
+)
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,34 +60,37 @@ def frozen_norm(channels: int, groups: int, epsilon: float = 1e-5) -> nn.GroupNo
 class Fused(nn.Module):
     """A norm as residual blocks have it."""
 
-    def __init__(self, norm: nn.GroupNorm, silu: bool, added: Tensor | None = None) -> None:
+    def __init__(self, norm: nn.GroupNorm, silu: bool, added: Tensor | None = None, residual: bool = False) -> None:
         super().__init__()
-        self.norm, self.silu, self.added = norm, silu, added
+        self.norm, self.silu, self.added, self.residual = norm, silu, added, residual
 
     def forward(self, x: Tensor) -> Tensor:
         from ldm.modules.kernels.group_norm import GroupNormSiLU
 
         norm = self.norm
-        return GroupNormSiLU.apply(x, self.added, norm.weight, norm.bias, norm.num_groups, norm.eps, self.silu)
+        x, y = GroupNormSiLU.apply(x, self.added, norm.weight, norm.bias, norm.num_groups, norm.eps, self.silu)
+        return torch.stack([x, y]) if self.residual else y
 
 
 class Plain(Fused):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x if self.added is None else x + self.added[..., None, None])
-        return F.silu(y) if self.silu else y
+        y = F.silu(y) if self.silu else y
+        return torch.stack([x, y]) if self.residual else y
 
 
 @given(images=st.integers(1, 3), groups=st.sampled_from([1, 2, 32]), size=st.integers(1, 5), height=st.integers(1, 20),
-       width=st.integers(1, 20), silu=st.booleans(), adds=st.booleans(), last=st.booleans())
+       width=st.integers(1, 20), silu=st.booleans(), adds=st.booleans(), residual=st.booleans(),
+       last=st.booleans())
 @settings(max_examples=25)
 def test_norms_are_torchs(images: int, groups: int, size: int, height: int, width: int, silu: bool, adds: bool,
-                          last: bool) -> None:
+                          residual: bool, last: bool) -> None:
     assume(images * size * height * width > 1)  # torch refuses a single number
     norm = frozen_norm(groups * size, groups, 1e-3)
     added = drawn(images, groups * size, seed=4) if adds else None
     x = 3 * drawn(images, groups * size, height, width) + 2
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    exact, found = (with_gradient(kind(norm, silu, added), x) for kind in (Plain, Fused))
+    exact, found = (with_gradient(kind(norm, silu, added, residual), x) for kind in (Plain, Fused))
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=EXACT, atol=EXACT)
 
@@ -160,9 +173,9 @@ def test_a_fused_unet_says_the_same_and_stays_what_it_is() -> None:
     for one, other in zip(found, exact, strict=True):
         assert error_of(one, other) < 1e-4
     kinds = collections.Counter(type(module) for module in unet.modules())
-    assert not kinds[ResBlock] and not kinds[GEGLU] and not kinds[BasicTransformerBlock]
-    assert kinds[FusedResBlock] and kinds[FusedTransformerBlock] == kinds[FusedGEGLU] == kinds[SpatialTransformer]
-    assert kinds[FusedGroupNorm] == 1 + kinds[SpatialTransformer]
+    assert not any(kinds[kind] for kind in (ResBlock, GEGLU, BasicTransformerBlock, SpatialTransformer))
+    assert kinds[FusedResBlock] and kinds[FusedGroupNorm] == 1
+    assert kinds[FusedTransformerBlock] == kinds[FusedGEGLU] == kinds[FusedSpatialTransformer] > 0
 
 
 @pytest.mark.parametrize("width", [32, 64])
@@ -185,20 +198,49 @@ def test_residual_blocks_of_other_kinds_stay_as_they_are(how: dict[str, object])
     assert type(block) is ResBlock
 
 
+def pretending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be tried out on CUDA is tried out here."""
+    here = fused._try_out
+    monkeypatch.setattr(fused, "_try_out", lambda device, dtype: here(torch.device(DEVICE), dtype))
+
+
+def test_every_kernel_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm.modules import kernels
+
+    names = [one.name for one in pkgutil.iter_modules(kernels.__path__)]
+    modules = [importlib.import_module(f"{kernels.__name__}.{name}") for name in names]
+    functions = [value for module in modules for value in vars(module).values()
+                 if isinstance(value, type) and issubclass(value, torch.autograd.Function)]
+    called = set()
+    for function in functions:
+        for way in ("forward", "backward"):
+            plain = getattr(function, way)
+
+            def noting(*given: object, plain: Callable[..., object] = plain, name: tuple[object, str] = (function, way)
+                       ) -> object:
+                called.add(name)
+                return plain(*given)
+
+            monkeypatch.setattr(function, way, staticmethod(noting))
+    pretending(monkeypatch)
+    assert can_fuse.__wrapped__(torch.device("cuda"), torch.float32)
+    assert len(functions) == 4 and called == {(one, way) for one in functions for way in ("forward", "backward")}
+
+
 @pytest.mark.parametrize("failure", [RuntimeError("Failed to find C compiler\nand more"), RuntimeError("")])
 def test_where_kernels_cannot_be_compiled_one_line_says_so(failure: Exception, monkeypatch: pytest.MonkeyPatch,
                                                            caplog: pytest.LogCaptureFixture) -> None:
+    from ldm.modules.kernels.layer_norm import SumLayerNorm
+
     def fails(*_: object) -> Tensor:
         raise failure
 
-    from ldm.modules.kernels.group_norm import GroupNormSiLU
-
-    monkeypatch.setattr(GroupNormSiLU, "apply", fails)
-    monkeypatch.setattr(fused, "_probe", lambda device: (torch.zeros(1, 2, 2, 2), torch.zeros(2)))
-    assert not can_fuse.__wrapped__(torch.device("cuda"))
+    monkeypatch.setattr(SumLayerNorm, "backward", fails)
+    pretending(monkeypatch)
+    assert not can_fuse.__wrapped__(torch.device("cuda"), torch.float32)
     message, = caplog.messages
     assert "norms are not fused" in message and "and more" not in message
 
 
 def test_processors_have_no_kernels() -> None:
-    assert not can_fuse(torch.device("cpu"))
+    assert not can_fuse(torch.device("cpu"), torch.bfloat16)

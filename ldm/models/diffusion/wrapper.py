@@ -56,7 +56,7 @@ class DiffusionWrapper(nn.Module):
         """Makes a frozen U-Net on a CUDA device as fast as it can be: in `dtype`, of 16 bits, with fused norms, and
         without dropout by graphs."""
         to_sixteen_bits(self.diffusion_model, dtype)
-        if can_fuse(next(self.diffusion_model.parameters()).device):
+        if can_fuse(next(self.diffusion_model.parameters()).device, dtype):
             fuse(self.diffusion_model)
         if not has_dropout(self.diffusion_model):
             self.graphs = GraphedUNet(self.diffusion_model)

@@ -156,8 +156,9 @@ def _join_sums(plain, along, plain_mean, along_mean, channels, rows, parts, grou
 
 
 @triton.jit
-def _backward(x, added, gradient, result, mean, deviation, plain_mean, along_mean, weight, bias, channels, rows, groups,
-              ADDED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _backward(x, added, gradient, of_x, result, mean, deviation, plain_mean, along_mean, weight, bias, channels, rows,
+              groups, PASSED: tl.constexpr, ADDED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
+              COLUMNS: tl.constexpr):
     place, there, column = _tile(channels, rows, ROWS, COLUMNS)
     numbers = _numbers(x, added, place, there, column, channels, ADDED)
     normal, scale = _normal(numbers, mean, deviation, column, channels, groups)
@@ -166,18 +167,21 @@ def _backward(x, added, gradient, result, mean, deviation, plain_mean, along_mea
     plain = tl.load(plain_mean + group, mask=column < channels, other=0.0)
     along = tl.load(along_mean + group, mask=column < channels, other=0.0)
     found = scale[None, :] * (found - plain[None, :] - normal * along[None, :])
+    if PASSED:
+        found += tl.load(of_x + place, mask=there, other=0.0).to(tl.float32)
     tl.store(result + place, found.to(result.dtype.element_ty), mask=there)
 
 
 class GroupNormSiLU(torch.autograd.Function):
-    """The group norm of x (B, C, H, W) plus what is added to its channels, (B, C) or None, and if wanted its SiLU.
+    """x (B, C, H, W), and the group norm of it plus what is added to its channels, (B, C) or None, if wanted with SiLU.
 
-    A gradient for x alone.
+    Who reads x as well is to read the one that is given back: the gradients of both are then added up in one pass. A
+    gradient for x alone.
     """
 
     @staticmethod
     def forward(context: Any, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int,
-                epsilon: float, silu: bool) -> Tensor:
+                epsilon: float, silu: bool) -> tuple[Tensor, Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
         adds, added = added is not None, weight if added is None else added.contiguous()
         (images, channels), rows = x.shape[:2], x.shape[2] * x.shape[3]
@@ -191,12 +195,15 @@ class GroupNormSiLU(torch.autograd.Function):
         _normalize[tiles](x, added, y, mean, deviation, weight, bias, channels, rows, groups, adds, silu, ROWS, COLUMNS)
         context.save_for_backward(x, added, mean, deviation, weight, bias)
         context.groups, context.how = groups, (adds, silu, ROWS, COLUMNS)
-        return y
+        context.set_materialize_grads(False)
+        return x.view_as(x), y
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, of_x: Tensor | None, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, added, mean, deviation, weight, bias = context.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
+        passed = of_x is not None
+        of_x = of_x.contiguous(memory_format=torch.channels_last) if passed else x
         (images, channels), rows, groups = x.shape[:2], x.shape[2] * x.shape[3], context.groups
         tiles = (images, triton.cdiv(rows, ROWS), triton.cdiv(channels, COLUMNS))
         sums = x.new_empty((2, images, tiles[1], channels), dtype=torch.float32)
@@ -206,8 +213,8 @@ class GroupNormSiLU(torch.autograd.Function):
                      *context.how)
         _join_sums[(images * groups,)](*sums, *means, channels, rows, tiles[1], groups, PARTS,
                                        _lanes(channels // groups))
-        _backward[tiles](x, added, gradient, result, mean, deviation, *means, weight, bias, channels, rows, groups,
-                         *context.how)
+        _backward[tiles](x, added, gradient, of_x, result, mean, deviation, *means, weight, bias, channels, rows,
+                         groups, passed, *context.how)
         return result, None, None, None, None, None, None
 
 
