@@ -147,7 +147,8 @@ def _parts(config: DictConfig, logdir: Path, now: str
         allowed = "one device" if most == 1 else f"at most {most} devices, one for each concept"
         raise UserError(f"{config.model.target} is trained on {allowed}; "
                         f"leave out --devices {config.lightning.trainer.devices}")
-    return trainer, data, model.to(memory_format=torch.channels_last)
+    device = trainer.strategy.root_device if trainer.num_devices == 1 else None  # which rearranges weights sooner
+    return trainer, data, model.to(device, memory_format=torch.channels_last)
 
 
 def _refuse_other_kinds(section: str, built: object, kind: type) -> None:

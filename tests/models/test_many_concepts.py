@@ -112,8 +112,10 @@ def test_textual_inversion_learns_several_words(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"concepts_per_batch": 1}])
-def test_devices_share_the_concepts_out_among_them(folder: Path, tmp_path: Path, settings: dict[str, int]) -> None:
+def test_devices_share_the_concepts_out_among_them(folder: Path, tmp_path: Path, settings: dict[str, int],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes on the CPU, of which one learns the second concept, and the other the first and perhaps a third."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of a run before, from which new processes would begin anew
     words = WORDS[:2] if settings else WORDS
     trainer = pl.Trainer(max_steps=3, accelerator="cpu", devices=2, strategy="ddp_fork", default_root_dir=tmp_path,
                          logger=False, enable_checkpointing=False, enable_progress_bar=False,
