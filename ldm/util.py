@@ -25,14 +25,13 @@ OF_THE_DEVICE = ("CUDA", "cuDNN", "HIP", "MPS")  # how errors begin that no valu
 
 
 def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device, without waiting until that has done what it was given before.
+    """The tensor on a device; one on CUDA is not waited for to have done what it was given before.
 
-    CUDA takes small tensors from anywhere, larger ones without waiting only from memory that cannot be swapped out.
+    It takes small tensors from anywhere, larger ones without waiting only from memory that cannot be swapped out.
     """
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" or device.type != "cuda":
         return tensor.to(device)
-    large = device.type == "cuda" and tensor.nbytes >= TAKEN_AT_ONCE
-    return (tensor.pin_memory() if large else tensor).to(device, non_blocking=True)
+    return (tensor.pin_memory() if tensor.nbytes >= TAKEN_AT_ONCE else tensor).to(device, non_blocking=True)
 
 
 def get_obj_from_str(path: str) -> Any:

@@ -14,6 +14,7 @@ from ldm.util import (
     default,
     get_obj_from_str,
     instantiate_from_config,
+    onto,
     pick_device,
     refuse_unknown_params,
 )
@@ -176,3 +177,29 @@ def test_the_best_device_is_picked(cuda: bool, mps: bool, expected: str, monkeyp
 
 def test_a_named_device() -> None:
     assert pick_device("cpu") == torch.device("cpu")
+
+
+class Noting:
+    """A tensor of so many bytes that notes how it is copied."""
+
+    def __init__(self, nbytes: int, device: str = "cpu") -> None:
+        self.nbytes, self.device, self.pinned = nbytes, torch.device(device), False
+
+    def pin_memory(self) -> Noting:
+        self.pinned = True
+        return self
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> tuple[str, bool, bool]:
+        return device.type, non_blocking, self.pinned
+
+
+@pytest.mark.parametrize(("nbytes", "source", "target", "waits", "pinned"), [
+    (100, "cpu", "cuda", False, False), (2**20, "cpu", "cuda", False, True), (2**20, "cpu", "mps", True, False),
+    (2**20, "cpu", "cpu", True, False), (2**20, "cuda", "cpu", True, False)])  # others might read what is not there yet
+def test_who_waits_for_a_copy(nbytes: int, source: str, target: str, waits: bool, pinned: bool) -> None:
+    assert onto(Noting(nbytes, source), torch.device(target)) == (target, not waits, pinned)
+
+
+def test_copies_are_equal() -> None:
+    x = torch.randn(3, 2)
+    assert torch.equal(onto(x, torch.device("cpu")), x)
