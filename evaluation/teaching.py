@@ -24,7 +24,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from evaluation.source_digest import TEACHING, code_of
+from evaluation.source_digest import ROOT, TEACHING, code_of
 from evaluation.studies import Method
 from ldm.data.images import list_images
 from ldm.errors import UserError
@@ -32,7 +32,7 @@ from ldm.files import write_whole
 from ldm.modules.tuned_concept import load_learned
 from ldm.training.options import get_parser, read_config
 
-MAIN = Path(__file__).resolve().parents[1] / "main.py"
+MAIN = ROOT / "main.py"
 NO_PICTURES = "lightning.callbacks.pictures=null"  # the sheet of samples of a run
 SEED = 23
 KEY_LENGTH = 10
@@ -221,8 +221,9 @@ def cores() -> int:
 
 
 def key_of(value: Any) -> str:
-    """A short name for what is plain data."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:KEY_LENGTH]
+    """A short name for what is plain data; for files of the project's it is the same wherever that lies."""
+    text = json.dumps(value, sort_keys=True, default=str).replace(f"{ROOT}/", "")
+    return hashlib.blake2b(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
 def contents(value: Any, *named: str | Path | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ from PIL import Image
 from evaluation import teaching
 from evaluation.source_digest import TEACHING, code_of
 from evaluation.studies import NO_MASKS, ONE_PHOTO, PERFUSION, TEXTUAL_INVERSION, TRAINED_KEYS, Method
-from evaluation.teaching import Cost, Example, School, digest
+from evaluation.teaching import Cost, Example, School, digest, key_of
 from ldm.errors import UserError
 from ldm.modules.concept import Concept, save_concepts
 
@@ -214,3 +214,12 @@ def test_what_is_left_early_leaves_no_training_behind(place: Path, school: Schoo
     teaching.close()
     with pytest.raises(ProcessLookupError):
         os.kill(int((place / "number").read_text()), 0)
+
+
+def test_names_do_not_depend_on_where_the_project_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(root: Path) -> str:
+        monkeypatch.setattr(teaching, "ROOT", root)
+        return key_of({"photos": str(root / "models/teddy"), "file": root / "base.ckpt", "mine": "/elsewhere/teddy"})
+
+    assert name(Path("/here/project")) == name(Path("/there"))
+    assert name(Path("/elsewhere")) != name(Path("/there"))
