@@ -85,14 +85,15 @@ class Plain(Fused):
 @settings(max_examples=25)
 def test_norms_are_torchs(images: int, groups: int, size: int, height: int, width: int, silu: bool, adds: bool,
                           residual: bool, last: bool) -> None:
-    assume(images * size * height * width > 1)  # torch refuses a single number
+    assume(size * height * width > 1)  # of a single number nothing is left but rounding
     norm = frozen_norm(groups * size, groups, 1e-3)
     added = drawn(images, groups * size, seed=4) if adds else None
     x = 3 * drawn(images, groups * size, height, width) + 2
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    exact, found = (with_gradient(kind(norm, silu, added, residual), x) for kind in (Plain, Fused))
+    found = with_gradient(Fused(norm, silu, added, residual), x)
+    exact = with_gradient(Plain(norm.double(), silu, added if added is None else added.double(), residual), x.double())
     for one, other in zip(found, exact, strict=True):
-        torch.testing.assert_close(one, other, rtol=EXACT, atol=EXACT)
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
 def test_norms_of_many_rows_and_channels() -> None:
