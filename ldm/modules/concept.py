@@ -396,9 +396,14 @@ def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLa
         keys[name] = torch.stack([output.to(rows) for output in own])
     return Edit(
         target_inputs=torch.stack([concept.target_input for concept in concepts]).float().to(device),
-        biases=torch.tensor([float(concept.bias) for concept in concepts], device=device),
-        temperatures=torch.tensor([float(concept.temperature) for concept in concepts], device=device),
+        **gate_settings(concepts, device),
         target_outputs_v=values,
         target_outputs_k=keys,
         projections=[concept.projection for concept in concepts],
     )
+
+
+def gate_settings(concepts: Sequence[Concept], device: torch.device) -> dict[str, Tensor]:
+    """`biases` and `temperatures`, (J,) each, as an `Edit` has them."""
+    return {"biases": torch.tensor([float(concept.bias) for concept in concepts], device=device),
+            "temperatures": torch.tensor([float(concept.temperature) for concept in concepts], device=device)}

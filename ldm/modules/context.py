@@ -24,6 +24,9 @@ from ldm.modules.rank_one import (
     similarity,
 )
 
+PER_PROMPT = ("encoding", "projected", "gates", "key_projected", "key_gates")  # attributes of a `PromptContext`
+TABLES = ("target_outputs_v", "target_outputs_k")
+
 
 class TextLayer(Protocol):
     """A cross-attention layer that reads text, as far as the edit is concerned."""
@@ -196,15 +199,17 @@ class PromptContext:
     def to(self, *args: torch.device | str | torch.dtype, **kwargs: object) -> PromptContext:
         """Everything on another device or in another dtype; arguments as for `Tensor.to`."""
         moved = self._per_row(lambda tensor: tensor.to(*args, **kwargs))
-        for name in ("target_outputs_v", "target_outputs_k", "weights"):
+        for name in (*TABLES, "weights"):
             setattr(moved, name, {layer: o.to(*args, **kwargs) for layer, o in getattr(self, name).items()})
         return moved
 
+    def per_prompt(self) -> dict[str, Tensor]:
+        """The tensors that have a row for each prompt, by their names."""
+        return {name: getattr(self, name) for name in PER_PROMPT if getattr(self, name) is not None}
+
     def _per_row(self, change: Callable[[Tensor], Tensor]) -> PromptContext:
         """A new context with `change` applied to every tensor that has one row per prompt."""
-        names = ("encoding", "projected", "gates", "key_projected", "key_gates")
-        present = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(self, **{name: change(tensor) for name, tensor in present.items()})
+        return replace(self, **{name: change(tensor) for name, tensor in self.per_prompt().items()})
 
 
 @dataclass(eq=False)

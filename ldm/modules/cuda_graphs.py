@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.context import PromptContext
+from ldm.modules.context import TABLES, PromptContext
 
 Context = Tensor | PromptContext
-PER_PROMPT = ("encoding", "projected", "gates", "key_projected", "key_gates")
-TABLES = ("target_outputs_v", "target_outputs_k")
 MOST_SHAPES = 4  # that are trained on: each keeps memory for all activations of its own
 PROMPTS = 4  # a multiple of which, of more than two, are encoded at a time
 
@@ -162,7 +160,7 @@ def unpacked(context: Context) -> tuple[list[Tensor], Rebuilt]:
     """
     if isinstance(context, Tensor):
         return [context], Rebuilt()
-    named = {name: getattr(context, name) for name in PER_PROMPT if getattr(context, name) is not None}
+    named = context.per_prompt()
     tables = {name: table for name in TABLES if (table := getattr(context, name))}
     joined = {name: torch.cat(list(table.values()), dim=1) for name, table in tables.items()}
     layers = {name: tuple((layer, outputs.shape[1]) for layer, outputs in table.items())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.modules.concept import Concept, base_fingerprint, check_base, stack_concepts
+from ldm.modules.concept import Concept, base_fingerprint, check_base, gate_settings, stack_concepts
 from ldm.modules.context import Edit, PromptContext, TextLayer
 from ldm.modules.encoders.prompts import split_at_placeholders, word_vector
 from ldm.modules.tuned_concept import Learned, TunedConcept
@@ -206,10 +206,7 @@ class ConceptPrompts:
             vectors = torch.cat([word_vector(self.encoder, concept.super_category) for concept in self.concepts])
             instead = self.encoder.encode_tokens(tokens, vectors)
         concepts = with_settings(self.concepts, biases, temperatures)
-        edit = replace(self._stacked,
-                       biases=torch.tensor([float(concept.bias) for concept in concepts], device=table.device),
-                       temperatures=torch.tensor([float(concept.temperature) for concept in concepts],
-                                                 device=table.device))
+        edit = replace(self._stacked, **gate_settings(concepts, table.device))
         return edit.context(encoding, self.inverse_covariance, super_encoding=instead, cache=True)
 
     @functools.cached_property
