@@ -156,6 +156,11 @@ def default(value: T | None, fallback: T) -> T:
     return fallback if value is None else value
 
 
+def is_trained(module: torch.nn.Module) -> bool:
+    """Whether any parameter of it is."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def count_params(model: torch.nn.Module, trainable_only: bool = False) -> int:
     """How many numbers the parameters of `model` hold."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)

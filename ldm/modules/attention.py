@@ -137,9 +137,18 @@ class BasicTransformerBlock(nn.Module):
         return checkpoint(self._residuals, x, context, flag=self.checkpoint)
 
     def _residuals(self, x: Tensor, context: Tensor | PromptContext | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
-        x = x + self.attn2(self.norm2(x), context if self.attn2.reads_text else None)
-        return x + self.ff(self.norm3(x))
+        x, normal = self._sum_normalized(self.norm1, x, None)
+        x, normal = self._sum_normalized(
+            self.norm2, x, self.attn1(normal, context if self.disable_self_attn else None))
+        x, normal = self._sum_normalized(
+            self.norm3, x, self.attn2(normal, context if self.attn2.reads_text else None))
+        return x + self.ff(normal)
+
+    @staticmethod
+    def _sum_normalized(norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x, with what is added to it, and the norm of that."""
+        x = x if added is None else x + added
+        return x, norm(x)
 
 
 class SpatialTransformer(nn.Module):

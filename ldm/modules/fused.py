@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
-from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from ldm.modules.diffusionmodules.util import NORM_GROUPS
 
@@ -64,17 +63,11 @@ class FusedResBlock(ResBlock):
 class FusedTransformerBlock(BasicTransformerBlock):
     """A transformer block that adds up and normalizes in one pass."""
 
-    def _residuals(self, x: Tensor, context: Tensor | PromptContext | None) -> Tensor:
-        x, normal = _sum_normalized(self.norm1, x, None)
-        x, normal = _sum_normalized(self.norm2, x, self.attn1(normal, context if self.disable_self_attn else None))
-        x, normal = _sum_normalized(self.norm3, x, self.attn2(normal, context if self.attn2.reads_text else None))
-        return x + self.ff(normal)
+    @staticmethod
+    def _sum_normalized(norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        from ldm.modules.kernels.layer_norm import SumLayerNorm
 
-
-def _sum_normalized(norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-    from ldm.modules.kernels.layer_norm import SumLayerNorm
-
-    return SumLayerNorm.apply(x, added, norm.weight, norm.bias, norm.eps)
+        return SumLayerNorm.apply(x, added, norm.weight, norm.bias, norm.eps)
 
 
 def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:

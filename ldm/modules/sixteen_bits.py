@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldm.modules.attention import name_text_layers
+from ldm.util import is_trained
 
 
 def to_sixteen_bits(unet: nn.Module, dtype: torch.dtype) -> None:
@@ -17,7 +18,7 @@ def to_sixteen_bits(unet: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         ValueError: some are to be trained, and steps would be lost in the rounding.
     """
-    if any(parameter.requires_grad for parameter in unet.parameters()):
+    if is_trained(unet):
         raise ValueError("weights that are trained stay in 32 bits")
     layers = name_text_layers(unet).values()
     kept = {id(weight) for layer in layers for weight in (layer.to_k.weight, layer.to_v.weight)}

@@ -20,6 +20,7 @@ from ldm.files import write_whole
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.training.record import describe_machine
+from ldm.util import is_trained
 
 log = logging.getLogger(__name__)
 
@@ -97,17 +98,13 @@ class Quickened(pl.Callback):
         if dtype is None or pl_module.device.type != "cuda" or not isinstance(network, DiffusionWrapper):
             return
         averaged = getattr(pl_module, "use_ema", False)  # into copies of the weights as they were
-        if averaged or _is_trained(network):
+        if averaged or is_trained(network):
             return
         network.quicken(dtype)
         torch.set_float32_matmul_precision("high")
         encoder = getattr(pl_module, "cond_stage_model", None)
-        if isinstance(encoder, PromptEncoder) and not _is_trained(encoder):
+        if isinstance(encoder, PromptEncoder) and not is_trained(encoder):
             encoder.quicken()
-
-
-def _is_trained(module: torch.nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class StepProgress(TQDMProgressBar):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.modules.cuda_graphs import GraphedEncoder
-from ldm.util import onto
+from ldm.util import is_trained, onto
 
 VOWELS = tuple("aeiou")
 
@@ -63,7 +63,7 @@ class PromptEncoder(AbstractEncoder):
 
     def train(self, mode: bool = True) -> PromptEncoder:
         """A frozen encoder stays in evaluation mode."""
-        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+        return super().train(mode and is_trained(self))
 
     @property
     def device(self) -> torch.device:
