@@ -49,7 +49,7 @@ class OutputsAlongAxes(nn.ParameterList):
         super().__init__([axes[0].new_zeros(1, axes[0].shape[1])])
         self.layers = len(axes)
         for place, (start, axis) in enumerate(zip(starts, axes, strict=True)):
-            self.register_buffer(f"start_{place}", start.detach().clone(), persistent=False)
+            self.register_buffer(f"start_{place}", start.detach().clone())  # not to be looked for again on resuming
             self.register_buffer(f"axes_{place}", axis, persistent=False)
 
     def outputs(self) -> list[Tensor]:
@@ -69,20 +69,22 @@ class LearnedConcept(nn.Module):
         super_input: i_super (d,): the encoding at the concept's place with the super-category in its stead, averaged
             over the training prompts. i* starts there, too.
         text_layers: layer name -> layer; values start at o*_V = W_V i_super.
+        value_input: (d,), an encoding of the super-category in some look: values then start at o*_V = W_V of it.
         locking: "local" locks keys at o*_K = W_K i_super (derived, never stored); "trained" learns them like values.
         looks: (d, d), a covariance of encodings, axes A: target outputs are those of one encoding that all layers are
-            given, o*_V = W_V (i_super + A z), and z is learned (see `OutputsAlongAxes`); None: each by itself, freely.
+            given, o*_V = W_V (start + A z), and z is learned (see `OutputsAlongAxes`); None: each by itself, freely.
     """
 
     def __init__(self, embedding: Tensor, super_input: Tensor, text_layers: Mapping[str, TextLayer],
-                 locking: str = "local", looks: Tensor | None = None) -> None:
+                 locking: str = "local", looks: Tensor | None = None, value_input: Tensor | None = None) -> None:
         super().__init__()
         if locking not in LOCKINGS:
             raise ValueError(f"locking {locking!r} is not one of {', '.join(LOCKINGS)}")
         self.layer_names = list(text_layers)
         self.embedding = nn.Parameter(embedding.detach().float().clone())
         super_input = super_input.detach().float()
-        values = [super_input[None] @ layer.to_v.weight.detach().float().T for layer in text_layers.values()]
+        value_input = super_input if value_input is None else value_input.detach().float()
+        values = [value_input[None] @ layer.to_v.weight.detach().float().T for layer in text_layers.values()]
         keys = locked_keys(text_layers, super_input[None])
 
         shared = None if looks is None else axes_of(looks)

@@ -8,6 +8,7 @@ leaves the kind alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -49,21 +50,43 @@ def known_looks(encoder: TextEncoder) -> list[str]:
     return evenly_spread([*colours, *worn, *one, *two], MOST_LOOKS)
 
 
+@dataclass(frozen=True)
+class ToldLooks:
+    """What a text encoder makes of a noun whose looks are told.
+
+    Attributes:
+        words: (K,) such as "red and green striped".
+        moves: (K, d) float64, e - e_0: e is the noun's encoding behind each of them, e_0 that without any.
+    """
+
+    words: Sequence[str]
+    moves: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        """E[(e - e_0) (e - e_0)^T], (d, d)."""
+        return self.moves.T @ self.moves / len(self.moves)
+
+
 @torch.no_grad()
-def looks_covariance(encoder: TextEncoder, noun: Tensor) -> Tensor:
-    """E[(e - e_0) (e - e_0)^T], (d, d) float64: e is a noun's encoding behind adjectives, e_0 that without any.
+def told_looks(encoder: TextEncoder, noun: Tensor, looks: Sequence[str] | None = None) -> ToldLooks:
+    """A noun in looks.
 
     Args:
         noun: (1, width), the word embedding of the noun.
+        looks: None: all `known_looks`.
 
     Raises:
-        UserError: the text encoder was taught no adjective at all.
+        UserError: the text encoder was taught no adjective at all, or a word of `looks` means nothing to it.
     """
-    looks = known_looks(encoder)
+    unknown = [word for look in looks or () for word in encoder.unknown_words(look)]
+    if unknown:
+        raise UserError(f"looks: {', '.join(dict.fromkeys(unknown))} means nothing to this model; tell them in other "
+                        "words")
+    looks = known_looks(encoder) if looks is None else looks
     if not looks:
-        raise UserError("value_axes looks: this text encoder was taught no word for looks; use plain ones")
+        raise UserError("this text encoder was taught no word for looks; set value_axes to plain, initial_look to null")
     prompts = [SENTENCE, *(put(f"{look} {SLOT}", SLOT, SENTENCE) for look in looks)]
     tokens = encoder.tokenize(prompts, [SLOT])
     found = encoder.encode_tokens(tokens, noun)[tokens >= len(encoder.token_table)].double()
-    moved = found[1:] - found[:1]
-    return moved.T @ moved / len(moved)
+    return ToldLooks(looks, found[1:] - found[:1])

@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.modules import looks
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder
 from ldm.modules.encoders.prompts import word_vector
-from ldm.modules.looks import MOST_LOOKS, known_looks, looks_covariance
+from ldm.modules.looks import MOST_LOOKS, known_looks, told_looks
 
 
 class Knows:
@@ -54,7 +54,7 @@ def test_a_large_vocabulary_is_sampled(encoder: FrozenCLIPEmbedder) -> None:
 
 def test_the_covariance_of_what_adjectives_do(encoder: FrozenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looks, "known_looks", lambda _: ["red", "orange striped"])
-    found = looks_covariance(encoder, word_vector(encoder, "cat"))
+    found = told_looks(encoder, word_vector(encoder, "cat")).covariance
     with torch.no_grad():
         plain, red, orange = (encoder([f"a photo of {words}"])[0, place].double() for words, place in (
             ("a cat", 5), ("a red cat", 6), ("an orange striped cat", 7)))
@@ -64,5 +64,14 @@ def test_the_covariance_of_what_adjectives_do(encoder: FrozenCLIPEmbedder, monke
 
 
 def test_an_encoder_without_adjectives_is_refused() -> None:
-    with pytest.raises(UserError, match="value_axes looks: .* use plain ones"):
-        looks_covariance(Knows("cat", "dog"), torch.zeros(1, 1))
+    with pytest.raises(UserError, match="set value_axes to plain"):
+        told_looks(Knows("cat", "dog"), torch.zeros(1, 1))
+
+
+def test_looks_can_be_told_in_words(encoder: FrozenCLIPEmbedder) -> None:
+    noun = word_vector(encoder, "cat")
+    every = told_looks(encoder, noun)
+    some = told_looks(encoder, noun, every.words[3:5])
+    torch.testing.assert_close(some.moves, every.moves[3:5], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="looks: grue, bleen means nothing to this model"):
+        told_looks(Knows("red"), noun, ["grue red", "bleen"])

@@ -5,25 +5,32 @@ cross-attention layer. The edit itself is in `ldm.modules.rank_one`; prompts for
 """
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
-from ldm.models.diffusion.concept_learner import ConceptLearner, check_above_zero
+from ldm.models.diffusion.concept_learner import ConceptLearner, check_above_zero, listed, one_for_each
+from ldm.models.diffusion.look_search import most_expected
 from ldm.modules.concept import Concept
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.learned_concept import LOCKINGS, LearnedConcept
-from ldm.modules.looks import looks_covariance
+from ldm.modules.looks import SENTENCE, SLOT, told_looks
 from ldm.modules.rank_one import PROJECTIONS, invert_covariance
 from ldm.util import onto
 
+log = logging.getLogger(__name__)
+
 VALUE_AXES = ("plain", "looks")
+AUTO = "auto"  # as `initial_look`
 
 
 class Perfusion(ConceptLearner):
@@ -38,8 +45,11 @@ class Perfusion(ConceptLearner):
             that adjectives could make of the super-category (see `ldm.modules.looks`), and `value_lr` is in standard
             deviations of what these do.
         value_decay: weight decay of what target outputs are learned by (Loshchilov and Hutter 2019, arXiv 1711.05101);
-            along the axes of looks it keeps them within 1 / value_decay standard deviations of the super-category.
+            along the axes of looks it keeps them within 1 / value_decay standard deviations of where they start.
         projection: "full", by the paper's Eq. 3, or "gated" (see `ldm.modules.rank_one`); concepts keep it.
+        initial_look: where target outputs start: None, at the super-category as it is; words, such as "red striped",
+            at what they make of it (of several concepts a list, or the same for all); "auto", at that known look in
+            which the base model expects the photos best (see `look_search`).
         target_input_decay: of the moving average i*.
         covariance: file of the text encoder's covariance C; None: computed once from default captions and cached.
     """
@@ -47,7 +57,8 @@ class Perfusion(ConceptLearner):
     def __init__(self, bias: float = 0.75, temperature: float = 0.1, embedding_lr: float = 0.006,
                  value_lr: float = 0.03, locking: str = "local", projection: str = "full",
                  target_input_decay: float = 0.99, covariance: str | None = None, inference_bias: float | None = None,
-                 value_axes: str = "plain", value_decay: float = 0.0, **concept_learner: Any) -> None:
+                 value_axes: str = "plain", value_decay: float = 0.0,
+                 initial_look: str | Sequence[str] | None = None, **concept_learner: Any) -> None:
         for name, value, known in (("locking", locking, LOCKINGS), ("projection", projection, PROJECTIONS),
                                    ("value_axes", value_axes, VALUE_AXES)):
             if value not in known:
@@ -66,6 +77,7 @@ class Perfusion(ConceptLearner):
         self.embedding_lr, self.value_lr = embedding_lr, value_lr
         self.locking, self.projection, self.value_axes = locking, projection, value_axes
         self.value_decay = value_decay
+        self.initial_looks = one_for_each("initial looks", listed(initial_look or ""), self.placeholders)
         self.target_input_decay, self.covariance = target_input_decay, covariance
         self._inverse_covariance: Tensor | None = None
 
@@ -85,8 +97,30 @@ class Perfusion(ConceptLearner):
         tokens = self.training_tokens(data)
         super_input = encoder.encode_tokens(tokens, start)[self.concept_positions(tokens)].mean(0)
         self.inverse_covariance()
-        looks = looks_covariance(encoder, start) if self.value_axes == "looks" else None
-        return LearnedConcept(start, super_input, self.text_layers, self.locking, looks)
+        axes = told_looks(encoder, start).covariance if self.value_axes == "looks" else None
+        concept = LearnedConcept(start, super_input, self.text_layers, self.locking, axes)
+        look = self.initial_looks[len(self.concepts)]
+        if not look:
+            return concept
+        found = self._nearest_look(concept, start) if look == AUTO else told_looks(encoder, start, [look]).moves[0]
+        return LearnedConcept(start, super_input, self.text_layers, self.locking, axes,
+                              super_input + found.to(super_input))
+
+    def _nearest_look(self, concept: LearnedConcept, noun: Tensor) -> Tensor:
+        """(d,) how that known look moves the super-category's encoding in which its photos are expected best."""
+        place, looks = len(self.concepts), told_looks(self.cond_stage_model, noun)
+        words, moves = ["", *looks.words], torch.cat([torch.zeros_like(looks.moves[:1]), looks.moves])
+        tokens = self.cond_stage_model.tokenize([SENTENCE], [SLOT])
+        plain = concept.edit(self.bias, self.temperature, self.projection).context(
+            self.cond_stage_model.encode_tokens(tokens, noun), self.inverse_covariance())
+        contexts = [replace(plain, target_outputs_v={
+            name: value @ layer.to_v.weight.detach().float().T for name, layer in self.text_layers.items()})
+            for value in (concept.super_input + moves.to(concept.super_input))[:, None]]
+        best = most_expected(self, *self.photo_latents(place), contexts, Generator().manual_seed(self.seed),
+                             self.placeholders[place])
+        log.info("%s: learning starts at: %s", self.placeholders[place],
+                 " ".join(filter(None, (words[best], self.super_categories[place]))))
+        return moves[best]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [concept.embedding for concept in self.concepts], "lr": self.embedding_lr},
