@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from evaluation.teaching import Example, School
 
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
-STUDIES = ("baselines", "locking", "projection", "masks", "one_photo", "training_bias", "temperature", "two_concepts",
-           "cost")
+STUDIES = ("baselines", "locking", "projection", "values", "masks", "one_photo", "training_bias", "temperature",
+           "two_concepts", "cost")
 BIASES, PAIR_BIASES = (0.2, 0.4, 0.6, 0.75, 0.9, 1.1), (0.5,)
 MOST_FEW = 3  # biases of the curves that comparisons have
 QUICK = {"concepts": 2, "prompts_limit": 4, "seeds": 2, "steps": 10, "train_steps": 80, "pair_places": 2}
@@ -173,8 +173,10 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], l
     graders = Graders(options.config, options.evaluation_clip, options.ckpt, options.device, options.batch_size)
     examples = [Example(name, MINI / "examples" / name, kind) for name, (kind, _) in CONCEPTS.items()]
     few = options.biases[::2] if len(options.biases) > MOST_FEW else options.biases
-    projection = OmegaConf.select(read_model_config(options.config), "model.params.projection", default="full")
-    every = studies(options.biases, few, options.pair_biases, projection)
+    config = read_model_config(options.config)
+    projection, value_axes = (OmegaConf.select(config, f"model.params.{key}", default=usual)
+                              for key, usual in (("projection", "full"), ("value_axes", "plain")))
+    every = studies(options.biases, few, options.pair_biases, projection, value_axes)
     return school, Grading(graders, school, wanted, folder), list(every.values()), examples[:options.concepts]
 
 

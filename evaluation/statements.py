@@ -137,19 +137,24 @@ def _where(found: Gap, names: tuple[str, str], equal: str = "image") -> str:
 
 def _baselines(study: Study, found: Found) -> Judged:
     own, *others = study.curves
-    curve, (untaught,) = found.traced(own), [other for other in others if not other.settings[0].method.taught]
-    base = found.traced(untaught)
-    for other in others:
-        if other is not untaught:
-            theirs = found.traced(other)
-            names = own.name, other.name
-            for judged in (_above(f"Perfusion is above {other.name}", curve, theirs, names),
-                           _beside(f"Perfusion is more like the concept than {other.name}", curve, theirs, names)):
-                yield _badly_taught(judged) if _worse(theirs, base) else judged
+    curve = found.traced(own)
+    yield from _over_points(own.name, curve, others, found)
     if len(own.settings) > 1:
         ends = f"from bias {own.settings[0].bias:g} to {own.settings[-1].bias:g}"
         yield _rising("a higher bias follows the prompt more", curve.text, ends)
         yield _rising("a higher bias is less like the concept", -curve.image, ends)
+
+
+def _over_points(name: str, curve: Traced, points: Sequence[Curve], found: Found) -> Judged:
+    """The statements that a curve lies above, and beside, those of the other methods; the untaught model's is one."""
+    (untaught,) = (point for point in points if not point.settings[0].method.taught)
+    base = found.traced(untaught)
+    for other in points:
+        if other is not untaught:
+            theirs, names = found.traced(other), (name, other.name)
+            for judged in (_above(f"{name} is above {other.name}", curve, theirs, names),
+                           _beside(f"{name} is more like the concept than {other.name}", curve, theirs, names)):
+                yield _badly_taught(judged) if _worse(theirs, base) else judged
 
 
 def _worse(point: Traced, base: Traced) -> bool:
@@ -184,6 +189,17 @@ def _projection(study: Study, found: Found) -> Judged:
     gated, full = map(found.traced, study.curves)
     yield _more("a gated projection follows the prompt more than Eq. 3's", gated.text - full.text)
     yield _above("a gated projection gives a better trade-off than Eq. 3's", gated, full, ("gated", "Eq. 3's"))
+
+
+def _values(study: Study, found: Found) -> Judged:
+    """Whether what this project adds is worth having, and what the paper's own rule does without."""
+    (looks, start, free, paper), points = map(found.traced, study.curves[:4]), study.curves[4:]
+    yield _above("a start at a known look gives a better trade-off than one at the plain kind", looks, start,
+                 ("known look", "plain kind"))
+    yield _more("values along the axes of looks follow the prompt more than free ones", looks.text - free.text)
+    yield _above("values along the axes of looks give a better trade-off than free ones", looks, free,
+                 ("along looks", "free values"))
+    yield from _over_points("the paper's rule", paper, points, found)
 
 
 def _masks(study: Study, found: Found) -> Judged:
@@ -246,8 +262,9 @@ def _cost(study: Study, found: Found) -> Judged:
 
 
 JUDGES: dict[str, Callable[[Study, Found], Judged]] = {
-    "baselines": _baselines, "locking": _locking, "projection": _projection, "masks": _masks, "one_photo": _one_photo,
-    "training_bias": _training_bias, "temperature": _temperature, "two_concepts": _two_concepts, "cost": _cost}
+    "baselines": _baselines, "locking": _locking, "projection": _projection, "values": _values, "masks": _masks,
+    "one_photo": _one_photo, "training_bias": _training_bias, "temperature": _temperature,
+    "two_concepts": _two_concepts, "cost": _cost}
 
 
 def _more(statement: str, differences: np.ndarray) -> Judgement:

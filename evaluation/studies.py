@@ -116,6 +116,14 @@ TRAINED_KEYS = Method("trained keys", overrides=("model.params.locking=trained",
 BY_PROJECTION = {name: Method(f"{name} projection", overrides=(f"model.params.projection={name}",))
                  for name in ("gated", "full")}
 GATED, FULL = BY_PROJECTION.values()
+# The rates are for models whose words have norms near 0.3, as the bundled one's.
+LOOKS, PLAIN_START, FREE = (
+    Method(title, overrides=tuple(f"model.params.{key}" for key in keys)) for title, keys in (
+        ("values along looks", ("value_axes=looks", "initial_look=auto", "value_lr=0.015", "value_decay=1.0")),
+        ("the same from the plain kind", ("value_axes=looks", "initial_look=null", "value_lr=0.03", "value_decay=0.4")),
+        ("free values", ("value_axes=plain", "initial_look=null", "value_lr=0.06", "value_decay=0",
+                         "embedding_lr=0.0002"))))
+PAPER = Method("the paper's rule", overrides=(*FREE.overrides, *FULL.overrides))
 NO_MASKS = Method("no masks", masks=False)
 ONE_PHOTO = Method("one photo", photos=1)
 TEXTUAL_INVERSION = Method("Textual Inversion", "textual-inversion.yaml")
@@ -125,21 +133,24 @@ DREAMBOOTH = Method("DreamBooth", "dreambooth.yaml")
 POINTS = (TEXTUAL_INVERSION, FOUR_VECTORS, CUSTOM_DIFFUSION, DREAMBOOTH)
 TRAINING_BIASES = (0.4, 0.6, 0.9)  # beside TRAINING_BIAS
 TEMPERATURES = (0.05, 0.15, 0.3)  # beside that of training
-STUDY_KEYS = ("baselines", "locking", "projection", "masks", "one_photo", "training_bias", "temperature",
+STUDY_KEYS = ("baselines", "locking", "projection", "values", "masks", "one_photo", "training_bias", "temperature",
               "two_concepts", "cost")
 
 
 def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence[float],
-            projection: str | None = None) -> dict[str, Study]:
+            projection: str | None = None, value_axes: str | None = None) -> dict[str, Study]:
     """All studies by their keys, in the order of `STUDY_KEYS`.
 
     Args:
         biases: of Perfusion's own curve.
         few: some of them, for the curves that it is compared with.
         pair_biases: for two concepts in one picture.
-        projection: that of Perfusion's config, whose concepts then need not be taught once more to be compared; None:
-            not known.
+        projection, value_axes: those of Perfusion's config, whose concepts then need not be taught once more to be
+            compared; None: not known.
     """
+    def own_where(same: bool, method: Method) -> Method:
+        return PERFUSION if same else method
+
     own = curve("Perfusion", PERFUSION, biases)
     trained_at = [curve(f"trained at bias {bias:g}", _trained_at(bias), few) for bias in TRAINING_BIASES]
     trained_at.insert(sum(bias < TRAINING_BIAS for bias in TRAINING_BIASES),
@@ -155,8 +166,14 @@ def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence
               (curve("local lock", PERFUSION, few), curve("global lock", PERFUSION, few, global_locking=True),
                curve("trained keys", TRAINED_KEYS, few))),
         Study("projection", "What the gate takes out: gated, or all as in Eq. 3",
-              tuple(curve(method.name, PERFUSION if name == projection else method, few)
+              tuple(curve(method.name, own_where(name == projection, method), few)
                     for name, method in BY_PROJECTION.items())),
+        Study("values", "Target outputs: what adjectives can make, any numbers, and any by Eq. 3 as in the paper",
+              (curve(LOOKS.name, own_where(value_axes == "looks", LOOKS), few),
+               curve(PLAIN_START.name, PLAIN_START, few),
+               curve(FREE.name, own_where(value_axes == "plain", FREE), few),
+               curve(PAPER.name, own_where((value_axes, projection) == ("plain", "full"), PAPER), few),
+               *(Curve(method.name, (Setting(method),)) for method in (TEXTUAL_INVERSION, CUSTOM_DIFFUSION, BASE)))),
         Study("masks", "With and without the mask loss",
               (curve("with masks", PERFUSION, few), curve("no masks", NO_MASKS, few))),
         Study("one_photo", "One photo against all",

@@ -122,7 +122,7 @@ def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[li
     folder = tmp_path / "out"
     assert list(results["studies"]) == list(STUDY_KEYS) == list(dict.fromkeys(
         verdict["study"] for verdict in results["verdicts"]))
-    assert len(taught) == 12 * 2  # that of the config's own projection is not taught once more
+    assert len(taught) == 14 * 2  # those of the config's own projection and values are not taught once more
     summary = (folder / "summary.md").read_text()
     for key in STUDY_KEYS:
         assert Image.open(folder / f"{key}.png").format == "PNG" and f"({key}.png)" in summary
@@ -130,7 +130,7 @@ def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[li
     for verdict in results["verdicts"]:
         assert f"| {verdict['statement']} | {verdict['verdict']} |" in summary
     said = capsys.readouterr().out
-    assert "nothing is left to make" in said and said.count("taught ") == 24 and said.count("drew ") == 2 * 17 + 2 * 4
+    assert "nothing is left to make" in said and said.count("taught ") == 28 and said.count("drew ") == 2 * 19 + 2 * 4
     row = results["studies"]["baselines"][0]["figures"]
     assert row["text"]["count"] == 2 * 2 and row["own"]["count"] == row["there"]["count"] == 2
     assert set(results["ceilings"]) == {

@@ -13,9 +13,12 @@ from evaluation.studies import (
     BASE,
     CUSTOM_DIFFUSION,
     DREAMBOOTH,
+    FREE,
     FULL,
     NO_MASKS,
+    PAPER,
     PERFUSION,
+    PLAIN_START,
     TEXTUAL_INVERSION,
     TRAINED_KEYS,
     Setting,
@@ -151,6 +154,21 @@ def test_locks_are_compared_at_equal_bias_and_keys_at_equal_image_similarity() -
 def test_a_gated_projection_is_better_or_not(lost: float, verdict: str) -> None:
     found = said("projection", lambda setting: on_the_front(setting, lost * (setting.method == FULL)))
     assert len(found) == 2 and set(found.values()) == {verdict}
+
+
+@pytest.mark.parametrize(("lost", "verdict"), [(1.5, SEEN), (-1.5, NOT_SEEN), (0.0, NOT_SEEN)])
+def test_values_along_looks_are_better_than_free_ones_or_not(lost: float, verdict: str) -> None:
+    def row(setting: Setting) -> Row:
+        if setting.method.gated:
+            worse = lost * (setting.method in (FREE, PLAIN_START)) + 3 * (setting.method == PAPER)
+            return on_the_front(setting, worse)
+        point = {TEXTUAL_INVERSION: (23.0 - 6, 77.0), CUSTOM_DIFFUSION: (23.0, 77.0 - 6), BASE: (30.0, 60.0)}
+        return dict(zip(("text", "image"), point[setting.method], strict=True))
+
+    found = said("values", row)
+    ours = [statement for statement in found if not statement.startswith("the paper's rule is ")]
+    assert len(ours) == 3 and {found.pop(statement) for statement in ours} == {verdict}
+    assert len(found) == 4 and set(found.values()) == {SEEN}
 
 
 @pytest.mark.parametrize(("lost", "verdict"), [(1.5, SEEN), (-1.5, NOT_SEEN), (0.0, NOT_SEEN)])

@@ -8,7 +8,21 @@ from omegaconf import OmegaConf
 
 from evaluation import reproduce
 from evaluation.samples import Manner
-from evaluation.studies import FULL, GATED, PERFUSION, POINTS, STUDY_KEYS, TRAINING_BIAS, Method, Setting, studies
+from evaluation.studies import (
+    FREE,
+    FULL,
+    GATED,
+    LOOKS,
+    PAPER,
+    PERFUSION,
+    PLAIN_START,
+    POINTS,
+    STUDY_KEYS,
+    TRAINING_BIAS,
+    Method,
+    Setting,
+    studies,
+)
 from ldm.training.options import get_parser, read_config
 
 ALL = studies((0.4, 0.6, 0.75, 0.9, 1.1), (0.4, 0.75, 1.1), (0.4, 0.6))
@@ -27,11 +41,11 @@ def test_every_method_is_a_config_of_its_own(method: Method) -> None:
     assert (config.model.target == plain.model.target) == method.gated
     for override in method.overrides:
         key, _, value = override.partition("=")
-        assert str(OmegaConf.select(config, key)) == value
+        assert OmegaConf.select(config, key) == OmegaConf.from_dotlist([f"value={value}"]).value
 
 
 def test_names_are_told_apart() -> None:
-    assert len({method.slug for method in METHODS}) == len(METHODS) == 13
+    assert len({method.slug for method in METHODS}) == len(METHODS) == 17
     for study in ALL.values():
         assert len({setting.name for setting in study.settings}) == len(study.settings)
         assert len({curve.name for curve in study.curves}) == len(study.curves)
@@ -52,6 +66,23 @@ def test_what_the_config_does_anyway_is_not_taught_once_more() -> None:
     assert [curve.name for curve in study.curves] == [GATED.name, FULL.name]
     assert study.methods == [PERFUSION, FULL]
     assert OmegaConf.load(CONFIG).model.params.projection == "gated"
+
+
+@pytest.mark.parametrize(("projection", "axes", "methods"), [
+    ("gated", "looks", [PERFUSION, PLAIN_START, FREE, PAPER]),
+    ("gated", "plain", [LOOKS, PLAIN_START, PERFUSION, PAPER]),
+    ("full", "plain", [LOOKS, PLAIN_START, PERFUSION]), (None, None, [LOOKS, PLAIN_START, FREE, PAPER])])
+def test_the_papers_rule_is_the_configs_own_or_not(projection: str | None, axes: str | None, methods: list[Method]
+                                                   ) -> None:
+    study = studies((0.4, 0.9), (0.4, 0.9), (0.5,), projection, axes)["values"]
+    assert [curve.name for curve in study.curves[:4]] == [each.name for each in (LOOKS, PLAIN_START, FREE, PAPER)]
+    assert [method for method in study.methods if method.gated] == methods
+
+
+def test_values_along_looks_are_learned_as_by_the_config() -> None:
+    params = OmegaConf.load(CONFIG).model.params
+    given = OmegaConf.from_dotlist(list(LOOKS.overrides)).model.params
+    assert len(given) == 4 and {key: params[key] for key in given} == given
 
 
 def test_settings_change_what_is_drawn() -> None:
