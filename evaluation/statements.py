@@ -192,13 +192,14 @@ def _projection(study: Study, found: Found) -> Judged:
 
 
 def _values(study: Study, found: Found) -> Judged:
-    """Whether what this project adds is worth having, and what the paper's own rule does without."""
+    """Whether what this project adds is worth having, and how far one comes without."""
     (looks, start, free, paper), points = map(found.traced, study.curves[:4]), study.curves[4:]
     yield _above("a start at a known look gives a better trade-off than one at the plain kind", looks, start,
                  ("known look", "plain kind"))
     yield _more("values along the axes of looks follow the prompt more than free ones", looks.text - free.text)
     yield _above("values along the axes of looks give a better trade-off than free ones", looks, free,
                  ("along looks", "free values"))
+    yield from _over_points("Perfusion with free values", free, points, found)
     yield from _over_points("the paper's rule", paper, points, found)
 
 

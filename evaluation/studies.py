@@ -157,8 +157,9 @@ def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence
                       curve(f"trained at bias {TRAINING_BIAS:g}", PERFUSION, few))
     middle = few[len(few) // 2]
     softer = [Curve(f"temperature {value:g}", (Setting(PERFUSION, middle, value),)) for value in TEMPERATURES]
-    merged = [*(Setting(PERFUSION, bias) for bias in pair_biases), Setting(TEXTUAL_INVERSION),
-              Setting(CUSTOM_DIFFUSION), Setting(BASE)]
+    free = own_where(value_axes == "plain", FREE)
+    merged = dict.fromkeys([*(Setting(method, bias) for method in (PERFUSION, free) for bias in pair_biases),
+                            Setting(TEXTUAL_INVERSION), Setting(CUSTOM_DIFFUSION), Setting(BASE)])
     made = (
         Study("baselines", "Perfusion against the baselines",
               (own, *(Curve(method.name, (Setting(method),)) for method in (*POINTS, BASE)))),
@@ -171,7 +172,7 @@ def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence
         Study("values", "Target outputs: what adjectives can make, any numbers, and any by Eq. 3 as in the paper",
               (curve(LOOKS.name, own_where(value_axes == "looks", LOOKS), few),
                curve(PLAIN_START.name, PLAIN_START, few),
-               curve(FREE.name, own_where(value_axes == "plain", FREE), few),
+               curve(FREE.name, free, few),
                curve(PAPER.name, own_where((value_axes, projection) == ("plain", "full"), PAPER), few),
                *(Curve(method.name, (Setting(method),)) for method in (TEXTUAL_INVERSION, CUSTOM_DIFFUSION, BASE)))),
         Study("masks", "With and without the mask loss",
