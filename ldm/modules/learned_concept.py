@@ -61,6 +61,11 @@ class OutputsAlongAxes(nn.ParameterList):
 TargetOutputs = FreeOutputs | OutputsAlongAxes
 
 
+def plain_values(text_layers: Mapping[str, TextLayer], encoding: Tensor) -> dict[str, Tensor]:
+    """W_V e of every layer, (1, p), for an encoding e (d,)."""
+    return {name: encoding[None] @ layer.to_v.weight.detach().float().T for name, layer in text_layers.items()}
+
+
 class LearnedConcept(nn.Module):
     """A concept's word embedding v and target outputs as parameters, its target input i* as a moving average.
 
@@ -84,7 +89,7 @@ class LearnedConcept(nn.Module):
         self.embedding = nn.Parameter(embedding.detach().float().clone())
         super_input = super_input.detach().float()
         value_input = super_input if value_input is None else value_input.detach().float()
-        values = [value_input[None] @ layer.to_v.weight.detach().float().T for layer in text_layers.values()]
+        values = plain_values(text_layers, value_input).values()
         keys = locked_keys(text_layers, super_input[None])
 
         shared = None if looks is None else axes_of(looks)

@@ -22,8 +22,8 @@ from ldm.modules.concept import Concept
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
 from ldm.modules.encoders.prompts import word_vector
-from ldm.modules.learned_concept import LOCKINGS, LearnedConcept
-from ldm.modules.looks import SENTENCE, SLOT, told_looks
+from ldm.modules.learned_concept import LOCKINGS, LearnedConcept, plain_values
+from ldm.modules.looks import SENTENCE, SLOT, ToldLooks, told_looks
 from ldm.modules.rank_one import PROJECTIONS, invert_covariance
 from ldm.util import onto
 
@@ -97,25 +97,25 @@ class Perfusion(ConceptLearner):
         tokens = self.training_tokens(data)
         super_input = encoder.encode_tokens(tokens, start)[self.concept_positions(tokens)].mean(0)
         self.inverse_covariance()
-        axes = told_looks(encoder, start).covariance if self.value_axes == "looks" else None
-        concept = LearnedConcept(start, super_input, self.text_layers, self.locking, axes)
         look = self.initial_looks[len(self.concepts)]
-        if not look:
-            return concept
-        found = self._nearest_look(concept, start) if look == AUTO else told_looks(encoder, start, [look]).moves[0]
-        return LearnedConcept(start, super_input, self.text_layers, self.locking, axes,
-                              super_input + found.to(super_input))
+        known = told_looks(encoder, start) if look == AUTO or self.value_axes == "looks" else None
+        value_input = super_input
+        if look:
+            found = self._nearest_look(start, super_input, known) if look == AUTO else told_looks(
+                encoder, start, [look]).moves[0]
+            value_input = super_input + found.to(super_input)
+        return LearnedConcept(start, super_input, self.text_layers, self.locking,
+                              known.covariance if self.value_axes == "looks" else None, value_input)
 
-    def _nearest_look(self, concept: LearnedConcept, noun: Tensor) -> Tensor:
+    def _nearest_look(self, noun: Tensor, super_input: Tensor, looks: ToldLooks) -> Tensor:
         """(d,) how that known look moves the super-category's encoding in which its photos are expected best."""
-        place, looks = len(self.concepts), told_looks(self.cond_stage_model, noun)
+        place = len(self.concepts)
         words, moves = ["", *looks.words], torch.cat([torch.zeros_like(looks.moves[:1]), looks.moves])
         tokens = self.cond_stage_model.tokenize([SENTENCE], [SLOT])
-        plain = concept.edit(self.bias, self.temperature, self.projection).context(
-            self.cond_stage_model.encode_tokens(tokens, noun), self.inverse_covariance())
-        contexts = [replace(plain, target_outputs_v={
-            name: value @ layer.to_v.weight.detach().float().T for name, layer in self.text_layers.items()})
-            for value in (concept.super_input + moves.to(concept.super_input))[:, None]]
+        edit = LearnedConcept(noun, super_input, self.text_layers).edit(self.bias, self.temperature, self.projection)
+        plain = edit.context(self.cond_stage_model.encode_tokens(tokens, noun), self.inverse_covariance())
+        contexts = [replace(plain, target_outputs_v=plain_values(self.text_layers, value))
+                    for value in super_input + moves.to(super_input)]
         best = most_expected(self, *self.photo_latents(place), contexts, Generator().manual_seed(self.seed),
                              self.placeholders[place])
         log.info("%s: learning starts at: %s", self.placeholders[place],
