@@ -65,6 +65,8 @@ def trained(model: ConceptLearner, data: SameBatch, root: Path, steps: int, resu
     """The model after so many steps, its checkpoint at `root`/last.ckpt."""
     trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
                          enable_progress_bar=False, enable_model_summary=False, default_root_dir=root, **settings)
-    trainer.fit(model, datamodule=data, ckpt_path=resumed, weights_only=True)
+    if resumed:
+        trainer.ckpt_path = resumed
+    trainer.fit(model, datamodule=data, weights_only=True)
     trainer.save_checkpoint(root / "last.ckpt")
     return model

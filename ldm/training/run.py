@@ -129,7 +129,9 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         log.info("model and data are ready; with '-t false' that is all")
         return
     with removed_on_failure(logdir, lambda: trainer.global_step > 0):
-        trainer.fit(model, data, ckpt_path=str(options.checkpoint) if options.resume else None, weights_only=True)
+        if options.resume:
+            trainer.ckpt_path = str(options.checkpoint)  # known before the model prepares itself
+        trainer.fit(model, data, weights_only=True)
 
 
 def _parts(config: DictConfig, logdir: Path, now: str

@@ -452,6 +452,22 @@ def test_a_resumed_run_goes_on_from_the_look_that_it_began_at(folder: Path, tmp_
         torch.testing.assert_close(resumed[name], output)
 
 
+def test_a_resumed_run_does_not_search_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def after(steps: int, name: str, resumed: Path | None = None) -> dict[str, Tensor]:
+        model = unprepared(folder, initial_look="auto", value_axes="looks", value_lr=0.1)
+        return trained(model, SameBatch(folder, batch()), tmp_path / name, steps, resumed).learned().target_output_v
+
+    searches: list[str] = []
+    monkeypatch.setattr("ldm.models.diffusion.perfusion.most_expected", lambda *given: searches.append(given[-1]) or 3)
+    straight = after(2, "a")
+    after(1, "b")
+    assert searches == [WORD] * 2
+    resumed = after(2, "c", tmp_path / "b" / "last.ckpt")
+    assert searches == [WORD] * 2
+    for name, output in straight.items():
+        torch.testing.assert_close(resumed[name], output)
+
+
 def draw(model: Perfusion, prompts: list[str], concepts: list[Concept]) -> list[np.ndarray]:
     encoded = encode_once(prompt_encoder(model, concepts), prompts)
     jobs = [Job(prompt, seed) for seed, prompt in enumerate(prompts)]

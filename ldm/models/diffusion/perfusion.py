@@ -98,6 +98,8 @@ class Perfusion(ConceptLearner):
         super_input = encoder.encode_tokens(tokens, start)[self.concept_positions(tokens)].mean(0)
         self.inverse_covariance()
         look = self.initial_looks[len(self.concepts)]
+        if look == AUTO and getattr(self.trainer, "ckpt_path", None):
+            look = ""  # found when the run began: its checkpoint has it
         known = told_looks(encoder, start) if look == AUTO or self.value_axes == "looks" else None
         value_input = super_input
         if look:
