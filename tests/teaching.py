@@ -30,20 +30,21 @@ QUICK = ("--max_steps", "2", *FEW_PICTURES, "data.params.batch_size=2", NO_SEARC
 
 
 @contextlib.contextmanager
-def as_one_process() -> Any:
+def as_one_process(threads: int = 1) -> Any:
     """In the project's folder and on one core, as the processes of `command` are: sums are rounded alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with contextlib.chdir(ROOT):
             yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(False)  # a run's config sets it for the whole process
 
 
-def teach(folder: Path, *arguments: object) -> Path:
+def teach(folder: Path, *arguments: object, threads: int = 1) -> Path:
     """Runs main.py's function on the bundled example, unless arguments say otherwise; the log folder."""
-    with as_one_process():
+    with as_one_process(threads):
         train([*BASE, "-l", str(folder), *map(str, arguments)])
     (logdir,) = folder.iterdir()
     return logdir

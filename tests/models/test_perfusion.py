@@ -439,30 +439,28 @@ def test_most_looks_are_judged_by_few_samples() -> None:
     assert {place for place, count in samples.items() if count == 32} >= set(range(16, 31))
 
 
+def outputs_after(steps: int, root: Path, folder: Path, look: str, resumed: Path | None = None) -> dict[str, Tensor]:
+    """Target outputs of a run that starts at a look, or goes on from a checkpoint."""
+    model = unprepared(folder, initial_look=look, value_axes="looks", value_lr=0.1)
+    return trained(model, SameBatch(folder, batch()), root, steps, resumed).learned().target_output_v
+
+
 def test_a_resumed_run_goes_on_from_the_look_that_it_began_at(folder: Path, tmp_path: Path) -> None:
     """Even where another one would now be found."""
-    def after(steps: int, name: str, look: str, resumed: Path | None = None) -> Perfusion:
-        model = unprepared(folder, initial_look=look, value_axes="looks", value_lr=0.1)
-        return trained(model, SameBatch(folder, batch()), tmp_path / name, steps, resumed)
-
-    straight = after(2, "a", "red striped").learned().target_output_v
-    after(1, "b", "red striped")
-    resumed = after(2, "c", "old", tmp_path / "b" / "last.ckpt").learned().target_output_v
+    straight = outputs_after(2, tmp_path / "a", folder, "red striped")
+    outputs_after(1, tmp_path / "b", folder, "red striped")
+    resumed = outputs_after(2, tmp_path / "c", folder, "old", tmp_path / "b" / "last.ckpt")
     for name, output in straight.items():
         torch.testing.assert_close(resumed[name], output)
 
 
 def test_a_resumed_run_does_not_search_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def after(steps: int, name: str, resumed: Path | None = None) -> dict[str, Tensor]:
-        model = unprepared(folder, initial_look="auto", value_axes="looks", value_lr=0.1)
-        return trained(model, SameBatch(folder, batch()), tmp_path / name, steps, resumed).learned().target_output_v
-
     searches: list[str] = []
     monkeypatch.setattr("ldm.models.diffusion.perfusion.most_expected", lambda *given: searches.append(given[-1]) or 3)
-    straight = after(2, "a")
-    after(1, "b")
+    straight = outputs_after(2, tmp_path / "a", folder, "auto")
+    outputs_after(1, tmp_path / "b", folder, "auto")
     assert searches == [WORD] * 2
-    resumed = after(2, "c", tmp_path / "b" / "last.ckpt")
+    resumed = outputs_after(2, tmp_path / "c", folder, "auto", tmp_path / "b" / "last.ckpt")
     assert searches == [WORD] * 2
     for name, output in straight.items():
         torch.testing.assert_close(resumed[name], output)
