@@ -117,7 +117,7 @@ class Start:
 
 def notes_of(concepts: Sequence[Learned]) -> list[dict[str, Any]]:
     """What pictures keep of the concepts that they were drawn with."""
-    kept = ("placeholder", "super_category", "source", "bias", "temperature", "projection")
+    kept = ("placeholder", "super_category", "source", "bias", "temperature", "projection", "used_layers")
     return [{name: getattr(concept, name) for name in kept if hasattr(concept, name)} for concept in concepts]
 
 
@@ -134,7 +134,7 @@ def plan(options: argparse.Namespace, prompts: Sequence[str]) -> Plan:
     negatives = flags.negative_for_each(options.negative_prompt, prompts)
     device = pick_device(options.device)
     biases = options.bias and [None if bias == flags.AUTO else bias for bias in options.bias]
-    concepts = inference.ready_concepts(options.concept, biases, options.temperature)
+    concepts = inference.ready_concepts(options.concept, biases, options.temperature, options.all_layers)
     check_placeholders([*prompts, *negatives], [concept.placeholder for concept in concepts])
     sampling = inference.Sampling(
         size, options.ddim_steps, options.scale, eta, options.sampler,

@@ -177,15 +177,15 @@ def check_steps(config: DictConfig, steps: int) -> None:
 
 
 def ready_concepts(paths: Sequence[str | Path], biases: Sequence[float | None] | None = None,
-                   temperatures: Sequence[float] | None = None) -> list[Learned]:
-    """The concepts of all files, renamed where placeholders are equal; settings that are not None replace their own.
+                   temperatures: Sequence[float] | None = None, all_layers: bool = False) -> list[Learned]:
+    """The concepts of all files, renamed where placeholders are equal; settings that are given replace their own.
 
     Raises:
         UserError: a file is no concept file, they are of different methods or base models, there is not one setting,
             or one for each concept, or the method knows no such setting.
     """
     loaded = [concept for path in paths for concept in load_learned(path)]
-    concepts = with_settings(merge_learned(loaded), biases, temperatures)
+    concepts = with_settings(merge_learned(loaded), biases, temperatures, all_layers)
     for concept, before in zip(concepts, loaded, strict=True):
         if concept.placeholder != before.placeholder:  # prompts need to know
             log.info("%s stands for the %s of %s", concept.placeholder, before.placeholder, concept.source)

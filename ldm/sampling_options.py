@@ -69,6 +69,9 @@ def add_concept_options(parser: argparse.ArgumentParser, automatic: bool = False
                        "training)")
     group.add_argument("--global_locking", action="store_true",
                        help="lock the keys of the whole prompt, not only the concept's, to those of its super-category")
+    group.add_argument("--all_layers", action="store_true",
+                       help="draw with what all layers have learned, of concepts that use some: nearer to the photos, "
+                       "for a thing alone")
     if automatic:
         _add_automatic_bias_options(group)
 
@@ -125,7 +128,8 @@ def add_model_options(parser: argparse.ArgumentParser, outdir: str) -> None:
 
 def check_together(options: argparse.Namespace) -> None:
     """Raises a UserError where flags contradict each other, or files and folders they name cannot be used."""
-    given = {"--bias": options.bias, "--temperature": options.temperature, "--global_locking": options.global_locking}
+    given = {"--bias": options.bias, "--temperature": options.temperature, "--global_locking": options.global_locking,
+             "--all_layers": options.all_layers}
     idle = [flag for flag, value in given.items() if value]
     if idle and not options.concept:
         raise UserError(f"{idle[0]} acts on learned concepts; name a file of one with --concept")

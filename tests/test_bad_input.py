@@ -129,7 +129,7 @@ def _concepts(folder: Path) -> None:
         save_concepts(folder / f"{name}.concept", [concept])
     save_concepts(folder / "concept.safetensors", [good])
     tensors, metadata = load_tensors(folder / "good.concept")
-    metadata["perfusion"]["format_version"] = 3
+    metadata["perfusion"]["format_version"] = 4
     save_tensors(folder / "newer.concept", tensors, metadata)
     half_of(folder / "cut.concept", folder / "good.concept")
     (folder / "void.concept").write_bytes(b"")
@@ -327,7 +327,7 @@ CONCEPT = ("--concept", "{here}/good.concept")
 DRAWN = [
     *((("--concept", f"{{here}}/{name}.concept", "--prompt", "a <my-teddy>"), message) for name, message in (
         ("none", "no such file"), ("folder", "no such file"), ("void", "copy or make it again"),
-        ("cut", "copy or make it again"), ("newer", "concept format 3, this version reads up to 2; update it"),
+        ("cut", "copy or make it again"), ("newer", "concept format 4, this version reads up to 3; update it"),
         ("odd_word", "does not fit this model"), ("odd_input", "does not fit this model"),
         ("odd_layers", "does not fit this model"))),
     (("--concept", "{here}/foreign.concept", "--prompt", "a <x>"), "was trained on base model 000000000000"),
@@ -349,7 +349,7 @@ DRAWN = [
 OTHERS = [
     (MERGE, ("--manager_ckpts", "{here}/good.concept", "{here}/foreign.concept"), "only concepts of one base model"),
     (MERGE, ("--manager_ckpts", "{here}/good.concept", "{here}/cut.concept"), "cut.concept: not a complete"),
-    (MERGE, ("--manager_ckpts", "{here}/newer.concept"), "concept format 3"),
+    (MERGE, ("--manager_ckpts", "{here}/newer.concept"), "concept format 4"),
     (MERGE, ("--manager_ckpts", MINI), "not a concept"), (MERGE, ("--manager_ckpt", MINI), "required"),
     (MERGE, ("--manager_ckpts", "{here}/good.concept", "--placeholders", "a b"), "'a b': must be a word"),
     (COVARIANCE, ("--captions", "{here}/none.txt"), "one caption per line"),

@@ -1,8 +1,9 @@
 """A learned concept as a value: kept in a file of some 30 KB, checked, merged with others, handed to the edit.
 
-File format 2 (safetensors). Metadata key `perfusion`, JSON: {"format_version": 2, "concepts": [{"placeholder",
-"super_category", "bias", "temperature", "projection", "steps", "base"}, ...]}. Format 1 knows no projection: all are
-full. Tensors of the concept at position n of that list:
+File format 3 (safetensors). Metadata key `perfusion`, JSON: {"format_version": 3, "concepts": [{"placeholder",
+"super_category", "bias", "temperature", "projection", "used_layers", "steps", "base"}, ...]}. Format 2 knows no used
+layers: all are used. Format 1 knows no projection either: all are full. Tensors of the concept at position n of that
+list:
 
     n.embedding                 (1, width)  learned word embedding v of the placeholder
     n.target_input              (d,)        i*
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.files import load_tensors, save_tensors
-from ldm.modules.context import Edit, TextLayer, locked_keys
+from ldm.modules.context import Edit, TextLayer, outputs_of
 from ldm.modules.rank_one import PROJECTIONS
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_KEY = "perfusion"
 VECTORS = ("embedding", "target_input", "super_input")
 TABLES = ("target_output_v", "target_output_k")
@@ -38,9 +39,12 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "bias": (int, float),
     "temperature": (int, float),
     "projection": str,
+    "used_layers": list,
     "steps": int,
     "base": str,
 }
+# what an earlier format than the one named does not have, and what it meant instead
+ADDED = ((2, "projection", "full"), (3, "used_layers", []))
 
 
 class Labelled:
@@ -74,6 +78,8 @@ class Concept(Labelled):
         bias: beta.
         temperature: tau, above 0.
         projection: of `ldm.modules.rank_one.PROJECTIONS`.
+        used_layers: the layers whose target outputs for values drawing uses; the others give the super-category's
+            own, W_V i_super. None named: all are used.
         steps: how many training steps it had.
         base: `base_fingerprint` of the model it was trained on.
         source: the file it was loaded from, for messages; not stored.
@@ -89,6 +95,7 @@ class Concept(Labelled):
     bias: float = 0.75
     temperature: float = 0.1
     projection: str = "full"
+    used_layers: list[str] = field(default_factory=list)
     steps: int = 0
     base: str = ""
     source: str = ""
@@ -97,7 +104,8 @@ class Concept(Labelled):
     def summary(self) -> str:
         """How it was learned and is used, in a few words."""
         gated = ", gated projection" if self.projection == "gated" else ""
-        return f"bias {self.bias:g}, temperature {self.temperature:g}{gated}"
+        used = f", {len(self.used_layers)} of {len(self.target_output_v)} layers" if self.used_layers else ""
+        return f"bias {self.bias:g}, temperature {self.temperature:g}{gated}{used}"
 
     @property
     def parameter_count(self) -> int:
@@ -163,8 +171,8 @@ def load_concepts(path: str | Path) -> list[Concept]:
     settings = header.get("concepts")
     if not isinstance(settings, list):
         raise UserError(f"{path}: damaged, it lists no concepts; copy or train it again")
-    if header["format_version"] < 2:
-        settings = [{**one, "projection": "full"} if isinstance(one, dict) else one for one in settings]
+    missing = {name: value for version, name, value in ADDED if version > header["format_version"]}
+    settings = [{**one, **missing} if isinstance(one, dict) else one for one in settings]
     return _assemble(Path(path), settings, tensors)
 
 
@@ -203,7 +211,8 @@ def _problem(settings: Sequence[object], tensors: Mapping[str, Tensor]) -> str |
     of_each = by_position(tensors)
     positions = [str(n) for n in range(len(settings))]
     for n, values in zip(positions, settings, strict=True):
-        problem = _settings_problem(values) or _tensors_problem(of_each.get(n, {}))
+        own = of_each.get(n, {})
+        problem = _settings_problem(values) or _tensors_problem(own) or _layers_problem(values["used_layers"], own)
         if problem:
             name = values.get("placeholder", n) if isinstance(values, dict) else n
             return f"concept {name}: {problem}"
@@ -213,7 +222,7 @@ def _problem(settings: Sequence[object], tensors: Mapping[str, Tensor]) -> str |
         return f"holds {unknown[0]}, which belongs to no concept in it; copy or train it again"
     words = [values["placeholder"] for values in settings]
     if len(set(words)) < len(words):
-        return f"several concepts are called {_first_repeated(words)}; give each its own placeholder"
+        return f"several concepts are called {first_repeated(words)}; give each its own placeholder"
     shapes = [_base_shapes(of_each[n]) for n in positions]
     if any(one != shapes[0] for one in shapes) or len({values["base"] for values in settings}) > 1:
         return "its concepts are of different base models; keep them in files of their own"
@@ -263,6 +272,11 @@ def _tensors_problem(own: Mapping[str, Tensor]) -> str | None:
     return _numbers_problem(own)
 
 
+def _layers_problem(used: Sequence[object], own: Mapping[str, Tensor]) -> str | None:
+    unknown = [layer for layer in used if f"target_output_v.{layer}" not in own]
+    return f"it uses layer {unknown[0]}, of which it has no target output; train it again" if unknown else None
+
+
 def _numbers_problem(tensors: Mapping[str, Tensor]) -> str | None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -284,60 +298,9 @@ def is_placeholder(word: str) -> bool:
     return word.split() == [word]
 
 
-def merge_concepts(concepts: Sequence[Concept], placeholders: Sequence[str] | None = None) -> list[Concept]:
-    """Concepts that can be used together: all of one base model, each with a placeholder of its own.
-
-    Args:
-        concepts: of one file or of several, in order; they stay as they are, copies are renamed.
-        placeholders: a name for each. None: they keep theirs, and where several have the same the first keeps it
-            and the others become `<name-2>`, `<name-3>`, ...
-
-    Raises:
-        UserError: concepts of different base models, or placeholders that are too few, too many, equal or no words.
-    """
-    for concept in concepts:
-        if concept.base != concepts[0].base:
-            raise UserError(
-                f"{concept.label} was trained on base model {_short(concept.base)}, but {concepts[0].label} on "
-                f"{_short(concepts[0].base)}; only concepts of one base model can be merged"
-            )
-    names = _distinct([c.placeholder for c in concepts]) if placeholders is None else list(placeholders)
-    _check_placeholders(names, len(concepts))
-    return [replace(concept, placeholder=name) for concept, name in zip(concepts, names, strict=True)]
-
-
-def _check_placeholders(names: Sequence[str], count: int) -> None:
-    if len(names) != count:
-        raise UserError(f"{len(names)} placeholders for {count} concepts; give one for each, in order")
-    for name in names:
-        if not is_placeholder(name):
-            raise UserError(f"placeholder {name!r}: must be a word without white space, such as <my-teddy>")
-    if len(set(names)) < count:
-        raise UserError(f"placeholder {_first_repeated(names)} is given twice; give each concept its own")
-
-
-def _first_repeated(words: Sequence[str]) -> str:
+def first_repeated(words: Sequence[str]) -> str:
+    """The first word that stands there a second time."""
     return next(word for n, word in enumerate(words) if word in words[:n])
-
-
-def _distinct(words: Sequence[str]) -> list[str]:
-    """The words, later equal ones (in any case, as prompts read them) numbered from 2 without taking another's name."""
-    taken = {word.lower() for word in words}
-    result: list[str] = []
-    for word in words:
-        if word.lower() in (earlier.lower() for earlier in result):
-            word = next(name for name in _numbered(word) if name.lower() not in taken)
-            taken.add(word.lower())
-        result.append(word)
-    return result
-
-
-def _numbered(word: str) -> Iterator[str]:
-    stem, end = (word[:-1], ">") if word.endswith(">") else (word, "")
-    number = 2
-    while True:
-        yield f"{stem}-{number}{end}"
-        number += 1
 
 
 def base_fingerprint(text_layers: Mapping[str, TextLayer]) -> str:
@@ -359,12 +322,13 @@ def check_base(concept: Concept, fingerprint: str) -> None:
     """Raises a UserError where the concept was trained on another base model than that with this fingerprint."""
     if concept.base != fingerprint:
         raise UserError(
-            f"concept {concept.label} was trained on base model {_short(concept.base)}, but the loaded one is "
-            f"{_short(fingerprint)}; load the model it was trained on, or train it again on this one"
+            f"concept {concept.label} was trained on base model {short(concept.base)}, but the loaded one is "
+            f"{short(fingerprint)}; load the model it was trained on, or train it again on this one"
         )
 
 
-def _short(fingerprint: str) -> str:
+def short(fingerprint: str) -> str:
+    """A fingerprint as messages have it."""
     return fingerprint[:12] or "(unknown)"
 
 
@@ -387,13 +351,12 @@ def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLa
         if odd:
             raise UserError(f"concept {concept.label} does not fit this model: they differ in layer {odd[0]}; "
                             "train it again")
-    locked = locked_keys(text_layers, torch.stack([concept.super_input for concept in concepts]))
-    device = next(iter(locked.values())).device
-    values, keys = {}, {}
-    for name, rows in locked.items():
-        values[name] = torch.stack([concept.target_output_v[name] for concept in concepts]).to(rows)
-        own = [concept.target_output_k.get(name, row) for concept, row in zip(concepts, rows, strict=True)]
-        keys[name] = torch.stack([output.to(rows) for output in own])
+    super_inputs = torch.stack([concept.super_input for concept in concepts])
+    used = [{name: output for name, output in concept.target_output_v.items()
+             if not concept.used_layers or name in concept.used_layers} for concept in concepts]
+    values = _own_or(used, outputs_of(text_layers, super_inputs, "to_v"))
+    keys = _own_or([concept.target_output_k for concept in concepts], outputs_of(text_layers, super_inputs, "to_k"))
+    device = next(iter(keys.values())).device
     return Edit(
         target_inputs=torch.stack([concept.target_input for concept in concepts]).float().to(device),
         **gate_settings(concepts, device),
@@ -401,6 +364,17 @@ def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLa
         target_outputs_k=keys,
         projections=[concept.projection for concept in concepts],
     )
+
+
+def _own_or(own: Sequence[Mapping[str, Tensor]], plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of each layer what each concept has there, or else its super-category: (J, p); brought to the device at once."""
+    outputs = {}
+    for name, rows in plain.items():
+        there = [place for place, one in enumerate(own) if name in one]
+        outputs[name] = rows.clone()
+        if there:
+            outputs[name][there] = torch.stack([own[place][name] for place in there]).to(rows)
+    return outputs
 
 
 def gate_settings(concepts: Sequence[Concept], device: torch.device) -> dict[str, Tensor]:

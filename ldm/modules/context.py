@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -289,23 +289,29 @@ class Edit:
         )
 
 
-@torch.no_grad()
 def locked_keys(text_layers: Mapping[str, TextLayer], super_inputs: Tensor) -> dict[str, Tensor]:
-    """o*_K = W_K i_super of every layer, without gradient: key-locking.
+    """o*_K = W_K i_super of every layer: key-locking. Arguments and result as for `outputs_of`."""
+    return outputs_of(text_layers, super_inputs, "to_k")
+
+
+@torch.no_grad()
+def outputs_of(text_layers: Mapping[str, TextLayer], inputs: Tensor, part: Literal["to_k", "to_v"]
+               ) -> dict[str, Tensor]:
+    """W_K i or W_V i of every layer, without gradient.
 
     Args:
         text_layers: layer name -> layer, as `ldm.modules.attention.name_text_layers` gives them.
-        super_inputs: i_super, (J, d).
+        inputs: i, (J, d), such as i_super.
 
     Returns:
         layer name -> (J, p) float32, on the layer's device.
     """
-    keys = {}
+    outputs = {}
     for name, layer in text_layers.items():
-        weight = layer.to_k.weight
+        weight = getattr(layer, part).weight
         with torch.autocast(weight.device.type, enabled=False):
-            keys[name] = super_inputs.to(weight.device).float() @ weight.float().mT
-    return keys
+            outputs[name] = inputs.to(weight.device).float() @ weight.float().mT
+    return outputs
 
 
 def _side_by_side(

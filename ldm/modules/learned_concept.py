@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.concept import Concept
-from ldm.modules.context import Edit, TextLayer, locked_keys
+from ldm.modules.context import Edit, TextLayer, locked_keys, outputs_of
 
 LOCKINGS = ("local", "trained")
 FAINTEST_AXIS = 1e-6  # of the variance along the longest one
@@ -61,11 +61,6 @@ class OutputsAlongAxes(nn.ParameterList):
 TargetOutputs = FreeOutputs | OutputsAlongAxes
 
 
-def plain_values(text_layers: Mapping[str, TextLayer], encoding: Tensor) -> dict[str, Tensor]:
-    """W_V e of every layer, (1, p), for an encoding e (d,)."""
-    return {name: encoding[None] @ layer.to_v.weight.detach().float().T for name, layer in text_layers.items()}
-
-
 class LearnedConcept(nn.Module):
     """A concept's word embedding v and target outputs as parameters, its target input i* as a moving average.
 
@@ -89,7 +84,7 @@ class LearnedConcept(nn.Module):
         self.embedding = nn.Parameter(embedding.detach().float().clone())
         super_input = super_input.detach().float()
         value_input = super_input if value_input is None else value_input.detach().float()
-        values = plain_values(text_layers, value_input).values()
+        values = outputs_of(text_layers, value_input[None], "to_v").values()
         keys = locked_keys(text_layers, super_input[None])
 
         shared = None if looks is None else axes_of(looks)

@@ -28,10 +28,10 @@ from ldm.modules.concept import (
     by_position,
     is_placeholder,
     load_concepts,
-    merge_concepts,
     save_concepts,
     tensors_to_keep,
 )
+from ldm.modules.merging import merge_concepts
 
 FORMAT_VERSION = 1
 METADATA_KEY = "personalization"

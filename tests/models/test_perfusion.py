@@ -13,7 +13,7 @@ from tiny_concepts import WORD, SameBatch, attached, photos, trained, write_base
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder
+from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder, ready_concepts
 from ldm.models.diffusion.look_search import NOISY, ROUNDS, most_expected
 from ldm.models.diffusion.perfusion import Perfusion
 from ldm.models.diffusion.prompts import word_vector
@@ -130,7 +130,8 @@ def test_a_super_category_of_several_pieces_is_their_mean(folder: Path) -> None:
     ({"super_category": None}, "--init_word"), ({"super_category": "  "}, "teddy bear"),
     ({"ckpt_path": None}, "--actual_resume"), ({"placeholder": "two words"}, "white space"),
     ({"locking": "global"}, "local, trained"), ({"projection": "half"}, "full, gated"),
-    ({"value_axes": "words"}, "plain, looks"), ({"value_decay": -0.1}, "0 or more"),
+    ({"value_axes": "words"}, "plain, looks"),
+    ({"used_layers": ["outer"]}, "layer that reads text is called outer"), ({"value_decay": -0.1}, "0 or more"),
     ({"temperature": 0.0}, "above 0"),
     ({"covariance": "missing.safetensors"}, "missing.safetensors"), ({"ckpt_path": "missing.ckpt"}, "missing.ckpt"),
 ])
@@ -239,7 +240,7 @@ def test_what_a_step_is_made_of(folder: Path) -> None:
 
 
 def test_a_step_depends_on_seed_and_step_and_part_alone(folder: Path) -> None:
-    model = prepared(folder, parts=2)
+    model = prepared(folder, parts=2, seed=0)
 
     def drawn(step: int, part: int, by: Perfusion = model) -> Tensor:
         z, _, t, noise, _ = given_to_the_objective(by, step, part)
@@ -321,6 +322,26 @@ def test_a_saved_concept_draws_what_was_learned(folder: Path, tmp_path: Path, lo
                 for ours, theirs in zip(got.keys_values(name, layer.to_k, layer.to_v),
                                         expected.keys_values(name, layer.to_k, layer.to_v), strict=True):
                     assert torch.allclose(ours, theirs, atol=tolerance * float(theirs.abs().max()))
+
+
+def test_layers_that_are_not_used_are_learned_and_drawn_without(folder: Path, tmp_path: Path) -> None:
+    """They are in the file, too: all layers can be drawn with."""
+    model = prepared(folder, used_layers="output_blocks")
+    stir(model)
+    kept = save_concepts(tmp_path / "concept.safetensors", [model.learned()], torch.float32)
+    other, captions = unprepared(folder).eval(), batch()["caption"]
+    used, every = (prompt_encoder(other, ready_concepts([kept], all_layers=flag)).encode(captions)
+                   for flag in (False, True))
+    with torch.no_grad():
+        learning, concept = model.prompt_context(captions), model.concepts[0]
+        for name, layer in model.text_layers.items():
+            drawn, close, wanted = (context.keys_values(name, layer.to_k, layer.to_v)[1]
+                                    for context in (used, every, learning))
+            torch.testing.assert_close(close, wanted, rtol=1e-4, atol=1e-4)
+            moved = layer.to_v.weight @ concept.super_input - model.learned().target_output_v[name]
+            assert moved.norm() > 0.1
+            expected = wanted if name.startswith("output_blocks") else wanted + learning.gates * moved
+            torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_bias_of_sampling_is_another_where_asked(folder: Path) -> None:

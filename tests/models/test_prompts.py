@@ -164,6 +164,9 @@ def test_settings_leave_the_given_concepts_alone(concept: Concept) -> None:
     assert [(c.bias, c.temperature) for c in changed] == [(0.4, 0.2), (0.4, 0.3)]
     assert concept.bias == 0.6
     assert with_settings([concept]) == [concept]
+    some = replace(concept, used_layers=[LAYER])
+    assert [c.used_layers for c in with_settings([some, concept], all_layers=True)] == [[], []]
+    assert some.used_layers == with_settings([some])[0].used_layers == [LAYER]
     with pytest.raises(UserError, match="0 values of temperature"):
         with_settings([concept], temperatures=[])
 

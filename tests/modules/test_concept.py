@@ -19,15 +19,16 @@ from ldm.modules.concept import (
     base_fingerprint,
     check_base,
     load_concepts,
-    merge_concepts,
     save_concepts,
     stack_concepts,
 )
 from ldm.modules.context import PromptContext
+from ldm.modules.merging import merge_concepts
 from ldm.modules.rank_one import invert_covariance
 
 WIDTH = 6
-INNER = {"input_blocks.1.1.attn2": 5, "middle_block.1.attn2": 8}
+FIRST, MIDDLE = "input_blocks.1.1.attn2", "middle_block.1.attn2"
+INNER = {FIRST: 5, MIDDLE: 8}
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -57,7 +58,7 @@ def make_layers(seed: int = 0) -> dict[str, SimpleNamespace]:
 
 
 def assert_same(one: Concept, other: Concept) -> None:
-    for name in ("placeholder", "super_category", "bias", "temperature", "projection", "steps", "base"):
+    for name in ("placeholder", "super_category", "bias", "temperature", "projection", "used_layers", "steps", "base"):
         assert getattr(one, name) == getattr(other, name)
     mine, theirs = dict(one.tensors()), dict(other.tensors())
     assert mine.keys() == theirs.keys()
@@ -69,7 +70,8 @@ def assert_same(one: Concept, other: Concept) -> None:
 
 @pytest.mark.parametrize("trained_keys", [False, True])
 def test_a_loaded_concept_survives_saving_bit_for_bit(tmp_path: Path, trained_keys: bool) -> None:
-    concept = make(trained_keys=trained_keys, bias=0.65, temperature=0.15, projection="gated")
+    concept = make(trained_keys=trained_keys, bias=0.65, temperature=0.15, projection="gated",
+                   used_layers=[MIDDLE])
     first = tmp_path / "first.safetensors"
     save_concepts(first, [concept])
     (loaded,) = load_concepts(first)
@@ -97,13 +99,18 @@ def test_several_concepts_keep_their_order(tmp_path: Path) -> None:
         assert_same(one, other)
 
 
-def test_concepts_from_before_projections_are_full(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "unknown", "kept"), [
+    (1, ("projection", "used_layers"), "full"), (2, ("used_layers",), "gated")])
+def test_concepts_of_earlier_formats(tmp_path: Path, version: int, unknown: tuple[str, ...], kept: str) -> None:
+    """Those from before projections are full, those from before used layers use all."""
     def age(tensors: dict, header: dict) -> None:
-        header["format_version"] = 1
-        del settings_of(header)["projection"]
+        header["format_version"] = version
+        settings_of(header)["projection"] = "gated"
+        for name in unknown:
+            del settings_of(header)[name]
 
     path = rewritten(tmp_path / "old.safetensors", age)
-    assert_same(load_concepts(path)[0], make(projection="full"))
+    assert_same(load_concepts(path)[0], make(projection=kept, used_layers=[]))
 
 
 def test_a_concept_of_stable_diffusion_takes_thirty_kilobytes(tmp_path: Path) -> None:
@@ -134,7 +141,7 @@ def settings_of(header: dict) -> dict:
 
 V = "0.target_output_v.middle_block.1.attn2"
 BROKEN: dict[str, tuple[Callable[[dict, dict], object], str]] = {
-    "newer": (lambda t, h: h.update(format_version=3), "concept format 3.*update"),
+    "newer": (lambda t, h: h.update(format_version=4), "concept format 4.*update"),
     "no version": (lambda t, h: h.pop("format_version"), "not a concept"),
     "no list": (lambda t, h: h.pop("concepts"), "lists no concepts"),
     "empty list": (lambda t, h: h.update(concepts=[]), "no concept in it"),
@@ -145,6 +152,8 @@ BROKEN: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "temperature zero": (lambda t, h: settings_of(h).update(temperature=0), "its temperature is 0"),
     "no projection": (lambda t, h: settings_of(h).pop("projection"), "its projection is missing"),
     "unknown projection": (lambda t, h: settings_of(h).update(projection="half"), "'half' is none of full, gated"),
+    "used layers of the wrong kind": (lambda t, h: settings_of(h).update(used_layers="all"), "its used_layers is"),
+    "unknown layer in use": (lambda t, h: settings_of(h).update(used_layers=["attn9"]), "uses layer attn9, of which"),
     "white space": (lambda t, h: settings_of(h).update(placeholder="my bear"), "without white space"),
     "no embedding": (lambda t, h: t.pop("0.embedding"), "embedding is missing"),
     "no values": (lambda t, h: [t.pop(f"0.target_output_v.{n}") for n in INNER], "target_output_v is missing"),
@@ -282,6 +291,19 @@ def test_stacked_concepts_lock_keys_to_the_super_category_unless_they_were_train
     context = edit.context(draw(2, 3, WIDTH), invert_covariance(torch.eye(WIDTH)))
     assert isinstance(context, PromptContext)
     assert context.concept_count == 2
+
+
+def test_layers_that_are_not_used_give_the_super_categorys_values() -> None:
+    layers = make_layers()
+    some, every = make("<a>", used_layers=[MIDDLE]), make("<b>", seed=9)
+    edit = stack_concepts([some, every], layers)
+    plain = layers[FIRST].to_v.weight.detach() @ some.super_input
+    torch.testing.assert_close(edit.target_outputs_v[FIRST][0], plain)
+    assert not torch.allclose(plain, some.target_output_v[FIRST])
+    assert torch.equal(edit.target_outputs_v[MIDDLE][0], some.target_output_v[MIDDLE])
+    for name in layers:
+        assert torch.equal(edit.target_outputs_v[name][1], every.target_output_v[name])
+    assert some.summary.endswith(", 1 of 2 layers") and "layers" not in every.summary
 
 
 def test_concept_with_other_layers_than_the_model_is_named() -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from ldm.album import Album, read_note
 from ldm.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.modules.concept import load_concepts, save_concepts
 from ldm.util import instantiate_from_config
 
 SCRIPT = ROOT / "scripts" / "txt2img.py"
@@ -78,6 +80,17 @@ def test_a_concept_changes_what_its_word_draws_and_settings_change_it(draw: Draw
     for setting in (("--bias", 1.5), ("--temperature", 1.0), ("--global_locking",), ("--scale", 5),
                     ("--negative_prompt", "a mug"), ("--ddim_eta", 1)):
         assert apart(local, draw(*concept, *setting)) > ROUNDING, setting
+
+
+def test_a_concept_is_drawn_with_its_own_layers_or_with_all(draw: Draw, world: World, tmp_path: Path) -> None:
+    (concept,) = load_concepts(world.teddy)
+    some = save_concepts(tmp_path / "some.safetensors",
+                         [replace(concept, used_layers=list(concept.target_output_v)[-1:])], None)
+    arguments = ("--prompt", PROMPT, "--n_samples", 1, "--concept")
+    every, few = draw(*arguments, world.teddy), draw(*arguments, some, outdir="few")
+    assert read_note(pictures(tmp_path / "few")[0])["concepts"][0]["used_layers"] == list(concept.target_output_v)[-1:]
+    assert apart(every, few) > ROUNDING
+    assert apart(every, draw(*arguments, some, "--all_layers")) <= ROUNDING
 
 
 def test_a_picture_depends_on_the_concepts_that_it_names_only(draw: Draw, world: World) -> None:
@@ -178,6 +191,7 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--bias", "0.7"), "--bias acts on learned concepts; .*--concept"),
     (("--plms", "--ddim_eta", "0.5"), "PLMS adds no noise"),
     (("--sampler", "heun", "--ddim_eta", "0.5"), "Heun adds no noise, so eta must be 0, not 0.5"),
+    (("--all_layers",), "--all_layers acts on learned concepts; .*--concept"),
     (("--sampler", "ddpm"), "--sampler: invalid choice: 'ddpm'"),
     (("--sampler", "dpm", "--plms"), "--plms: not allowed with argument --sampler"),
     (("--steps", "0"), "0: must be 1 or more"),

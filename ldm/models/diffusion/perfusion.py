@@ -19,10 +19,10 @@ from ldm.errors import UserError
 from ldm.models.diffusion.concept_learner import ConceptLearner, check_above_zero, listed, one_for_each
 from ldm.models.diffusion.look_search import most_expected
 from ldm.modules.concept import Concept
-from ldm.modules.context import PromptContext
+from ldm.modules.context import PromptContext, outputs_of
 from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
 from ldm.modules.encoders.prompts import word_vector
-from ldm.modules.learned_concept import LOCKINGS, LearnedConcept, plain_values
+from ldm.modules.learned_concept import LOCKINGS, LearnedConcept
 from ldm.modules.looks import SENTENCE, SLOT, ToldLooks, told_looks
 from ldm.modules.rank_one import PROJECTIONS, invert_covariance
 from ldm.util import onto
@@ -46,6 +46,9 @@ class Perfusion(ConceptLearner):
             deviations of what these do.
         value_decay: weight decay of what target outputs are learned by (Loshchilov and Hutter 2019, arXiv 1711.05101);
             along the axes of looks it keeps them within 1 / value_decay standard deviations of where they start.
+        used_layers: the layers, by the beginnings of their names, whose target outputs for values concepts are drawn
+            with. The others' are learned as well, and so take up how the photos are laid out and drawn; in their stead
+            concepts are drawn with the super-category's. None: all are used, as in the paper.
         projection: "full", by the paper's Eq. 3, or "gated" (see `ldm.modules.rank_one`); concepts keep it.
         initial_look: where target outputs start: None, at the super-category as it is; words, such as "red striped",
             at what they make of it (of several concepts a list, or the same for all); "auto", at that known look in
@@ -58,7 +61,8 @@ class Perfusion(ConceptLearner):
                  value_lr: float = 0.03, locking: str = "local", projection: str = "full",
                  target_input_decay: float = 0.99, covariance: str | None = None, inference_bias: float | None = None,
                  value_axes: str = "plain", value_decay: float = 0.0,
-                 initial_look: str | Sequence[str] | None = None, **concept_learner: Any) -> None:
+                 initial_look: str | Sequence[str] | None = None,
+                 used_layers: str | Sequence[str] | None = None, **concept_learner: Any) -> None:
         for name, value, known in (("locking", locking, LOCKINGS), ("projection", projection, PROJECTIONS),
                                    ("value_axes", value_axes, VALUE_AXES)):
             if value not in known:
@@ -78,8 +82,21 @@ class Perfusion(ConceptLearner):
         self.locking, self.projection, self.value_axes = locking, projection, value_axes
         self.value_decay = value_decay
         self.initial_looks = one_for_each("initial looks", listed(initial_look or ""), self.placeholders)
+        self.used_layers = self._layers_called(listed(used_layers or ()))
         self.target_input_decay, self.covariance = target_input_decay, covariance
         self._inverse_covariance: Tensor | None = None
+
+    def _layers_called(self, beginnings: Sequence[str]) -> list[str]:
+        """The layers whose names begin so.
+
+        Raises:
+            UserError: none does with one of them.
+        """
+        for beginning in beginnings:
+            if not any(name.startswith(beginning) for name in self.text_layers):
+                raise UserError(f"used_layers: no layer that reads text is called {beginning}...; there are "
+                                f"{', '.join(self.text_layers)}")
+        return [name for name in self.text_layers if name.startswith(tuple(beginnings))]
 
     def inverse_covariance(self) -> Tensor:
         """C^-1 of the text encoder, (d, d); read or computed at the first call."""
@@ -116,7 +133,7 @@ class Perfusion(ConceptLearner):
         tokens = self.cond_stage_model.tokenize([SENTENCE], [SLOT])
         edit = LearnedConcept(noun, super_input, self.text_layers).edit(self.bias, self.temperature, self.projection)
         plain = edit.context(self.cond_stage_model.encode_tokens(tokens, noun), self.inverse_covariance())
-        contexts = [replace(plain, target_outputs_v=plain_values(self.text_layers, value))
+        contexts = [replace(plain, target_outputs_v=outputs_of(self.text_layers, value[None], "to_v"))
                     for value in super_input + moves.to(super_input)]
         best = most_expected(self, *self.photo_latents(place), contexts, Generator().manual_seed(self.seed),
                              self.placeholders[place])
@@ -162,4 +179,4 @@ class Perfusion(ConceptLearner):
         return self.concepts[place].to_concept(
             placeholder=self.placeholders[place], super_category=self.super_categories[place],
             bias=float(self.inference_bias), temperature=float(self.temperature), projection=self.projection,
-            steps=int(self.global_step), base=self.base)
+            used_layers=self.used_layers, steps=int(self.global_step), base=self.base)

@@ -114,19 +114,23 @@ def warn_of_idle_concepts(prompts: Sequence[str], placeholders: Sequence[str]) -
 
 
 def with_settings(concepts: Sequence[Learned], biases: Sequence[float | None] | None = None,
-                  temperatures: Sequence[float | None] | None = None) -> list[Learned]:
+                  temperatures: Sequence[float | None] | None = None, all_layers: bool = False) -> list[Learned]:
     """The concepts with beta or tau in place of their own: one value for all, or one for each; None leaves its own.
+
+    Args:
+        all_layers: draw with the target outputs of all layers, whichever the concepts would use.
 
     Raises:
         UserError: another number of values, or a concept that has no gate.
     """
     changed = list(concepts)
-    for name, values in (("bias", biases), ("temperature", temperatures)):
+    for flag, name, values in (("--bias", "bias", biases), ("--temperature", "temperature", temperatures),
+                               ("--all_layers", "used_layers", [[]] if all_layers else None)):
         if values is None:
             continue
         plain = [concept for concept in changed if isinstance(concept, TunedConcept)]
         if plain:
-            raise UserError(f"--{name}: concept {plain[0].label} was learned {plain[0].summary} and has none; "
+            raise UserError(f"{flag}: concept {plain[0].label} was learned {plain[0].summary} and has none; "
                             "leave the flag out")
         if len(values) not in (1, len(changed)):
             raise UserError(f"{len(values)} values of {name} for {len(changed)} concepts; give one, or one each")
