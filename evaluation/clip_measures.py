@@ -145,7 +145,7 @@ def _result(captions: Sequence[Caption], texts: Sequence[str], pictures: Iterabl
 
 
 def _only_concept(options: argparse.Namespace) -> Learned:
-    concepts = inference.ready_concepts(options.concept, options.bias, options.temperature)
+    concepts = inference.ready_concepts(options.concept, options.bias, options.temperature, options.all_layers)
     if len(concepts) > 1:
         raise UserError(f"--concept: {', '.join(concept.label for concept in concepts)}: the photos can be of one of "
                         "them only; name a file that holds one")
@@ -153,6 +153,6 @@ def _only_concept(options: argparse.Namespace) -> Learned:
 
 
 def _manner(options: argparse.Namespace) -> Manner:
-    """How the flags ask to draw; their bias and temperature are in the concept already."""
-    return Manner(None, None, options.global_locking, options.scale, options.ddim_steps, options.sampler,
-                  options.ddim_eta)
+    """How the flags ask to draw; what they say of the concept is in it already."""
+    return Manner(None, None, options.global_locking, scale=options.scale, steps=options.ddim_steps,
+                  sampler=options.sampler, eta=options.ddim_eta)

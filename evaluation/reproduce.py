@@ -1,7 +1,7 @@
 """Repeats the paper's comparisons on the bundled model, and says of each of its statements whether it is seen here.
 
     python evaluation/reproduce.py --quick              # a first look, under 10 minutes on two cores
-    python evaluation/reproduce.py                      # about two hours on two cores
+    python evaluation/reproduce.py                      # about three hours on two cores
     python evaluation/reproduce.py --only baselines two_concepts --concepts 10
 
 Concepts are taught by main.py, pictures drawn and graded set by set. Whatever is there already in OUTDIR, made in the
@@ -174,9 +174,9 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], l
     examples = [Example(name, MINI / "examples" / name, kind) for name, (kind, _) in CONCEPTS.items()]
     few = options.biases[::2] if len(options.biases) > MOST_FEW else options.biases
     config = read_model_config(options.config)
-    projection, value_axes = (OmegaConf.select(config, f"model.params.{key}", default=usual)
-                              for key, usual in (("projection", "full"), ("value_axes", "plain")))
-    every = studies(options.biases, few, options.pair_biases, projection, value_axes)
+    rule = {key: OmegaConf.select(config, f"model.params.{key}", default=usual)
+            for key, usual in (("projection", "full"), ("value_axes", "plain"), ("used_layers", None))}
+    every = studies(options.biases, few, options.pair_biases, rule)
     return school, Grading(graders, school, wanted, folder), list(every.values()), examples[:options.concepts]
 
 

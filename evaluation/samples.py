@@ -39,6 +39,7 @@ class Manner:
     Attributes:
         bias, temperature: of all concepts, or one for each; None: those of training.
         global_locking: lock the keys of the whole prompt.
+        all_layers: draw with what all layers have learned.
         scale: guidance, 1 is none.
         steps: 1 up to the model's timesteps.
         sampler: a name that `sampler_class` knows.
@@ -48,6 +49,7 @@ class Manner:
     bias: float | tuple[float, ...] | None = None
     temperature: float | tuple[float, ...] | None = None
     global_locking: bool = False
+    all_layers: bool = False
     scale: float = 6.0
     steps: int = 50
     sampler: str = "ddim"
@@ -99,13 +101,13 @@ class Painter:
         Args:
             jobs: their prompts name concepts by their placeholders.
             concepts: as `inference.ready_concepts` gives those of files.
-            manner: its bias and temperature are for concepts of Perfusion.
+            manner: its bias, temperature and layers are for concepts of Perfusion.
 
         Raises:
             UserError: the concepts do not fit the model or each other, a prompt names an unknown one or is too long,
                 or the settings cannot be had.
         """
-        ready = with_settings(concepts, _each(manner.bias), _each(manner.temperature))
+        ready = _as_drawn(concepts, manner)
         prompts = [text for job in jobs for text in (job.prompt, job.negative_prompt)]
         check_placeholders(prompts, [concept.placeholder for concept in ready])
         sampling = sampling_of(self.config, manner, self.batch_size, self.autocast)
@@ -148,13 +150,17 @@ def keep(pictures: Sequence[Image.Image], jobs: Sequence[Job], folder: str | Pat
         categories: what each picture's prompt asks for.
     """
     album = Album(folder, columns)
-    drawn = with_settings(concepts, _each(manner.bias), _each(manner.temperature))
+    drawn = _as_drawn(concepts, manner)
     note = {**asdict(manner), "concepts": notes_of(drawn)}
     kinds = [{}] * len(jobs) if categories is None else [{"category": category} for category in categories]
     for picture, job, kind in zip(pictures, jobs, kinds, strict=True):
         album.add(picture, job.prompt, {**job._asdict(), **kind, **note})
     album.finish_sheet()
     return album
+
+
+def _as_drawn(concepts: Sequence[Learned], manner: Manner) -> list[Learned]:
+    return with_settings(concepts, _each(manner.bias), _each(manner.temperature), manner.all_layers)
 
 
 def _each(setting: float | tuple[float, ...] | None) -> tuple[float, ...] | None:

@@ -22,7 +22,7 @@ TEACHING = (
 # What is drawn of it and recognised in that depends on these, too.
 GRADING = (
     *(f"evaluation/{name}.py" for name in ("grading", "marks", "similarity", "world_prompts")),
-    "ldm/data/example_concepts.py", "ldm/data/scenes.py", "ldm/models/recogniser.py",
+    "ldm/data/example_concepts.py", "ldm/data/scenes.py", "ldm/models/recogniser.py", "ldm/modules/concept.py",
     *(f"ldm/models/diffusion/{name}.py" for name in (
         "dpm_solver", "euler", "heun", "plms", "prompts", "tuned_prompts")))
 

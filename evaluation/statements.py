@@ -136,13 +136,19 @@ def _where(found: Gap, names: tuple[str, str], equal: str = "image") -> str:
 
 
 def _baselines(study: Study, found: Found) -> Judged:
-    own, *others = study.curves
-    curve = found.traced(own)
-    yield from _over_points(own.name, curve, others, found)
+    own, curve = study.curves[0], found.traced(_own_curve(study.curves))
+    points = [one for one in study.curves if not one.settings[0].method.gated]
+    yield from _over_points(own.name, curve, points, found)
     if len(own.settings) > 1:
-        ends = f"from bias {own.settings[0].bias:g} to {own.settings[-1].bias:g}"
-        yield _rising("a higher bias follows the prompt more", curve.text, ends)
-        yield _rising("a higher bias is less like the concept", -curve.image, ends)
+        swept, ends = found.traced(own), f"from bias {own.settings[0].bias:g} to {own.settings[-1].bias:g}"
+        yield _rising("a higher bias follows the prompt more", swept.text, ends)
+        yield _rising("a higher bias is less like the concept", -swept.image, ends)
+
+
+def _own_curve(curves: Sequence[Curve]) -> Curve:
+    """All that one file of Perfusion can be drawn at: bias and layers are dials of the sampler."""
+    own = [one for one in curves if one.settings[0].method == studies.PERFUSION]
+    return Curve(own[0].name, tuple(setting for one in own for setting in one.settings))
 
 
 def _over_points(name: str, curve: Traced, points: Sequence[Curve], found: Found) -> Judged:
@@ -193,14 +199,14 @@ def _projection(study: Study, found: Found) -> Judged:
 
 def _values(study: Study, found: Found) -> Judged:
     """Whether what this project adds is worth having, and how far one comes without."""
-    (looks, start, free, paper), points = map(found.traced, study.curves[:4]), study.curves[4:]
-    yield _above("a start at a known look gives a better trade-off than one at the plain kind", looks, start,
-                 ("known look", "plain kind"))
-    yield _more("values along the axes of looks follow the prompt more than free ones", looks.text - free.text)
-    yield _above("values along the axes of looks give a better trade-off than free ones", looks, free,
-                 ("along looks", "free values"))
-    yield from _over_points("Perfusion with free values", free, points, found)
-    yield from _over_points("the paper's rule", paper, points, found)
+    curves = {one.name: found.traced(one) for one in study.curves}
+    own, others = study.curves[0].name, [one.name for one in study.curves[1:] if one.settings[0].method.gated]
+    points = [one for one in study.curves if not one.settings[0].method.gated]
+    for other in others:
+        yield _more(f"{own} follows the prompt more than {other}", curves[own].text - curves[other].text)
+        yield _above(f"{own} gives a better trade-off than {other}", curves[own], curves[other], (own, other))
+    for other in others:
+        yield from _over_points(other, curves[other], points, found)
 
 
 def _masks(study: Study, found: Found) -> Judged:

@@ -8,10 +8,10 @@ alone. Settings that several studies share are drawn once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from evaluation.samples import Manner
 
@@ -61,13 +61,15 @@ class Setting:
     bias: float | None = None
     temperature: float | None = None
     global_locking: bool = False
+    all_layers: bool = False
 
     @property
     def label(self) -> str:
         """What is set, such as "bias 0.75, temperature 0.15"."""
         parts = [f"{name} {value:g}" for name, value in (("bias", self.bias), ("temperature", self.temperature))
                  if value is not None]
-        return ", ".join([*parts, *(["global lock"] if self.global_locking else [])])
+        return ", ".join([*parts, *(["global lock"] if self.global_locking else []),
+                          *(["all layers"] if self.all_layers else [])])
 
     @property
     def name(self) -> str:
@@ -75,7 +77,8 @@ class Setting:
 
     def manner(self, usual: Manner) -> Manner:
         """`usual` with what is set here."""
-        return replace(usual, bias=self.bias, temperature=self.temperature, global_locking=self.global_locking)
+        return replace(usual, bias=self.bias, temperature=self.temperature, global_locking=self.global_locking,
+                       all_layers=self.all_layers)
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,12 @@ BY_PROJECTION = {name: Method(f"{name} projection", overrides=(f"model.params.pr
                  for name in ("gated", "full")}
 GATED, FULL = BY_PROJECTION.values()
 # The rates are for models whose words have norms near 0.3, as the bundled one's.
-LOOKS, PLAIN_START, FREE = (
-    Method(title, overrides=tuple(f"model.params.{key}" for key in keys)) for title, keys in (
-        ("values along looks", ("value_axes=looks", "initial_look=auto", "value_lr=0.015", "value_decay=1.0")),
-        ("the same from the plain kind", ("value_axes=looks", "initial_look=null", "value_lr=0.03", "value_decay=0.4")),
-        ("free values", ("value_axes=plain", "initial_look=null", "value_lr=0.06", "value_decay=0",
-                         "embedding_lr=0.0002"))))
-PAPER = Method("the paper's rule", overrides=(*FREE.overrides, *FULL.overrides))
+LOOKS, PAPER = (
+    Method(title, overrides=tuple(f"model.params.{key}" for key in (*keys, "used_layers=null"))) for title, keys in (
+        ("values along looks", ("value_axes=looks", "initial_look=auto", "value_lr=0.015", "value_decay=1.0",
+                                "embedding_lr=0.00002")),
+        ("the paper's rule", ("value_axes=plain", "initial_look=null", "value_lr=0.06", "value_decay=0",
+                              "embedding_lr=0.0002", "projection=full"))))
 NO_MASKS = Method("no masks", masks=False)
 ONE_PHOTO = Method("one photo", photos=1)
 TEXTUAL_INVERSION = Method("Textual Inversion", "textual-inversion.yaml")
@@ -138,42 +140,48 @@ STUDY_KEYS = ("baselines", "locking", "projection", "values", "masks", "one_phot
 
 
 def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence[float],
-            projection: str | None = None, value_axes: str | None = None) -> dict[str, Study]:
+            rule: Mapping[str, Any] | None = None) -> dict[str, Study]:
     """All studies by their keys, in the order of `STUDY_KEYS`.
 
     Args:
         biases: of Perfusion's own curve.
         few: some of them, for the curves that it is compared with.
         pair_biases: for two concepts in one picture.
-        projection, value_axes: those of Perfusion's config, whose concepts then need not be taught once more to be
-            compared; None: not known.
+        rule: `projection`, `value_axes` and `used_layers` of Perfusion's config, whose concepts then need not be taught
+            once more to be compared; None: not known.
     """
+    rule = rule or {}
+
     def own_where(same: bool, method: Method) -> Method:
         return PERFUSION if same else method
 
-    own = curve("Perfusion", PERFUSION, biases)
+    def every_layer(biases: Iterable[float]) -> tuple[Curve, ...]:
+        """Perfusion's concepts with what all layers learned, where they are not drawn so anyway."""
+        made = curve("Perfusion, all layers", PERFUSION, biases, all_layers=True)
+        return (made,) if rule.get("used_layers") else ()
+
+    own, own_few = curve("Perfusion", PERFUSION, biases), curve("Perfusion", PERFUSION, few)
     trained_at = [curve(f"trained at bias {bias:g}", _trained_at(bias), few) for bias in TRAINING_BIASES]
     trained_at.insert(sum(bias < TRAINING_BIAS for bias in TRAINING_BIASES),
                       curve(f"trained at bias {TRAINING_BIAS:g}", PERFUSION, few))
     middle = few[len(few) // 2]
     softer = [Curve(f"temperature {value:g}", (Setting(PERFUSION, middle, value),)) for value in TEMPERATURES]
-    free = own_where(value_axes == "plain", FREE)
-    merged = dict.fromkeys([*(Setting(method, bias) for method in (PERFUSION, free) for bias in pair_biases),
-                            Setting(TEXTUAL_INVERSION), Setting(CUSTOM_DIFFUSION), Setting(BASE)])
+    as_in_paper = (rule.get("value_axes"), rule.get("projection")) == ("plain", "full") and not rule.get("used_layers")
+    together = (curve("Perfusion", PERFUSION, pair_biases), *every_layer(pair_biases))
+    merged = [*(setting for one in together for setting in one.settings),
+              Setting(TEXTUAL_INVERSION), Setting(CUSTOM_DIFFUSION), Setting(BASE)]
     made = (
         Study("baselines", "Perfusion against the baselines",
-              (own, *(Curve(method.name, (Setting(method),)) for method in (*POINTS, BASE)))),
+              (own, *every_layer(few), *(Curve(method.name, (Setting(method),)) for method in (*POINTS, BASE)))),
         Study("locking", "Local lock, global lock, trained keys",
               (curve("local lock", PERFUSION, few), curve("global lock", PERFUSION, few, global_locking=True),
                curve("trained keys", TRAINED_KEYS, few))),
         Study("projection", "What the gate takes out: gated, or all as in Eq. 3",
-              tuple(curve(method.name, own_where(name == projection, method), few)
+              tuple(curve(method.name, own_where(name == rule.get("projection"), method), few)
                     for name, method in BY_PROJECTION.items())),
-        Study("values", "Target outputs: what adjectives can make, any numbers, and any by Eq. 3 as in the paper",
-              (curve(LOOKS.name, own_where(value_axes == "looks", LOOKS), few),
-               curve(PLAIN_START.name, PLAIN_START, few),
-               curve(FREE.name, free, few),
-               curve(PAPER.name, own_where((value_axes, projection) == ("plain", "full"), PAPER), few),
+        Study("values", "Target outputs: of the layers in use, of all, along looks, and by Eq. 3 as in the paper",
+              (own_few, *every_layer(few), curve(LOOKS.name, LOOKS, few),
+               curve(PAPER.name, own_where(as_in_paper, PAPER), few),
                *(Curve(method.name, (Setting(method),)) for method in (TEXTUAL_INVERSION, CUSTOM_DIFFUSION, BASE)))),
         Study("masks", "With and without the mask loss",
               (curve("with masks", PERFUSION, few), curve("no masks", NO_MASKS, few))),
@@ -189,8 +197,9 @@ def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence
     return {study.key: study for study in made}
 
 
-def curve(name: str, method: Method, biases: Iterable[float], global_locking: bool = False) -> Curve:
-    return Curve(name, tuple(Setting(method, bias, None, global_locking) for bias in biases))
+def curve(name: str, method: Method, biases: Iterable[float], global_locking: bool = False,
+          all_layers: bool = False) -> Curve:
+    return Curve(name, tuple(Setting(method, bias, None, global_locking, all_layers) for bias in biases))
 
 
 def slug(text: str) -> str:

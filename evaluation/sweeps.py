@@ -68,7 +68,7 @@ class Point:
         temperature = getattr(concept, "temperature", None) if manner.temperature is None else manner.temperature
         lock = "global" if manner.global_locking else self.source.lock
         return {"concept": self.source.label, "bias": manner.bias, "temperature": temperature, "lock": lock,
-                "scale": manner.scale}
+                "layers": "all" if manner.all_layers else None, "scale": manner.scale}
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def sweeps_of(sources: Sequence[Source], manner: Manner, biases: Sequence[float]
               temperatures: Sequence[float] = (), scales: Sequence[float] = ()) -> list[Sweep]:
     """A sweep over files and locks, and with the first file of a gate, and the first lock, one over each of the others.
 
+    Where that concept uses some of its layers only, there is one over using these or all.
+
     Args:
         manner: what is not swept; its guidance, and a concept's own temperature, are among those swept over.
         locks: of concepts with locked keys; trained ones are left as they are.
@@ -115,6 +117,10 @@ def sweeps_of(sources: Sequence[Source], manner: Manner, biases: Sequence[float]
     made = [Sweep("lock", "Lock of the keys", tuple(locked))]
     first = next((source for source in sources if source.has_gate), sources[0])
     manner = replace(manner, global_locking=LOCKS[locks[0]] and first.lock == "local")
+    if getattr(first.concept, "used_layers", None):
+        made.append(Sweep("layers", "Layers", tuple(
+            _curve(name, first, replace(manner, all_layers=every), biases)
+            for name, every in (("layers of its own", False), ("all layers", True)))))
     if temperatures:
         own = first.concept.temperature
         made.append(Sweep("temperature", "Temperature", tuple(

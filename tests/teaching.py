@@ -25,8 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = ("--base", "configs/perfusion.yaml")
 FEW_PICTURES = ('lightning.callbacks.pictures.params.prompts=["a photo of a {}"]',
                 "lightning.callbacks.pictures.params.steps=2")
-NO_SEARCH = "model.params.initial_look=null"  # 148 looks take as long as 40 steps of 16
-QUICK = ("--max_steps", "2", *FEW_PICTURES, "data.params.batch_size=2", NO_SEARCH)
+QUICK = ("--max_steps", "2", *FEW_PICTURES, "data.params.batch_size=2")
 
 
 @contextlib.contextmanager

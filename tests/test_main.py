@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import teaching
 from PIL import Image
-from teaching import BASE, NO_SEARCH, ROOT, output_of
+from teaching import BASE, ROOT, output_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.modules.concept import load_concepts
@@ -39,7 +39,7 @@ def teddy(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def teapot(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return taught(tmp_path_factory.mktemp("teapot"), "--data_root", "models/mini/examples/teapot", "--init_word",
-                  "teapot", "--placeholder", "<my-teapot>", "lightning.callbacks.pictures.params.steps=3", NO_SEARCH)
+                  "teapot", "--placeholder", "<my-teapot>", "lightning.callbacks.pictures.params.steps=3")
 
 
 @pytest.fixture(scope="module")

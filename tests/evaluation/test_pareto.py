@@ -72,6 +72,16 @@ def test_temperature_and_guidance_are_swept_beside_their_usual_values(tuned: Sou
     assert {point.source for point in points[1:]} == {locked}
 
 
+def test_all_layers_are_swept_beside_those_in_use(locked: Source) -> None:
+    some = Source("toy", replace(locked.concept, used_layers=["layer"]))
+    (_, sweep) = sweeps_of([some], Manner(), BIASES)
+    assert (sweep.key, [curve.name for curve in sweep.curves]) == ("layers", ["layers of its own", "all layers"])
+    assert [point.manner.all_layers for curve in sweep.curves for point in curve.points] == [False, False, True, True]
+    shown = [curve.points[0].summary for curve in sweep.curves]
+    assert shown[0] == "concept toy, bias 0.4, temperature 0.1, lock local, scale 6"
+    assert shown[1] == "concept toy, bias 0.4, temperature 0.1, lock local, layers all, scale 6"
+
+
 def test_files_of_other_methods_alone_have_guidance_to_sweep(tuned: Source) -> None:
     sweeps = sweeps_of([tuned], Manner(), BIASES, ("global",), scales=[2.0])
     assert [point.manner for point in points_of(sweeps)] == [Manner(), Manner(scale=2.0)]

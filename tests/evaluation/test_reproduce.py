@@ -41,6 +41,7 @@ def files(drawing_world_files: World, tmp_path_factory: pytest.TempPathFactory) 
     config = OmegaConf.load(drawing_world_files.config)
     config.model.target = "ldm.models.diffusion.perfusion.Perfusion"
     config.model.params.update({"super_category": "cat", "placeholder": "<cat>",
+                                "used_layers": ["output_blocks"],
                                 "segmenter": str(segmenter_folder(folder / "segmenter"))})
     config.data = {"target": "main.DataModuleFromConfig", "params": {"train": {
         "target": "ldm.data.personalized.PersonalizedBase", "params": {"data_root": "photos", "mask_root": None}}}}
@@ -122,7 +123,7 @@ def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[li
     folder = tmp_path / "out"
     assert list(results["studies"]) == list(STUDY_KEYS) == list(dict.fromkeys(
         verdict["study"] for verdict in results["verdicts"]))
-    assert len(taught) == 14 * 2  # those of the config's own projection and values are not taught once more
+    assert len(taught) == 14 * 2  # those of the config's own projection are not taught once more
     summary = (folder / "summary.md").read_text()
     for key in STUDY_KEYS:
         assert Image.open(folder / f"{key}.png").format == "PNG" and f"({key}.png)" in summary
@@ -130,7 +131,7 @@ def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[li
     for verdict in results["verdicts"]:
         assert f"| {verdict['statement']} | {verdict['verdict']} |" in summary
     said = capsys.readouterr().out
-    assert "nothing is left to make" in said and said.count("taught ") == 28 and said.count("drew ") == 2 * 19 + 2 * 4
+    assert "nothing is left to make" in said and said.count("taught ") == 28 and said.count("drew ") == 2 * 20 + 2 * 5
     row = results["studies"]["baselines"][0]["figures"]
     assert row["text"]["count"] == 2 * 2 and row["own"]["count"] == row["there"]["count"] == 2
     assert set(results["ceilings"]) == {

@@ -41,8 +41,8 @@ def test_it_draws_what_the_script_draws(painter: Painter, world: World, tmp_path
     script = drawer(main_of("txt2img"), world.config, tmp_path)
     wanted = script("--concept", world.teddy, "--prompt", PROMPT, "a cat", "--n_samples", 2, "--seed", 5, "--bias", 0.5,
                     "--temperature", 0.3, "--negative_prompt", "a dog", "--sampler", "euler_a", "--ddim_eta", 0.5,
-                    "--global_locking", *QUICK)
-    manner = replace(FEW, bias=0.5, temperature=0.3, sampler="euler_a", eta=0.5, global_locking=True)
+                    "--global_locking", "--all_layers", *QUICK)
+    manner = replace(FEW, bias=0.5, temperature=0.3, sampler="euler_a", eta=0.5, global_locking=True, all_layers=True)
     drawn = painter.draw(jobs_of([PROMPT, "a cat"], (5, 6), "a dog"), ready_concepts([world.teddy]), manner)
     assert painter.size == (16, 16) and apart(levels(drawn), wanted) <= ROUNDING
 

@@ -9,13 +9,11 @@ from omegaconf import OmegaConf
 from evaluation import reproduce
 from evaluation.samples import Manner
 from evaluation.studies import (
-    FREE,
     FULL,
     GATED,
     LOOKS,
     PAPER,
     PERFUSION,
-    PLAIN_START,
     POINTS,
     STUDY_KEYS,
     TRAINING_BIAS,
@@ -45,7 +43,7 @@ def test_every_method_is_a_config_of_its_own(method: Method) -> None:
 
 
 def test_names_are_told_apart() -> None:
-    assert len({method.slug for method in METHODS}) == len(METHODS) == 17
+    assert len({method.slug for method in METHODS}) == len(METHODS) == 15
     for study in ALL.values():
         assert len({setting.name for setting in study.settings}) == len(study.settings)
         assert len({curve.name for curve in study.curves}) == len(study.curves)
@@ -62,32 +60,42 @@ def test_comparisons_share_perfusions_own_curve() -> None:
 
 
 def test_what_the_config_does_anyway_is_not_taught_once_more() -> None:
-    study = studies((0.4, 0.9), (0.4, 0.9), (0.5,), "gated")["projection"]
+    study = studies((0.4, 0.9), (0.4, 0.9), (0.5,), {"projection": "gated"})["projection"]
     assert [curve.name for curve in study.curves] == [GATED.name, FULL.name]
     assert study.methods == [PERFUSION, FULL]
     assert OmegaConf.load(CONFIG).model.params.projection == "gated"
 
 
-@pytest.mark.parametrize(("projection", "axes", "methods"), [
-    ("gated", "looks", [PERFUSION, PLAIN_START, FREE, PAPER]),
-    ("gated", "plain", [LOOKS, PLAIN_START, PERFUSION, PAPER]),
-    ("full", "plain", [LOOKS, PLAIN_START, PERFUSION]), (None, None, [LOOKS, PLAIN_START, FREE, PAPER])])
-def test_the_papers_rule_is_the_configs_own_or_not(projection: str | None, axes: str | None, methods: list[Method]
-                                                   ) -> None:
-    study = studies((0.4, 0.9), (0.4, 0.9), (0.5,), projection, axes)["values"]
-    assert [curve.name for curve in study.curves[:4]] == [each.name for each in (LOOKS, PLAIN_START, FREE, PAPER)]
-    assert [method for method in study.methods if method.gated] == methods
+@pytest.mark.parametrize(("rule", "names", "methods"), [
+    (("gated", "plain", ["output_blocks.3"]), ["Perfusion", "Perfusion, all layers"], [PERFUSION, LOOKS, PAPER]),
+    (("full", "plain", None), ["Perfusion"], [PERFUSION, LOOKS]),
+    (("gated", "plain", None), ["Perfusion"], [PERFUSION, LOOKS, PAPER])])
+def test_what_perfusion_is_compared_with_depends_on_its_config(rule: tuple, names: list[str], methods: list[Method]
+                                                               ) -> None:
+    made = studies((0.4, 0.9), (0.4, 0.9), (0.5,), dict(zip(("projection", "value_axes", "used_layers"), rule,
+                                                            strict=True)))
+    values = made["values"]
+    assert [curve.name for curve in values.curves[:-3]] == [*names, LOOKS.name, PAPER.name]
+    assert [method for method in values.methods if method.gated] == methods
+    assert [curve.name for curve in made["baselines"].curves[:len(names)]] == names
+    pairs = [setting.all_layers for setting in made["two_concepts"].settings if setting.method.gated]
+    assert pairs == [False, True][:len(names)]
 
 
-def test_values_along_looks_are_learned_as_by_the_config() -> None:
+def test_rules_that_perfusion_is_compared_with_say_all_in_which_they_differ() -> None:
+    """They are the same whatever the config is."""
     params = OmegaConf.load(CONFIG).model.params
-    given = OmegaConf.from_dotlist(list(LOOKS.overrides)).model.params
-    assert len(given) == 4 and {key: params[key] for key in given} == given
+    for method in (LOOKS, PAPER):
+        given = OmegaConf.from_dotlist(list(method.overrides)).model.params
+        assert {"value_axes", "initial_look", "value_lr", "value_decay", "embedding_lr", "used_layers"} <= set(given)
+        assert given.used_layers is None and params.used_layers == ["output_blocks.3"]
 
 
 def test_settings_change_what_is_drawn() -> None:
     usual = Manner(scale=4.0, steps=9)
-    changed = Setting(PERFUSION, 0.6, 0.15, True).manner(usual)
+    changed = Setting(PERFUSION, 0.6, 0.15, True, True).manner(usual)
     assert (changed.bias, changed.temperature, changed.global_locking, changed.steps) == (0.6, 0.15, True, 9)
+    assert changed.all_layers
     assert Setting(POINTS[0]).manner(usual) == usual
     assert Setting(PERFUSION, 0.6, 0.15, True).name == "Perfusion, bias 0.6, temperature 0.15, global lock"
+    assert Setting(PERFUSION, 0.6, all_layers=True).name == "Perfusion, bias 0.6, all layers"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig
-from teaching import FEW_PICTURES, NO_SEARCH, ROOT, resume, state_of, teach
+from teaching import FEW_PICTURES, ROOT, resume, state_of, teach
 
 from ldm.errors import UserError
 from ldm.modules.concept import load_concepts
@@ -15,7 +15,7 @@ from ldm.training.options import get_parser, read_config
 
 EXAMPLES = ROOT / "models" / "mini" / "examples"
 TWO = ("--data_root", EXAMPLES / "teddy", EXAMPLES / "teapot", "--init_word", "teddy bear", "teapot")
-QUICK = (*TWO, "--max_steps", 3, "data.params.batch_size=2", NO_SEARCH, *FEW_PICTURES)
+QUICK = (*TWO, "--max_steps", 3, "data.params.batch_size=2", *FEW_PICTURES)
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from teaching import NO_SEARCH, state_of, teach
+from teaching import state_of, teach
 
-AS_TAUGHT = ("--max_steps", 12, "lightning.callbacks.pictures=null", NO_SEARCH)
+AS_TAUGHT = ("--max_steps", 12, "lightning.callbacks.pictures=null")
 
 
 def test_two_threads_teach_the_same_concept_twice(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from teaching import BASE, FEW_PICTURES, NO_SEARCH, QUICK, resume, start, state_of, teach
+from teaching import BASE, FEW_PICTURES, QUICK, resume, start, state_of, teach
 
 from ldm.errors import UserError
 from ldm.modules.concept import load_concepts
@@ -20,7 +20,7 @@ from ldm.training.run import main as train
 
 STEPS = 12
 WAITING = "lightning.callbacks.waiting"
-LONG = (*FEW_PICTURES, "--max_steps", STEPS, "data.params.batch_size=4", NO_SEARCH)
+LONG = (*FEW_PICTURES, "--max_steps", STEPS, "data.params.batch_size=4")
 
 
 @pytest.fixture(scope="module")
