@@ -1,6 +1,6 @@
 """Repeats the paper's comparisons on the bundled model, and says of each of its statements whether it is seen here.
 
-    python evaluation/reproduce.py --quick              # a first look, under 10 minutes on two cores
+    python evaluation/reproduce.py --quick              # a first look, about 15 minutes on two cores
     python evaluation/reproduce.py                      # about three hours on two cores
     python evaluation/reproduce.py --only baselines two_concepts --concepts 10
 
