@@ -137,8 +137,7 @@ def _where(found: Gap, names: tuple[str, str], equal: str = "image") -> str:
 
 def _baselines(study: Study, found: Found) -> Judged:
     own, curve = study.curves[0], found.traced(_own_curve(study.curves))
-    points = [one for one in study.curves if not one.settings[0].method.gated]
-    yield from _over_points(own.name, curve, points, found)
+    yield from _over_points(own.name, curve, study.curves, found)
     if len(own.settings) > 1:
         swept, ends = found.traced(own), f"from bias {own.settings[0].bias:g} to {own.settings[-1].bias:g}"
         yield _rising("a higher bias follows the prompt more", swept.text, ends)
@@ -151,8 +150,12 @@ def _own_curve(curves: Sequence[Curve]) -> Curve:
     return Curve(own[0].name, tuple(setting for one in own for setting in one.settings))
 
 
-def _over_points(name: str, curve: Traced, points: Sequence[Curve], found: Found) -> Judged:
-    """The statements that a curve lies above, and beside, those of the other methods; the untaught model's is one."""
+def _over_points(name: str, curve: Traced, curves: Sequence[Curve], found: Found) -> Judged:
+    """The statements that a curve lies above, and beside, those of the methods among `curves` that have no bias.
+
+    The untaught model's is one of them.
+    """
+    points = [one for one in curves if not one.settings[0].method.gated]
     (untaught,) = (point for point in points if not point.settings[0].method.taught)
     base = found.traced(untaught)
     for other in points:
@@ -201,12 +204,11 @@ def _values(study: Study, found: Found) -> Judged:
     """Whether what this project adds is worth having, and how far one comes without."""
     curves = {one.name: found.traced(one) for one in study.curves}
     own, others = study.curves[0].name, [one.name for one in study.curves[1:] if one.settings[0].method.gated]
-    points = [one for one in study.curves if not one.settings[0].method.gated]
     for other in others:
         yield _more(f"{own} follows the prompt more than {other}", curves[own].text - curves[other].text)
         yield _above(f"{own} gives a better trade-off than {other}", curves[own], curves[other], (own, other))
     for other in others:
-        yield from _over_points(other, curves[other], points, found)
+        yield from _over_points(other, curves[other], study.curves, found)
 
 
 def _masks(study: Study, found: Found) -> Judged:
