@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TEACHING = (
     "ldm/data/masks.py", "ldm/data/personalized.py", "ldm/data/templates.py",
     *(f"ldm/models/diffusion/{name}.py" for name in (
-        "concept_learner", "custom_diffusion", "ddim", "dreambooth", "grids", "look_search", "objectives",
+        "concept_learner", "custom_diffusion", "ddim", "dreambooth", "grids", "objectives",
         "perfusion", "prior_preservation", "sampling", "textual_inversion", "tuning")),
     *(f"ldm/modules/{name}.py" for name in (
-        "context", "learned_concept", "learned_word", "looks", "rank_one", "segmentation")))
+        "context", "learned_concept", "learned_word", "rank_one", "segmentation")))
 # What is drawn of it and recognised in that depends on these, too.
 GRADING = (
     *(f"evaluation/{name}.py" for name in ("grading", "marks", "similarity", "world_prompts")),

@@ -189,44 +189,45 @@ def _rising(statement: str, values: np.ndarray, ends: str) -> Judgement:
 def _locking(study: Study, found: Found) -> Judged:
     local, overall, trained = map(found.traced, study.curves)
     yield _above("key-locking gives a better trade-off than trained keys", local, trained, ("it", "trained keys"))
-    yield _more("the local lock is more like the concept than the global lock", local.image - overall.image)
-    yield _more("the global lock follows the prompt more than the local lock", overall.text - local.text)
+    beside = found.traced(_at_biases_of(study.curves[1], study.curves[0]))
+    yield _more("the local lock is more like the concept than the global lock", beside.image - overall.image)
+    yield _more("the global lock follows the prompt more than the local lock", overall.text - beside.text)
 
 
 def _projection(study: Study, found: Found) -> Judged:
     """No statement of the paper's: whether the projection that this project adds to it is worth having."""
     gated, full = map(found.traced, study.curves)
-    yield _more("a gated projection follows the prompt more than Eq. 3's", gated.text - full.text)
+    yield _follows_more("a gated projection follows the prompt more than Eq. 3's", *study.curves, found)
     yield _above("a gated projection gives a better trade-off than Eq. 3's", gated, full, ("gated", "Eq. 3's"))
 
 
 def _values(study: Study, found: Found) -> Judged:
     """Whether what this project adds is worth having, and how far one comes without."""
-    curves = {one.name: found.traced(one) for one in study.curves}
-    own, others = study.curves[0].name, [one.name for one in study.curves[1:] if one.settings[0].method.gated]
-    for other in others:
-        yield _more(f"{own} follows the prompt more than {other}", curves[own].text - curves[other].text)
-        yield _above(f"{own} gives a better trade-off than {other}", curves[own], curves[other], (own, other))
-    for other in others:
-        yield from _over_points(other, curves[other], study.curves, found)
+    own, others = study.curves[0], [one for one in study.curves[1:] if one.settings[0].method.gated]
+    mine, theirs = found.traced(own), [found.traced(other) for other in others]
+    for other, curve in zip(others, theirs, strict=True):
+        yield _follows_more(f"{own.name} follows the prompt more than {other.name}", own, other, found)
+        yield _above(f"{own.name} gives a better trade-off than {other.name}", mine, curve, (own.name, other.name))
+    for other, curve in zip(others, theirs, strict=True):
+        yield from _over_points(other.name, curve, study.curves, found)
 
 
 def _masks(study: Study, found: Found) -> Judged:
     masked, plain = map(found.traced, study.curves)
-    yield _more("masks raise text similarity", masked.text - plain.text)
+    yield _follows_more("masks raise text similarity", *study.curves, found)
     yield _above("masks give a better trade-off", masked, plain, ("masked", "no masks"))
 
 
 def _one_photo(study: Study, found: Found) -> Judged:
     every, one = map(found.traced, study.curves)
-    yield _more("one photo follows the prompt less than all of them", every.text - one.text)
+    yield _follows_more("one photo follows the prompt less than all of them", *study.curves, found)
     yield _above("one photo gives a worse trade-off than all of them", every, one, ("all photos", "one photo"))
 
 
 def _training_bias(study: Study, found: Found) -> Judged:
-    lowest, highest = study.curves[0], study.curves[-1]
-    yield _above(f"a higher training bias gives a better trade-off ({highest.name} over {lowest.name})",
-                 found.traced(highest), found.traced(lowest), (highest.name, lowest.name))
+    higher, lower = study.curves
+    yield _above(f"a higher training bias gives a better trade-off ({higher.name} over {lower.name})",
+                 *map(found.traced, study.curves), (higher.name, lower.name))
 
 
 def _temperature(study: Study, found: Found) -> Judged:
@@ -280,6 +281,18 @@ def _more(statement: str, differences: np.ndarray) -> Judgement:
     """The statement that differences (P, 1 + R) at the same biases are positive in the mean."""
     figure = figure_of(differences.mean(0))
     return statement, verdict_of(figure), f"{_signed(figure)} at equal bias"
+
+
+def _follows_more(statement: str, first: Curve, second: Curve, found: Found) -> Judgement:
+    """The statement that the first curve has more text similarity than the second at the biases that both have."""
+    one, other = found.traced(_at_biases_of(second, first)), found.traced(_at_biases_of(first, second))
+    return _more(statement, one.text - other.text)
+
+
+def _at_biases_of(other: Curve, curve: Curve) -> Curve:
+    """The settings of `curve` at biases that another has."""
+    biases = {setting.bias for setting in other.settings}
+    return Curve(curve.name, tuple(setting for setting in curve.settings if setting.bias in biases))
 
 
 def _signed(figure: Figure) -> str:

@@ -119,13 +119,6 @@ TRAINED_KEYS = Method("trained keys", overrides=("model.params.locking=trained",
 BY_PROJECTION = {name: Method(f"{name} projection", overrides=(f"model.params.projection={name}",))
                  for name in ("gated", "full")}
 GATED, FULL = BY_PROJECTION.values()
-# The rates are for models whose words have norms near 0.3, as the bundled one's.
-LOOKS, PAPER = (
-    Method(title, overrides=tuple(f"model.params.{key}" for key in (*keys, "used_layers=null"))) for title, keys in (
-        ("values along looks", ("value_axes=looks", "initial_look=auto", "value_lr=0.015", "value_decay=1.0",
-                                "embedding_lr=0.00002")),
-        ("the paper's rule", ("value_axes=plain", "initial_look=null", "value_lr=0.06", "value_decay=0",
-                              "embedding_lr=0.0002", "projection=full"))))
 NO_MASKS = Method("no masks", masks=False)
 ONE_PHOTO = Method("one photo", photos=1)
 TEXTUAL_INVERSION = Method("Textual Inversion", "textual-inversion.yaml")
@@ -133,62 +126,63 @@ FOUR_VECTORS = Method("Textual Inversion, 4 vectors", "textual-inversion.yaml", 
 CUSTOM_DIFFUSION = Method("Custom Diffusion", "custom-diffusion.yaml")
 DREAMBOOTH = Method("DreamBooth", "dreambooth.yaml")
 POINTS = (TEXTUAL_INVERSION, FOUR_VECTORS, CUSTOM_DIFFUSION, DREAMBOOTH)
-TRAINING_BIASES = (0.4, 0.6, 0.9)  # beside TRAINING_BIAS
-TEMPERATURES = (0.05, 0.15, 0.3)  # beside that of training
+LOWER_TRAINING_BIAS = 0.4  # beside TRAINING_BIAS
+LOWER_BIAS = Method(f"training bias {LOWER_TRAINING_BIAS:g}",
+                    overrides=(f"model.params.bias={LOWER_TRAINING_BIAS:g}",))
+TEMPERATURES = (0.05, 0.15)  # beside that of training
+PAPER = "the paper's rule"
 STUDY_KEYS = ("baselines", "locking", "projection", "values", "masks", "one_photo", "training_bias", "temperature",
               "two_concepts", "cost")
 
 
-def studies(biases: Sequence[float], few: Sequence[float], pair_biases: Sequence[float],
+def studies(biases: Sequence[float], others: Sequence[float], pair_biases: Sequence[float],
             rule: Mapping[str, Any] | None = None) -> dict[str, Study]:
     """All studies by their keys, in the order of `STUDY_KEYS`.
 
     Args:
         biases: of Perfusion's own curve.
-        few: some of them, for the curves that it is compared with.
+        others: some of them, for the curves that it is compared with.
         pair_biases: for two concepts in one picture.
-        rule: `projection`, `value_axes` and `used_layers` of Perfusion's config, whose concepts then need not be taught
-            once more to be compared; None: not known.
+        rule: `projection` and `used_layers` of Perfusion's config, whose concepts then need not be taught once more to
+            be compared; None: not known.
     """
     rule = rule or {}
-
-    def own_where(same: bool, method: Method) -> Method:
-        return PERFUSION if same else method
+    gated, full = (PERFUSION if name == rule.get("projection") else method for name, method in BY_PROJECTION.items())
 
     def every_layer(biases: Iterable[float]) -> tuple[Curve, ...]:
         """Perfusion's concepts with what all layers learned, where they are not drawn so anyway."""
         made = curve("Perfusion, all layers", PERFUSION, biases, all_layers=True)
         return (made,) if rule.get("used_layers") else ()
 
-    own, own_few = curve("Perfusion", PERFUSION, biases), curve("Perfusion", PERFUSION, few)
-    trained_at = [curve(f"trained at bias {bias:g}", _trained_at(bias), few) for bias in TRAINING_BIASES]
-    trained_at.insert(sum(bias < TRAINING_BIAS for bias in TRAINING_BIASES),
-                      curve(f"trained at bias {TRAINING_BIAS:g}", PERFUSION, few))
-    middle = few[len(few) // 2]
+    def own(name: str = "Perfusion") -> Curve:
+        return curve(name, PERFUSION, biases)
+
+    middle = others[len(others) // 2]
     softer = [Curve(f"temperature {value:g}", (Setting(PERFUSION, middle, value),)) for value in TEMPERATURES]
-    as_in_paper = (rule.get("value_axes"), rule.get("projection")) == ("plain", "full") and not rule.get("used_layers")
+    paper = curve(PAPER, full, others, all_layers=bool(rule.get("used_layers")))
     together = (curve("Perfusion", PERFUSION, pair_biases), *every_layer(pair_biases))
     merged = [*(setting for one in together for setting in one.settings),
               Setting(TEXTUAL_INVERSION), Setting(CUSTOM_DIFFUSION), Setting(BASE)]
     made = (
         Study("baselines", "Perfusion against the baselines",
-              (own, *every_layer(few), *(Curve(method.name, (Setting(method),)) for method in (*POINTS, BASE)))),
+              (own(), *every_layer(others), *(Curve(method.name, (Setting(method),)) for method in (*POINTS, BASE)))),
         Study("locking", "Local lock, global lock, trained keys",
-              (curve("local lock", PERFUSION, few), curve("global lock", PERFUSION, few, global_locking=True),
-               curve("trained keys", TRAINED_KEYS, few))),
+              (own("local lock"), curve("global lock", PERFUSION, others, global_locking=True),
+               curve("trained keys", TRAINED_KEYS, others))),
         Study("projection", "What the gate takes out: gated, or all as in Eq. 3",
-              tuple(curve(method.name, own_where(name == rule.get("projection"), method), few)
-                    for name, method in BY_PROJECTION.items())),
-        Study("values", "Target outputs: of the layers in use, of all, along looks, and by Eq. 3 as in the paper",
-              (own_few, *every_layer(few), curve(LOOKS.name, LOOKS, few),
-               curve(PAPER.name, own_where(as_in_paper, PAPER), few),
+              tuple(curve(name.name, method, biases if method == PERFUSION else others)
+                    for name, method in ((GATED, gated), (FULL, full)))),
+        Study("values", "Target outputs: of the layers in use, of all, and by Eq. 3 as in the paper",
+              (own(), *every_layer(others), *((paper,) if paper.settings[0].method != PERFUSION else ()),
                *(Curve(method.name, (Setting(method),)) for method in (TEXTUAL_INVERSION, CUSTOM_DIFFUSION, BASE)))),
         Study("masks", "With and without the mask loss",
-              (curve("with masks", PERFUSION, few), curve("no masks", NO_MASKS, few))),
+              (own("with masks"), curve("no masks", NO_MASKS, others))),
         Study("one_photo", "One photo against all",
-              (curve("all photos", PERFUSION, few), curve("one photo", ONE_PHOTO, few))),
-        Study("training_bias", "Training bias", tuple(trained_at)),
-        Study("temperature", "Inference temperature", (curve("temperature of training", PERFUSION, few), *softer)),
+              (own("all photos"), curve("one photo", ONE_PHOTO, others))),
+        Study("training_bias", "Training bias",
+              (own(f"trained at bias {TRAINING_BIAS:g}"),
+               curve(f"trained at bias {LOWER_TRAINING_BIAS:g}", LOWER_BIAS, others))),
+        Study("temperature", "Inference temperature", (own("temperature of training"), *softer)),
         Study("two_concepts", "Two concepts, trained apart, in one picture",
               tuple(Curve(setting.name, (setting,)) for setting in merged), "pairs"),
         Study("cost", "What a concept costs",
@@ -205,7 +199,3 @@ def curve(name: str, method: Method, biases: Iterable[float], global_locking: bo
 def slug(text: str) -> str:
     """Lower case, and dashes for all that is neither letter, digit nor point: a name for files."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
-
-
-def _trained_at(bias: float) -> Method:
-    return Method(f"training bias {bias:g}", overrides=(f"model.params.bias={bias:g}",))

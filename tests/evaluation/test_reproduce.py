@@ -123,7 +123,7 @@ def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[li
     folder = tmp_path / "out"
     assert list(results["studies"]) == list(STUDY_KEYS) == list(dict.fromkeys(
         verdict["study"] for verdict in results["verdicts"]))
-    assert len(taught) == 14 * 2  # those of the config's own projection are not taught once more
+    assert len(taught) == 10 * 2  # those of the config's own projection are not taught once more
     summary = (folder / "summary.md").read_text()
     for key in STUDY_KEYS:
         assert Image.open(folder / f"{key}.png").format == "PNG" and f"({key}.png)" in summary
@@ -131,7 +131,7 @@ def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[li
     for verdict in results["verdicts"]:
         assert f"| {verdict['statement']} | {verdict['verdict']} |" in summary
     said = capsys.readouterr().out
-    assert "nothing is left to make" in said and said.count("taught ") == 28 and said.count("drew ") == 2 * 20 + 2 * 5
+    assert "nothing is left to make" in said and said.count("taught ") == 20 and said.count("drew ") == 2 * 15 + 2 * 5
     row = results["studies"]["baselines"][0]["figures"]
     assert row["text"]["count"] == 2 * 2 and row["own"]["count"] == row["there"]["count"] == 2
     assert set(results["ceilings"]) == {
@@ -279,12 +279,14 @@ def test_what_remains_is_told_once_it_is_known(capsys: pytest.CaptureFixture[str
 def test_quick_asks_for_less_and_never_for_more() -> None:
     options = parse_arguments(["--seeds", "1", "--evaluation_clip", "x"])
     shorten(options)
-    assert (options.seeds, options.concepts, options.train_steps, options.biases) == (1, 2, 80, (0.2, 0.6, 0.9))
+    assert (options.seeds, options.concepts, options.train_steps, options.biases) == (1, 2, 50, (0.1, 0.3, 0.75, 1.3))
+    assert options.other_biases == [0.3, 0.75]
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--config", "nowhere.yaml"], "--config nowhere.yaml"), (["--only", "beauty"], "invalid choice"),
     (["--concepts", "1"], "must be 2 or more"), (["--biases", "0.9", "0.4", "--evaluation_clip", "x"], "rising"),
+    (["--biases", "0.4", "0.9", "--other_biases", "0.5", "--evaluation_clip", "x"], "--other_biases 0.5: give some of"),
     (["--prompts", "nowhere.txt", "--evaluation_clip", "x"], "nowhere.txt")])
 def test_mistakes_are_one_line(arguments: list[str], said: str, tmp_path: Path,
                                capsys: pytest.CaptureFixture[str]) -> None:

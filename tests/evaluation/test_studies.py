@@ -11,7 +11,7 @@ from evaluation.samples import Manner
 from evaluation.studies import (
     FULL,
     GATED,
-    LOOKS,
+    LOWER_BIAS,
     PAPER,
     PERFUSION,
     POINTS,
@@ -43,7 +43,7 @@ def test_every_method_is_a_config_of_its_own(method: Method) -> None:
 
 
 def test_names_are_told_apart() -> None:
-    assert len({method.slug for method in METHODS}) == len(METHODS) == 15
+    assert len({method.slug for method in METHODS}) == len(METHODS) == 11
     for study in ALL.values():
         assert len({setting.name for setting in study.settings}) == len(study.settings)
         assert len({curve.name for curve in study.curves}) == len(study.curves)
@@ -51,12 +51,11 @@ def test_names_are_told_apart() -> None:
 
 def test_comparisons_share_perfusions_own_curve() -> None:
     own = set(ALL["baselines"].curves[0].settings)
-    for key in ("locking", "masks", "one_photo", "temperature"):
-        assert set(ALL[key].curves[0].settings) <= own
+    for key in ("locking", "masks", "one_photo", "temperature", "training_bias"):
+        assert set(ALL[key].curves[0].settings) == own
     assert OmegaConf.load(CONFIG).model.params.bias == TRAINING_BIAS
     trained = {curve.name: curve.settings[0].method for curve in ALL["training_bias"].curves}
-    assert list(trained) == [f"trained at bias {bias:g}" for bias in (0.4, 0.6, 0.75, 0.9)]
-    assert trained["trained at bias 0.75"] == PERFUSION
+    assert trained == {"trained at bias 0.75": PERFUSION, "trained at bias 0.4": LOWER_BIAS}
 
 
 def test_what_the_config_does_anyway_is_not_taught_once_more() -> None:
@@ -66,29 +65,21 @@ def test_what_the_config_does_anyway_is_not_taught_once_more() -> None:
     assert OmegaConf.load(CONFIG).model.params.projection == "gated"
 
 
-@pytest.mark.parametrize(("rule", "names", "methods"), [
-    (("gated", "plain", ["output_blocks.3"]), ["Perfusion", "Perfusion, all layers"], [PERFUSION, LOOKS, PAPER]),
-    (("full", "plain", None), ["Perfusion"], [PERFUSION, LOOKS]),
-    (("gated", "plain", None), ["Perfusion"], [PERFUSION, LOOKS, PAPER])])
-def test_what_perfusion_is_compared_with_depends_on_its_config(rule: tuple, names: list[str], methods: list[Method]
-                                                               ) -> None:
-    made = studies((0.4, 0.9), (0.4, 0.9), (0.5,), dict(zip(("projection", "value_axes", "used_layers"), rule,
-                                                            strict=True)))
-    values = made["values"]
-    assert [curve.name for curve in values.curves[:-3]] == [*names, LOOKS.name, PAPER.name]
+@pytest.mark.parametrize(("projection", "used_layers", "names", "methods"), [
+    ("gated", ["output_blocks.3"], ["Perfusion", "Perfusion, all layers", PAPER], [PERFUSION, FULL]),
+    ("gated", None, ["Perfusion", PAPER], [PERFUSION, FULL]),
+    ("full", ["output_blocks.3"], ["Perfusion", "Perfusion, all layers"], [PERFUSION]),
+    ("full", None, ["Perfusion"], [PERFUSION])])
+def test_what_perfusion_is_compared_with_depends_on_its_config(
+        projection: str, used_layers: list[str] | None, names: list[str], methods: list[Method]) -> None:
+    made = studies((0.4, 0.9), (0.4, 0.9), (0.5,), {"projection": projection, "used_layers": used_layers})
+    values, inner = made["values"], [False, True][:1 + bool(used_layers)]
+    assert [curve.name for curve in values.curves[:-3]] == names
     assert [method for method in values.methods if method.gated] == methods
-    assert [curve.name for curve in made["baselines"].curves[:len(names)]] == names
-    pairs = [setting.all_layers for setting in made["two_concepts"].settings if setting.method.gated]
-    assert pairs == [False, True][:len(names)]
-
-
-def test_rules_that_perfusion_is_compared_with_say_all_in_which_they_differ() -> None:
-    """They are the same whatever the config is."""
-    params = OmegaConf.load(CONFIG).model.params
-    for method in (LOOKS, PAPER):
-        given = OmegaConf.from_dotlist(list(method.overrides)).model.params
-        assert {"value_axes", "initial_look", "value_lr", "value_decay", "embedding_lr", "used_layers"} <= set(given)
-        assert given.used_layers is None and params.used_layers == ["output_blocks.3"]
+    assert [setting.all_layers for setting in made["two_concepts"].settings if setting.method.gated] == inner
+    by_name = {curve.name: curve for curve in values.curves}
+    for setting in by_name[PAPER].settings if PAPER in names else ():
+        assert (setting.method, setting.all_layers) == (FULL, bool(used_layers))  # all layers, as in the paper
 
 
 def test_settings_change_what_is_drawn() -> None:

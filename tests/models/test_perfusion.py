@@ -14,14 +14,10 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder, ready_concepts
-from ldm.models.diffusion.look_search import NOISY, ROUNDS, most_expected
 from ldm.models.diffusion.perfusion import Perfusion
 from ldm.models.diffusion.prompts import word_vector
-from ldm.modules import looks
 from ldm.modules.concept import Concept, load_concepts, save_concepts
 from ldm.modules.context import PromptContext
-from ldm.modules.learned_concept import axes_of
-from ldm.modules.looks import told_looks
 from ldm.modules.rank_one import gate, similarity
 from ldm.util import instantiate_from_config
 
@@ -130,9 +126,7 @@ def test_a_super_category_of_several_pieces_is_their_mean(folder: Path) -> None:
     ({"super_category": None}, "--init_word"), ({"super_category": "  "}, "teddy bear"),
     ({"ckpt_path": None}, "--actual_resume"), ({"placeholder": "two words"}, "white space"),
     ({"locking": "global"}, "local, trained"), ({"projection": "half"}, "full, gated"),
-    ({"value_axes": "words"}, "plain, looks"),
-    ({"used_layers": ["outer"]}, "layer that reads text is called outer"), ({"value_decay": -0.1}, "0 or more"),
-    ({"temperature": 0.0}, "above 0"),
+    ({"used_layers": ["outer"]}, "layer that reads text is called outer"), ({"temperature": 0.0}, "above 0"),
     ({"covariance": "missing.safetensors"}, "missing.safetensors"), ({"ckpt_path": "missing.ckpt"}, "missing.ckpt"),
 ])
 def test_params_that_no_concept_can_have(folder: Path, params: dict[str, Any], named: str) -> None:
@@ -365,126 +359,6 @@ def test_trained_keys_are_used(folder: Path) -> None:
         model.concepts[0].target_outputs_k[0].add_(1.0)
     gates = model.prompt_context(batch()["caption"]).gates
     assert torch.allclose(keys() - before, gates.detach().expand_as(before), atol=1e-4)
-
-
-def test_values_along_the_axes_of_looks(folder: Path) -> None:
-    """They start where others do, and are always those of one encoding that adjectives make of the super-category."""
-    plain, along = prepared(folder), prepared(folder, value_axes="looks", value_lr=0.5)
-    start = along.learned().target_output_v
-    for name, output in plain.learned().target_output_v.items():
-        torch.testing.assert_close(start[name], output)
-    (optimizer,) = [along.configure_optimizers()["optimizer"]]
-    for step in range(3):
-        optimizer.zero_grad()
-        along.training_step(batch(), step).backward()
-        optimizer.step()
-    encoder = along.cond_stage_model
-    shared = axes_of(told_looks(encoder, word_vector(encoder, along.super_categories[0])).covariance)
-    (numbers,) = along.concepts[0].target_outputs_v
-    assert numbers.detach().norm() > 0
-    for name, output in along.learned().target_output_v.items():
-        moved = (numbers.detach() @ shared.T @ along.text_layers[name].to_v.weight.T)[0]
-        torch.testing.assert_close(output - start[name], moved, rtol=1e-4, atol=1e-4)
-
-
-def test_values_stay_near_the_super_categorys_where_they_decay(folder: Path) -> None:
-    """With a gradient that always leads the same way, Adam's steps of lr and a decay of lr x w meet at 1 / w."""
-    model = prepared(folder, value_axes="looks", value_lr=0.1, value_decay=0.5)
-    optimizer = model.configure_optimizers()["optimizer"]
-    for _ in range(200):
-        optimizer.zero_grad()
-        sum(numbers.sum() for numbers in model.concepts[0].target_outputs_v).backward()
-        optimizer.step()
-    for numbers in model.concepts[0].target_outputs_v:
-        torch.testing.assert_close(numbers.detach(), torch.full_like(numbers, -2.0), rtol=1e-2, atol=0)
-
-
-def test_learning_can_start_at_a_look(folder: Path) -> None:
-    model = prepared(folder, initial_look="red striped")
-    encoder, concept = model.cond_stage_model, model.concepts[0]
-    with torch.no_grad():
-        moved = encoder(["a photo of a red striped cat"])[0, 7] - encoder(["a photo of a cat"])[0, 5]
-    assert moved.norm() > 0.1
-    assert torch.equal(concept.super_input, concept.target_input)
-    for output, layer in zip(concept.target_outputs_v, model.text_layers.values(), strict=True):
-        torch.testing.assert_close(output[0].detach(), layer.to_v.weight @ (concept.super_input + moved),
-                                   rtol=1e-4, atol=1e-4)
-    keys = prepared(folder).learned().target_output_k
-    assert keys == model.learned().target_output_k == {}  # still the super-category's
-
-
-@pytest.mark.parametrize("value_axes", ["plain", "looks"])
-def test_the_look_to_start_at_is_that_in_which_the_photos_are_expected(
-        folder: Path, monkeypatch: pytest.MonkeyPatch, value_axes: str) -> None:
-    """By the mean loss of all samples, at steps and with noise that are drawn again here."""
-    words = ["red", "blue striped", "wooden", "grey and black dotted", "old"]
-    monkeypatch.setattr(looks, "known_looks", lambda _: words)
-    found = prepared(folder, initial_look="auto", value_axes=value_axes)
-    z, weight = found.photo_latents(0)
-    (count, _) = ROUNDS[-1]
-    noise = torch.randn(count, *z.shape[1:], generator=torch.Generator().manual_seed(found.seed))
-    shares = (torch.arange(count) * 0.618034) % 1
-    t = ((NOISY[0] + (NOISY[1] - NOISY[0]) * shares) * found.num_timesteps).long()
-    losses = {}
-    for look in [None, *words]:
-        model = prepared(folder, initial_look=look)
-        with torch.no_grad():
-            context = model.prompt_context([f"a photo of a {WORD}"])
-            losses[look] = sum(float(model.p_losses(
-                z[[place % 2]], context, t[[place]], noise[[place]], weight[[place % 2]])[0]) for place in range(count))
-    ordered = sorted(losses.values())
-    assert ordered[1] - ordered[0] > 1e-5 * ordered[0]
-    best = prepared(folder, initial_look=min(losses, key=losses.__getitem__)).learned().target_output_v
-    for name, output in found.learned().target_output_v.items():
-        torch.testing.assert_close(output, best[name], rtol=1e-4, atol=1e-4)
-
-
-def test_most_looks_are_judged_by_few_samples() -> None:
-    """Of 40 contexts whose losses are known 16 are left after 8 samples, and all of these see 24 more."""
-    seen: list[tuple[int, int]] = []
-
-    class Known:
-        num_timesteps = 1000
-
-        def sample_losses(self, z: Tensor, context: PromptContext, t: Tensor, noise: Tensor, weight: Tensor
-                          ) -> tuple[Tensor, dict[str, Tensor]]:
-            place = int(context.encoding[0, 0, 0])
-            seen.append((place, len(z)))
-            return (weight[:, 0, 0, 0] + (place - 23) ** 2).float(), {}
-
-    contexts = [PromptContext.plain(torch.full((1, 2, 3), float(place))) for place in range(40)]
-    best = most_expected(Known(), torch.zeros(3, 4, 2, 2), torch.ones(3, 1, 2, 2), contexts, torch.Generator())
-    assert best == 23
-    samples = {place: sum(count for each, count in seen if each == place) for place in range(40)}
-    assert sorted(samples.values()) == [8] * 24 + [32] * 16
-    assert {place for place, count in samples.items() if count == 32} >= set(range(16, 31))
-
-
-def outputs_after(steps: int, root: Path, folder: Path, look: str, resumed: Path | None = None) -> dict[str, Tensor]:
-    """Target outputs of a run that starts at a look, or goes on from a checkpoint."""
-    model = unprepared(folder, initial_look=look, value_axes="looks", value_lr=0.1)
-    return trained(model, SameBatch(folder, batch()), root, steps, resumed).learned().target_output_v
-
-
-def test_a_resumed_run_goes_on_from_the_look_that_it_began_at(folder: Path, tmp_path: Path) -> None:
-    """Even where another one would now be found."""
-    straight = outputs_after(2, tmp_path / "a", folder, "red striped")
-    outputs_after(1, tmp_path / "b", folder, "red striped")
-    resumed = outputs_after(2, tmp_path / "c", folder, "old", tmp_path / "b" / "last.ckpt")
-    for name, output in straight.items():
-        torch.testing.assert_close(resumed[name], output)
-
-
-def test_a_resumed_run_does_not_search_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    searches: list[str] = []
-    monkeypatch.setattr("ldm.models.diffusion.perfusion.most_expected", lambda *given: searches.append(given[-1]) or 3)
-    straight = outputs_after(2, tmp_path / "a", folder, "auto")
-    outputs_after(1, tmp_path / "b", folder, "auto")
-    assert searches == [WORD] * 2
-    resumed = outputs_after(2, tmp_path / "c", folder, "auto", tmp_path / "b" / "last.ckpt")
-    assert searches == [WORD] * 2
-    for name, output in straight.items():
-        torch.testing.assert_close(resumed[name], output)
 
 
 def draw(model: Perfusion, prompts: list[str], concepts: list[Concept]) -> list[np.ndarray]:

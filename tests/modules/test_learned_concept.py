@@ -1,58 +1,41 @@
-"""Target outputs that are learned along axes: where these lead, and that nothing leaves them."""
+"""What a concept holds while it is learned: where its target outputs start, and what checkpoints keep."""
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from torch import nn
 
-from ldm.modules.learned_concept import FreeOutputs, OutputsAlongAxes, TargetOutputs, axes_of
-
-
-def spread(width: int, rank: int, seed: int) -> torch.Tensor:
-    rows = torch.randn(rank, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return rows.T @ rows
+from ldm.modules.learned_concept import LearnedConcept
 
 
-@given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 99))
-def test_axes_are_those_of_encodings(width: int, rank: int, seed: int) -> None:
-    covariance = spread(width, rank, seed)
-    axes = axes_of(covariance).double()
-    assert axes.shape[1] <= min(width, rank)
-    torch.testing.assert_close(axes @ axes.T, covariance, rtol=1e-3, atol=1e-3 * float(covariance.max()))
-    lengths = axes.T @ axes
-    torch.testing.assert_close(lengths, lengths.diagonal().diag(), rtol=0, atol=1e-3 * float(lengths.max()))
+def layers() -> dict[str, SimpleNamespace]:
+    return {name: SimpleNamespace(to_k=nn.Linear(4, width, bias=False), to_v=nn.Linear(4, width, bias=False))
+            for name, width in (("inner", 6), ("outer", 5))}
 
 
-def test_outputs_start_where_they_are_told_and_move_along_axes_together() -> None:
-    torch.manual_seed(0)
-    starts, shared = [torch.randn(1, 6), torch.randn(1, 5)], axes_of(spread(4, 2, 0))
-    weights = [torch.randn(6, 4), torch.randn(5, 4)]
-    learned = OutputsAlongAxes(starts, [weight @ shared for weight in weights])
-    torch.testing.assert_close(learned.outputs(), starts)
-    optimiser = torch.optim.Adam(learned.parameters(), lr=0.5)
-    for _ in range(3):
-        optimiser.zero_grad()
-        sum((output - 1).square().sum() for output in learned.outputs()).backward()
-        optimiser.step()
-    (numbers,) = learned
-    assert numbers.shape == (1, 2) and numbers.detach().norm() > 0.1
-    for output, start, weight in zip(learned.outputs(), starts, weights, strict=True):
-        torch.testing.assert_close(output.detach(), start + numbers.detach() @ shared.T @ weight.T)
+@pytest.mark.parametrize(("locking", "tables"), [("local", "v"), ("trained", "vk")])
+def test_checkpoints_hold_what_is_learned(locking: str, tables: str) -> None:
+    concept = LearnedConcept(torch.randn(1, 3), torch.randn(4), layers(), locking)
+    outputs = {f"target_outputs_{table}.{place}" for table in tables for place in range(2)}
+    assert set(concept.state_dict()) == {"embedding", "super_input", "target_input"} | outputs
+    assert {name for name, _ in concept.named_parameters()} == {"embedding"} | outputs
+    assert len(concept.values()) == len(outputs)
 
 
-def test_the_first_step_is_as_long_as_each_axis() -> None:
-    """Adam's first step is the learning rate in each number, so along each axis that times its length."""
-    axes = torch.diag(torch.tensor([3.0, 1.0, 0.01]))
-    learned = OutputsAlongAxes([torch.zeros(1, 3)], [axes])
-    optimiser = torch.optim.Adam(learned.parameters(), lr=0.1)
-    (learned.outputs()[0] - 5.0).square().sum().backward()
-    optimiser.step()
-    torch.testing.assert_close(learned.outputs()[0].detach(), torch.tensor([[0.3, 0.1, 0.001]]), rtol=1e-3, atol=0)
+@pytest.mark.parametrize("locking", ["local", "trained"])
+def test_outputs_start_at_the_super_categorys(locking: str) -> None:
+    text_layers, super_input = layers(), torch.randn(4)
+    concept = LearnedConcept(torch.randn(1, 3), super_input, text_layers, locking)
+    edit = concept.edit(0.75, 0.1)
+    for name, layer in text_layers.items():
+        torch.testing.assert_close(edit.target_outputs_v[name], layer.to_v(super_input)[None])
+        torch.testing.assert_close(edit.target_outputs_k[name], layer.to_k(super_input)[None])
+        assert edit.target_outputs_v[name].requires_grad
+        assert edit.target_outputs_k[name].requires_grad == (locking == "trained")
 
 
-@pytest.mark.parametrize(("learned", "kept"), [
-    (FreeOutputs([torch.zeros(1, 6)]), {"0"}),
-    (OutputsAlongAxes([torch.zeros(1, 6)], [torch.ones(6, 2)]), {"0", "start_0"})], ids=["free", "along axes"])
-def test_checkpoints_hold_what_is_learned_and_where_it_began(learned: TargetOutputs, kept: set[str]) -> None:
-    assert set(learned.state_dict()) == kept
+def test_an_unknown_locking_is_refused() -> None:
+    with pytest.raises(ValueError, match="'global' is not one of local, trained"):
+        LearnedConcept(torch.randn(1, 3), torch.randn(4), layers(), "global")

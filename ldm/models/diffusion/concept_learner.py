@@ -71,16 +71,16 @@ def _checked_placeholders(words: list[str]) -> list[str]:
     return words
 
 
-def one_for_each(what: str, given: list[str], placeholders: Sequence[str]) -> list[str]:
-    """What was given for each concept; a single one counts for all.
+def _one_for_each(super_categories: list[str], placeholders: Sequence[str]) -> list[str]:
+    """A super-category for each concept; a single one counts for all.
 
     Raises:
         UserError: there are more, or fewer.
     """
-    if len(given) not in (1, len(placeholders)):
-        raise UserError(f"{len(given)} {what} ({', '.join(given)}) for {len(placeholders)} concepts "
-                        f"({', '.join(placeholders)}); give one for all, or one each")
-    return given if len(given) > 1 else given * len(placeholders)
+    if len(super_categories) not in (1, len(placeholders)):
+        raise UserError(f"{len(super_categories)} super-categories ({', '.join(super_categories)}) for "
+                        f"{len(placeholders)} concepts ({', '.join(placeholders)}); give one for all, or one each")
+    return super_categories if len(super_categories) > 1 else super_categories * len(placeholders)
 
 
 class ConceptLearner(LatentDiffusion):
@@ -110,7 +110,7 @@ class ConceptLearner(LatentDiffusion):
                  placeholder: str | Sequence[str] = "<concept>", segmenter: str | None = None, mask_border: float = 0.0,
                  seed: int | None = None, **latent_diffusion: Any) -> None:
         placeholders = _checked_placeholders(listed(placeholder))
-        categories = one_for_each("super-categories", listed(super_category or ""), placeholders)
+        categories = _one_for_each(listed(super_category or ""), placeholders)
         if not 0 <= mask_border <= 1:
             raise UserError(f"mask_border {mask_border} is a share of the picture's side; give a number from 0 to 1")
         super().__init__(**{**latent_diffusion, "use_ema": False})  # nothing is trained that has an average
@@ -348,13 +348,6 @@ class ConceptLearner(LatentDiffusion):
             return torch.stack([own.mean() for own in values.split(sizes)])
 
         return of_each(losses), {name: of_each(values) for name, values in numbers.items()}
-
-    def photo_latents(self, place: int) -> tuple[Tensor, Tensor]:
-        """Latents (M, C, h, w) of a concept's photos as they are, at the posterior's mode, and weights (M, 1, h, w)."""
-        own = slice(self._first[place], [*self._first, None][place + 1])
-        posterior = DiagonalGaussianDistribution(self._moments[own, 0].to(self.device))
-        z = self.scale_factor * posterior.mode()
-        return z, self._weights[own, 0].to(z)
 
     def _noised(self, place: int, batch: Mapping[str, Any], generator: Generator
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

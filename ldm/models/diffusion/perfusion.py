@@ -5,32 +5,23 @@ cross-attention layer. The edit itself is in `ldm.modules.rank_one`; prompts for
 """
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
-from ldm.models.diffusion.concept_learner import ConceptLearner, check_above_zero, listed, one_for_each
-from ldm.models.diffusion.look_search import most_expected
+from ldm.models.diffusion.concept_learner import ConceptLearner, check_above_zero, listed
 from ldm.modules.concept import Concept
-from ldm.modules.context import PromptContext, outputs_of
+from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.learned_concept import LOCKINGS, LearnedConcept
-from ldm.modules.looks import SENTENCE, SLOT, ToldLooks, told_looks
 from ldm.modules.rank_one import PROJECTIONS, invert_covariance
 from ldm.util import onto
-
-log = logging.getLogger(__name__)
-
-VALUE_AXES = ("plain", "looks")
-AUTO = "auto"  # as `initial_look`
 
 
 class Perfusion(ConceptLearner):
@@ -41,18 +32,10 @@ class Perfusion(ConceptLearner):
         inference_bias: the default in sampling where it is another than in training.
         embedding_lr, value_lr: learning rates of the word embedding and of the target outputs.
         locking: "local" (keys locked to the super-category) or "trained" (keys learned like values, an ablation).
-        value_axes: "plain", any target output can be learned, each layer's by itself; "looks", those of one encoding
-            that adjectives could make of the super-category (see `ldm.modules.looks`), and `value_lr` is in standard
-            deviations of what these do.
-        value_decay: weight decay of what target outputs are learned by (Loshchilov and Hutter 2019, arXiv 1711.05101);
-            along the axes of looks it keeps them within 1 / value_decay standard deviations of where they start.
         used_layers: the layers, by the beginnings of their names, whose target outputs for values concepts are drawn
             with. The others' are learned as well, and so take up how the photos are laid out and drawn; in their stead
             concepts are drawn with the super-category's. None: all are used, as in the paper.
         projection: "full", by the paper's Eq. 3, or "gated" (see `ldm.modules.rank_one`); concepts keep it.
-        initial_look: where target outputs start: None, at the super-category as it is; words, such as "red striped",
-            at what they make of it (of several concepts a list, or the same for all); "auto", at that known look in
-            which the base model expects the photos best (see `look_search`).
         target_input_decay: of the moving average i*.
         covariance: file of the text encoder's covariance C; None: computed once from default captions and cached.
     """
@@ -60,16 +43,11 @@ class Perfusion(ConceptLearner):
     def __init__(self, bias: float = 0.75, temperature: float = 0.1, embedding_lr: float = 0.006,
                  value_lr: float = 0.03, locking: str = "local", projection: str = "full",
                  target_input_decay: float = 0.99, covariance: str | None = None, inference_bias: float | None = None,
-                 value_axes: str = "plain", value_decay: float = 0.0,
-                 initial_look: str | Sequence[str] | None = None,
                  used_layers: str | Sequence[str] | None = None, **concept_learner: Any) -> None:
-        for name, value, known in (("locking", locking, LOCKINGS), ("projection", projection, PROJECTIONS),
-                                   ("value_axes", value_axes, VALUE_AXES)):
+        for name, value, known in (("locking", locking, LOCKINGS), ("projection", projection, PROJECTIONS)):
             if value not in known:
                 raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
         check_above_zero(temperature=temperature, embedding_lr=embedding_lr, value_lr=value_lr)
-        if value_decay < 0:
-            raise UserError(f"value_decay {value_decay} must be 0 or more; 0 lets target outputs go anywhere")
         if not 0 <= target_input_decay < 1:
             raise UserError(f"target_input_decay {target_input_decay} must be at least 0 and below 1; 0.99 is usual")
         if covariance is not None and not Path(covariance).is_file():  # before weights, which take longer to load
@@ -79,9 +57,7 @@ class Perfusion(ConceptLearner):
         self.bias, self.temperature = bias, temperature
         self.inference_bias = bias if inference_bias is None else inference_bias
         self.embedding_lr, self.value_lr = embedding_lr, value_lr
-        self.locking, self.projection, self.value_axes = locking, projection, value_axes
-        self.value_decay = value_decay
-        self.initial_looks = one_for_each("initial looks", listed(initial_look or ""), self.placeholders)
+        self.locking, self.projection = locking, projection
         self.used_layers = self._layers_called(listed(used_layers or ()))
         self.target_input_decay, self.covariance = target_input_decay, covariance
         self._inverse_covariance: Tensor | None = None
@@ -114,37 +90,11 @@ class Perfusion(ConceptLearner):
         tokens = self.training_tokens(data)
         super_input = encoder.encode_tokens(tokens, start)[self.concept_positions(tokens)].mean(0)
         self.inverse_covariance()
-        look = self.initial_looks[len(self.concepts)]
-        if look == AUTO and getattr(self.trainer, "ckpt_path", None):
-            look = ""  # found when the run began: its checkpoint has it
-        known = told_looks(encoder, start) if look == AUTO or self.value_axes == "looks" else None
-        value_input = super_input
-        if look:
-            found = self._nearest_look(start, super_input, known) if look == AUTO else told_looks(
-                encoder, start, [look]).moves[0]
-            value_input = super_input + found.to(super_input)
-        return LearnedConcept(start, super_input, self.text_layers, self.locking,
-                              known.covariance if self.value_axes == "looks" else None, value_input)
-
-    def _nearest_look(self, noun: Tensor, super_input: Tensor, looks: ToldLooks) -> Tensor:
-        """(d,) how that known look moves the super-category's encoding in which its photos are expected best."""
-        place = len(self.concepts)
-        words, moves = ["", *looks.words], torch.cat([torch.zeros_like(looks.moves[:1]), looks.moves])
-        tokens = self.cond_stage_model.tokenize([SENTENCE], [SLOT])
-        edit = LearnedConcept(noun, super_input, self.text_layers).edit(self.bias, self.temperature, self.projection)
-        plain = edit.context(self.cond_stage_model.encode_tokens(tokens, noun), self.inverse_covariance())
-        contexts = [replace(plain, target_outputs_v=outputs_of(self.text_layers, value[None], "to_v"))
-                    for value in super_input + moves.to(super_input)]
-        best = most_expected(self, *self.photo_latents(place), contexts, Generator().manual_seed(self.seed),
-                             self.placeholders[place])
-        log.info("%s: learning starts at: %s", self.placeholders[place],
-                 " ".join(filter(None, (words[best], self.super_categories[place]))))
-        return moves[best]
+        return LearnedConcept(start, super_input, self.text_layers, self.locking)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [concept.embedding for concept in self.concepts], "lr": self.embedding_lr},
-                {"params": [value for concept in self.concepts for value in concept.values()], "lr": self.value_lr,
-                 "weight_decay": self.value_decay}]
+                {"params": [value for concept in self.concepts for value in concept.values()], "lr": self.value_lr}]
 
     def prompt_context(self, prompts: list[str], average: bool = False) -> PromptContext:
         """Each prompt under the edit, as it now is, of the concept that it names; `average` moves i* by them first."""
