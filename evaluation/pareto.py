@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flags.add_sampling_options(parser)
     add_comparison_options(parser)
     flags.add_model_options(parser, outdir="outputs/pareto")
-    parser.set_defaults(bias=None, temperature=None, global_locking=False, all_layers=False, negative_prompt=[])
+    flags.draw_as_trained(parser)
     options = parser.parse_args(arguments)
     check(options)
     return options

@@ -76,6 +76,11 @@ def add_concept_options(parser: argparse.ArgumentParser, automatic: bool = False
         _add_automatic_bias_options(group)
 
 
+def draw_as_trained(parser: argparse.ArgumentParser) -> None:
+    """What a script has in place of `add_concept_options` and negative prompts that leaves concepts as they are."""
+    parser.set_defaults(bias=None, temperature=None, global_locking=False, all_layers=False, negative_prompt=[])
+
+
 def _add_automatic_bias_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--clip", metavar="NAME", help="what --bias auto measures by: a folder with a CLIP of "
                        "transformers or open_clip, or ARCHITECTURE/WEIGHTS of open_clip such as ViT-B-32/openai "

@@ -49,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flags.add_sampling_options(parser)
     flags.add_amount_options(parser)
     flags.add_model_options(parser, outdir="outputs/attention-maps")
-    parser.set_defaults(bias=None, temperature=None, global_locking=False, all_layers=False, negative_prompt=[])
+    flags.draw_as_trained(parser)
     options = parser.parse_args(arguments)
     flags.check_together(options)
     _check(options)
