@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.command_line import Parser
+from ldm.command_line import Parser, quoted
 from ldm.errors import UserError, one_line_errors
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{path}: {len(after)} concepts, {path.stat().st_size / 1000:.1f} KB{replaced}")
     print(describe(before, after))
     prompt = " next to ".join(f"a {concept.placeholder}" for concept in after)
-    print(f'Use it: python scripts/txt2img.py --concept {path} --prompt "a photo of {prompt}"')
+    print(f'Use it: python scripts/txt2img.py --concept {quoted(path)} --prompt "a photo of {prompt}"')
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ldm.errors import UserError
 from ldm.files import write_whole
 from ldm.models.diffusion.prompts import word_places
 from ldm.modules.attention_maps import recorded_attention
-from ldm.modules.encoders.prompts import put, split_at_placeholders
+from ldm.modules.encoders.prompts import put_each, split_at_placeholders
 from ldm.modules.segmentation import ZeroShotSegmenter, clear_mask
 from ldm.modules.tuned_concept import METHODS, Learned, TunedConcept
 
@@ -77,8 +77,9 @@ def _case(options: argparse.Namespace, file: str, label: str | None) -> Case:
 def _concepts_word(prompt: str, file: str, concepts: Sequence[Learned]) -> str:
     """The first placeholder of a file that the prompt names."""
     placeholders = [concept.placeholder for concept in concepts]
-    for placeholder in placeholders:
-        if 0 in split_at_placeholders(prompt, [placeholder]):
+    parts = split_at_placeholders(prompt, placeholders)
+    for number, placeholder in enumerate(placeholders):
+        if number in parts:
             return placeholder
     raise UserError(f"the prompt {prompt!r} names no concept of {file}, which has {', '.join(placeholders)}; name one, "
                     "or choose a --word")
@@ -86,9 +87,7 @@ def _concepts_word(prompt: str, file: str, concepts: Sequence[Learned]) -> str:
 
 def _reference(options: argparse.Namespace, case: Case) -> Case:
     """The base model with super-categories in the concepts' stead."""
-    prompt = options.prompt
-    for concept in case.plan.concepts:
-        prompt = put(concept.super_category, concept.placeholder, prompt)
+    prompt = put_each({concept.placeholder: concept.super_category for concept in case.plan.concepts}, options.prompt)
     return Case(f"base model,\n“{case.thing}”", _plan(options, [], prompt), case.thing, case.thing)
 
 

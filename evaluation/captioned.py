@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.prompt_sets import UNSORTED, put
+from evaluation.prompt_sets import UNSORTED
 from evaluation.samples import as_batch
 from evaluation.similarity import Similarity, SimilarityMeter
 from ldm.album import read_note
@@ -21,6 +21,7 @@ from ldm.data.images import list_images, read_image, square
 from ldm.data.templates import SLOT
 from ldm.errors import UserError
 from ldm.models.diffusion.prompts import PLACEHOLDER
+from ldm.modules.encoders.prompts import put_each
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +54,12 @@ class Caption:
             UserError: nothing says what a placeholder stands for.
         """
         only = super_category if len(self.words) == 1 else None
-        text = self.prompt
-        for placeholder, words in self.words.items():
-            text = put(only or words, placeholder, text)
-        for unknown in (SLOT, *re.findall(PLACEHOLDER, text)):
-            if super_category is None and unknown in text:
-                raise UserError(f"--super_category: nothing says what {unknown} is in the prompt {self.prompt!r}; give "
-                                'words such as "teddy bear"')
-            text = text if super_category is None else put(super_category, unknown, text)
-        return text
+        text = put_each({placeholder: only or words for placeholder, words in self.words.items()}, self.prompt)
+        unknown = [word for word in (SLOT, *re.findall(PLACEHOLDER, text)) if word in text]
+        if unknown and super_category is None:
+            raise UserError(f"--super_category: nothing says what {unknown[0]} is in the prompt {self.prompt!r}; give "
+                            'words such as "teddy bear"')
+        return put_each(dict.fromkeys(unknown, super_category), text)
 
 
 def captions_of(folder: str | Path, listed: str | Path | None = None, prompt: str | None = None) -> list[Caption]:

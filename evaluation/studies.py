@@ -16,6 +16,7 @@ from typing import Any, Literal
 from evaluation.samples import Manner
 
 BASELINES = Path(__file__).resolve().parents[1] / "configs" / "baselines"
+PUBLIC = ("perfusion-sd", "perfusion-ldm")  # so begin the names of configs whose baselines have rates of their own
 TRAINING_BIAS = 0.75  # of configs/perfusion.yaml
 
 
@@ -24,7 +25,7 @@ class Method:
     """One way of teaching a concept.
 
     Attributes:
-        baseline: config in `configs/baselines/` that replaces Perfusion; None: Perfusion.
+        baseline: name of the config in `configs/baselines/` that replaces Perfusion; None: Perfusion.
         overrides: key=value pairs for main.py.
         masks: whether the masks of Perfusion's config are used; baselines never use any.
         photos: of so many photos, the first ones; None: of all.
@@ -50,7 +51,8 @@ class Method:
 
     def configs(self, perfusion: str | Path) -> list[str]:
         """The files for --base."""
-        return [str(perfusion), *([str(BASELINES / self.baseline)] if self.baseline else [])]
+        public = Path(perfusion).name.startswith(PUBLIC)
+        return [str(perfusion), *([str(BASELINES / f"{self.baseline}{'-sd' * public}.yaml")] if self.baseline else [])]
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,10 @@ BY_PROJECTION = {name: Method(f"{name} projection", overrides=(f"model.params.pr
 GATED, FULL = BY_PROJECTION.values()
 NO_MASKS = Method("no masks", masks=False)
 ONE_PHOTO = Method("one photo", photos=1)
-TEXTUAL_INVERSION = Method("Textual Inversion", "textual-inversion.yaml")
-FOUR_VECTORS = Method("Textual Inversion, 4 vectors", "textual-inversion.yaml", ("model.params.vectors_per_word=4",))
-CUSTOM_DIFFUSION = Method("Custom Diffusion", "custom-diffusion.yaml")
-DREAMBOOTH = Method("DreamBooth", "dreambooth.yaml")
+TEXTUAL_INVERSION = Method("Textual Inversion", "textual-inversion")
+FOUR_VECTORS = Method("Textual Inversion, 4 vectors", "textual-inversion", ("model.params.vectors_per_word=4",))
+CUSTOM_DIFFUSION = Method("Custom Diffusion", "custom-diffusion")
+DREAMBOOTH = Method("DreamBooth", "dreambooth")
 POINTS = (TEXTUAL_INVERSION, FOUR_VECTORS, CUSTOM_DIFFUSION, DREAMBOOTH)
 LOWER_TRAINING_BIAS = 0.4  # beside TRAINING_BIAS
 LOWER_BIAS = Method(f"training bias {LOWER_TRAINING_BIAS:g}",

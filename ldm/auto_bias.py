@@ -41,7 +41,7 @@ from ldm.inference import Job, Sampling
 from ldm.models.diffusion.samplers import sampler_class
 from ldm.models.recogniser import Recogniser, check_clip_name
 from ldm.modules.concept import Concept
-from ldm.modules.encoders.prompts import put, split_at_placeholders
+from ldm.modules.encoders.prompts import put, put_each, split_at_placeholders
 
 log = logging.getLogger(__name__)
 
@@ -108,13 +108,11 @@ def said(concept: Concept, chosen: Tried, tried: Sequence[Tried]) -> str:
 def about(concept: Concept, others: Iterable[Concept], prompts: Iterable[str]) -> list[str]:
     """What to draw of a concept alone: the first prompts that name it, with plain words for other concepts, and neutral
     ones where those are too few."""
-    own = [prompt for prompt in prompts if 0 in split_at_placeholders(prompt, [concept.placeholder])]
+    words = {concept.placeholder: None, **{other.placeholder: other.super_category for other in others
+                                           if other is not concept}}
+    own = [prompt for prompt in prompts if 0 in split_at_placeholders(prompt, list(words))]
     neutral = [put(concept.placeholder, SLOT, prompt) for prompt in NEUTRAL]
-    chosen = list(dict.fromkeys([*own, *neutral]))[:PROMPTS]
-    for other in others:
-        if other is not concept:
-            chosen = [put(other.super_category, other.placeholder, prompt) for prompt in chosen]
-    return chosen
+    return [put_each(words, prompt) for prompt in list(dict.fromkeys([*own, *neutral]))[:PROMPTS]]
 
 
 def clip_for(name: str | None, config: DictConfig, checkpoint: str | Path | None) -> str:

@@ -189,9 +189,11 @@ def draw(run: Plan, start: Start | None = None) -> Album:
     album, jobs = Album(run.options.outdir, columns=run.options.n_samples), run.jobs
     common = {**run.note, **({} if start is None else _note_of_start(start, album))}
     drawn = inference.draw_pictures(model, encoded, jobs, run.sampling, original, verbose=sys.stderr.isatty())
-    for job, picture in zip(jobs, drawn, strict=True):
-        album.add(picture if start is None else start.completed(picture), job.prompt, {**job._asdict(), **common})
-    album.finish_sheet()
+    try:
+        for job, picture in zip(jobs, drawn, strict=True):
+            album.add(picture if start is None else start.completed(picture), job.prompt, {**job._asdict(), **common})
+    finally:
+        album.finish_sheet()
     return album
 
 

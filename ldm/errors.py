@@ -5,9 +5,11 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
+SHORT = ("out of memory", "allocate memory")  # in what libraries say, of any device
+INTERRUPTED = 130  # the exit status that shells have for Ctrl-C
 
 
 class UserError(Exception):
@@ -18,8 +20,17 @@ class MemoryShortage(UserError):
     """The device has no memory left for what the user asked for."""
 
 
+def is_shortage(error: Exception) -> bool:
+    """Whether a library has found too little memory."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SHORT))
+
+
 def one_line_errors(main: Callable[P, None]) -> Callable[P, None]:
-    """Turns a `UserError` that leaves a script's main function into one line on stderr and exit status 2."""
+    """Turns a `UserError` that leaves a script's main function, or what is like one, into one line on stderr.
+
+    The exit status is then 2, after Ctrl-C 130.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -27,7 +38,18 @@ def one_line_errors(main: Callable[P, None]) -> Callable[P, None]:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+            _leave(str(error), 2)
+        except KeyboardInterrupt:
+            _leave("stopped by Ctrl-C; what was finished before stays", INTERRUPTED)
+        except (MemoryError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            _leave(f"memory is too short for this ({str(error).partition('.')[0]}); ask for fewer or smaller pictures "
+                   "at a time, or for another device with --device", 2)
 
     return wrapped
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

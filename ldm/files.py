@@ -102,5 +102,5 @@ def _metadata(opened: Any) -> dict[str, object]:
 def _parsed(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of brackets in brackets, thousands deep
         return text

@@ -127,6 +127,12 @@ def test_a_concept_is_drawn_alone_in_the_first_prompts_that_name_it() -> None:
     assert len(about(cup, [cup], [f"a <cup> {number}" for number in range(9)])) == 4
 
 
+def test_placeholders_that_contain_each_other_are_told_apart() -> None:
+    toy, bear = concept("sks", "owl"), concept("sks-2", "teddy bear")
+    assert about(bear, [toy, bear], ["a sks-2 on a sks"])[0] == "a sks-2 on an owl"
+    assert about(toy, [toy, bear], ["a sks-2", "a sks on a sks-2"])[:2] == ["a sks on a teddy bear", "a photo of a sks"]
+
+
 def test_the_usual_clip_lies_beside_the_base_model(tmp_path: Path) -> None:
     config = OmegaConf.create({"model": {"params": {"ckpt_path": str(tmp_path / "a" / "model.safetensors")}}})
     for folder in ("a", "b"):

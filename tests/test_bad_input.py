@@ -1,6 +1,7 @@
 """What a user can get wrong, and a hostile one will: one line that names it and the remedy, status 2, nothing left."""
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import pickle
@@ -24,7 +25,7 @@ from ldm.inference import read_model_config
 from ldm.modules.attention import name_text_layers
 from ldm.modules.concept import Concept, base_fingerprint, save_concepts
 from ldm.modules.covariance import save_covariance
-from ldm.training.folder import removed_on_failure
+from ldm.training.folder import folder_for
 from ldm.training.run import main as train
 
 TEDDY = ROOT / "models" / "mini" / "examples" / "teddy"
@@ -289,6 +290,19 @@ def test_what_only_the_model_can_tell(refusal: Refusal, arguments: tuple[str, ..
     assert message in refusal(MAIN, *BASE, "-l", "{out}", *quick, *arguments)
 
 
+@pytest.mark.parametrize(("error", "message"), [
+    (torch.OutOfMemoryError("CUDA out of memory."), "memory is too short for batches of 16; lower data.params.batch_s"),
+    (OSError(errno.ENOSPC, "No space left on device", "last.ckpt"), "last.ckpt: no room is left on the disk")])
+def test_a_machine_that_is_too_small(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                     error: Exception, message: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", fail)
+    assert message in refusal(MAIN, *BASE, "-l", "{out}", "--accelerator", "cpu")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("run", "message"), RESUMED)
 def test_runs_that_cannot_go_on(refusal: Refusal, here: Path, run: str, message: str) -> None:
     before = sorted(here.rglob("*"))
@@ -314,13 +328,24 @@ def test_folders_that_cannot_be_written_to(refusal: Refusal, monkeypatch: pytest
 
 
 def test_a_run_that_fails_early_takes_its_folder_along(tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    for folder, begun, kept in (("new/deep/run", False, False), ("begun/run", True, True), ("there", False, True)):
-        with pytest.raises(KeyboardInterrupt), removed_on_failure(tmp_path / folder, lambda begun=begun: begun):
-            (tmp_path / folder / "file").write_text("")
+    for wanted, begun in (("new/deep/run", False), ("begun/run", True)):
+        with pytest.raises(KeyboardInterrupt), folder_for(tmp_path / wanted, lambda begun=begun: begun) as folder:
+            (folder / "file").write_text("")
             raise KeyboardInterrupt
-        assert (tmp_path / folder / "file").is_file() == kept
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "there"]
+        assert (tmp_path / wanted / "file").is_file() == begun
+    with folder_for(tmp_path / "only/looked/at", lambda: False):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun"]
+
+
+def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
+    with folder_for(tmp_path / "now_cat", lambda: True) as first, pytest.raises(KeyError), \
+            folder_for(tmp_path / "now_cat", lambda: False) as second:
+        (first / "concept").write_text("first")
+        (second / "concept").write_text("second")
+        raise KeyError
+    assert second.name == "now_cat-2" and not second.exists()
+    assert (tmp_path / "now_cat" / "concept").read_text() == "first"
 
 
 CONCEPT = ("--concept", "{here}/good.concept")

@@ -16,6 +16,22 @@ def test_a_users_mistake_is_one_line_and_status_two(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "error: a.ckpt: no such file\n"
 
 
+@pytest.mark.parametrize(("error", "status", "said"), [
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C"), (MemoryError(), 2, "memory is too short"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB."), 2, "memory is too short"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "memory is too short")])
+def test_what_no_program_can_help_is_one_line_too(error: BaseException, status: int, said: str,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    @one_line_errors
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        main()
+    told = capsys.readouterr().err
+    assert left.value.code == status and told.startswith(f"error: {said}") and told.count("\n") == 1
+
+
 def test_other_errors_stay_as_they_are() -> None:
     @one_line_errors
     def main() -> None:

@@ -39,6 +39,14 @@ def test_metadata_that_is_no_json_stays_text(tmp_path: Path) -> None:
     assert load_tensors(tmp_path / "x.safetensors")[1] == {"format": "pt", "count": 3}
 
 
+def test_metadata_of_brackets_in_brackets_stays_text(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    deep = "[" * 100_000
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors", metadata={"perfusion": deep})
+    assert load_tensors(tmp_path / "x.safetensors")[1] == {"perfusion": deep}
+
+
 class Interrupted(BaseException):
     pass
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import merge_embeddings
+from ldm.command_line import quoted
 from ldm.modules.concept import Concept, load_concepts, save_concepts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_merging_says_what_came_from_where_and_how_to_use_it(files: tuple[Path, Path], tmp_path: Path) -> None:
-    output = tmp_path / "new" / "both.safetensors"
+    output = tmp_path / "new place" / "both.safetensors"
     command = [sys.executable, "merge_embeddings.py", "--manager_ckpts", *files, "--output_path", output]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
@@ -46,7 +47,7 @@ def test_merging_says_what_came_from_where_and_how_to_use_it(files: tuple[Path, 
     assert f"<pet>: dog, from {files[0]}\n" in result.stdout
     assert f"<pet-2>: teddy bear, from {files[1]}, was <pet>\n" in result.stdout
     assert f"{output.stat().st_size / 1000:.1f} KB" in result.stdout
-    assert f'scripts/txt2img.py --concept {output} --prompt "a photo of a <pet> next to a <pet-2>"' in result.stdout
+    assert f'--concept {quoted(output)} --prompt "a photo of a <pet> next to a <pet-2>"' in result.stdout
 
 
 def test_placeholders_can_be_given_and_the_output_can_be_an_input(
@@ -64,14 +65,15 @@ def test_what_cannot_be_merged_is_one_line(
     output = tmp_path / "both.safetensors"
     foreign = concept_file(tmp_path / "foreign.safetensors", "<x>", "cat", base="0" * 64)
     before = foreign.read_bytes()
-    for inputs, target, message in (
-        ((files[0], foreign), output, str(foreign)),
-        ((files[0], tmp_path / "none.safetensors"), output, "no such file"),
-        (files, tmp_path, "is a folder"),
-        (files, foreign / "x.safetensors", "cannot be written"),
+    for inputs, target, words, message in (
+        ((files[0], foreign), output, (), str(foreign)),
+        ((files[0], tmp_path / "none.safetensors"), output, (), "no such file"),
+        (files, tmp_path, (), "is a folder"),
+        (files, foreign / "x.safetensors", (), "cannot be written"),
+        (files, output, ("--placeholders", "<Teddy>", "<teddy>"), "placeholder <teddy> is given twice"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            merge(monkeypatch, "--manager_ckpts", *inputs, "--output_path", target)
+            merge(monkeypatch, "--manager_ckpts", *inputs, "--output_path", target, *words)
         errors = capsys.readouterr().err
         assert stopped.value.code == 2
         assert errors.startswith("error: ")

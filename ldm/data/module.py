@@ -1,11 +1,15 @@
 """Data loaders from a config, as the LDM family's YAML files describe them."""
 from __future__ import annotations
 
+import functools
+import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.data.personalized import one_config_each
@@ -102,6 +106,17 @@ def _from(loader: ResumableLoader, drawn: int) -> Iterator[Any]:
         yield from loader
 
 
+def prepare_worker(number: int, rank: int) -> None:
+    """Prepares a loader's process: Ctrl-C, which the terminal sends to every process, is for the main one to answer.
+
+    Random numbers are those that Lightning gives to workers, after `seed_everything` with `workers`, if they are
+    prepared by nobody else.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.environ.get("PL_SEED_WORKERS") == "1":
+        pl_worker_init_function(number, rank)
+
+
 class DataModuleFromConfig(pl.LightningDataModule):
     """Loaders for the datasets that `train`, `validation`, `test` and `predict` describe.
 
@@ -185,4 +200,5 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     @property
     def _workers(self) -> dict[str, Any]:
-        return {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0,
+                "worker_init_fn": functools.partial(prepare_worker, rank=self._place["rank"])}

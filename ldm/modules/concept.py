@@ -2,8 +2,8 @@
 
 File format 3 (safetensors). Metadata key `perfusion`, JSON: {"format_version": 3, "concepts": [{"placeholder",
 "super_category", "bias", "temperature", "projection", "used_layers", "steps", "base"}, ...]}. Format 2 knows no used
-layers: all are used. Format 1 knows no projection either: all are full. Tensors of the concept at position n of that
-list:
+layers: all are used. Format 1 knows no projection either: all are full. In any format a concept may have a
+"target_energy". Tensors of the concept at position n of that list:
 
     n.embedding                 (1, width)  learned word embedding v of the placeholder
     n.target_input              (d,)        i*
@@ -33,6 +33,7 @@ FORMAT_VERSION = 3
 METADATA_KEY = "perfusion"
 VECTORS = ("embedding", "target_input", "super_input")
 TABLES = ("target_output_v", "target_output_k")
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # smaller ones cannot be calculated with
 SETTINGS: dict[str, type | tuple[type, ...]] = {
     "placeholder": str,
     "super_category": str,
@@ -43,6 +44,7 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "base": str,
 }
+ENERGY = "target_energy"  # a setting that may be missing; older versions, which know nothing of it, read the rest
 # what an earlier format than the one named does not have, and what it meant instead
 ADDED = ((2, "projection", "full"), (3, "used_layers", []))
 
@@ -82,6 +84,8 @@ class Concept(Labelled):
             own, W_V i_super. None named: all are used.
         steps: how many training steps it had.
         base: `base_fingerprint` of the model it was trained on.
+        target_energy: ||i*||^2 by the C^-1 it was trained with, which tells whether another is the same; None: not
+            known, as of files that older versions wrote.
         source: the file it was loaded from, for messages; not stored.
     """
 
@@ -98,6 +102,7 @@ class Concept(Labelled):
     used_layers: list[str] = field(default_factory=list)
     steps: int = 0
     base: str = ""
+    target_energy: float | None = None
     source: str = ""
 
     @property
@@ -135,7 +140,8 @@ def save_concepts(
         UserError: a concept that could not be loaded again, such as one whose training diverged.
     """
     tensors = tensors_to_keep(concepts, precision)
-    settings = [{name: getattr(concept, name) for name in SETTINGS} for concept in concepts]
+    settings = [{name: value for name in (*SETTINGS, ENERGY) if (value := getattr(concept, name)) is not None}
+                for concept in concepts]
     _assemble(Path(path), settings, tensors)  # refuses what could not be read back
     metadata = {METADATA_KEY: {"format_version": FORMAT_VERSION, "concepts": settings}}
     return save_tensors(path, tensors, metadata)
@@ -187,7 +193,7 @@ def _assemble(path: Path, settings: Sequence[object], tensors: Mapping[str, Tens
         vectors = {name: own[name].float() for name in VECTORS}
         tables = {name: {k: t.float() for k, t in _under(f"{name}.", own).items()} for name in TABLES}
         known = {name: values[name] for name in SETTINGS}
-        concepts.append(Concept(**known, **vectors, **tables, source=str(path)))
+        concepts.append(Concept(**known, **vectors, **tables, target_energy=values.get(ENERGY), source=str(path)))
     return concepts
 
 
@@ -220,9 +226,9 @@ def _problem(settings: Sequence[object], tensors: Mapping[str, Tensor]) -> str |
     unknown = [name for name in tensors if not _is_known(name, known)]
     if unknown:
         return f"holds {unknown[0]}, which belongs to no concept in it; copy or train it again"
-    words = [values["placeholder"] for values in settings]
-    if len(set(words)) < len(words):
-        return f"several concepts are called {first_repeated(words)}; give each its own placeholder"
+    repeated = first_repeated([values["placeholder"] for values in settings])
+    if repeated is not None:
+        return f"several concepts are called {repeated}, where case does not count; give each its own placeholder"
     shapes = [_base_shapes(of_each[n]) for n in positions]
     if any(one != shapes[0] for one in shapes) or len({values["base"] for values in settings}) > 1:
         return "its concepts are of different base models; keep them in files of their own"
@@ -242,13 +248,26 @@ def _settings_problem(values: object) -> str | None:
             return f"its {name} is missing or of the wrong kind; copy or train it again"
     if not is_placeholder(values["placeholder"]):
         return "its placeholder must be a word without white space; give it another"
-    if not math.isfinite(values["bias"]):
+    if not _is_finite(values["bias"]):
         return f"its bias is {values['bias']}; give it a number, such as 0.75"
-    if not (math.isfinite(values["temperature"]) and values["temperature"] > 0):
+    if not (_is_finite(values["temperature"]) and values["temperature"] > 0):
         return f"its temperature is {values['temperature']}; give it a number above 0, such as 0.1"
     if values["projection"] not in PROJECTIONS:
         return f"its projection {values['projection']!r} is none of {', '.join(PROJECTIONS)}; train it again"
+    if ENERGY in values and not _is_energy(values[ENERGY]):
+        return f"its {ENERGY} {values[ENERGY]!r} is no number above 0; train it again"
     return None
+
+
+def _is_energy(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value) and value > 0
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def _tensors_problem(own: Mapping[str, Tensor]) -> str | None:
@@ -267,9 +286,10 @@ def _tensors_problem(own: Mapping[str, Tensor]) -> str | None:
     for layer, output in values.items():
         if output.ndim != 1 or keys.get(layer, output).shape != output.shape:
             return f"its target outputs of layer {layer} do not fit together; copy or train it again"
-    if not target_input.any():
+    problem = numbers_problem(own)
+    if problem is None and not target_input.any():
         return "its target_input is zero, which is no direction; copy or train it again"
-    return _numbers_problem(own)
+    return problem
 
 
 def _layers_problem(used: Sequence[object], own: Mapping[str, Tensor]) -> str | None:
@@ -277,9 +297,10 @@ def _layers_problem(used: Sequence[object], own: Mapping[str, Tensor]) -> str | 
     return f"it uses layer {unknown[0]}, of which it has no target output; train it again" if unknown else None
 
 
-def _numbers_problem(tensors: Mapping[str, Tensor]) -> str | None:
+def numbers_problem(tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the numbers of a concept file, or None."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype not in NUMBERS:
             return f"{name} holds {tensor.dtype} instead of floating-point numbers; copy or train it again"
         if not tensor.isfinite().all():
             return f"{name} holds numbers that are not finite: training diverged; train with lower learning rates"
@@ -298,9 +319,14 @@ def is_placeholder(word: str) -> bool:
     return word.split() == [word]
 
 
-def first_repeated(words: Sequence[str]) -> str:
-    """The first word that stands there a second time."""
-    return next(word for n, word in enumerate(words) if word in words[:n])
+def first_repeated(words: Sequence[str]) -> str | None:
+    """The first word that stands there a second time, in any case, as prompts read them; None: there is none."""
+    seen: set[str] = set()
+    for word in words:
+        if word.lower() in seen:
+            return word
+        seen.add(word.lower())
+    return None
 
 
 def base_fingerprint(text_layers: Mapping[str, TextLayer]) -> str:

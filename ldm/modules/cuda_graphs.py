@@ -123,12 +123,16 @@ class SamplingSteps:
         for place, new in zip(self.inputs, (x, timesteps), strict=True):
             place.copy_(new)
         if self.graph is None:
-            self.captured = context.with_stored_copied()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.output = self.unet(*self.inputs, context=self.captured)
+            self._capture(context)
         self.graph.replay()
         return self.output.clone()  # the next step writes into the same place
+
+    def _capture(self, context: PromptContext) -> None:
+        """Keeps nothing unless all goes well: where memory is short, a later sampling tries again."""
+        captured, graph = context.with_stored_copied(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self.unet(*self.inputs, context=captured)
+        self.captured, self.graph, self.output = captured, graph, output
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ def _check_placeholders(names: Sequence[str], count: int) -> None:
     for name in names:
         if not is_placeholder(name):
             raise UserError(f"placeholder {name!r}: must be a word without white space, such as <my-teddy>")
-    if len(set(names)) < count:
-        raise UserError(f"placeholder {first_repeated(names)} is given twice; give each concept its own")
+    repeated = first_repeated(names)
+    if repeated is not None:
+        raise UserError(f"placeholder {repeated} is given twice, where case does not count; give each concept its own")
 
 
 def _distinct(words: Sequence[str]) -> list[str]:

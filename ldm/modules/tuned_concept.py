@@ -28,6 +28,7 @@ from ldm.modules.concept import (
     by_position,
     is_placeholder,
     load_concepts,
+    numbers_problem,
     save_concepts,
     tensors_to_keep,
 )
@@ -114,7 +115,7 @@ def _load_tuned(path: Path) -> list[TunedConcept]:
     tensors, metadata = load_tensors(path)
     header = metadata[METADATA_KEY]
     version = header.get("format_version") if isinstance(header, dict) else None
-    if not isinstance(version, int) or version > FORMAT_VERSION or header.get("method") not in METHODS:
+    if not isinstance(version, int) or version > FORMAT_VERSION or header.get("method") not in list(METHODS):
         raise UserError(f"{path}: of a format or method that this version does not read; update it, or choose another "
                         "file")
     settings = header.get("concepts")
@@ -142,10 +143,8 @@ def _assembled(path: Path, method: str, values: Mapping[str, object], stored: Ma
 
 
 def _refuse_bad_numbers(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite: training diverged; "
-                            "train with lower learning rates")
+    if problem := numbers_problem(tensors):
+        raise UserError(f"{path}: {problem}")
 
 
 def merge_learned(concepts: Sequence[Learned], placeholders: Sequence[str] | None = None) -> list[Learned]:

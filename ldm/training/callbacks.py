@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.command_line import quoted
 from ldm.data.images import from_tensor, save_grid
+from ldm.errors import MemoryShortage
 from ldm.files import write_whole
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.encoders.prompts import PromptEncoder
@@ -72,8 +73,12 @@ class ImageLogger(pl.Callback):
         """Writes one grid per entry of `log_images`; pictures are (N, 3, H, W) in [-1, 1]."""
         was_training = pl_module.training
         pl_module.eval()
-        with torch.no_grad():
-            shown = pl_module.log_images(batch, N=self.max_images, **self.log_images_kwargs)
+        try:
+            with torch.no_grad():
+                shown = pl_module.log_images(batch, N=self.max_images, **self.log_images_kwargs)
+        except MemoryShortage as error:
+            log.warning("no pictures at step %d: %s", step, error)
+            shown = {}
         pl_module.train(was_training)
         for name, images in shown.items():
             images = images[: self.max_images].detach().float().cpu().clamp(-1, 1)

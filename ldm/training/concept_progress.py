@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -65,6 +66,16 @@ def drawn_with(trainer: pl.Trainer) -> str:
     ours, *usual = (OmegaConf.load(path).model.params for path in (configs[-1], DEFAULT_CONFIG) if Path(path).is_file())
     same = usual and all(ours.get(key) == usual[0].get(key) for key in ("ckpt_path", "covariance"))
     return "" if same else f"--config {quoted(configs[-1])} "
+
+
+def drawn_now(model: ConceptLearner, concepts: Sequence[Learned], jobs: Sequence[Job], **sampling: Any
+              ) -> list[Image.Image]:
+    """Pictures by a model that is being trained, under concepts as they are; `sampling` as for `Sampling`."""
+    encoded = encode_once(prompt_encoder(model, concepts), [job.prompt for job in jobs])
+    on_gpu = model.device.type == "cuda"  # its memory has to hold the training's as well
+    settings = Sampling(model.latent_shape[1:], batch_size=1 if on_gpu else len(jobs),
+                        autocast=wants_sixteen_bits(None, model.device), **sampling)
+    return list(draw_pictures(model, encoded, jobs, settings))
 
 
 class BeforeDuringAfter(pl.Callback):
@@ -138,14 +149,8 @@ class BeforeDuringAfter(pl.Callback):
         model.train(training)
 
     def _pictures(self, model: ConceptLearner, concepts: Sequence[Learned], word: str) -> list[Image.Image]:
-        prompts = [fill(prompt, word) for prompt in self.prompts]
-        encoded = encode_once(prompt_encoder(model, concepts), prompts)
-        on_gpu = model.device.type == "cuda"  # its memory has to hold the training's as well
-        sampling = Sampling(model.latent_shape[1:], self.steps, self.scale, sampler=self.sampler,
-                            batch_size=1 if on_gpu else len(prompts),
-                            autocast=wants_sixteen_bits(None, model.device))
-        jobs = [Job(prompt, self.seed + number) for number, prompt in enumerate(prompts)]
-        return list(draw_pictures(model, encoded, jobs, sampling))
+        jobs = [Job(fill(prompt, word), self.seed + number) for number, prompt in enumerate(self.prompts)]
+        return drawn_now(model, concepts, jobs, steps=self.steps, scale=self.scale, sampler=self.sampler)
 
     def _show(self, place: int, name: str, images: Sequence[Image.Image], trainer: pl.Trainer,
               model: ConceptLearner) -> None:

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -17,28 +18,38 @@ STATE = ("state_dict", "optimizer_states", "global_step", "pytorch-lightning_ver
 
 
 @contextlib.contextmanager
-def removed_on_failure(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
-    """Makes `folder`; where what follows fails before `begun()`, removes it and the parents made along with it.
+def folder_for(wanted: Path, begun: Callable[[], bool]) -> Iterator[Path]:
+    """A folder of this run alone: `wanted`, or where another run has that already, `wanted`-2 and so on.
 
-    A folder that was there before stays as it is.
+    Where the end comes before `begun()`, it is removed, with the parents that were made along with it.
 
     Raises:
         UserError: it cannot be made.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    parents = [path for path in wanted.parents if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
+        folder = next(filter(_is_new, chain([wanted], numbered)))
     except OSError as error:
-        raise UserError(f"--logdir: {folder} cannot be made ({error.strerror}); choose another place") from None
+        raise UserError(f"--logdir: {wanted} cannot be made ({error.strerror}); choose another place") from None
     try:
-        yield
-    except BaseException:
-        if folder in made and not begun():
+        yield folder
+    finally:
+        if not begun():
             shutil.rmtree(folder, ignore_errors=True)
-            for parent in made[1:]:
+            for parent in parents:
                 with contextlib.suppress(OSError):  # another run has written there since
                     parent.rmdir()
-        raise
+
+
+def _is_new(folder: Path) -> bool:
+    """Makes it, unless there is one: in a single step, as another run may begin at the same time."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def steps_taken(path: Path) -> int:

@@ -98,13 +98,14 @@ def read_config(options: argparse.Namespace, overrides: Sequence[str]) -> DictCo
         if not Path(path).is_file():
             raise UserError(f"--base {path}: no such file")
         later = _parsed(path, lambda path=path: OmegaConf.load(path))
-        config = OmegaConf.merge(_for_the_target_of(later, config), later)
+        config = _merged(path, _for_the_target_of(later, config), later)
     _check_sections(config)
     _apply_flags(config, options)
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"{override}: neither a flag (see --help) nor a key=value override")
-    config = OmegaConf.merge(config, _parsed(" ".join(overrides), lambda: OmegaConf.from_dotlist(list(overrides))))
+    given = " ".join(overrides)
+    config = _merged(given, config, _parsed(given, lambda: OmegaConf.from_dotlist(list(overrides))))
     _parsed("config", lambda: OmegaConf.create(OmegaConf.to_container(config, resolve=True)))
     _check_sections(config)
     _check_values(config)
@@ -143,7 +144,7 @@ def _check_sections(config: DictConfig) -> None:
         section = OmegaConf.select(config, place) if place else config
         if not isinstance(section, DictConfig):
             raise UserError(f"config: there is no section {place} with keys in it; a run needs {NEEDED}")
-        unknown = sorted(set(section) - set(known))
+        unknown = sorted(set(map(str, section)) - set(known))
         if unknown:
             raise UserError(f"config: unknown key {', '.join(unknown)} in {place or 'the top level'}; "
                             f"known: {', '.join(known)}")
@@ -174,7 +175,7 @@ def _apply_flags(config: DictConfig, options: argparse.Namespace) -> None:
         if isinstance(value, list) and len(value) == 1:
             (value,) = value
         if flag == "masks" and value == "none":
-            _set_flag(config, flag, ("model.params.segmenter",), None)
+            _set_flag(config, flag, ("model.params.segmenter", *paths), None)
         elif value is not None:
             _set_flag(config, flag, paths, value)
     for flag in TRAINER_FLAGS:
@@ -193,6 +194,14 @@ def _parsed(name: str, read: Callable[[], DictConfig | ListConfig]) -> DictConfi
     if not isinstance(config, DictConfig):
         raise UserError(f"{name}: a config has keys with values at its top level")
     return config
+
+
+def _merged(name: str, earlier: DictConfig, later: DictConfig) -> DictConfig:
+    try:
+        return OmegaConf.merge(earlier, later)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:  # such as a list where there were keys
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: does not fit the config that it is to change ({reason})") from None
 
 
 def _set_flag(config: DictConfig, flag: str, paths: Sequence[str], value: str | list[str] | None) -> None:

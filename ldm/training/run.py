@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import errno
 import logging
 import tempfile
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.command_line import check_folder
-from ldm.errors import UserError
+from ldm.errors import MemoryShortage, UserError, is_shortage
 from ldm.initialisation import DrawnWhenNeeded
 from ldm.training.callbacks import Quickened, SetupCallback, StepProgress, StopAfterStep, WholeEpochs
-from ldm.training.folder import removed_on_failure, steps_taken
+from ldm.training.folder import folder_for, steps_taken
 from ldm.training.options import get_parser, read_config
 from ldm.util import blamed_on, instantiate_from_config, refuse_unknown_params, refuse_wrong_kinds
 
@@ -111,8 +113,6 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     quiet()
     started = datetime.datetime.now()
     logdir = log_folder(options, started.strftime(TO_THE_SECOND)) if options.base or options.resume else Path()
-    aside = tempfile.TemporaryDirectory() if rank_zero_only.rank else None  # for what other processes of a run write
-    logdir = Path(aside.name) if aside else logdir
     config = read_config(options, overrides)
     most = config.lightning.trainer.get("max_steps", -1)
     if options.resume and 0 <= most <= options.steps_taken:
@@ -120,24 +120,51 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
                         "to go on, give more with --max_steps")
     pl.seed_everything(config.lightning.seed, workers=True, verbose=False)
     now = started.strftime(f"{TO_THE_SECOND}.%f")  # of what a run keeps: it may be resumed within the second
-    trainer, data, model = _parts(config, logdir, now)  # in this order: what is cheap finds mistakes first
-    rate = scaled_learning_rate(config, trainer, options.scale_lr)
-    if rate is not None:
-        model.learning_rate = rate
-        log.info("learning rate %.2e", rate)
-    if not options.train:
-        log.info("model and data are ready; with '-t false' that is all")
-        return
-    with removed_on_failure(logdir, lambda: trainer.global_step > 0):
+    trainer: pl.Trainer | None = None
+    with _place(options, logdir, lambda: trainer is not None and trainer.global_step > 0) as place, _short_of(config):
+        trainer = make_trainer(config, Path(place), now)
+        data, model = _parts(config, trainer)
+        rate = scaled_learning_rate(config, trainer, options.scale_lr)
+        if rate is not None:
+            model.learning_rate = rate
+            log.info("learning rate %.2e", rate)
+        if not options.train:
+            log.info("model and data are ready; with '-t false' that is all")
+            return
         if options.resume:
             trainer.ckpt_path = str(options.checkpoint)  # known before the model prepares itself
         trainer.fit(model, data, weights_only=True)
 
 
-def _parts(config: DictConfig, logdir: Path, now: str
-           ) -> tuple[pl.Trainer, pl.LightningDataModule, pl.LightningModule]:
-    """What the config describes, ready to be trained."""
-    trainer = make_trainer(config, logdir, now)
+def _place(options: argparse.Namespace, logdir: Path, begun: Callable[[], bool]
+           ) -> contextlib.AbstractContextManager[str | Path]:
+    """The folder that this process writes to."""
+    if rank_zero_only.rank:  # of the other processes of a run nothing is kept
+        return tempfile.TemporaryDirectory()
+    return contextlib.nullcontext(logdir) if options.resume else folder_for(logdir, begun)
+
+
+@contextlib.contextmanager
+def _short_of(config: DictConfig) -> Iterator[None]:
+    """Says what to do where memory or room on the disk does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        raise MemoryShortage(
+            f"memory is too short for batches of {config.data.params.get('batch_size')}; lower data.params.batch_size "
+            "(and raise lightning.trainer.accumulate_grad_batches as much, for the same steps), or set "
+            "model.params.unet_config.params.use_checkpoint=true where it is not") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{error.filename or 'the log folder'}: no room is left on the disk; make some and go on with "
+                        "--resume, or name another place with --logdir") from error
+
+
+def _parts(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataModule, pl.LightningModule]:
+    """What the config describes, ready to be trained; what is cheap comes first, to find mistakes."""
     data = instantiate_from_config(config.data)
     _refuse_other_kinds("data", data, pl.LightningDataModule)
     data.setup()
@@ -150,7 +177,7 @@ def _parts(config: DictConfig, logdir: Path, now: str
         raise UserError(f"{config.model.target} is trained on {allowed}; "
                         f"leave out --devices {config.lightning.trainer.devices}")
     device = trainer.strategy.root_device if trainer.num_devices == 1 else None  # which rearranges weights sooner
-    return trainer, data, model.to(device, memory_format=torch.channels_last)
+    return data, model.to(device, memory_format=torch.channels_last)
 
 
 def _refuse_other_kinds(section: str, built: object, kind: type) -> None:

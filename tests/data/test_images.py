@@ -192,6 +192,23 @@ def test_a_mask_is_its_brightness_or_its_opacity(tmp_path: Path) -> None:
         assert np.array_equal(values(read_mask(tmp_path / name)), values(drawn))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_mask_whose_opacity_says_nothing_is_told_by_its_colours(tmp_path: Path, mode: str) -> None:
+    drawn = Image.new("L", (32, 32))
+    drawn.paste(255, (8, 8, 16, 16))
+    drawn.convert(mode).save(tmp_path / "mask.png", **({"transparency": 7} if mode == "P" else {}))
+    assert np.array_equal(values(read_mask(tmp_path / "mask.png")), values(drawn))
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # to root nothing is unreadable
+    with pytest.raises(UserError, match="cannot be read .Permission denied.; allow it"):
+        list_images(tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (33, 33)])
 def test_square_is_centred(shape: tuple[int, int]) -> None:
     side = min(shape)

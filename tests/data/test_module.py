@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sized
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import Dataset
+from lightning_fabric.utilities.data import _auto_add_worker_init_fn
+from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.module import DataModuleFromConfig
 from ldm.errors import UserError
@@ -21,6 +24,21 @@ class Numbers(Dataset):
 
     def __getitem__(self, index: int) -> int:
         return self.offset + index
+
+
+class Seeds(Numbers):
+    """Items are seeds of the process that loads them."""
+
+    def __getitem__(self, index: int) -> int:
+        return torch.initial_seed()
+
+
+class Interrupted(Seeds):
+    """Meanwhile the process gets Ctrl-C."""
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return super().__getitem__(index)
 
 
 def numbers(**params: Any) -> dict[str, Any]:
@@ -73,6 +91,21 @@ def test_a_loader_goes_on_where_another_stopped(before: int, workers: int) -> No
     while len(got) < len(expected):
         got += batches(resumed)
     assert got == expected
+
+
+@pytest.mark.parametrize(("start", "seeded"), [("fork", "0"), ("fork", "1"), ("spawn", "1")])
+def test_workers_leave_ctrl_c_to_the_main_process(start: str, seeded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_SEED_WORKERS", seeded)
+    own = {"target": "test_module.Interrupted", "params": {"count": 8}}
+    loader = prepared(train=own, num_workers=1).train_dataloader()
+    loader.multiprocessing_context = start
+    usual = DataLoader(Seeds(8), 4, num_workers=1)
+    _auto_add_worker_init_fn(usual, rank=0)  # as Lightning prepares workers that nobody else does
+    found = []
+    for one in (loader, usual):
+        torch.manual_seed(0)
+        found.append(batches(one))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

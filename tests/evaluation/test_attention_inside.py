@@ -25,6 +25,16 @@ def test_the_reference_names_things_as_one_does(monkeypatch: pytest.MonkeyPatch)
     assert (reference.plan, reference.word) == (([], "a photo of an owl outside"), "owl")
 
 
+def test_placeholders_that_contain_each_other_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    toys = [TunedConcept("textual-inversion", word, thing, torch.zeros(1, 2))
+            for word, thing in (("sks", "owl"), ("sks-2", "mug"))]
+    for prompt, word in (("a sks-2 outside", "sks-2"), ("a sks-2 on a sks", "sks")):
+        assert attention_cases._concepts_word(prompt, "toys.safetensors", toys) == word
+    monkeypatch.setattr(attention_cases, "_plan", lambda _, files, prompt: prompt)
+    case = attention_cases.Case("", Namespace(concepts=toys), "sks-2", "mug")
+    assert attention_cases._reference(Namespace(prompt="a sks-2 on a sks"), case).plan == "a mug on an owl"
+
+
 def left_half() -> torch.Tensor:
     mask = torch.zeros(8, 8)
     mask[:, :4] = 1

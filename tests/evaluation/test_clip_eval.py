@@ -158,6 +158,7 @@ def test_pictures_of_several_concepts_need_no_more_words() -> None:
     assert caption.text(None) == caption.text("cat") == "an owl next to a mug"
     assert Caption("a <toy>", {"<toy>": "owl"}).text("cat") == "a cat"
     assert Caption("a <toy> and a {}").text("cat") == "a cat and a cat"
+    assert Caption("a sks-2 next to a sks", {"sks": "owl", "sks-2": "mug"}).text(None) == "a mug next to an owl"
 
 
 def test_pictures_that_are_not_listed_are_left_out(files: Path, tmp_path: Path,

@@ -42,6 +42,13 @@ def test_every_method_is_a_config_of_its_own(method: Method) -> None:
         assert OmegaConf.select(config, key) == OmegaConf.from_dotlist([f"value={value}"]).value
 
 
+@pytest.mark.parametrize("method", POINTS, ids=lambda method: method.slug)
+def test_baselines_of_public_models_have_rates_of_their_own(method: Method) -> None:
+    for perfusion, ending in (("perfusion.yaml", ""), ("perfusion-sd-v1.yaml", "-sd"), ("perfusion-ldm.yaml", "-sd")):
+        _, file = method.configs(CONFIG.with_name(perfusion))
+        assert Path(file).is_file() and Path(file).stem == f"{method.baseline}{ending}"
+
+
 def test_names_are_told_apart() -> None:
     assert len({method.slug for method in METHODS}) == len(METHODS) == 11
     for study in ALL.values():

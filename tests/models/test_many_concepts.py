@@ -15,10 +15,11 @@ from tiny_concepts import attached, write_base
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ldm.data.images import to_tensor
 from ldm.data.module import DataModuleFromConfig
 from ldm.data.personalized import one_config_each
 from ldm.errors import UserError
-from ldm.inference import Job, encode_once, prompt_encoder
+from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder
 from ldm.models.diffusion.concept_learner import ConceptLearner, names_of
 from ldm.modules.concept import Concept, load_concepts
 from ldm.util import instantiate_from_config
@@ -166,6 +167,17 @@ def test_words_that_do_not_fit_are_refused_in_a_line(folder: Path, params: dict[
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_loss_that_would_say_nothing_is_refused(folder: Path, name: str, method: str) -> None:
+    params = {"data_root": str(folder / "<toy>"), "placeholder_token": "<toy>", "size": 16}
+    model = attached(learner(folder, WORDS[:1], method), None)
+    model.trainer.datamodule = data_of(
+        folder, WORDS[:1], **{name: {"target": "ldm.data.personalized.PersonalizedBase", "params": params}})
+    with pytest.raises(UserError, match=rf"data\.params\.{name}: .*leave it out.*evaluation/clip_eval\.py"):
+        model.setup("fit")
+
+
 def test_one_super_category_counts_for_all(folder: Path) -> None:
     assert learner(folder, WORDS, super_category="cat").super_categories == ["cat"] * 3
 
@@ -240,6 +252,26 @@ def model(folder: Path) -> ConceptLearner:
             for number in (*concept.parameters(), concept.target_input):
                 number.add_(torch.randn_like(number) * 0.3)
     return model.eval()
+
+
+def test_pictures_for_the_log_show_each_concept_in_turn(folder: Path, model: ConceptLearner) -> None:
+    batch = next(iter(model.trainer.datamodule.train_dataloader()))
+    prompts = [batch[place]["caption"][number] for number in range(2) for place in range(3)]
+    drawn = {count: model.log_images(batch, N=count, ddim_steps=2)["samples"] for count in (2, 4)}
+    assert drawn[4].shape == (4, 3, 16, 16) and drawn[4].abs().max() <= 1
+    assert torch.allclose(drawn[4][:2], drawn[2], atol=0.02)
+    concepts = [model.learned(place) for place in range(3)]
+    jobs = [Job(prompt, seed) for seed, prompt in enumerate(prompts[:4])]
+    pictures = draw_pictures(model, encode_once(prompt_encoder(model, concepts), prompts), jobs,
+                             Sampling(model.latent_shape[1:], steps=2, scale=3.0))
+    assert torch.allclose(torch.stack([to_tensor(picture) for picture in pictures]), drawn[4], atol=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pictures_for_the_log_of_a_single_concept(folder: Path, method: str) -> None:
+    model = taught(folder, WORDS[:1], steps=1, method=method)
+    batch = next(iter(model.trainer.datamodule.train_dataloader()))
+    assert model.eval().log_images(batch, N=8, ddim_steps=2)["samples"].shape == (2, 3, 16, 16)
 
 
 def layers_of(model: ConceptLearner, concepts: list[Concept], jobs: list[Job], **settings: Any) -> list[Tensor]:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.inference import Job, Sampling, draw_pictures, encode_once, prompt_encoder, ready_concepts
+from ldm.models.diffusion.concept_learner import listed
 from ldm.models.diffusion.perfusion import Perfusion
 from ldm.models.diffusion.prompts import word_vector
 from ldm.modules.concept import Concept, load_concepts, save_concepts
 from ldm.modules.context import PromptContext
-from ldm.modules.rank_one import gate, similarity
+from ldm.modules.covariance import load_covariance
+from ldm.modules.rank_one import gate, invert_covariance, similarity
 from ldm.util import instantiate_from_config
 
 LAYERS = 7
@@ -336,6 +338,39 @@ def test_layers_that_are_not_used_are_learned_and_drawn_without(folder: Path, tm
             assert moved.norm() > 0.1
             expected = wanted if name.startswith("output_blocks") else wanted + learning.gates * moved
             torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("given", "used"), [
+    ("output_blocks.1", ["output_blocks.1.1.attn2"]), (["output_blocks.1."], ["output_blocks.1.1.attn2"]),
+    ("output_blocks", ["output_blocks.1.1.attn2", "output_blocks.10.1.attn2", "output_blocks.11.1.attn2"]),
+    (["output_blocks.11.1.attn2", "input_blocks"], ["input_blocks.1.1.attn2", "output_blocks.11.1.attn2"])])
+def test_used_layers_are_called_by_whole_parts_of_their_names(given: str | list[str], used: list[str]) -> None:
+    names = [f"{place}.1.attn2" for place in ("input_blocks.1", "output_blocks.1", "output_blocks.10",
+                                              "output_blocks.11")]
+    assert Perfusion._layers_called(SimpleNamespace(text_layers=names), listed(given)) == used
+    without = SimpleNamespace(text_layers=[name for name in names if name not in used])
+    with pytest.raises(UserError, match="no layer that reads text is called"):
+        Perfusion._layers_called(without, listed(given))
+
+
+def test_a_concept_knows_the_energy_of_its_target_by_the_covariance_of_training(
+        folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = prepared(folder)
+    stir(model)
+    inverse = invert_covariance(load_covariance(folder / "covariance.safetensors")).double()
+    target = model.concepts[0].target_input.double()
+    assert model.learned().target_energy == pytest.approx(float(target @ inverse @ target), rel=1e-4)
+    (kept,) = load_concepts(save_concepts(tmp_path / "concept.safetensors", [model.learned()]))
+    prompt_encoder(unprepared(folder).eval(), [kept]).encode(batch()["caption"])
+    assert not caplog.messages
+    elsewhere = unprepared(folder).eval()
+    elsewhere._inverse_covariance = 2 * inverse.float()
+    prompt_encoder(elsewhere, [kept]).encode(batch()["caption"])
+    (line,) = caplog.messages
+    assert f"concept {WORD} ({kept.source}) was taught with another covariance" in line
+    model.concepts[0].target_input.fill_(torch.nan)
+    with pytest.raises(UserError, match="training diverged"):
+        save_concepts(tmp_path / "concept.safetensors", [model.learned()])
 
 
 def test_the_bias_of_sampling_is_another_where_asked(folder: Path) -> None:

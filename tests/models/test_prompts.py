@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -197,6 +198,24 @@ def test_words_that_no_concept_has_and_concepts_that_no_prompt_names(caplog: pyt
     warn_of_idle_concepts(["a mask", "a cup"], ["sks", "cup"])  # in "mask" no encoder would find "sks"
     assert [record.getMessage() for record in caplog.records if "sks" in record.getMessage()]
     assert not [record for record in caplog.records if "cup" in record.getMessage()]
+    caplog.clear()
+    warn_of_idle_concepts(["a sks-2"], ["sks", "sks-2"])
+    assert [message.split()[2] for message in caplog.messages] == ["sks"]
+
+
+def test_a_concept_of_another_covariance_is_named_once(
+    encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace], concept: Concept, inverse: Tensor,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    target = concept.target_input.detach().double()
+    here = float(target @ inverse.double() @ target)
+    near, far = (replace(concept, target_energy=here * factor) for factor in (1.015, 1.03))
+    for one in (concept, near, far, far):
+        ConceptPrompts(encoder, layers, [one, other(concept)], inverse).encode([PROMPT])
+    (line,) = caplog.messages
+    assert line.startswith("warning: concept <my-teddy> was taught with another covariance")
+    assert f"was {1.03 * here:.4g} and is {here:.4g}" in line and line.endswith("configs/...-project.yaml)")
 
 
 def test_all_tokens_of_a_word_wherever_it_stands(

@@ -58,7 +58,8 @@ def make_layers(seed: int = 0) -> dict[str, SimpleNamespace]:
 
 
 def assert_same(one: Concept, other: Concept) -> None:
-    for name in ("placeholder", "super_category", "bias", "temperature", "projection", "used_layers", "steps", "base"):
+    for name in ("placeholder", "super_category", "bias", "temperature", "projection", "used_layers", "steps", "base",
+                 "target_energy"):
         assert getattr(one, name) == getattr(other, name)
     mine, theirs = dict(one.tensors()), dict(other.tensors())
     assert mine.keys() == theirs.keys()
@@ -113,6 +114,16 @@ def test_concepts_of_earlier_formats(tmp_path: Path, version: int, unknown: tupl
     assert_same(load_concepts(path)[0], make(projection=kept, used_layers=[]))
 
 
+def test_each_keeps_the_energy_it_was_taught_with_where_it_is_known(tmp_path: Path) -> None:
+    """The format is the same: earlier versions of this project read such files, too."""
+    concepts = [make("<a>", target_energy=231.25), make("<b>", seed=9)]
+    path = save_concepts(tmp_path / "both.safetensors", merge_concepts(concepts, ["<c>", "<d>"]))
+    assert [concept.target_energy for concept in load_concepts(path)] == [231.25, None]
+    header = load_tensors(path)[1]["perfusion"]
+    assert header["format_version"] == 3
+    assert ["target_energy" in values for values in header["concepts"]] == [True, False]
+
+
 def test_a_concept_of_stable_diffusion_takes_thirty_kilobytes(tmp_path: Path) -> None:
     inner = [320] * 5 + [640] * 5 + [1280] * 6
     layers = {f"output_blocks.{n}.1.transformer_blocks.0.attn2": torch.randn(p) for n, p in enumerate(inner)}
@@ -149,11 +160,14 @@ BROKEN: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "no placeholder": (lambda t, h: settings_of(h).pop("placeholder"), "placeholder is missing"),
     "bias of the wrong kind": (lambda t, h: settings_of(h).update(bias="high"), "<bear>: its bias"),
     "bias not finite": (lambda t, h: settings_of(h).update(bias=float("nan")), "<bear>: its bias is nan"),
+    "bias of many digits": (lambda t, h: settings_of(h).update(bias=10**400), "<bear>: its bias is 1000"),
     "temperature zero": (lambda t, h: settings_of(h).update(temperature=0), "its temperature is 0"),
     "no projection": (lambda t, h: settings_of(h).pop("projection"), "its projection is missing"),
     "unknown projection": (lambda t, h: settings_of(h).update(projection="half"), "'half' is none of full, gated"),
     "used layers of the wrong kind": (lambda t, h: settings_of(h).update(used_layers="all"), "its used_layers is"),
     "unknown layer in use": (lambda t, h: settings_of(h).update(used_layers=["attn9"]), "uses layer attn9, of which"),
+    "energy of the wrong kind": (lambda t, h: settings_of(h).update(target_energy="2"), "its target_energy '2' is no"),
+    "energy zero": (lambda t, h: settings_of(h).update(target_energy=0), "its target_energy 0 is no number above 0"),
     "white space": (lambda t, h: settings_of(h).update(placeholder="my bear"), "without white space"),
     "no embedding": (lambda t, h: t.pop("0.embedding"), "embedding is missing"),
     "no values": (lambda t, h: [t.pop(f"0.target_output_v.{n}") for n in INNER], "target_output_v is missing"),
@@ -162,6 +176,8 @@ BROKEN: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "zero input": (lambda t, h: t.update({"0.target_input": torch.zeros(WIDTH)}), "target_input is zero"),
     "value not a vector": (lambda t, h: t.update({V: draw(3, 3)}), "middle_block.1.attn2 do not fit"),
     "keys of one layer": (lambda t, h: t.update({V.replace("_v", "_k"): draw(8)}), "trained keys but no values"),
+    "eight bits": (lambda t, h: t.update({V: torch.ones(8).to(torch.float8_e4m3fn)}), "float8_e4m3fn instead"),
+    "eight bits of input": (lambda t, h: t.update({"0.target_input": torch.ones(WIDTH).to(torch.float8_e5m2)}), "e5m2"),
     "integers": (lambda t, h: t.update({V: torch.ones(8, dtype=torch.int32)}), "int32"),
     "not finite": (lambda t, h: t[V].fill_(torch.inf), "middle_block.1.attn2 holds numbers that are not finite"),
     "tensor of nobody": (lambda t, h: t.update({"1.embedding": draw(1, 4)}), "1.embedding, which belongs to no"),
@@ -199,7 +215,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     diverged = replace(make(), target_input=torch.full((WIDTH,), torch.nan))
     for concepts, message in (
         ([diverged], "diverged"),
-        ([make(), make()], "several concepts are called <bear>"),
+        ([make(), make("<Bear>")], "several concepts are called <Bear>, where case does not count"),
         ([make("<a>"), make("<b>", base="0" * 64)], "different base models"),
         ([make("<a>"), replace(make("<b>"), target_output_v={"other": draw(5)})], "different base models"),
         ([], "no concept"),
@@ -236,6 +252,7 @@ def test_given_placeholders() -> None:
     for words, message in (
         (["<x>"], "1 placeholders for 2 concepts"),
         (["<x>", "<x>"], "<x> is given twice"),
+        (["<x>", "<X>"], "<X> is given twice, where case does not count"),
         (["<x>", "my bear"], "'my bear'"),
         (["<x>", ""], "''"),
     ):

@@ -129,6 +129,29 @@ def test_sampling_draws_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -
     assert len(graphs) == 1 and None not in graphs and not graphed.training.graphs
 
 
+def test_a_sampling_after_one_that_memory_was_too_short_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = sixteen_bit_unet(device, monkeypatch)
+    graphed, capture = GraphedUNet(unet), torch.cuda.graph
+
+    def short_of_memory(graph: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for seed in (1, 2):
+        given = case(edited=True, seed=seed, device=device)
+        context = given.context(cache=True)
+        monkeypatch.setattr(torch.cuda, "graph", short_of_memory if seed == 1 else capture)
+        with torch.no_grad():
+            found = [graphed(given.x, given.timesteps, context)]
+            if seed == 1:
+                with pytest.raises(torch.OutOfMemoryError):
+                    graphed(given.x, given.timesteps, context)
+            else:
+                found += [graphed(given.x, given.timesteps, context) for _ in range(2)]
+            exact = unet(given.x, given.timesteps, context=given.context())
+        assert all(error_of(one, exact) < ROUNDING for one in found)
+    assert graphed.sampling.graph is not None
+
+
 def test_samplings_of_another_shape_get_another_graph(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = sixteen_bit_unet(device, monkeypatch)
     graphed, graphs = GraphedUNet(unet), []

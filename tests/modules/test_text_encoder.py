@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ldm.checkpoint import load_weights
 from ldm.errors import UserError
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder, split_at_placeholders
+from ldm.modules.encoders.prompts import put_each
 
 PROMPTS = ["a photo of a teddy bear", "", "It's a café -- with 3 supercalifragilistic owls!"]
 WIDTH, WORDS = 8, 49408
@@ -154,6 +155,17 @@ def test_a_vector_equal_to_a_words_is_that_word(encoder: FrozenCLIPEmbedder) -> 
 )
 def test_splitting(prompt: str, placeholders: list[str], expected: list[str | int]) -> None:
     assert split_at_placeholders(prompt, placeholders) == expected
+
+
+@pytest.mark.parametrize(("text", "words", "expected"), [
+    ("an SKS by a sks-2", {"sks": "mug", "sks-2": "owl"}, "a mug by an owl"),
+    ("a sks by a Sks-2", {"sks": None, "sks-2": "owl"}, "a sks by an owl"),
+    ("An sks by a Sks-2", {"sks": "mug", "sks-2": None}, "A mug by a Sks-2"),
+    ("* and *-2", {"*": "mug", "*-2": "owl"}, "mug and owl"),
+    ("a teddy, a my-teddy", {"teddy": "my-teddy", "my-teddy": "teddy"}, "a my-teddy, a teddy"),
+    ("a sks", {}, "a sks")])
+def test_words_for_placeholders_that_contain_each_other(text: str, words: dict[str, str | None], expected: str) -> None:
+    assert put_each(words, text) == put_each(dict(reversed(words.items())), text) == expected
 
 
 @settings(max_examples=200, deadline=None)

@@ -51,6 +51,7 @@ def test_the_merging_script_takes_files_of_one_method(tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"format_version": 2}, "format or method"), ({"method": "magic"}, "format or method"),
+    ({"method": ["dreambooth"]}, "format or method"),
     ({"concepts": []}, "damaged"), ({"concepts": [{"placeholder": "<toy>"}]}, "damaged")])
 def test_what_a_file_says_must_make_sense(tmp_path: Path, change: dict[str, object], said: str) -> None:
     tensors, metadata = load_tensors(save_learned(tmp_path / "toy.safetensors", [made()]))

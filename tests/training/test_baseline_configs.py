@@ -1,6 +1,8 @@
 """configs/baselines: a method's own params over the photos, base model and schedule of a Perfusion config."""
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,14 @@ from ldm.util import get_obj_from_str, known_params, refuse_unknown_params, refu
 ROOT = Path(__file__).resolve().parents[2]
 BASELINES = sorted((ROOT / "configs" / "baselines").glob("*.yaml"))
 PERFUSION = sorted((ROOT / "configs").glob("perfusion*.yaml"))
+
+
+PUBLIC = [path for path in PERFUSION if path.stem != "perfusion"]
+PRIOR = {"prior_count": 200, "prior_steps": 50, "prior_scale": 6.0}
+PUBLIC_RATES = {
+    "textual-inversion": {"embedding_lr": 5e-3}, "custom-diffusion": {"embedding_lr": 8e-5, "weight_lr": 8e-5, **PRIOR},
+    "dreambooth": {"weight_lr": 5e-6, **PRIOR},
+}
 
 
 def merged(*paths: Path) -> DictConfig:
@@ -33,6 +43,33 @@ def test_a_baseline_takes_over_what_it_shares(perfusion: Path, baseline: Path) -
         assert config.model.params[name] == before.model.params[name], name
     gone = set(before.model.params) - set(config.model.params)
     assert {"bias", "temperature", "locking", "value_lr"} & set(before.model.params) <= gone
+
+
+@pytest.mark.parametrize("perfusion", PUBLIC, ids=lambda path: path.stem)
+@pytest.mark.parametrize("method", PUBLIC_RATES)
+def test_public_models_have_rates_of_their_own(perfusion: Path, method: str) -> None:
+    folder = ROOT / "configs" / "baselines"
+    config, mini = merged(perfusion, folder / f"{method}-sd.yaml"), merged(perfusion, folder / f"{method}.yaml")
+    rates = PUBLIC_RATES[method]
+    assert {name: config.model.params[name] for name in rates} == rates
+    assert config.model.target == mini.model.target and config.model.params.keys() == mini.model.params.keys()
+    assert all(mini.model.params[name] == config.model.params[name] for name in set(config.model.params) - set(rates))
+
+
+@pytest.mark.parametrize("baseline", BASELINES, ids=lambda path: path.stem)
+def test_a_header_gives_the_commands(baseline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    header = "\n".join(line[1:] for line in baseline.read_text().splitlines() if line.startswith("#"))
+    commands = re.findall(r"python main\.py (.*)", header.replace("\\\n", ""))
+    bases = {}
+    for command in commands:
+        options, overrides = get_parser().parse_known_args(shlex.split(command))
+        model = read_config(options, overrides).model
+        assert model.target == OmegaConf.load(baseline).model.target
+        bases[model.params.ckpt_path] = Path(options.base[1]).stem
+    method = baseline.stem.removesuffix("-sd")
+    own = {} if baseline.stem != method else {"models/mini/model.safetensors": method}
+    assert bases == {**own, "v1-5-pruned-emaonly.safetensors": f"{method}-sd"}
 
 
 def test_params_that_neither_model_knows_stay_to_be_refused(tmp_path: Path) -> None:

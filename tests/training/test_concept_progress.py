@@ -5,6 +5,7 @@ import logging
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from teaching import QUICK, teach
@@ -12,6 +13,7 @@ from teaching import QUICK, teach
 from ldm import inference
 from ldm.errors import MemoryShortage, UserError
 from ldm.modules.concept import load_concepts
+from ldm.training import concept_progress
 from ldm.training.concept_progress import BeforeDuringAfter, drawn_with
 
 
@@ -41,6 +43,21 @@ def test_pictures_that_do_not_fit_are_left_out(tmp_path: Path, monkeypatch: pyte
     logdir = teach(tmp_path, *QUICK, "--max_steps", 2)
     assert load_concepts(logdir / "concept.safetensors")[0].steps == 2
     assert [message for message in caplog.messages if message.startswith("no pictures of my-teddy (after)")]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_public_configs_callback_shows_concepts_where_memory_lasts(
+    fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not fits:
+        monkeypatch.setattr(concept_progress, "drawn_now", Mock(side_effect=MemoryShortage("cuda has no memory")))
+    logger = "lightning.callbacks.image_logger"
+    logdir = teach(tmp_path, *QUICK, "--max_steps", 1, "lightning.callbacks.pictures=null",
+                   f"{logger}.target=main.ImageLogger", f"{logger}.params.batch_frequency=1",
+                   f"{logger}.params.log_images_kwargs.ddim_steps=2")
+    assert load_concepts(logdir / "concept.safetensors")[0].steps == 1
+    assert (logdir / "images" / "train" / "samples_gs-000001.png").is_file() == fits
+    assert ("no pictures at step 1: cuda has no memory" in caplog.messages) != fits
 
 
 def test_the_last_line_names_the_config_where_the_usual_one_would_not_do(tmp_path: Path,

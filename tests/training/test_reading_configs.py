@@ -34,6 +34,23 @@ def test_files_that_are_no_configs(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("second", "override"), [
+    ("{}", "model.params.used_layers.0=x"), ("{}", "data.params.train.params.templates.0=a"),
+    ("{lightning: [1]}", "a=1"), ("{1: 2}", "a=1")])
+def test_what_does_not_fit_the_config_before_it(tmp_path: Path, second: str, override: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(second)
+    with pytest.raises(UserError):
+        read("--base", "configs/perfusion.yaml", str(path), override)
+
+
+def test_without_masks_those_of_a_run_before_are_left_out_too() -> None:
+    config = read("--base", "configs/perfusion.yaml", "--masks", "none")
+    own = read("--base", "configs/perfusion.yaml", "--masks", "none", "data.params.train.params.mask_root=mine")
+    assert config.model.params.segmenter is config.data.params.train.params.mask_root is None
+    assert own.data.params.train.params.mask_root == "mine"  # what is said last counts
+
+
 def test_a_mistake_of_ours_is_not_taken_for_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: str) -> None:
         raise TypeError("a bug")

@@ -157,6 +157,7 @@ class ConceptLearner(LatentDiffusion):
     def setup(self, stage: str | None = None) -> None:
         if stage != "fit" or len(self.concepts):
             return
+        self._refuse_other_data()
         photos = self.photos()
         if self._initial_weights[0] is None:
             raise UserError("no base model to teach: name its checkpoint with --actual_resume, or in the config as "
@@ -180,13 +181,23 @@ class ConceptLearner(LatentDiffusion):
         self.turns = getattr(self.trainer.datamodule, "turns", 1)
         self.trainer.accumulate_grad_batches *= self.turns
 
+    @property
+    def _datasets(self) -> Mapping[str, Any]:
+        return getattr(getattr(self.trainer, "datamodule", None), "datasets", {})
+
+    def _refuse_other_data(self) -> None:
+        for name in ("validation", "test"):
+            if name in self._datasets:
+                raise UserError(f"data.params.{name}: a loss on it would say nothing of the concept; leave it out, "
+                                "and measure concepts with evaluation/clip_eval.py")
+
     def photos(self) -> list[PersonalizedBase]:
         """The photos of each concept.
 
         Raises:
             UserError: the run's data are none, or do not fit the concepts' words.
         """
-        found = getattr(getattr(self.trainer, "datamodule", None), "datasets", {}).get("train")
+        found = self._datasets.get("train")
         photos = found if isinstance(found, list) else [found]
         if not all(isinstance(data, PersonalizedBase) for data in photos):
             raise UserError(f"{type(self).__name__} learns from photos: "
@@ -368,6 +379,21 @@ class ConceptLearner(LatentDiffusion):
         tuned = {f"model.diffusion_model.{name}" for name in self.tuned_weights()}
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items()
                                     if key.startswith("concepts.") or key in tuned}
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[Any, Any], N: int = 8, ddim_steps: int = 50,
+                   unconditional_guidance_scale: float = 3.0) -> dict[str, Tensor]:
+        """Samples under prompts of the batch, of each concept in turn as it now is; photos have no pixels any more."""
+        from ldm.inference import Job
+        from ldm.training.concept_progress import drawn_now
+
+        batches = [batch] if "caption" in batch else batch.values()
+        turns = zip(*(own["caption"] for own in batches), strict=True)
+        prompts = [prompt for turn in turns for prompt in turn][:N]
+        concepts = [self.learned(place) for place in range(len(self.concepts))]
+        pictures = drawn_now(self, concepts, [Job(prompt, seed) for seed, prompt in enumerate(prompts)],
+                             steps=ddim_steps, scale=unconditional_guidance_scale)
+        return {"samples": torch.stack([to_tensor(picture) for picture in pictures])}
 
     def configure_callbacks(self) -> list[pl.Callback]:
         from ldm.training.concept_progress import ConceptSaver

@@ -20,7 +20,7 @@ from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.learned_concept import LOCKINGS, LearnedConcept
-from ldm.modules.rank_one import PROJECTIONS, invert_covariance
+from ldm.modules.rank_one import PROJECTIONS, energy, invert_covariance
 from ldm.util import onto
 
 
@@ -32,9 +32,10 @@ class Perfusion(ConceptLearner):
         inference_bias: the default in sampling where it is another than in training.
         embedding_lr, value_lr: learning rates of the word embedding and of the target outputs.
         locking: "local" (keys locked to the super-category) or "trained" (keys learned like values, an ablation).
-        used_layers: the layers, by the beginnings of their names, whose target outputs for values concepts are drawn
-            with. The others' are learned as well, and so take up how the photos are laid out and drawn; in their stead
-            concepts are drawn with the super-category's. None: all are used, as in the paper.
+        used_layers: the layers, by their names or whole first parts of them such as `output_blocks` or
+            `output_blocks.3`, whose target outputs for values concepts are drawn with. The others' are learned as well,
+            and so take up how the photos are laid out and drawn; in their stead concepts are drawn with the
+            super-category's. None: all are used, as in the paper.
         projection: "full", by the paper's Eq. 3, or "gated" (see `ldm.modules.rank_one`); concepts keep it.
         target_input_decay: of the moving average i*.
         covariance: file of the text encoder's covariance C; None: computed once from default captions and cached.
@@ -63,16 +64,19 @@ class Perfusion(ConceptLearner):
         self._inverse_covariance: Tensor | None = None
 
     def _layers_called(self, beginnings: Sequence[str]) -> list[str]:
-        """The layers whose names begin so.
+        """The layers whose names are these or begin with them and a dot: `output_blocks.1` is not in a name with 10.
 
         Raises:
             UserError: none does with one of them.
         """
+        def called(name: str, beginning: str) -> bool:
+            return f"{name}.".startswith(f"{beginning.rstrip('.')}.")
+
         for beginning in beginnings:
-            if not any(name.startswith(beginning) for name in self.text_layers):
-                raise UserError(f"used_layers: no layer that reads text is called {beginning}...; there are "
+            if not any(called(name, beginning) for name in self.text_layers):
+                raise UserError(f"used_layers: no layer that reads text is called {beginning}; there are "
                                 f"{', '.join(self.text_layers)}")
-        return [name for name in self.text_layers if name.startswith(tuple(beginnings))]
+        return [name for name in self.text_layers if any(called(name, beginning) for beginning in beginnings)]
 
     def inverse_covariance(self) -> Tensor:
         """C^-1 of the text encoder, (d, d); read or computed at the first call."""
@@ -126,7 +130,10 @@ class Perfusion(ConceptLearner):
         return self.prompt_context(prompts, average=True)
 
     def learned(self, place: int = 0) -> Concept:
+        target = self.concepts[place].target_input
+        # not finite where training diverged: saving says so
+        known = float(energy(target[None], self.inverse_covariance())) if target.isfinite().all() else None
         return self.concepts[place].to_concept(
             placeholder=self.placeholders[place], super_category=self.super_categories[place],
             bias=float(self.inference_bias), temperature=float(self.temperature), projection=self.projection,
-            used_layers=self.used_layers, steps=int(self.global_step), base=self.base)
+            used_layers=self.used_layers, steps=int(self.global_step), base=self.base, target_energy=known)

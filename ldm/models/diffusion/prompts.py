@@ -18,11 +18,13 @@ from ldm.errors import UserError
 from ldm.modules.concept import Concept, base_fingerprint, check_base, gate_settings, stack_concepts
 from ldm.modules.context import Edit, PromptContext, TextLayer
 from ldm.modules.encoders.prompts import split_at_placeholders, word_vector
+from ldm.modules.rank_one import energy
 from ldm.modules.tuned_concept import Learned, TunedConcept
 
 log = logging.getLogger(__name__)
 
 MOST_WORDS = 100  # that an error lists
+ENERGY_TOLERANCE = 0.02  # of ||i*||^2; the 16 bits of files change that of the mini model's by 0.003 at most
 PLACEHOLDER = r"<[^\s<>]+>"  # what in a prompt is surely meant to be one
 
 
@@ -108,9 +110,26 @@ def check_placeholders(prompts: Sequence[str], placeholders: Sequence[str]) -> N
 
 def warn_of_idle_concepts(prompts: Sequence[str], placeholders: Sequence[str]) -> None:
     """A warning for each concept that no prompt names."""
-    for word in placeholders:
-        if not any(0 in split_at_placeholders(prompt, [word]) for prompt in prompts):
+    named = {part for prompt in prompts for part in split_at_placeholders(prompt, placeholders)}
+    for number, word in enumerate(placeholders):
+        if number not in named:
             log.warning("warning: concept %s is loaded, but its word does not stand in the prompt", word)
+
+
+def warn_of_other_covariance(concepts: Sequence[Concept], target_inputs: Tensor, inverse_covariance: Tensor) -> None:
+    """A warning for each concept, with i* of (J, d), that was taught with another C^-1 than this (d, d)."""
+    for concept, here in zip(concepts, energy(target_inputs, inverse_covariance).tolist(), strict=True):
+        taught = concept.target_energy
+        if taught is not None and abs(here - taught) > ENERGY_TOLERANCE * taught:
+            _say_of_other_covariance(concept.label, taught, here)
+
+
+@functools.cache
+def _say_of_other_covariance(label: str, taught: float, here: float) -> None:
+    """The warning: one line, however often a run encodes prompts with the concept."""
+    log.warning("warning: concept %s was taught with another covariance than it is drawn with (||i*||^2 was %.4g and "
+                "is %.4g), so that its gate may open otherwise; draw with its run's config (--config "
+                "logs/.../configs/...-project.yaml)", label, taught, here)
 
 
 def with_settings(concepts: Sequence[Learned], biases: Sequence[float | None] | None = None,
@@ -216,7 +235,9 @@ class ConceptPrompts:
     @functools.cached_property
     def _stacked(self) -> Edit:
         """The concepts' numbers on the device: of many, to bring them there takes as long as several steps."""
-        return stack_concepts(self.concepts, self.text_layers)
+        edit = stack_concepts(self.concepts, self.text_layers)
+        warn_of_other_covariance(self.concepts, edit.target_inputs, self.inverse_covariance)
+        return edit
 
     def only_named(self, context: PromptContext, texts: Sequence[str]) -> PromptContext:
         """What `encode` gave, with just those concepts acting on each prompt whose words stand in its text of `texts`.

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,13 +166,18 @@ def split_at_placeholders(prompt: str, placeholders: Sequence[str]) -> list[str 
     if not placeholders:
         return [prompt]
     numbers = sorted(range(len(placeholders)), key=lambda number: -len(placeholders[number]))
-    alternatives = "|".join(f"({whole_word(placeholders[number])})" for number in numbers)
+    pattern = _any_of([placeholders[number] for number in numbers])
     parts: list[str | int] = []
     done = 0
-    for found in re.finditer(alternatives, prompt, flags=re.IGNORECASE):
+    for found in re.finditer(pattern, prompt, flags=re.IGNORECASE):
         parts += [prompt[done:found.start()], numbers[found.lastindex - 1]]
         done = found.end()
     return [part for part in [*parts, prompt[done:]] if isinstance(part, int) or part.strip()]
+
+
+def _any_of(words: Sequence[str]) -> str:
+    """A pattern for any of the words, whole, with a group for each; longer ones come first: `sks-2` contains `sks`."""
+    return "|".join(f"({whole_word(word)})" for word in words)
 
 
 def whole_word(word: str) -> str:
@@ -183,10 +188,24 @@ def whole_word(word: str) -> str:
 
 
 def put(words: str, placeholder: str, text: str) -> str:
-    """`text` with `words` where a placeholder stands, in any case; "a {}" becomes "an owl", but "a <my-owl>"."""
-    ending = "n " if words.lower().startswith(VOWELS) else " "
+    """`text` with `words` where a placeholder stands, in any case; "a {}" becomes "an owl", but "a <my-owl>".
+
+    Where others may stand in the text as well, `put_each` tells them apart.
+    """
+    return put_each({placeholder: words}, text)
+
+
+def put_each(words: Mapping[str, str | None], text: str) -> str:
+    """`put` for each of some placeholders, found as in prompts; one whose words are None stays as it is."""
+    if not words:
+        return text
+    placeholders = sorted(words, key=len, reverse=True)
 
     def instead(found: re.Match[str]) -> str:
-        return (found[1][0] + ending if found[1] else "") + words
+        new = words[placeholders[found.lastindex - 2]]  # the first group is the article
+        if new is None:
+            return found[0]
+        ending = "n " if new.lower().startswith(VOWELS) else " "
+        return (found[1][0] + ending if found[1] else "") + new
 
-    return re.sub(rf"(\ban? )?{whole_word(placeholder)}", instead, text, flags=re.IGNORECASE)
+    return re.sub(rf"(\ban? )?(?:{_any_of(placeholders)})", instead, text, flags=re.IGNORECASE)
