@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 USUAL_LEVELS = (1, 2, 4, 8)
 USUAL_IMAGE_SIZE = 256
 USUAL_TIMESTEPS = 1000
+ENCODED_AT_A_TIME = 64  # prompts: files of thousands of them would take gigabytes
 USUAL_SEGMENTER = "CIDAS/clipseg-rd64-refined"
 
 
@@ -233,7 +234,7 @@ def prompt_encoder(model: Any, concepts: Sequence[Learned]) -> ConceptPrompts | 
 
 
 def encode_once(encoder: ConceptPrompts | TunedPrompts, prompts: Sequence[str], **settings: Any) -> EncodedPrompts:
-    """All prompts, negative ones among them, and the empty one in a single batch.
+    """All prompts, negative ones among them, and the empty one, each once.
 
     `settings` as for `ConceptPrompts.encode`.
 
@@ -242,7 +243,9 @@ def encode_once(encoder: ConceptPrompts | TunedPrompts, prompts: Sequence[str], 
     """
     distinct = list(dict.fromkeys([*prompts, ""]))
     rows = {prompt: row for row, prompt in enumerate(distinct)}
-    return EncodedPrompts(encoder.encode(distinct, **settings), rows, encoder)
+    parts = [encoder.encode(distinct[first:first + ENCODED_AT_A_TIME], **settings)
+             for first in range(0, len(distinct), ENCODED_AT_A_TIME)]
+    return EncodedPrompts(PromptContext.cat(parts) if len(parts) > 1 else parts[0], rows, encoder)
 
 
 def draw_pictures(model: Any, encoded: EncodedPrompts, jobs: Sequence[Job], sampling: Sampling,

@@ -208,6 +208,10 @@ def test_a_file_draws_what_was_learned(folder: Path, tmp_path: Path, method: str
         assert torch.allclose(got, expected, atol=1e-4 * float(expected.abs().max()))
         plain = base.apply_model(x, t, base.get_learned_conditioning([CATEGORY] * 2))
         assert not torch.allclose(plain, expected, atol=1e-2 * float(expected.abs().max()))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ldm.inference.ENCODED_AT_A_TIME", 1)  # parts are of the same weights
+            in_parts = encode_once(prompt_encoder(base, ready_concepts([path])), PROMPTS).of(PROMPTS)
+        assert torch.allclose(base.apply_model(x, t, in_parts), got, atol=1e-4 * float(got.abs().max()))
         during = encode_once(prompt_encoder(model, [model.learned()]), PROMPTS).of(PROMPTS)
         assert torch.allclose(model.apply_model(x, t, during), expected, atol=1e-4 * float(expected.abs().max()))
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())

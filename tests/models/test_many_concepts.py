@@ -287,6 +287,15 @@ JOBS = [Job("a photo of a <toy>", 1), Job("a <mug> in a box", 2, "a <hat>"), Job
 NAMED = ["<toy>", "<mug> <hat>", "", "<hat>", "<toy> <mug>"]
 
 
+@torch.no_grad()
+def test_many_prompts_are_encoded_in_parts(model: ConceptLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    concepts = [model.learned(place) for place in range(3)]
+    at_once = layers_of(model, concepts, JOBS)
+    monkeypatch.setattr("ldm.inference.ENCODED_AT_A_TIME", 2)
+    for ours, theirs in zip(layers_of(model, concepts, JOBS), at_once, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("locking", [{}, {"global_locking": True}])
 @torch.no_grad()
 def test_prompts_of_one_batch_use_different_concepts(model: ConceptLearner, locking: dict[str, bool]) -> None:
