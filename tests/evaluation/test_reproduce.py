@@ -19,7 +19,7 @@ from tiny_clips import clip_folder, segmenter_folder
 from evaluation import grading, marks, reproduce, world_prompts
 from evaluation.grading import Graders, Pair, Subject, Wanted, questions, seeds_of
 from evaluation.prompt_sets import EvaluationPrompt, spread
-from evaluation.reproduce import Progress, parse_arguments, shorten
+from evaluation.reproduce import Progress, parse_arguments
 from evaluation.samples import Manner
 from evaluation.statements import UNDECIDED
 from evaluation.studies import BASE, PERFUSION, STUDY_KEYS, Method, Setting
@@ -277,8 +277,7 @@ def test_what_remains_is_told_once_it_is_known(capsys: pytest.CaptureFixture[str
 
 
 def test_quick_asks_for_less_and_never_for_more() -> None:
-    options = parse_arguments(["--seeds", "1", "--evaluation_clip", "x"])
-    shorten(options)
+    options = parse_arguments(["--quick", "--seeds", "1", "--evaluation_clip", "x"])
     assert (options.seeds, options.concepts, options.train_steps, options.biases) == (1, 2, 50, (0.1, 0.3, 0.75, 1.3))
     assert options.other_biases == [0.3, 0.75]
 
