@@ -1,6 +1,6 @@
 """Repeats the paper's comparisons on the bundled model, and says of each of its statements whether it is seen here.
 
-    python evaluation/reproduce.py --quick              # a first look, about 8 minutes on two cores
+    python evaluation/reproduce.py --quick              # a first look, about 6 minutes on two cores
     python evaluation/reproduce.py                      # about an hour and a half on two cores
     python evaluation/reproduce.py --only baselines two_concepts --concepts 10
 
