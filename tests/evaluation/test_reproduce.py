@@ -145,7 +145,7 @@ def test_every_study_has_a_table_a_figure_and_verdicts(run: Run, taught: list[li
 
 def test_it_goes_on_where_it_was(run: Run, taught: list[list[str]], tmp_path: Path,
                                  capsys: pytest.CaptureFixture[str]) -> None:
-    few = ("--only", "masks", "--biases", 0.4, 1.2)
+    few = ("--only", "masks", "--biases", 0.4, 1.1, "--other_biases", 0.4, 1.1)
     first = run(*few)
     before = times(tmp_path / "out")
     assert len(before) == 4 * 2 + 8 * 2  # files with what they cost, tables with sheets
