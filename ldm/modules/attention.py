@@ -4,8 +4,8 @@ Shapes: B batch, C channels, L = H*W image positions, N text tokens, d width of 
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -89,11 +89,24 @@ class PerfusionCrossAttention(CrossAttention):
 
     def keys_values(self, context: Tensor | PromptContext) -> tuple[Tensor, Tensor]:
         """Keys and values, (B, N, heads * dim_head) each, of an encoded prompt with or without concepts in it."""
-        inner, own = self.to_q.weight.dtype, self.to_k.weight.dtype
-        with nullcontext() if inner == own else torch.autocast(context.device.type, inner):
+        with self.precision(context.device):
             if isinstance(context, PromptContext):
                 return context.keys_values(self.layer_name, self.to_k, self.to_v)
             return super().keys_values(context)
+
+    def precision(self, device: torch.device) -> AbstractContextManager[object]:
+        """In which keys and values are computed: that of the queries, where W_K and W_V are kept in another."""
+        inner, own = self.to_q.weight.dtype, self.to_k.weight.dtype
+        return nullcontext() if inner == own else torch.autocast(device.type, inner)
+
+
+def projected_at_once(context: Tensor | PromptContext | None, layers: Mapping[str, PerfusionCrossAttention]
+                      ) -> Tensor | PromptContext | None:
+    """A context that has the keys and values of all these layers already, where it is a `PromptContext`."""
+    if not layers or not isinstance(context, PromptContext):
+        return context
+    with next(iter(layers.values())).precision(context.device):
+        return context.with_keys_values(layers)
 
 
 def name_text_layers(unet: nn.Module) -> dict[str, PerfusionCrossAttention]:

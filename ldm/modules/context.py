@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ldm.modules.rank_one import (
     PROJECTIONS,
@@ -107,13 +108,25 @@ class PromptContext:
         Raises:
             ValueError: there are concepts, but none has target outputs for this layer.
         """
-        if layer_name in self._stored:
-            return self._stored[layer_name]
-        keys = self._edited(layer_name, to_k, *self._key_side(), self.target_outputs_k)
-        values = self._edited(layer_name, to_v, self.projected, self.gates, self.target_outputs_v)
-        if self.cache:
-            self._stored[layer_name] = keys, values
-        return keys, values
+        if layer_name not in self._stored:
+            found = self._edited({layer_name: (to_k.weight, to_v.weight)})
+            if not self.cache:
+                return found[layer_name]
+            self._stored.update(found)
+        return self._stored[layer_name]
+
+    def with_keys_values(self, layers: Mapping[str, TextLayer]) -> PromptContext:
+        """The same prompts with keys and values of all `layers` stored: by one product each, not one for every layer.
+
+        Raises:
+            ValueError: as `keys_values`.
+        """
+        if layers.keys() <= self._stored.keys():
+            return self
+        projected = self if self.cache else replace(self)
+        projected._stored.update(self._edited({name: (layer.to_k.weight, layer.to_v.weight)
+                                               for name, layer in layers.items()}))
+        return projected
 
     def with_stored_copied(self) -> PromptContext:
         """The same prompts with keys and values of their own, where these are stored."""
@@ -131,14 +144,25 @@ class PromptContext:
         projected = self.projected if self.key_projected is None else self.key_projected
         return projected, self.gates if self.key_gates is None else self.key_gates
 
-    def _edited(
-        self, layer_name: str, layer: nn.Linear, projected: Tensor, gates: Tensor, outputs: Mapping[str, Tensor]
-    ) -> Tensor:
+    def _edited(self, weights: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Keys and values of the layers with these W_K and W_V."""
+        for_keys, for_values = zip(*weights.values(), strict=True)
+        keys = self._projections(list(weights), for_keys, *self._key_side(), self.target_outputs_k)
+        values = self._projections(list(weights), for_values, self.projected, self.gates, self.target_outputs_v)
+        return dict(zip(weights, zip(keys, values, strict=True), strict=True))
+
+    def _projections(self, names: Sequence[str], weights: Sequence[Tensor], projected: Tensor, gates: Tensor,
+                     outputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """What each layer makes of the prompts: all layers read the same, so that theirs are columns of one product."""
+        widths = [len(weight) for weight in weights]
+        weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
         if not self.concept_count:
-            return layer(projected)
-        if layer_name not in outputs:
-            raise ValueError(f"no target output for layer {layer_name!r}; there are some for {', '.join(outputs)}")
-        return edited_projection(projected, gates, layer.weight, outputs[layer_name])
+            return functional.linear(projected, weight).split(widths, -1)
+        for name in names:
+            if name not in outputs:
+                raise ValueError(f"no target output for layer {name!r}; there are some for {', '.join(outputs)}")
+        joined = torch.cat([outputs[name] for name in names], 1)
+        return edited_projection(projected, gates, weight, joined).split(widths, -1)
 
     def restricted(self, acting: Tensor, target_inputs: Tensor, inverse_covariance: Tensor,
                    projections: Sequence[str]) -> PromptContext:
@@ -348,4 +372,4 @@ def _joined(tables: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
 
 def _widened(gates: Tensor, start: int, total: int) -> Tensor:
     """Gates (B, N, J) as (B, N, total), zero outside of start ... start + J."""
-    return nn.functional.pad(gates, (start, total - start - gates.shape[-1]))
+    return functional.pad(gates, (start, total - start - gates.shape[-1]))

@@ -208,6 +208,25 @@ def test_cache_computes_each_layer_once(layers: dict[str, SimpleNamespace], inve
     assert keys_values(fresh, layers)[0] is not keys_values(fresh, layers)[0]
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("globally", [False, True])
+def test_all_layers_at_once_are_the_layers_one_by_one(layers: dict[str, SimpleNamespace], inverse: Tensor, count: int,
+                                                      globally: bool) -> None:
+    encoding, instead = draw(2, TOKENS, WIDTH), draw(2, TOKENS, WIDTH, seed=3) if globally else None
+
+    def context(cache: bool = False) -> PromptContext:
+        if not count:
+            return PromptContext.plain(encoding, cache)
+        return edit_of(layers, count, seed=10).context(encoding, inverse, instead, cache)
+
+    expected = keys_values(context(), layers)
+    fresh, cached = context(), context(cache=True)
+    assert_rows(keys_values(fresh.with_keys_values(layers), layers), expected)
+    assert fresh.with_keys_values(layers) is not fresh, "what is learned changes, so that nothing is to stay"
+    assert cached.with_keys_values(layers) is cached.with_keys_values(layers) is cached
+    assert_rows(keys_values(cached, layers), expected)
+
+
 def test_what_is_made_of_a_cached_context_starts_empty(layers: dict[str, SimpleNamespace], inverse: Tensor) -> None:
     context = edit_of(layers, 1, seed=10).context(draw(2, TOKENS, WIDTH), inverse, cache=True)
     full = keys_values(context, layers)
@@ -249,6 +268,8 @@ def test_layer_that_no_concept_knows_is_named(layers: dict[str, SimpleNamespace]
     layer = next(iter(layers.values()))
     with pytest.raises(ValueError, match=r"output_blocks\.3.*middle_block"):
         context.keys_values("output_blocks.3", layer.to_k, layer.to_v)
+    with pytest.raises(ValueError, match=r"output_blocks\.3.*middle_block"):
+        context.with_keys_values({**layers, "output_blocks.3": layer})
 
 
 @pytest.mark.parametrize(

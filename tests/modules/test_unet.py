@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
 from oracles import diffusers_self_attention_state, diffusers_unet_state, randomise
+from torch.overrides import TorchFunctionMode
 
 from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer, name_text_layers
@@ -194,6 +195,57 @@ def test_recomputing_keeps_the_gradients_of_a_concept() -> None:
     pairs = list(zip(concept_gradients(False), concept_gradients(True), strict=True))
     assert all(stored.abs().max() > 0 for stored, _ in pairs)
     assert all(torch.allclose(recomputed, stored, rtol=1e-4, atol=1e-6) for stored, recomputed in pairs)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_keys_and_values_of_all_layers_are_those_of_each(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = randomise(UNetModel(**TEXT)).requires_grad_(False)
+    at_once, gradients = predicted_under_a_concept(unet, cache)
+    monkeypatch.setattr(unet, "text_layers", {})  # each layer asks for its own
+    one_by_one, expected = predicted_under_a_concept(unet, cache)
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(gradients, expected, strict=True):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def predicted_under_a_concept(unet: UNetModel, cache: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What the U-Net gives, and the gradients of the encodings and of all target outputs."""
+    layers = name_text_layers(unet)
+    latent, times, encoding = batch()
+    target = encoding[0, 3][None]
+    values = {name: layer.to_v(target).requires_grad_() for name, layer in layers.items()}
+    edit = Edit(target, torch.tensor([0.75]), torch.tensor([0.1]), values, locked_keys(layers, target / 2))
+    context = edit.context(encoding.requires_grad_(), torch.eye(12), cache=cache)
+    predicted = unet(latent, times, context)
+    return predicted.detach(), list(torch.autograd.grad(predicted.square().sum(), [encoding, *values.values()]))
+
+
+def test_projections_are_two_products_and_follow_weights_that_change() -> None:
+    unet = randomise(UNetModel(**TEXT)).requires_grad_(False)
+    latent, times, encoding = batch()
+    with ProductsOfText(unet) as counted:
+        before = unet(latent, times, PromptContext.plain(encoding))
+    assert counted.count == 2
+    weights = {f"{name}.to_v.weight": layer.to_v.weight + 1 for name, layer in name_text_layers(unet).items()}
+    replaced = torch.func.functional_call(unet, weights, (latent, times, PromptContext.plain(encoding)))
+    for name, weight in weights.items():
+        unet.get_parameter(name).copy_(weight)
+    assert torch.equal(unet(latent, times, PromptContext.plain(encoding)), replaced)
+    assert not torch.allclose(replaced, before)
+
+
+class ProductsOfText(TorchFunctionMode):
+    """Counts the linear maps of what is as wide as the encodings."""
+
+    def __init__(self, unet: UNetModel) -> None:
+        super().__init__()
+        self.width, self.count = unet.context_dim, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and args[0].shape[-1] == self.width:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
 def test_channels_last_gives_the_same() -> None:

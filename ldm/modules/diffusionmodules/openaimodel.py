@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.modules.attention import SpatialTransformer, name_text_layers
+from ldm.modules.attention import SpatialTransformer, name_text_layers, projected_at_once
 from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
@@ -236,7 +236,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             normalization(last), nn.SiLU(), zero_module(conv_nd(dims, last, out_channels, 3, padding=1))
         )
-        name_text_layers(self)
+        self.text_layers = name_text_layers(self)
 
     @property
     def _embedding_channels(self) -> int:
@@ -348,6 +348,7 @@ class UNetModel(nn.Module):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         if y is not None:
             emb = emb + self.label_emb(y)
+        context = projected_at_once(context, self.text_layers)
         passed = []
         for block in self.input_blocks:
             x = block(x, emb, context)
