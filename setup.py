@@ -9,7 +9,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ldm", "ldm.*"]),
     install_requires=[
-        "torch>=2.5",
+        "torch>=2.6",
         "torchvision",
         "pytorch-lightning>=2.6",
         "omegaconf>=2.3",
@@ -17,7 +17,7 @@ setup(
         "open-clip-torch",
         "kornia>=0.7",  # varies the pictures that the segmenter is trained on
         "numpy",
-        "pillow>=10",
+        "pillow>=10.1",
         "safetensors>=0.4",
         "tensorboard",
         "tqdm",
@@ -26,7 +26,7 @@ setup(
     ],
     extras_require={
         "evaluation": ["matplotlib"],
-        "benchmark": ["diffusers>=0.30", "peft"],
-        "test": ["pytest", "hypothesis", "scipy", "diffusers>=0.30", "perfusion-pytorch", "ruff", "matplotlib", "peft"],
+        "benchmark": ["diffusers>=0.35", "peft"],
+        "test": ["pytest", "hypothesis", "scipy", "diffusers>=0.35", "perfusion-pytorch", "ruff", "matplotlib", "peft"],
     },
 )

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 from drawing_world import World, make_world
@@ -14,6 +16,24 @@ if not torch.cuda.is_available():
 # A first example pays for imports and caches, and machines are shared: time says nothing about correctness here.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def seeded_module() -> None:
+    """What is drawn for all tests of a file does not depend on the tests before them."""
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Nor does what a test draws: it passes alone where it passes among others, and always."""
+    _seed()
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
