@@ -13,7 +13,7 @@ setup(
         "torchvision",
         "pytorch-lightning>=2.6",
         "omegaconf>=2.3",
-        "transformers>=5.0",
+        "transformers>=5.6",
         "open-clip-torch",
         "kornia>=0.7",  # varies the pictures that the segmenter is trained on
         "numpy",

@@ -38,6 +38,7 @@ FAINTEST = 0.05  # below this everywhere, a segmentation shows noise rather than
 LIKELY = 0.5  # a thing that is nowhere more likely than this is not drawn over
 AT_A_TIME = 8  # photos: what they have in common, such as the encoded text, is computed once for all of them
 LEVELS = 65535  # cached probabilities are PNG files with 16 bits a pixel
+SIXTEEN_BITS = (np.uint16, np.int32)  # what newer and older versions of Pillow read of these
 CACHE_FORMAT = "squares-1"  # part of every key: change it when crop or storage change
 
 
@@ -289,7 +290,7 @@ def _read_cached(path: Path, size: int) -> np.ndarray | None:
     except Exception as error:  # damaged PNG files raise many things
         logger.warning("%s: cached mask cannot be read (%s); made again", path, error)
         return None
-    if levels.shape != (size, size) or levels.dtype != np.uint16:
+    if levels.shape != (size, size) or levels.dtype not in SIXTEEN_BITS:
         logger.warning("%s: not a cached mask of %d pixels; made again", path, size)
         return None
     return levels / LEVELS

@@ -154,10 +154,15 @@ def test_a_useless_mask_hides_nothing(useless: torch.Tensor, caplog: pytest.LogC
     assert "cat.jpg" in caplog.text
 
 
-def test_masks_are_computed_once(paths: list[Path], tmp_path: Path) -> None:
-    segmenter = CountingSegmenter()
+@pytest.mark.parametrize("read_as", ["I;16", "I"])
+def test_masks_are_computed_once(paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_as: str
+                                 ) -> None:
+    """Whether PNGs of 16 bits are read as such or, as Pillow did before 10.3, as numbers of 32."""
+    segmenter, opened = CountingSegmenter(), Image.open
     first = cached_masks(paths, segmenter, "teddy", tmp_path / "cache", 24)
     assert segmenter.calls == 3 and len(list((tmp_path / "cache").iterdir())) == 3
+    monkeypatch.setattr(Image, "open", lambda path: opened(path).convert(read_as) if "cache" in str(path)
+                        else opened(path))
     second = cached_masks(paths, segmenter, "teddy", tmp_path / "cache", 24)
     assert segmenter.calls == 3
     for seed, (mask, again) in enumerate(zip(first, second, strict=True)):
