@@ -117,6 +117,7 @@ def test_devices_share_the_concepts_out_among_them(folder: Path, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes on the CPU, of which one learns the second concept, and the other the first and perhaps a third."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of a run before, from which new processes would begin anew
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a fork of several threads would wait for them for ever
     words = WORDS[:2] if settings else WORDS
     trainer = pl.Trainer(max_steps=3, accelerator="cpu", devices=2, strategy="ddp_fork", default_root_dir=tmp_path,
                          logger=False, enable_checkpointing=False, enable_progress_bar=False,
