@@ -10,6 +10,7 @@ from typing import NoReturn, ParamSpec
 P = ParamSpec("P")
 SHORT = ("out of memory", "allocate memory")  # in what libraries say, of any device
 INTERRUPTED = 130  # the exit status that shells have for Ctrl-C
+OWN_LOGGERS = ("ldm", "evaluation", "scripts", "__main__")  # what they tell is for the user; libraries only warn
 
 
 class UserError(Exception):
@@ -34,7 +35,9 @@ def one_line_errors(main: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        for name in OWN_LOGGERS:
+            logging.getLogger(name).setLevel(logging.INFO)
         try:
             main(*args, **kwargs)
         except UserError as error:

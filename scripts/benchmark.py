@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.command_line import Parser, check_folder, whole  # noqa: E402
-from ldm.errors import one_line_errors  # noqa: E402
+from ldm.errors import OWN_LOGGERS, UserError, one_line_errors  # noqa: E402
 
 PARTS = {
     "training_step": "a training step: time, memory, share of the matrix rate; diffusers and peft beside it",
@@ -59,13 +59,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from ldm.errors import UserError  # from here on torch is needed, which takes its time and --help should not
-    from ldm.files import write_whole
+    from ldm.files import write_whole  # from here on torch is needed, which takes its time and --help should not
     from ldm.util import pick_device
     from scripts.benchmarks.common import SHAPES, Settings
     from scripts.benchmarks.device import machine
 
-    logging.getLogger().setLevel(logging.WARNING)  # rows only
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)  # rows only
     device = pick_device(options.device)
     if options.compile and device.type != "cuda":
         raise UserError(f"--compile: is for CUDA, not for {device.type}; leave it out")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from ldm.errors import UserError, one_line_errors
@@ -46,3 +49,24 @@ def test_no_error_no_exit() -> None:
     seen: list[int] = []
     one_line_errors(seen.append)(3)
     assert seen == [3]
+
+
+def test_what_libraries_note_by_the_way_is_not_told() -> None:
+    """In a process of its own, as a user starts one: what is told is set up once."""
+    program = """
+import logging
+from ldm.errors import one_line_errors
+
+@one_line_errors
+def main():
+    for name in ("matplotlib.font_manager", "ldm.training.run", "__main__"):
+        logging.getLogger(name).info("noted by %s", name)
+        logging.getLogger(name).warning("warned by %s", name)
+
+main()
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout == ""
+    assert told.stderr.splitlines() == [
+        "warned by matplotlib.font_manager", "noted by ldm.training.run", "warned by ldm.training.run",
+        "noted by __main__", "warned by __main__"]

@@ -187,7 +187,7 @@ def _refuse_other_kinds(section: str, built: object, kind: type) -> None:
 
 def quiet() -> None:
     """Silences what libraries say at every start and what no user can act on."""
-    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators", "httpx"):
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line per attempt where there is no network
     transformers.utils.logging.disable_progress_bar()
