@@ -183,8 +183,7 @@ class BiasFinder:
         return tried
 
     def _drawn(self, encoder: Any, jobs: Sequence[Job], bias: float) -> list[Image.Image]:
-        encoded = inference.encode_once(encoder, [job.prompt for job in jobs], biases=[bias],
-                                        global_locking=self.global_locking)
+        encoded = inference.encode_once(encoder, [job.prompt for job in jobs], bias, self.global_locking)
         return list(inference.draw_pictures(self.model, encoded, jobs, self.sampling))
 
     def _shown(self, pictures: Sequence[Image.Image]) -> Tensor:

@@ -104,7 +104,7 @@ class EncodedPrompts:
     between an edited and an unedited layer. Concepts that a picture's prompts do not name leave it alone.
 
     Attributes:
-        context: (P, N, d), each distinct prompt once, under all concepts.
+        context: (P, N, d), each distinct prompt once, under all concepts that some of them name.
         rows: where each stands in it.
         encoder: what encoded them; None where nothing edits them.
     """
@@ -114,7 +114,7 @@ class EncodedPrompts:
     encoder: ConceptPrompts | TunedPrompts | None = None
 
     def of(self, prompts: Sequence[str]) -> PromptContext:
-        """(B, N, d): one row for each of `prompts`, which may repeat, under all concepts."""
+        """(B, N, d): one row for each of `prompts`, which may repeat, under all concepts that some prompt names."""
         return self.context.select([self.rows[prompt] for prompt in prompts])
 
     def of_jobs(self, jobs: Sequence[Job]) -> tuple[PromptContext, PromptContext]:
@@ -233,17 +233,21 @@ def prompt_encoder(model: Any, concepts: Sequence[Learned]) -> ConceptPrompts | 
     return ConceptPrompts(encoder, layers, concepts, inverse)
 
 
-def encode_once(encoder: ConceptPrompts | TunedPrompts, prompts: Sequence[str], **settings: Any) -> EncodedPrompts:
-    """All prompts, negative ones among them, and the empty one, each once.
+def encode_once(encoder: ConceptPrompts | TunedPrompts, prompts: Sequence[str], bias: float | None = None,
+                global_locking: bool = False) -> EncodedPrompts:
+    """All prompts, negative ones among them, and the empty one, each once, under the concepts that some of them name.
 
-    `settings` as for `ConceptPrompts.encode`.
+    Args:
+        bias: beta of all concepts in place of their own.
+        global_locking: see `ConceptPrompts.encode`.
 
     Raises:
         UserError: as for `ConceptPrompts.encode`, such as for a prompt that is too long.
     """
     distinct = list(dict.fromkeys([*prompts, ""]))
     rows = {prompt: row for row, prompt in enumerate(distinct)}
-    parts = [encoder.encode(distinct[first:first + ENCODED_AT_A_TIME], **settings)
+    encoder, settings = encoder.among(distinct), {} if bias is None else {"biases": [bias]}
+    parts = [encoder.encode(distinct[first:first + ENCODED_AT_A_TIME], global_locking=global_locking, **settings)
              for first in range(0, len(distinct), ENCODED_AT_A_TIME)]
     return EncodedPrompts(PromptContext.cat(parts) if len(parts) > 1 else parts[0], rows, encoder)
 

@@ -160,6 +160,26 @@ def test_two_concepts_each_with_its_own_word_and_settings(
         prompts.encode([text], biases=[0.5, 0.6, 0.7])
 
 
+def test_concepts_that_no_text_names_are_left_out(
+    encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace], concept: Concept, inverse: Tensor
+) -> None:
+    words = ["<my-teddy>", "<my-teddy>-2", "<mug>"]
+    loaded = [replace(concept, placeholder=word, target_input=concept.target_input + shift)
+              for shift, word in enumerate(words)]
+    prompts = ConceptPrompts(encoder, layers, loaded, inverse)
+    assert prompts.among(["a <mug>", "a <MY-teddy>", "<my-teddy>-2"]) is prompts
+    assert prompts.among(["a <my-teddy>-2"]).placeholders == ["<my-teddy>-2"], "the shorter word is only a part of it"
+    assert prompts.among(["a cat", ""]).concepts == []
+    fewer = prompts.among(["a photo of a <mug>", ""])
+    assert fewer is prompts.among(["<mug>"]), "with what it has brought to the device"
+    texts, layer = ["a photo of a <mug>", "a cat"], layers[LAYER]
+    found, expected = fewer.encode(texts), prompts.only_named(prompts.encode(texts), ["a <mug>"] * 2)
+    assert (found.concept_count, expected.concept_count) == (1, 3)
+    for ours, theirs in zip(found.keys_values(LAYER, layer.to_k, layer.to_v),
+                            expected.keys_values(LAYER, layer.to_k, layer.to_v), strict=True):
+        assert_close(ours, theirs)
+
+
 def test_settings_leave_the_given_concepts_alone(concept: Concept) -> None:
     changed = with_settings([concept, other(concept)], biases=[0.4], temperatures=[0.2, 0.3])
     assert [(c.bias, c.temperature) for c in changed] == [(0.4, 0.2), (0.4, 0.3)]

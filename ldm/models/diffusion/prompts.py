@@ -1,6 +1,7 @@
 """Prompts in which the words of learned concepts stand, encoded for a model that has never heard of them."""
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import logging
@@ -202,6 +203,24 @@ class ConceptPrompts:
         if self.concepts:
             found = inverse_covariance() if callable(inverse_covariance) else inverse_covariance
             self.inverse_covariance = found.to(table.device)
+        self._fewer: tuple[list[int], ConceptPrompts] | None = None
+
+    def among(self, texts: Sequence[str]) -> ConceptPrompts:
+        """An encoder of just those concepts whose words stand in some of the texts: what others cost is saved.
+
+        The last one is kept: to draw the same concepts again brings nothing to the device.
+        """
+        named = {part for text in texts for part in split_at_placeholders(text, self.placeholders)}
+        places = [place for place in range(len(self.concepts)) if place in named]
+        if len(places) == len(self.concepts):
+            return self
+        if self._fewer is None or self._fewer[0] != places:
+            fewer = copy.copy(self)
+            fewer.__dict__.pop("_stacked", None)
+            fewer.concepts = [self.concepts[place] for place in places]
+            fewer.placeholders = [concept.placeholder for concept in fewer.concepts]
+            self._fewer = places, fewer
+        return self._fewer[1]
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """(B, N) numbers of word pieces, those of placeholders past the vocabulary's; raises as `encode` does."""

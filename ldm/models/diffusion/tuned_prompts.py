@@ -46,6 +46,10 @@ class TunedPrompts:
             weights = merged_weights(own, self.concepts, inverse_covariance())
         self.weights = {name: _like(weight, own[name]) for name, weight in weights.items()}
 
+    def among(self, texts: Sequence[str]) -> TunedPrompts:
+        """Itself: beside words, these concepts have weights, which act whatever the texts name."""
+        return self
+
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """(B, N) numbers of word pieces, those of placeholders past the vocabulary's; raises as `encode` does."""
         return self.encoder.tokenize(prompts, self.placeholders, [len(concept.vectors) for concept in self.concepts])
