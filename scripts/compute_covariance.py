@@ -38,6 +38,8 @@ from ldm.modules.covariance import (  # noqa: E402
 )
 from ldm.util import pick_device  # noqa: E402
 
+log = logging.getLogger(__name__)
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
@@ -96,10 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoder = text_encoder(load_model(config, options.ckpt, device), options.config)
     found = estimate_covariance(encoder, captions, options.tokens, options.batch_size)
     for line in describe(found, options.tokens, source):
-        logging.info(line)
+        log.info(line)
     save_covariance(options.output, found.covariance, source=source, captions=found.captions, tokens=options.tokens,
                     encoder=encoder_fingerprint(encoder))
-    logging.info("written to %s", options.output)
+    log.info("written to %s", options.output)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ from ldm.modules.residual_segmenter import ResidualSegmenter  # noqa: E402
 from ldm.training.record import newest_config, record_run  # noqa: E402
 from ldm.util import instantiate_from_config  # noqa: E402
 
+log = logging.getLogger(__name__)
+
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
 PARTS = "parts"  # folder of what only training needs; not kept with the project
 CAPTIONS = 20_000
@@ -99,7 +101,7 @@ def export_autoencoder(run: Path, folder: Path) -> None:
     latents = torch.cat([model.encode(torch.stack([scenes[start + i]["image"] for i in range(64)])).sample()
                          for start in range(0, 2048, 64)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    logging.info("channel means %.2f to %.2f, deviations %.2f to %.2f", mean.min(), mean.max(), std.min(), std.max())
+    log.info("channel means %.2f to %.2f, deviations %.2f to %.2f", mean.min(), mean.max(), std.min(), std.max())
     fold_normalisation(model, mean, std)
     save_tensors(folder / PARTS / "autoencoder.safetensors", model.state_dict(), {"run": run.name})
 
@@ -231,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         EXPORTS[options.part](options.run, options.outdir)
         record_run(options.outdir / "training.json", options.part, options.run)
     for path in sorted(options.outdir.rglob("*.safetensors")):
-        logging.info("%s: %.1f MB", path.relative_to(options.outdir), path.stat().st_size / 1e6)
+        log.info("%s: %.1f MB", path.relative_to(options.outdir), path.stat().st_size / 1e6)
 
 
 if __name__ == "__main__":

