@@ -4,7 +4,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -35,13 +34,10 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def levels_of_loggers() -> Iterator[None]:
-    """A command that a test runs in this process sets what is told, for good."""
-    loggers = [logging.getLogger(name) for name in OWN_LOGGERS]
-    before = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, before, strict=True):
-        logger.setLevel(level)
+def nothing_told_by_the_way() -> None:
+    """A command that a test or a fixture runs in this process has its loggers tell more, for good."""
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def _seed() -> None:
