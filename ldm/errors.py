@@ -27,6 +27,12 @@ def is_shortage(error: Exception) -> bool:
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SHORT))
 
 
+def tell_from(level: int) -> None:
+    """Has the project's own loggers tell what is of this level or above."""
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(level)
+
+
 def one_line_errors(main: Callable[P, None]) -> Callable[P, None]:
     """Turns a `UserError` that leaves a script's main function, or what is like one, into one line on stderr.
 
@@ -36,8 +42,7 @@ def one_line_errors(main: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        for name in OWN_LOGGERS:
-            logging.getLogger(name).setLevel(logging.INFO)
+        tell_from(logging.INFO)
         try:
             main(*args, **kwargs)
         except UserError as error:

@@ -246,7 +246,8 @@ def encode_once(encoder: ConceptPrompts | TunedPrompts, prompts: Sequence[str], 
     """
     distinct = list(dict.fromkeys([*prompts, ""]))
     rows = {prompt: row for row, prompt in enumerate(distinct)}
-    encoder, settings = encoder.among(distinct), {} if bias is None else {"biases": [bias]}
+    encoder = encoder.among(distinct)
+    settings = {} if bias is None else {"biases": [bias]}
     parts = [encoder.encode(distinct[first:first + ENCODED_AT_A_TIME], global_locking=global_locking, **settings)
              for first in range(0, len(distinct), ENCODED_AT_A_TIME)]
     return EncodedPrompts(PromptContext.cat(parts) if len(parts) > 1 else parts[0], rows, encoder)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.command_line import Parser, check_folder, whole  # noqa: E402
-from ldm.errors import OWN_LOGGERS, UserError, one_line_errors  # noqa: E402
+from ldm.errors import UserError, one_line_errors, tell_from  # noqa: E402
 
 PARTS = {
     "training_step": "a training step: time, memory, share of the matrix rate; diffusers and peft beside it",
@@ -64,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from scripts.benchmarks.common import SHAPES, Settings
     from scripts.benchmarks.device import machine
 
-    for name in OWN_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)  # rows only
+    tell_from(logging.WARNING)  # rows only
     device = pick_device(options.device)
     if options.compile and device.type != "cuda":
         raise UserError(f"--compile: is for CUDA, not for {device.type}; leave it out")

@@ -11,7 +11,7 @@ import torch
 from drawing_world import World, make_world
 from hypothesis import settings
 
-from ldm.errors import OWN_LOGGERS
+from ldm.errors import tell_from
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: it then runs on the CPU, number by number
@@ -36,8 +36,7 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def nothing_told_by_the_way() -> None:
     """A command that a test or a fixture runs in this process has its loggers tell more, for good."""
-    for name in OWN_LOGGERS:
-        logging.getLogger(name).setLevel(logging.NOTSET)
+    tell_from(logging.NOTSET)
 
 
 def _seed() -> None:

@@ -172,6 +172,9 @@ def test_concepts_that_no_text_names_are_left_out(
     assert prompts.among(["a cat", ""]).concepts == []
     fewer = prompts.among(["a photo of a <mug>", ""])
     assert fewer is prompts.among(["<mug>"]), "with what it has brought to the device"
+    assert prompts.among(["a <my-teddy>"]).placeholders == ["<my-teddy>"]
+    two = prompts.among(["a <my-teddy>-2 by a <mug>"])
+    assert two.among(["a <my-teddy>-2"]).placeholders == ["<my-teddy>-2"], "its own first, not that of all"
     texts, layer = ["a photo of a <mug>", "a cat"], layers[LAYER]
     found, expected = fewer.encode(texts), prompts.only_named(prompts.encode(texts), ["a <mug>"] * 2)
     assert (found.concept_count, expected.concept_count) == (1, 3)

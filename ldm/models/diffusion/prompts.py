@@ -109,9 +109,14 @@ def check_placeholders(prompts: Sequence[str], placeholders: Sequence[str]) -> N
                 raise UserError(f"the prompt {prompt!r} names {word}, but no loaded concept has that word; {have}")
 
 
+def named_in(texts: Sequence[str], placeholders: Sequence[str]) -> set[int]:
+    """The numbers of those placeholders that stand in some of the texts."""
+    return {part for text in texts for part in split_at_placeholders(text, placeholders) if isinstance(part, int)}
+
+
 def warn_of_idle_concepts(prompts: Sequence[str], placeholders: Sequence[str]) -> None:
     """A warning for each concept that no prompt names."""
-    named = {part for prompt in prompts for part in split_at_placeholders(prompt, placeholders)}
+    named = named_in(prompts, placeholders)
     for number, word in enumerate(placeholders):
         if number not in named:
             log.warning("warning: concept %s is loaded, but its word does not stand in the prompt", word)
@@ -210,8 +215,7 @@ class ConceptPrompts:
 
         The last one is kept: to draw the same concepts again brings nothing to the device.
         """
-        named = {part for text in texts for part in split_at_placeholders(text, self.placeholders)}
-        places = [place for place in range(len(self.concepts)) if place in named]
+        places = sorted(named_in(texts, self.placeholders))
         if len(places) == len(self.concepts):
             return self
         if self._fewer is None or self._fewer[0] != places:
@@ -219,6 +223,7 @@ class ConceptPrompts:
             fewer.__dict__.pop("_stacked", None)
             fewer.concepts = [self.concepts[place] for place in places]
             fewer.placeholders = [concept.placeholder for concept in fewer.concepts]
+            fewer._fewer = None
             self._fewer = places, fewer
         return self._fewer[1]
 
@@ -263,8 +268,8 @@ class ConceptPrompts:
 
         So prompts of one batch may use different concepts, and each is drawn as if no other were loaded.
         """
-        parts = [split_at_placeholders(text, self.placeholders) for text in texts]
-        named = [[number in some for number in range(len(self.concepts))] for some in parts]
+        each = [named_in([text], self.placeholders) for text in texts]
+        named = [[number in some for number in range(len(self.concepts))] for some in each]
         if all(map(all, named)):
             return context
         target_inputs = torch.stack([concept.target_input for concept in self.concepts]).to(self.inverse_covariance)
