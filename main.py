@@ -8,8 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from ldm.errors import one_line_errors
-from ldm.training.options import get_parser
+from ldm.common.errors import one_line_errors
+from ldm.training.config import get_parser
 
 # Public configs name these as `main.…`. Imported when they are asked for: torch and Lightning take their time.
 NAMES = {"DataModuleFromConfig": "ldm.data.module", "ImageLogger": "ldm.training.callbacks",

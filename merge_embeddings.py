@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.command_line import Parser, quoted
-from ldm.errors import UserError, one_line_errors
+from ldm.cli.parser import Parser
+from ldm.common.errors import UserError, one_line_errors
+from ldm.common.paths import quoted
 
 if TYPE_CHECKING:
-    from ldm.modules.tuned_concept import Learned
+    from ldm.concepts.finetuned_concept import AnyConcept
 
 EXAMPLE = """example:
   python merge_embeddings.py --manager_ckpts teddy.safetensors mug.safetensors --output_path both.safetensors
@@ -36,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def describe(before: Sequence[Learned], after: Sequence[Learned]) -> str:
+def describe(before: Sequence[AnyConcept], after: Sequence[AnyConcept]) -> str:
     """One line per concept: its placeholder, what it is, where it is from, and what it was called before."""
     lines = []
     for old, new in zip(before, after, strict=True):
@@ -45,22 +46,22 @@ def describe(before: Sequence[Learned], after: Sequence[Learned]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, concepts: Sequence[Learned]) -> None:
+def write(path: Path, concepts: Sequence[AnyConcept]) -> None:
     """Writes the combined file without changing a number; a UserError where that is not possible."""
     if path.is_dir():
         raise UserError(f"--output_path {path}: is a folder; name a file, such as {path / 'concepts.safetensors'}")
-    from ldm.modules.tuned_concept import save_learned
+    from ldm.concepts.finetuned_concept import save_concepts
 
-    save_learned(path, concepts, precision=None)
+    save_concepts(path, concepts, precision=None)
 
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from ldm.modules.tuned_concept import load_learned, merge_learned  # here, as torch takes its time
+    from ldm.concepts.finetuned_concept import load_concepts, merge_concepts  # here, as torch takes its time
 
-    before = [concept for path in options.manager_ckpts for concept in load_learned(path)]
-    after = merge_learned(before, options.placeholders)
+    before = [concept for path in options.manager_ckpts for concept in load_concepts(path)]
+    after = merge_concepts(before, options.placeholders)
     path = Path(options.output_path)
     replaced = " (replaced)" if path.exists() else ""
     write(path, after)

@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.command_line import Parser, check_folder, number, whole  # noqa: E402
-from ldm.errors import UserError, one_line_errors  # noqa: E402
-from ldm.sampling_options import add_model_options  # noqa: E402
+from ldm.cli.generation import add_model_options  # noqa: E402
+from ldm.cli.parser import Parser, number, whole  # noqa: E402
+from ldm.common.errors import UserError, one_line_errors  # noqa: E402
+from ldm.common.paths import check_folder
 
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
 MEASURES = ("autoencoder", "clip", "segmenter", "one_thing", "two_things", "speed", "size")
-CAPTIONS = 64  # as in evaluation.parts, which takes its time to import
+CAPTIONS = 64  # as in evaluation.mini.parts, which takes its time to import
 GRADED = ("one_thing", "two_things")
 QUICK = {"prompts": 48, "scenes": 128, "ddim_steps": 25}
 
@@ -72,16 +73,16 @@ def check(options: argparse.Namespace) -> None:
             continue  # a name, which only the libraries know
         if not (folder / "model.safetensors").is_file() and any(measure in options.only for measure in measures):
             raise UserError(f"--{part} {folder}: there are no weights; train it with configs/mini/{part}.yaml and "
-                            "scripts/export_mini.py, or leave out of --only what needs it: " + ", ".join(measures))
+                            "scripts/mini/export.py, or leave out of --only what needs it: " + ", ".join(measures))
 
 
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from evaluation import table  # here, as torch takes its time and --help should not
-    from evaluation.measures import Subject, measured
-    from ldm.training.record import describe_machine
+    from evaluation.mini.model_quality import Subject, measured
+    from evaluation.output import table  # here, as torch takes its time and --help should not
+    from ldm.training.run_record import describe_machine
 
     subject, folder = Subject(options), Path(options.outdir)
     settings = {"machine": describe_machine(subject.device), **{key: str(value) if isinstance(value, Path) else value

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm import sampling_options as flags  # noqa: E402
-from ldm.command_line import Parser, whole  # noqa: E402
-from ldm.errors import UserError, one_line_errors  # noqa: E402
+from ldm.cli import generation as flags  # noqa: E402
+from ldm.cli.parser import Parser, whole  # noqa: E402
+from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 
 EVALUATION_CLIP = Path(__file__).resolve().parents[1] / "models" / "mini" / "evaluation_clip"
 NO_SEGMENTER = "none"
@@ -114,7 +114,7 @@ def check_folder_is_there(flag: str, folder: str | None) -> None:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from evaluation import clip_measures  # here, as torch takes its time and --help should not
+    from evaluation.metrics import clip_measures  # here, as torch takes its time and --help should not
 
     result = clip_measures.of_folder(options) if options.images else clip_measures.of_concept(options)
     for line in result.lines():

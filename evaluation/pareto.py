@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.clip_eval import add_comparison_options, add_list_options, check_comparison  # noqa: E402
-from ldm import sampling_options as flags  # noqa: E402
-from ldm.command_line import Parser, number  # noqa: E402
-from ldm.errors import UserError, one_line_errors  # noqa: E402
+from ldm.cli import generation as flags  # noqa: E402
+from ldm.cli.parser import Parser, number  # noqa: E402
+from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 
 BIASES = (0.45, 0.6, 0.75, 0.9, 1.05)
 LOCKS = ("local", "global")
@@ -76,7 +76,7 @@ def check(options: argparse.Namespace) -> None:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from evaluation import pareto_curves  # here, as torch takes its time and --help should not
+    from evaluation.sweeps.sweep import pareto_curves  # here, as torch takes its time and --help should not
 
     sweeps, sweeper = pareto_curves.set_up(options)
     drawn, folder = pareto_curves.drawn_points(sweeps, sweeper), Path(options.outdir)

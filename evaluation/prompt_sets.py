@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.common.errors import UserError
+from ldm.common.words import replace_word
 from ldm.data.templates import SLOT
-from ldm.errors import UserError
-from ldm.modules.encoders.prompts import put
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 MINI, PHOTOS = PROMPTS / "mini.txt", PROMPTS / "photos.txt"
@@ -28,8 +28,8 @@ class EvaluationPrompt:
     text: str
 
     def about(self, words: str) -> str:
-        """The prompt with the concept's placeholder or its super-category in the place of `{}`, as `put` puts it."""
-        return put(words, SLOT, self.text)
+        """The prompt with the concept's placeholder or its super-category in the place of `{}`, as `replace_word` puts it."""
+        return replace_word(words, SLOT, self.text)
 
 
 def read_prompts(path: str | Path) -> list[EvaluationPrompt]:

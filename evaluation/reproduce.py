@@ -20,17 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.command_line import Parser, check_folder, number, whole  # noqa: E402
-from ldm.errors import UserError, one_line_errors  # noqa: E402
+from ldm.cli.generation import add_model_options  # noqa: E402
+from ldm.cli.parser import Parser, number, whole  # noqa: E402
+from ldm.common.errors import UserError, one_line_errors  # noqa: E402
+from ldm.common.paths import check_folder
 from ldm.models.diffusion.samplers import SAMPLERS  # noqa: E402
-from ldm.sampling_options import add_model_options  # noqa: E402
 
 if TYPE_CHECKING:
-    from evaluation.grading import Grading, Subject
-    from evaluation.intervals import Figure
-    from evaluation.statements import Found
-    from evaluation.studies import Setting, Study
-    from evaluation.teaching import Example, School
+    from evaluation.paper.claims import Found
+    from evaluation.paper.measurements import Grading, Subject
+    from evaluation.paper.studies import Setting, Study
+    from evaluation.paper.training_runs import Example, School
+    from evaluation.stats.intervals import Figure
 
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
 STUDIES = ("baselines", "locking", "projection", "values", "masks", "one_photo", "training_bias", "temperature",
@@ -106,7 +107,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--config {options.config}: no such file; name Perfusion's config for the base model")
     if options.evaluation_clip == str(MINI / "evaluation_clip") and not Path(options.evaluation_clip).is_dir():
         raise UserError(f"--evaluation_clip {options.evaluation_clip}: there are no weights; train it with "
-                        "configs/mini/evaluation_clip.yaml and scripts/export_mini.py")
+                        "configs/mini/evaluation_clip.yaml and scripts/mini/export.py")
     if sorted(set(options.biases)) != list(options.biases):
         raise UserError(f"--biases {' '.join(map(str, options.biases))}: give them in rising order")
     if not set(options.other_biases) <= set(options.biases):
@@ -157,16 +158,16 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], l
     """
     from omegaconf import OmegaConf
 
-    from evaluation.grading import Graders, Grading, Wanted
-    from evaluation.marks import FREE_PLACES
+    from evaluation.mini.fidelity import FREE_PLACES
+    from evaluation.paper.measurements import Graders, Grading, Wanted
+    from evaluation.paper.studies import studies
+    from evaluation.paper.training_runs import Example, School, cores
     from evaluation.prompt_sets import MINI as MINI_PROMPTS
     from evaluation.prompt_sets import read_prompts, spread
-    from evaluation.samples import Manner
-    from evaluation.studies import studies
-    from evaluation.teaching import Example, School, cores
-    from ldm.data.example_concepts import CONCEPTS
-    from ldm.inference import read_model_config
-    from ldm.training.record import describe_machine
+    from evaluation.sweeps.samples import Manner
+    from ldm.data.mini.example_concepts import CONCEPTS
+    from ldm.inference.sampling import read_model_config
+    from ldm.training.run_record import describe_machine
     from ldm.util import pick_device
 
     folder = Path(options.outdir)
@@ -188,7 +189,7 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], l
 
 def subjects(study: Study, examples: Sequence[Example]) -> list[Subject]:
     """What a study draws: the examples, or each beside the next one, so that each is named first and second once."""
-    from evaluation.grading import Pair
+    from evaluation.paper.measurements import Pair
 
     if study.kind == "trade-off":
         return list(examples)
@@ -233,7 +234,7 @@ def is_complete(study: Study, school: School, grading: Grading, examples: Sequen
 
 def found(study: Study, school: School, grading: Grading, examples: Sequence[Example]) -> Found:
     """All that a complete study is made of."""
-    from evaluation.statements import Found
+    from evaluation.paper.claims import Found
 
     return Found({(setting, subject.names): grading.rows(setting, subject)
                   for setting, subject in sets_of(study, examples)},
@@ -251,7 +252,7 @@ def to_do(chosen: Sequence[Study], school: School, grading: Grading, examples: S
 
 def ceilings_of(grading: Grading) -> dict[str, Figure]:
     """What the recogniser of marks reaches on real scenes."""
-    from evaluation.intervals import bootstrapped
+    from evaluation.stats.intervals import bootstrapped
 
     return {name: bootstrapped(hits) for name, hits in grading.graders.marks.ceilings().items()}
 
@@ -266,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     began = time.perf_counter()
     school, grading, every, examples = set_up(options)
-    from evaluation.report import Report
+    from evaluation.paper.report import Report
 
     chosen = [study for study in every if study.key in options.only]
     progress = to_do(chosen, school, grading, examples)

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 
 
 class LambdaWarmUpCosineScheduler:

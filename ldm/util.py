@@ -13,13 +13,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.errors import UserError
-from ldm.kinds import annotated_kinds, described, fits
+from ldm.common.annotations import annotated_kinds, described, fits
+from ldm.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+# What configs of runs by earlier versions call targets of ours that have moved.
+MOVED_TARGETS = {
+    "ldm.data.scenes.SceneDataset": "ldm.data.mini.scenes.SceneDataset",
+    "ldm.models.diffusion.custom_diffusion.CustomDiffusion": "ldm.personalization.custom_diffusion.CustomDiffusion",
+    "ldm.models.diffusion.dreambooth.DreamBooth": "ldm.personalization.dreambooth.DreamBooth",
+    "ldm.models.diffusion.textual_inversion.TextualInversion": "ldm.personalization.textual_inversion.TextualInversion",
+    "ldm.models.openclip.OpenCLIPTrainer": "ldm.models.mini.openclip.OpenCLIPTrainer",
+    "ldm.models.segmenter.SegmenterTrainer": "ldm.models.mini.segmenter.SegmenterTrainer",
+    "ldm.modules.encoders.asides.AsideCLIPEmbedder":
+        "ldm.modules.encoders.attribute_binding.AttributeBindingCLIPEmbedder",
+    "ldm.training.concept_progress.BeforeDuringAfter": "ldm.training.concept_callbacks.BeforeDuringAfter",
+}
 TAKEN_AT_ONCE = 2**16  # bytes (CUDA Runtime API, "API synchronization behavior")
 OF_THE_DEVICE = ("CUDA", "cuDNN", "HIP", "MPS")  # how errors begin that no value of the user's brings about
 
@@ -34,13 +46,34 @@ def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (tensor.pin_memory() if tensor.nbytes >= TAKEN_AT_ONCE else tensor).to(device, non_blocking=True)
 
 
+def forward_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Make the `__getattr__` of a public module whose names live in other modules (PEP 562).
+
+    A name is imported when it is first asked for. So an import of the public module costs nothing, and the module may
+    lie below the one that it forwards to.
+
+    Args:
+        module: the public module's `__name__`.
+        homes: name -> module that defines it.
+    """
+
+    def getattr_(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(homes[name]), name)
+
+    return getattr_
+
+
 def get_obj_from_str(path: str) -> Any:
-    """The object that a dotted path such as `ldm.modules.ema.LitEma` names.
+    """Import the object that a dotted path such as `ldm.modules.ema.LitEma` names.
+
+    Targets that configs of earlier versions name (`MOVED_TARGETS`) are found where they now are.
 
     Raises:
         UserError: there is no such module or no such name in it.
     """
-    module, _, name = str(path).rpartition(".")
+    module, _, name = MOVED_TARGETS.get(str(path), str(path)).rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:

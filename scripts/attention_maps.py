@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm import sampling_options as flags  # noqa: E402
-from ldm.command_line import Parser, whole  # noqa: E402
-from ldm.errors import UserError, one_line_errors  # noqa: E402
+from ldm.cli import generation as flags  # noqa: E402
+from ldm.cli.parser import Parser, whole  # noqa: E402
+from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 
 DESCRIPTION = f"""{__doc__}
 
@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if find_spec("matplotlib") is None:
         raise UserError('the picture needs matplotlib; pip install -e ".[evaluation]"')
-    from evaluation import attention_cases as attention  # here, as torch takes its time and --help should not
-    from ldm import inference
+    from evaluation.attention import cases as attention  # here, as torch takes its time and --help should not
+    from ldm.inference import sampling as inference
 
     cases = attention.cases_of(options)
     plan = cases[0].plan

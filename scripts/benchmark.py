@@ -18,8 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.command_line import Parser, check_folder, whole  # noqa: E402
-from ldm.errors import UserError, one_line_errors, tell_from  # noqa: E402
+from ldm.cli.parser import Parser, whole  # noqa: E402
+from ldm.common.errors import UserError, one_line_errors, set_log_level  # noqa: E402
+from ldm.common.paths import check_folder
 
 PARTS = {
     "training_step": "a training step: time, memory, share of the matrix rate; diffusers and peft beside it",
@@ -59,12 +60,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from ldm.files import write_whole  # from here on torch is needed, which takes its time and --help should not
+    from ldm.common.files import write_whole  # from here on torch is needed, which takes its time and --help should not
     from ldm.util import pick_device
     from scripts.benchmarks.common import SHAPES, Settings
     from scripts.benchmarks.device import machine
 
-    tell_from(logging.WARNING)  # rows only
+    set_log_level(logging.WARNING)  # rows only
     device = pick_device(options.device)
     if options.compile and device.type != "cuda":
         raise UserError(f"--compile: is for CUDA, not for {device.type}; leave it out")

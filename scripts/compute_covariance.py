@@ -18,10 +18,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.checkpoint import load_model  # noqa: E402
-from ldm.command_line import Parser, check_file, whole  # noqa: E402
-from ldm.errors import UserError, one_line_errors  # noqa: E402
-from ldm.inference import read_model_config  # noqa: E402
+from ldm.checkpoints.load import load_model  # noqa: E402
+from ldm.cli.parser import Parser, whole  # noqa: E402
+from ldm.common.errors import UserError, one_line_errors  # noqa: E402
+from ldm.common.paths import check_file
+from ldm.inference.sampling import read_model_config  # noqa: E402
 from ldm.modules.covariance import (  # noqa: E402
     BATCH_SIZE,
     TOKENS,

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.errors import UserError, one_line_errors  # noqa: E402
-from ldm.files import write_whole  # noqa: E402
+from ldm.common.errors import UserError, one_line_errors  # noqa: E402
+from ldm.common.files import write_whole  # noqa: E402
 from ldm.modules.encoders.bert import BERT_TOKENIZER  # noqa: E402
 
 log = logging.getLogger(__name__)

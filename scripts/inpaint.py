@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm import sampling_options as flags  # noqa: E402
-from ldm.command_line import Parser, whole  # noqa: E402
-from ldm.errors import UserError, one_line_errors  # noqa: E402
+from ldm.cli import generation as flags  # noqa: E402
+from ldm.cli.parser import Parser, whole  # noqa: E402
+from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.drawing import Plan, Start
+    from ldm.inference.run import Plan, Start
 
 DESCRIPTION = f"""{__doc__}
 
@@ -75,7 +75,7 @@ def masked(start: Start, run: Plan) -> Start:
 def part_to_draw(start: Start, run: Plan) -> Tensor:
     """(1, 1, H, W) of ones, where the picture is drawn anew, and zeros."""
     from ldm.data.masks import read_part
-    from ldm.inference import segmenter_of
+    from ldm.inference.sampling import segmenter_of
     from ldm.modules.segmentation import ZeroShotSegmenter, clear_mask
 
     options, (width, height) = run.options, run.size
@@ -91,7 +91,7 @@ def part_to_draw(start: Start, run: Plan) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     prompts = flags.read_prompts(options.prompt, options.from_file)
-    from ldm import drawing  # here, as torch takes its time and --help should not
+    from ldm.inference import run as drawing  # here, as torch takes its time and --help should not
 
     run = drawing.plan(options, prompts)
     print(drawing.summary(drawing.draw(run, masked(drawing.read_start(run), run))))

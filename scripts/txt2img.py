@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm import sampling_options as flags  # noqa: E402
-from ldm.command_line import Parser  # noqa: E402
-from ldm.errors import one_line_errors  # noqa: E402
+from ldm.cli import generation as flags  # noqa: E402
+from ldm.cli.parser import Parser  # noqa: E402
+from ldm.common.errors import one_line_errors  # noqa: E402
 
 DESCRIPTION = f"""{__doc__}
 
@@ -39,7 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     prompts = flags.read_prompts(options.prompt, options.from_file)
-    from ldm import drawing  # here, as torch takes its time and --help should not
+    from ldm.inference import run as drawing  # here, as torch takes its time and --help should not
 
     print(drawing.summary(drawing.draw(drawing.plan(options, prompts))))
 

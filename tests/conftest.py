@@ -8,10 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from drawing_world import World, make_world
+from helpers.image_world import World, make_world
 from hypothesis import settings
 
-from ldm.errors import tell_from
+from ldm.common.errors import set_log_level
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: it then runs on the CPU, number by number
@@ -36,7 +36,7 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def nothing_told_by_the_way() -> None:
     """A command that a test or a fixture runs in this process has its loggers tell more, for good."""
-    tell_from(logging.NOTSET)
+    set_log_level(logging.NOTSET)
 
 
 def _seed() -> None:

@@ -14,18 +14,18 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers.training_setup import BASE, ROOT
 from PIL import Image
-from teaching import BASE, ROOT
 
 import merge_embeddings
-from ldm.checkpoint import load_model
-from ldm.errors import one_line_errors
-from ldm.files import load_tensors, save_tensors
-from ldm.inference import read_model_config
+from ldm.checkpoints.load import load_model
+from ldm.common.errors import one_line_errors
+from ldm.common.files import load_tensors, save_tensors
+from ldm.concepts.concept import Concept, base_fingerprint, save_perfusion_concepts
+from ldm.inference.sampling import read_model_config
 from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import Concept, base_fingerprint, save_concepts
 from ldm.modules.covariance import save_covariance
-from ldm.training.folder import folder_for
+from ldm.training.log_folder import folder_for
 from ldm.training.run import main as train
 
 TEDDY = ROOT / "models" / "mini" / "examples" / "teddy"
@@ -127,8 +127,8 @@ def _concepts(folder: Path) -> None:
         "odd_input": replace(good, target_input=narrow, super_input=narrow),
         "odd_layers": replace(good, target_output_v={"elsewhere": narrow}),
     }.items():
-        save_concepts(folder / f"{name}.concept", [concept])
-    save_concepts(folder / "concept.safetensors", [good])
+        save_perfusion_concepts(folder / f"{name}.concept", [concept])
+    save_perfusion_concepts(folder / "concept.safetensors", [good])
     tensors, metadata = load_tensors(folder / "good.concept")
     metadata["perfusion"]["format_version"] = 4
     save_tensors(folder / "newer.concept", tensors, metadata)
@@ -322,7 +322,7 @@ def test_photos_that_cannot_be_read_are_named_and_the_others_used(
 
 
 def test_folders_that_cannot_be_written_to(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm.command_line.os.access", lambda *_: False)  # to root nothing is read-only
+    monkeypatch.setattr("ldm.common.command_line.os.access", lambda *_: False)  # to root nothing is read-only
     for main, arguments in ((MAIN, (*BASE, "-l")), (TXT2IMG, ("--prompt", "a dog", "--outdir"))):
         assert "cannot be written to; choose another place" in refusal(main, *arguments, "{out}/deep")
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-from oracles_bert import diffusers_bert_state
-from stand_ins import model_section
+from helpers.oracles_bert import diffusers_bert_state
+from helpers.stand_ins import model_section
 from test_stable_diffusion_v1 import SHAPE_OF_UNET, SHAPE_OF_VAE, config_of_unet, of, shapes
 
 from ldm.models.diffusion.schedule import diffusion_buffers

@@ -11,12 +11,12 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-import teaching
+from helpers import training_setup as teaching
+from helpers.training_setup import BASE, ROOT, output_of
 from PIL import Image
-from teaching import BASE, ROOT, output_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ldm.modules.concept import load_concepts
+from ldm.concepts.concept import load_perfusion_concepts
 
 STEPS = 30
 SAMPLING = ("--n_samples", 1, "--ddim_steps", 12, "--seed", 3)
@@ -81,7 +81,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 
 def test_a_run_leaves_a_small_concept(teddy: SimpleNamespace) -> None:
     assert teddy.concept.stat().st_size < 100_000
-    (concept,) = load_concepts(teddy.concept)
+    (concept,) = load_perfusion_concepts(teddy.concept)
     assert (concept.placeholder, concept.super_category, concept.steps) == ("<my-teddy>", "teddy bear", STEPS)
     assert (concept.bias, concept.temperature, concept.projection) == (0.75, 0.1, "gated")
     assert concept.embedding.shape == (1, 128) and concept.target_input.shape == (128,)

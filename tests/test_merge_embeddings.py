@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import merge_embeddings
-from ldm.command_line import quoted
-from ldm.modules.concept import Concept, load_concepts, save_concepts
+from ldm.common.paths import quoted
+from ldm.concepts.concept import Concept, load_perfusion_concepts, save_perfusion_concepts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,7 +19,7 @@ def concept_file(path: Path, placeholder: str, super_category: str, base: str = 
     torch.manual_seed(len(str(path)))
     vectors = {"embedding": torch.randn(1, 4), "target_input": torch.randn(6), "super_input": torch.randn(6)}
     outputs = {"middle_block.1.attn2": torch.randn(5)}
-    return save_concepts(path, [Concept(placeholder, super_category, target_output_v=outputs, base=base, **vectors)])
+    return save_perfusion_concepts(path, [Concept(placeholder, super_category, target_output_v=outputs, base=base, **vectors)])
 
 
 def merge(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -38,10 +38,10 @@ def test_merging_says_what_came_from_where_and_how_to_use_it(files: tuple[Path, 
     command = [sys.executable, "merge_embeddings.py", "--manager_ckpts", *files, "--output_path", output]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
-    merged = load_concepts(output)
+    merged = load_perfusion_concepts(output)
     assert [concept.placeholder for concept in merged] == ["<pet>", "<pet-2>"]
     for concept, path in zip(merged, files, strict=True):
-        (original,) = load_concepts(path)
+        (original,) = load_perfusion_concepts(path)
         mine, theirs = dict(concept.tensors()), dict(original.tensors())
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert f"<pet>: dog, from {files[0]}\n" in result.stdout
@@ -55,7 +55,7 @@ def test_placeholders_can_be_given_and_the_output_can_be_an_input(
 ) -> None:
     words = ["--placeholders", "<rex>", "<bear>"]
     merge(monkeypatch, "--manager_ckpts", *files, "--output_path", files[0], *words)
-    assert [concept.placeholder for concept in load_concepts(files[0])] == ["<rex>", "<bear>"]
+    assert [concept.placeholder for concept in load_perfusion_concepts(files[0])] == ["<rex>", "<bear>"]
     assert "(replaced)" in capsys.readouterr().out
 
 

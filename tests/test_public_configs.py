@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-import stand_ins
 import torch
-from stand_ins import PROJECT, model_section, stand_in
+from helpers import stand_ins
+from helpers.stand_ins import PROJECT, model_section, stand_in
 from torch import Tensor
 
 from ldm.util import count_params, instantiate_from_config

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
@@ -14,16 +13,17 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
+from helpers import tiny_models
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.checkpoint import load_model
+from ldm.checkpoints.load import load_model
+from ldm.concepts.concept import Concept, load_perfusion_concepts, save_perfusion_concepts
 from ldm.data.personalized import PersonalizedBase
 from ldm.models.diffusion.schedule import diffusion_buffers
 from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import Concept, load_concepts, save_concepts
 from ldm.util import count_params, instantiate_from_config, refuse_unknown_params
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -151,9 +151,9 @@ def test_a_concept_fits_in_35_kilobytes(tmp_path: Path) -> None:
         embedding=torch.randn(1, 768, generator=generator), target_input=torch.randn(768, generator=generator),
         super_input=torch.randn(768, generator=generator),
         target_output_v={name: torch.randn(width, generator=generator) for name, width in widths.items()})
-    path = save_concepts(tmp_path / "concept.safetensors", [concept])
+    path = save_perfusion_concepts(tmp_path / "concept.safetensors", [concept])
     assert 2 * (12_480 + 3 * 768) < path.stat().st_size < 35_000
-    assert sum(tensor.numel() for _, tensor in load_concepts(path)[0].tensors()) == 12_480 + 3 * 768
+    assert sum(tensor.numel() for _, tensor in load_perfusion_concepts(path)[0].tensors()) == 12_480 + 3 * 768
 
 
 def test_the_concept_config_describes_the_same_base_model() -> None:

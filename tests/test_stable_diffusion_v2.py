@@ -14,13 +14,13 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from stand_ins import PROJECT, model_section
+from helpers.stand_ins import PROJECT, model_section
 from test_stable_diffusion_v1 import SHAPE_OF_UNET, SHAPE_OF_VAE, config_of_unet, of, shapes
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm.concepts.concept import Concept, save_perfusion_concepts
 from ldm.models.diffusion.schedule import diffusion_buffers
 from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import Concept, save_concepts
 from ldm.util import count_params, instantiate_from_config
 
 CONFIGS = ("configs/stable-diffusion/v2-inference.yaml", "configs/stable-diffusion/v2-inference-v.yaml")
@@ -112,4 +112,4 @@ def test_a_concept_fits_in_40_kilobytes(tmp_path: Path) -> None:
         embedding=torch.randn(1, 1024, generator=draw), target_input=torch.randn(1024, generator=draw),
         super_input=torch.randn(1024, generator=draw),
         target_output_v={name: torch.randn(layer.to_v.out_features, generator=draw) for name, layer in layers.items()})
-    assert save_concepts(tmp_path / "concept.safetensors", [concept]).stat().st_size < 40_000
+    assert save_perfusion_concepts(tmp_path / "concept.safetensors", [concept]).stat().st_size < 40_000

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.util import (
     count_params,
     default,

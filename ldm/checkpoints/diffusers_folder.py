@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoints.diffusers_names import Tensors, bert_tensors, clip_tensors, unet_tensors, vae_tensors
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 
 # A part's folder, where it stands in a latent diffusion model, and how its tensors come under the names used there.
 PARTS: dict[str, tuple[str, Callable[[Tensors], dict[str, Tensor]]]] = {

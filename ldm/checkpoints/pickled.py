@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 
 # Public checkpoints hold, next to the weights, the state of the training run, made of classes of these packages.
 RECORDS = ("pytorch_lightning.", "lightning.", "omegaconf.", "numpy.", "_codecs.", "collections.", "typing.",

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ldm.common.errors import UserError
 from ldm.data.images import list_images, read_image, square, to_tensor
-from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 

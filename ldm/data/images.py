@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.errors import UserError
-from ldm.files import write_whole
+from ldm.common.errors import UserError
+from ldm.common.files import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d, max_pool2d
 
+from ldm.common.errors import UserError
 from ldm.data.images import cut_to, read_mask, refuse_other_proportions
-from ldm.errors import UserError
 
 HALF = 127  # of 255 levels: what is lighter counts as white
 

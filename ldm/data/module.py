@@ -12,8 +12,8 @@ import torch
 from lightning_fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldm.common.errors import UserError
 from ldm.data.personalized import one_config_each
-from ldm.errors import UserError
 from ldm.util import default, instantiate_from_config
 
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ldm.common.errors import UserError
 from ldm.data.images import list_images, read_folder, read_mask, refuse_other_proportions, square, to_tensor
 from ldm.data.templates import fill, get_templates
-from ldm.errors import UserError
 
 OF_ONE_CONCEPT = ("data_root", "placeholder_token", "mask_root")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 
 SLOT = "{}"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_weights
+from ldm.checkpoints.load import load_weights
 from ldm.models.first_stage import FirstStage, image_batch
 from ldm.models.vq import VQModel, VQModelInterface
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution

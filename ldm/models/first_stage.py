@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.losses.adversarial import AdversarialLoss

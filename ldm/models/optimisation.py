@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.pickled import readable
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.util import instantiate_from_config
 
 

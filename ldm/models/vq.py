@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from taming.modules.vqvae.quantize import VectorQuantizer2
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_weights
-from ldm.errors import UserError
+from ldm.checkpoints.load import load_weights
+from ldm.common.errors import UserError
 from ldm.models.first_stage import FirstStage
 from ldm.modules.ema import LitEma
 

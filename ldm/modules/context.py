@@ -18,10 +18,10 @@ from torch.nn import functional
 
 from ldm.modules.rank_one import (
     PROJECTIONS,
-    edited_projection,
+    apply_edit,
     gate,
-    known_not_above_zero,
-    let_through,
+    gated_projection,
+    known_nonpositive,
     similarity,
 )
 
@@ -65,7 +65,7 @@ class PromptContext:
     key_gates: Tensor | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     cache: bool = False
-    _stored: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _cached: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def plain(cls, encoding: Tensor, cache: bool = False, weights: Mapping[str, Tensor] | None = None
@@ -108,12 +108,12 @@ class PromptContext:
         Raises:
             ValueError: there are concepts, but none has target outputs for this layer.
         """
-        if layer_name not in self._stored:
-            found = self._edited({layer_name: (to_k.weight, to_v.weight)})
+        if layer_name not in self._cached:
+            found = self._compute_keys_values({layer_name: (to_k.weight, to_v.weight)})
             if not self.cache:
                 return found[layer_name]
-            self._stored.update(found)
-        return self._stored[layer_name]
+            self._cached.update(found)
+        return self._cached[layer_name]
 
     def with_keys_values(self, layers: Mapping[str, TextLayer]) -> PromptContext:
         """The same prompts with keys and values of all `layers` stored: by one product each, not one for every layer.
@@ -121,30 +121,30 @@ class PromptContext:
         Raises:
             ValueError: as `keys_values`.
         """
-        if layers.keys() <= self._stored.keys():
+        if layers.keys() <= self._cached.keys():
             return self
         projected = self if self.cache else replace(self)
-        projected._stored.update(self._edited({name: (layer.to_k.weight, layer.to_v.weight)
+        projected._cached.update(self._compute_keys_values({name: (layer.to_k.weight, layer.to_v.weight)
                                                for name, layer in layers.items()}))
         return projected
 
-    def with_stored_copied(self) -> PromptContext:
+    def clone_cached(self) -> PromptContext:
         """The same prompts with keys and values of their own, where these are stored."""
         copied = replace(self)
-        copied._stored.update((layer, (keys.clone(), values.clone())) for layer, (keys, values) in self._stored.items())
+        copied._cached.update((layer, (keys.clone(), values.clone())) for layer, (keys, values) in self._cached.items())
         return copied
 
-    def take_stored(self, other: PromptContext) -> None:
+    def copy_cached_from(self, other: PromptContext) -> None:
         """Puts the keys and values that are stored with `other` in the place of those that are stored here."""
-        for layer, tensors in other._stored.items():
-            for place, new in zip(self._stored[layer], tensors, strict=True):
+        for layer, tensors in other._cached.items():
+            for place, new in zip(self._cached[layer], tensors, strict=True):
                 place.copy_(new)
 
     def _key_side(self) -> tuple[Tensor, Tensor]:
         projected = self.projected if self.key_projected is None else self.key_projected
         return projected, self.gates if self.key_gates is None else self.key_gates
 
-    def _edited(self, weights: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _compute_keys_values(self, weights: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
         """Keys and values of the layers with these W_K and W_V."""
         for_keys, for_values = zip(*weights.values(), strict=True)
         keys = self._projections(list(weights), for_keys, *self._key_side(), self.target_outputs_k)
@@ -162,9 +162,9 @@ class PromptContext:
             if name not in outputs:
                 raise ValueError(f"no target output for layer {name!r}; there are some for {', '.join(outputs)}")
         joined = torch.cat([outputs[name] for name in names], 1)
-        return edited_projection(projected, gates, weight, joined).split(widths, -1)
+        return apply_edit(projected, gates, weight, joined).split(widths, -1)
 
-    def restricted(self, acting: Tensor, target_inputs: Tensor, inverse_covariance: Tensor,
+    def mask_concepts(self, acting: Tensor, target_inputs: Tensor, inverse_covariance: Tensor,
                    projections: Sequence[str]) -> PromptContext:
         """The same prompts, on each of which only some of the concepts act, as if there were no others.
 
@@ -178,7 +178,7 @@ class PromptContext:
             if some.any():
                 rows = (acting == some).all(1)
                 own = [projection for projection, acts in zip(projections, some.tolist(), strict=True) if acts]
-                projected[rows] = let_through(
+                projected[rows] = gated_projection(
                     self.encoding[rows], target_inputs[some], inverse_covariance, gates[rows][..., some], own)
         return replace(self, projected=projected, gates=gates)
 
@@ -227,13 +227,13 @@ class PromptContext:
             setattr(moved, name, {layer: o.to(*args, **kwargs) for layer, o in getattr(self, name).items()})
         return moved
 
-    def per_prompt(self) -> dict[str, Tensor]:
+    def per_prompt_tensors(self) -> dict[str, Tensor]:
         """The tensors that have a row for each prompt, by their names."""
         return {name: getattr(self, name) for name in PER_PROMPT if getattr(self, name) is not None}
 
     def _per_row(self, change: Callable[[Tensor], Tensor]) -> PromptContext:
         """A new context with `change` applied to every tensor that has one row per prompt."""
-        return replace(self, **{name: change(tensor) for name, tensor in self.per_prompt().items()})
+        return replace(self, **{name: change(tensor) for name, tensor in self.per_prompt_tensors().items()})
 
 
 @dataclass(eq=False)
@@ -271,7 +271,7 @@ class Edit:
         self.projections = self.projections or ("full",) * count
         if len(self.projections) != count or not set(self.projections) <= set(PROJECTIONS):
             raise ValueError(f"projections must be {count} of {', '.join(PROJECTIONS)}, not {self.projections}")
-        if known_not_above_zero(self.temperatures):
+        if known_nonpositive(self.temperatures):
             raise ValueError(f"every temperature must be above 0, not {self.temperatures.tolist()}")
         if set(self.target_outputs_v) != set(self.target_outputs_k):
             odd = sorted(set(self.target_outputs_v) ^ set(self.target_outputs_k))
@@ -303,7 +303,7 @@ class Edit:
         gates = gate(scores, self.biases, self.temperatures).to(encoding.dtype)
         return PromptContext(
             encoding=encoding,
-            projected=let_through(encoding, self.target_inputs, inverse_covariance, gates, self.projections),
+            projected=gated_projection(encoding, self.target_inputs, inverse_covariance, gates, self.projections),
             gates=gates,
             target_outputs_v=self.target_outputs_v,
             target_outputs_k=self.target_outputs_k,

@@ -41,8 +41,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.errors import UserError
-from ldm.files import load_tensors, save_tensors
+from ldm.common.errors import UserError
+from ldm.common.files import load_tensors, save_tensors
 from ldm.modules.rank_one import RIDGE
 
 log = logging.getLogger(__name__)

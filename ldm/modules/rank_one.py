@@ -95,7 +95,7 @@ def energy(target_inputs: Tensor, inverse_covariance: Tensor) -> Tensor:
     return _energies(target_inputs, _dual(target_inputs, inverse_covariance))
 
 
-def known_not_above_zero(values: Tensor) -> bool:
+def known_nonpositive(values: Tensor) -> bool:
     """Whether some of the values are known to be 0, less, or no numbers: they are looked at on the CPU only.
 
     To look at them on another device would be to wait, in every training step, until all its work is done.
@@ -105,7 +105,7 @@ def known_not_above_zero(values: Tensor) -> bool:
 
 def _energies(target_inputs: Tensor, dual: Tensor) -> Tensor:
     energies = (target_inputs.to(dual.dtype) * dual).sum(-1)
-    if known_not_above_zero(energies):
+    if known_nonpositive(energies):
         raise ValueError(f"the energy of every target input must be above 0, not {energies.tolist()}")
     return energies
 
@@ -155,7 +155,7 @@ def project_out(encoding: Tensor, basis: Tensor, inverse_covariance: Tensor) -> 
     return (encoding - removed).to(encoding.dtype)
 
 
-def let_through(encoding: Tensor, target_inputs: Tensor, inverse_covariance: Tensor, gates: Tensor,
+def gated_projection(encoding: Tensor, target_inputs: Tensor, inverse_covariance: Tensor, gates: Tensor,
                 projections: Sequence[str]) -> Tensor:
     """What each token keeps: e_perp, or where projections are gated what lies as far from e to it as gates are open.
 
@@ -175,7 +175,7 @@ def let_through(encoding: Tensor, target_inputs: Tensor, inverse_covariance: Ten
     return encoding.lerp(projected, gates.amax(-1, keepdim=True).to(encoding.dtype))
 
 
-def edited_projection(projected: Tensor, gates: Tensor, weight: Tensor, target_outputs: Tensor) -> Tensor:
+def apply_edit(projected: Tensor, gates: Tensor, weight: Tensor, target_outputs: Tensor) -> Tensor:
     """h = W e_perp + sum_j g_j o*_j for one layer; without concepts exactly W e.
 
     Args:

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ldm.common.errors import UserError
+from ldm.common.files import write_whole
 from ldm.data.images import read_image, square
 from ldm.data.masks import as_picture
-from ldm.errors import UserError
-from ldm.files import write_whole
 from ldm.modules.encoders.clip import tokenizer_folder
 from ldm.modules.encoders.vocabulary import load_pretrained
 from ldm.modules.residual_segmenter import is_residual, load_residual_segmenter

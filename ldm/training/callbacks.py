@@ -14,13 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
-from ldm.command_line import quoted
+from ldm.common.errors import MemoryShortage
+from ldm.common.files import write_whole
+from ldm.common.paths import quoted
 from ldm.data.images import from_tensor, save_grid
-from ldm.errors import MemoryShortage
-from ldm.files import write_whole
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.encoders.prompts import PromptEncoder
-from ldm.training.record import describe_machine
+from ldm.training.run_record import describe_machine
 from ldm.util import is_trained
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class ImageLogger(pl.Callback):
                     logger.experiment.add_images(f"train/{name}", (images + 1) / 2, step)
 
 
-class Quickened(pl.Callback):
+class AccelerateFrozenUNet(pl.Callback):
     """On a CUDA device with mixed precision, a U-Net that is not trained runs in 16 bits and by CUDA graphs.
 
     What stays in 32 bits, such as the text encoder, which is called by graphs, too, may then multiply in TF32: that
@@ -105,11 +105,11 @@ class Quickened(pl.Callback):
         averaged = getattr(pl_module, "use_ema", False)  # into copies of the weights as they were
         if averaged or is_trained(network):
             return
-        network.quicken(dtype)
+        network.enable_fast_inference(dtype)
         torch.set_float32_matmul_precision("high")
         encoder = getattr(pl_module, "cond_stage_model", None)
         if isinstance(encoder, PromptEncoder) and not is_trained(encoder):
-            encoder.quicken()
+            encoder.enable_fast_inference()
 
 
 class StepProgress(TQDMProgressBar):

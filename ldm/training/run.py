@@ -22,12 +22,12 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.command_line import check_folder
-from ldm.errors import MemoryShortage, UserError, is_shortage
-from ldm.initialisation import DrawnWhenNeeded
-from ldm.training.callbacks import Quickened, SetupCallback, StepProgress, StopAfterStep, WholeEpochs
-from ldm.training.folder import folder_for, steps_taken
-from ldm.training.options import get_parser, read_config
+from ldm.checkpoints.deferred_init import DrawnWhenNeeded
+from ldm.common.errors import MemoryShortage, UserError, is_out_of_memory
+from ldm.common.paths import check_folder
+from ldm.training.callbacks import AccelerateFrozenUNet, SetupCallback, StepProgress, StopAfterStep, WholeEpochs
+from ldm.training.config import get_parser, read_config
+from ldm.training.log_folder import folder_for, steps_taken
 from ldm.util import blamed_on, instantiate_from_config, refuse_unknown_params, refuse_wrong_kinds
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def make_trainer(config: DictConfig, logdir: Path, now: str) -> pl.Trainer:
     with blamed_on("lightning.modelcheckpoint cannot be used", MisconfigurationException):
         callbacks = [SetupCallback(now, logdir, OmegaConf.create(plain), lightning), ModelCheckpoint(**checkpoints),
                      LearningRateMonitor(logging_interval="step"), StepProgress(), WholeEpochs(), StopAfterStep(),
-                     Quickened(), *own]
+                     AccelerateFrozenUNet(), *own]
     logger = TensorBoardLogger(save_dir=logdir, name="", version="tensorboard")
     with blamed_on("lightning.trainer, --accelerator or --devices cannot be used", MisconfigurationException):
         return pl.Trainer(**settings, callbacks=callbacks, logger=logger, default_root_dir=logdir)
@@ -150,7 +150,7 @@ def _short_of(config: DictConfig) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         raise MemoryShortage(
             f"memory is too short for batches of {config.data.params.get('batch_size')}; lower data.params.batch_size "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from scripts.benchmarks.device import mixed_precision, precision
 from scripts.benchmarks.random_models import filled
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 HOPPER = ("H100", "H200")  # devices that some goals are for

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from evaluation.parts import seconds_of
+from evaluation.mini.parts import seconds_of
 from scripts.benchmarks.common import ROOT, Goal, Race, Row, Settings, median_row, ratio_row
 from scripts.benchmarks.sampling import Drawer
 from scripts.benchmarks.whole_concept import length_of_run, make_files, training_command

@@ -4,7 +4,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from evaluation.parts import THREADS, seconds_of
+from evaluation.mini.parts import THREADS, seconds_of
 from scripts.benchmarks.common import ROOT, Goal, Row, Settings
 
 TRAINING = ("main.py", "--base", "configs/perfusion.yaml", "--accelerator", "cpu")

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from ldm.models.diffusion.prompts import ConceptPrompts
+from ldm.concepts.concept import base_fingerprint, load_perfusion_concepts, save_perfusion_concepts
+from ldm.concepts.prompt_encoder import ConceptPromptEncoder
 from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import base_fingerprint, load_concepts, save_concepts
 from ldm.modules.covariance import default_captions, estimate_covariance
 from ldm.modules.encoders.modules import TOKENIZER
 from ldm.modules.rank_one import invert_covariance
@@ -55,7 +55,7 @@ def measure(settings: Settings) -> Iterator[Row]:
 def file_sizes(folder: Path) -> Iterator[Row]:
     """A concept's file in 16 bits, for the public models."""
     for name, (config, words, goal) in FILES.items():
-        path = save_concepts(folder / "size.safetensors", [random_concept(unet_layers(config), words, "0" * 64, 0)])
+        path = save_perfusion_concepts(folder / "size.safetensors", [random_concept(unet_layers(config), words, "0" * 64, 0)])
         yield Row(f"a concept's file, {name}, 16 bits", path.stat().st_size / 1e3, "KB", goal=goal)
 
 
@@ -64,7 +64,7 @@ def merging(settings: Settings, model: Any) -> Iterator[Row]:
     layers = name_text_layers(model.model.diffusion_model)
     base, words = base_fingerprint(layers), model.cond_stage_model.token_table.shape[1]
     folder = settings.folder / "concepts"
-    files = [str(save_concepts(folder / f"{number}.safetensors", [random_concept(layers, words, base, number)]))
+    files = [str(save_perfusion_concepts(folder / f"{number}.safetensors", [random_concept(layers, words, base, number)]))
              for number in range(max(CONCEPTS))]
     inverse = invert_covariance(random_covariance(next(iter(layers.values())).to_v.weight.shape[1]))
     for count in CONCEPTS:
@@ -74,10 +74,10 @@ def merging(settings: Settings, model: Any) -> Iterator[Row]:
             taken = repeated(lambda given=arguments: merge(given), settings.rounds)
         yield median_row(f"merging {count:,} concept files", taken, "s")
         yield median_row(f"reading {count:,} concepts from one file",
-                         repeated(lambda path=merged: load_concepts(path), settings.rounds), "s")
-        encoder = ConceptPrompts(model.cond_stage_model, layers, load_concepts(merged), inverse)
+                         repeated(lambda path=merged: load_perfusion_concepts(path), settings.rounds), "s")
+        encoder = ConceptPromptEncoder(model.cond_stage_model, layers, load_perfusion_concepts(merged), inverse)
 
-        def encode(encoder: ConceptPrompts = encoder) -> None:
+        def encode(encoder: ConceptPromptEncoder = encoder) -> None:
             encoder.encode([f"a photo of a {encoder.placeholders[-1]}", ""])
             wait(settings.device)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ldm.data.personalized import PersonalizedBase
-from ldm.modules.cuda_graphs import GraphedEncoder, GraphedUNet
-from ldm.training.callbacks import Quickened
+from ldm.modules.fast.cuda_graphs import GraphedEncoder, GraphedUNet
+from ldm.training.callbacks import AccelerateFrozenUNet
 from scripts.benchmarks.common import Settings
 from scripts.benchmarks.device import mixed_precision, precision
 from scripts.benchmarks.random_models import covariance_file, random_model, random_photos, read_config
@@ -52,7 +52,7 @@ class PerfusionStep:
         model.setup("fit")
         model.on_fit_start()
         model.train()
-        Quickened().on_train_start(self.trainer, model)
+        AccelerateFrozenUNet().on_train_start(self.trainer, model)
 
     @property
     def unet(self) -> nn.Module:

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.files import save_tensors
+from ldm.common.files import save_tensors
+from ldm.concepts.concept import Concept
 from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import Concept
 from ldm.modules.context import TextLayer
 from ldm.modules.covariance import encoder_fingerprint, save_covariance
 from ldm.util import instantiate_from_config

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ldm.inference import Job, Sampling, draw_latents, encode_once, latent_size, quickened
-from ldm.models.diffusion.prompts import ConceptPrompts
+from ldm.concepts.concept import base_fingerprint
+from ldm.concepts.prompt_encoder import ConceptPromptEncoder
+from ldm.inference.sampling import Job, Sampling, draw_latents, encode_once, latent_size, quickened
 from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import base_fingerprint
 from ldm.modules.rank_one import invert_covariance
 from scripts.benchmarks.common import Goal, Race, Row, Settings, median_row, ratio_row
 from scripts.benchmarks.device import wait
@@ -44,11 +44,11 @@ class Drawer:
         self.inverse = invert_covariance(random_covariance(width))
         quickened(self.model, (), self.sampling)
 
-    def encoder(self, count: int) -> ConceptPrompts:
+    def encoder(self, count: int) -> ConceptPromptEncoder:
         """What encodes prompts with the first `count` concepts loaded."""
-        return ConceptPrompts(self.model.cond_stage_model, self.layers, self.concepts[:count], self.inverse)
+        return ConceptPromptEncoder(self.model.cond_stage_model, self.layers, self.concepts[:count], self.inverse)
 
-    def draw(self, encoder: ConceptPrompts, prompts: Sequence[str]) -> float:
+    def draw(self, encoder: ConceptPromptEncoder, prompts: Sequence[str]) -> float:
         """Draws a picture of each prompt, as one batch; how many seconds each of the steps took."""
         jobs = [Job(prompt, number) for number, prompt in enumerate(prompts)]
         encoded = encode_once(encoder, prompts)

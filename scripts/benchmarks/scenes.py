@@ -11,7 +11,7 @@ COUNT, QUICK_COUNT = 200, 20
 
 
 def measure(settings: Settings) -> Iterator[Row]:
-    from ldm.data.scenes import SceneDataset
+    from ldm.data.mini.scenes import SceneDataset
 
     count = QUICK_COUNT if settings.quick else COUNT
     wide = SceneDataset(seed=1)

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from scripts.benchmarks import baselines
 from scripts.benchmarks.common import Goal, Race, Row, Settings, median_row, ratio_row
 from scripts.benchmarks.device import MemoryWatch, bytes_of, free_memory, matrix_rate, precision, wait

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from evaluation.parts import seconds_of
+from evaluation.mini.parts import seconds_of
 from scripts.benchmarks.common import ROOT, Goal, Row, Settings, median_row, repeated
 from scripts.benchmarks.parts import save_segmenter
 from scripts.benchmarks.random_models import (
@@ -30,7 +30,7 @@ STEPS, BATCH = 400, 16
 QUICK_STEPS = {"sd": 4, "mini": 20}
 QUICK_BATCH = {"sd": 1, "mini": 16}
 GOAL = Goal(45)
-IMPORTS = {"torch": "import torch", "everything that draws": "import ldm.drawing"}
+IMPORTS = {"torch": "import torch", "everything that draws": "import ldm.inference.run"}
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
+from helpers import tiny_models
 from torch import Tensor
 
-from ldm.checkpoint import load_model
+from ldm.checkpoints.load import load_model
+from ldm.concepts.concept import base_fingerprint
 from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import base_fingerprint
 from ldm.util import instantiate_from_config
 
 KEY, AVERAGE = "model.diffusion_model.out.2.weight", "model_ema.diffusion_modelout2weight"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, VQModel
 from diffusers.loaders.single_file_utils import (
@@ -19,16 +18,17 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from helpers import tiny_models
+from helpers.oracles import randomise
+from helpers.stand_ins import LENGTH, WIDTH, open_clip_arch
 from omegaconf import OmegaConf
-from oracles import randomise
 from safetensors.torch import load_file
-from stand_ins import LENGTH, WIDTH, open_clip_arch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.checkpoint import load_model, load_weights, read_state_dict
 from ldm.checkpoints.diffusers_names import clip_tensors, open_clip_tensors, unet_tensors, vae_tensors
-from ldm.errors import UserError
+from ldm.checkpoints.load import load_model, load_weights, read_state_dict
+from ldm.common.errors import UserError
 from ldm.modules.covariance import encoder_fingerprint
 from ldm.modules.encoders.bert import BERTEmbedder
 from ldm.util import instantiate_from_config

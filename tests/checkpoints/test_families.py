@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from diffusers import UNet2DConditionModel
+from helpers import tiny_models
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
-from ldm.checkpoint import load_model, load_weights, read_state_dict
 from ldm.checkpoints.diffusers_names import unet_tensors
 from ldm.checkpoints.families import recognise
-from ldm.errors import UserError
-from ldm.modules.concept import Concept, save_concepts
+from ldm.checkpoints.load import load_model, load_weights, read_state_dict
+from ldm.common.errors import UserError
+from ldm.concepts.concept import Concept, save_perfusion_concepts
 from ldm.util import instantiate_from_config
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -154,7 +154,7 @@ def test_the_advice_is_given_with_the_refusal(described: dict[str, Any], tmp_pat
 
 def test_a_concept_in_place_of_its_base(described: dict[str, Any], tmp_path: Path) -> None:
     concept = Concept("<x>", "cat", torch.ones(1, 4), torch.ones(4), torch.ones(4), {"layer": torch.ones(4)}, base="0")
-    path = save_concepts(tmp_path / "concept.safetensors", [concept])
+    path = save_perfusion_concepts(tmp_path / "concept.safetensors", [concept])
     assert "it looks like a concept of this project: give it with --concept" in refusal(described, path)
 
 

@@ -24,9 +24,9 @@ from pytorch_lightning.utilities.parsing import AttributeDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_weights, read_state_dict
+from ldm.checkpoints.load import load_weights, read_state_dict
 from ldm.checkpoints.pickled import SHOWN_LETTERS, readable
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 
 
 class Call:

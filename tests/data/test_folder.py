@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.common.errors import UserError
 from ldm.data.folder import PictureFolder
 from ldm.data.images import square, to_tensor
-from ldm.errors import UserError
 
 
 def folder_of(path: Path, count: int, size: tuple[int, int] = (48, 32)) -> Path:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from ldm.common.errors import UserError
 from ldm.data.images import (
     cut_to,
     from_tensor,
@@ -25,7 +26,6 @@ from ldm.data.images import (
     square,
     to_tensor,
 )
-from ldm.errors import UserError
 
 
 def gradient(width: int = 40, height: int = 24) -> Image.Image:

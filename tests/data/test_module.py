@@ -11,8 +11,8 @@ import torch
 from lightning_fabric.utilities.data import _auto_add_worker_init_fn
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.common.errors import UserError
 from ldm.data.module import DataModuleFromConfig
-from ldm.errors import UserError
 
 
 class Numbers(Dataset):

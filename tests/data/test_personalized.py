@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ldm.common.errors import UserError
 from ldm.data.images import read_image, square, to_tensor
 from ldm.data.personalized import PersonalizedBase
 from ldm.data.templates import PHOTO, TEMPLATES, get_templates
-from ldm.errors import UserError
 
 SIZE = 16
 

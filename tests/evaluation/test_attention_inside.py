@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import attention_cases
-from evaluation.attention_figure import Row, attention_figure
-from evaluation.attention_inside import ALL, COLUMNS, STEPS, Inside, figures, measure, records
-from evaluation.intervals import bootstrapped
-from ldm.modules.tuned_concept import TunedConcept
+from evaluation.attention import cases as attention_cases
+from evaluation.attention.figure import Row, attention_figure
+from evaluation.attention.inside import ALL, COLUMNS, STEPS, Inside, figures, measure, records
+from evaluation.stats.intervals import bootstrapped
+from ldm.concepts.finetuned_concept import FinetunedConcept
 
 SMALL, LARGE = "input_blocks.1.1.transformer_blocks.0.attn2", "middle_block.1.transformer_blocks.0.attn2"
 
 
 def test_the_reference_names_things_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    toy = TunedConcept("textual-inversion", "<toy>", "owl", torch.zeros(1, 2))
+    toy = FinetunedConcept("textual-inversion", "<toy>", "owl", torch.zeros(1, 2))
     monkeypatch.setattr(attention_cases, "_plan", lambda _, files, prompt: (files, prompt))
     case = attention_cases.Case("", Namespace(concepts=[toy]), "<toy>", "owl")
     reference = attention_cases._reference(Namespace(prompt="a photo of a <Toy> outside"), case)
@@ -26,7 +26,7 @@ def test_the_reference_names_things_as_one_does(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_placeholders_that_contain_each_other_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    toys = [TunedConcept("textual-inversion", word, thing, torch.zeros(1, 2))
+    toys = [FinetunedConcept("textual-inversion", word, thing, torch.zeros(1, 2))
             for word, thing in (("sks", "owl"), ("sks-2", "mug"))]
     for prompt, word in (("a sks-2 outside", "sks-2"), ("a sks-2 on a sks", "sks")):
         assert attention_cases._concepts_word(prompt, "toys.safetensors", toys) == word

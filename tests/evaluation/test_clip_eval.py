@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawing_world import PROMPT, ROOT, World, complaint
+from helpers.image_world import PROMPT, ROOT, World, complaint
+from helpers.tiny_clips import clip_folder, segmenter_folder
 from PIL import Image
-from tiny_clips import clip_folder, segmenter_folder
 
-from evaluation import clip_eval, clip_measures
-from evaluation.captioned import Caption, captions_of
-from evaluation.intervals import clustered
+from evaluation import clip_eval
+from evaluation.metrics import clip_measures
+from evaluation.metrics.captioned_images import Caption, captions_of
 from evaluation.prompt_sets import UNSORTED
-from ldm.album import read_note
-from ldm.errors import UserError
+from evaluation.stats.intervals import clustered
+from ldm.common.errors import UserError
+from ldm.inference.output_folder import read_note
 
 PROMPTS = """[style]
 a sketch of a {} outside
@@ -122,11 +123,11 @@ def test_what_pictures_were_drawn_from_is_said_in_three_ways(measure: Measure, w
                                                              tmp_path: Path) -> None:
     drawn = measure(*draws(files, world), "--save", outdir="drawn", segmenter="none")
     assert all(row["object_similarity"] == "" for row in drawn)
-    listed = tmp_path / "captions.csv"
+    as_list = tmp_path / "captions.csv"
     lines = [f"{Path(row['file']).name},{row['prompt']},{row['seed']},{row['category']}" for row in drawn[::-1]]
-    listed.write_text("\n".join(["file,prompt,seed,category", *lines]) + "\n")
+    as_list.write_text("\n".join(["file,prompt,seed,category", *lines]) + "\n")
     images = tmp_path / "drawn" / "samples"
-    by_list = measure("--images", images, "--captions", listed, "--super_category", "teddy bear", segmenter="none")
+    by_list = measure("--images", images, "--captions", as_list, "--super_category", "teddy bear", segmenter="none")
     assert rounded(by_list) == rounded(drawn[::-1])
     same = measure("--images", images, "--prompt", "a {} outside", "--super_category", "owl", segmenter="none")
     assert {row["text"] for row in same} == {"an owl outside"}
@@ -163,9 +164,9 @@ def test_pictures_of_several_concepts_need_no_more_words() -> None:
 
 def test_pictures_that_are_not_listed_are_left_out(files: Path, tmp_path: Path,
                                                    caplog: pytest.LogCaptureFixture) -> None:
-    listed = tmp_path / "captions.csv"
-    listed.write_text("\ufeffprompt,file\n a dog ,1.png\n", encoding="utf-8")
-    (caption,) = captions_of(files / "photos", listed)
+    as_list = tmp_path / "captions.csv"
+    as_list.write_text("\ufeffprompt,file\n a dog ,1.png\n", encoding="utf-8")
+    (caption,) = captions_of(files / "photos", as_list)
     assert caption == Caption("a dog", file=files / "photos" / "1.png")
     assert f"2 pictures of {files / 'photos'} are not in" in caplog.text
 
@@ -175,11 +176,11 @@ def test_pictures_that_are_not_listed_are_left_out(files: Path, tmp_path: Path,
     ("file,prompt\n1.png,\n", "line 2: it lacks a prompt"), ("file,prompt\n,a dog\n", "line 2: it lacks a file"),
     ("file,prompt\n1.png,a dog\n9.png,a dog\n", "line 3: there is no"), (None, "not readable as CSV")])
 def test_lists_that_cannot_be_used(content: str | None, said: str, files: Path, tmp_path: Path) -> None:
-    listed = tmp_path / "captions.csv"
+    as_list = tmp_path / "captions.csv"
     if content is not None:
-        listed.write_text(content)
+        as_list.write_text(content)
     with pytest.raises(UserError, match=said):
-        captions_of(files / "photos", listed)
+        captions_of(files / "photos", as_list)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

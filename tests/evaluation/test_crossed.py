@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.crossed import Cell, figure_of, figures, means, paired, weights
-from evaluation.intervals import Figure, clustered
+from evaluation.stats.crossed import Cell, figure_of, figures, means, paired, weights
+from evaluation.stats.intervals import Figure, clustered
 
 CONCEPTS, PROMPTS = 8, 12
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from evaluation.intervals import Figure, bootstrapped, clustered
+from evaluation.stats.intervals import Figure, bootstrapped, clustered
 
 
 def test_the_interval_of_a_share_is_that_of_its_standard_error() -> None:

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawing_world import WIDTH, World, complaint
+from helpers.image_world import WIDTH, World, complaint
+from helpers.tiny_clips import clip_folder, segmenter_folder
 from PIL import Image
-from tiny_clips import clip_folder, segmenter_folder
 
 from evaluation import pareto
-from evaluation.picture_grid import draw_grid
-from evaluation.samples import Manner
-from evaluation.similarity import Similarity
-from evaluation.sweeps import Curve, Drawn, Point, Source, balance_of, points_of, sweeps_of
-from ldm.modules.concept import Concept, load_concepts, save_concepts
-from ldm.modules.tuned_concept import TunedConcept, save_learned
+from evaluation.metrics.similarity import Similarity
+from evaluation.output.image_grid import draw_grid
+from evaluation.sweeps.samples import Manner
+from evaluation.sweeps.sweep import Curve, Drawn, Point, Source, balance_of, points_of, sweeps_of
+from ldm.concepts.concept import Concept, load_perfusion_concepts, save_perfusion_concepts
+from ldm.concepts.finetuned_concept import FinetunedConcept, save_concepts
 
 PROMPTS = "[place]\na photo of a {} outside\n[style]\na sketch of a {}\n"
 BIASES = (0.4, 0.8)
@@ -42,7 +42,7 @@ def trained() -> Source:
 
 @pytest.fixture
 def tuned() -> Source:
-    return Source("inversion", TunedConcept("textual-inversion", "<toy>", "mug", torch.zeros(1, 2)))
+    return Source("inversion", FinetunedConcept("textual-inversion", "<toy>", "mug", torch.zeros(1, 2)))
 
 
 def test_one_file_with_one_lock_is_one_curve(locked: Source) -> None:
@@ -172,10 +172,10 @@ def test_the_script_draws_curves_and_grids_and_tells_what_they_are_made_of(
 
 
 def test_trained_keys_and_other_methods_come_as_further_files(files: Path, world: World, tmp_path: Path) -> None:
-    (teddy,) = load_concepts(world.teddy)
+    (teddy,) = load_perfusion_concepts(world.teddy)
     keys = {name: value + 1 for name, value in teddy.target_output_v.items()}
-    save_concepts(tmp_path / "keys.safetensors", [replace(teddy, placeholder="<bear>", target_output_k=keys)])
-    save_learned(tmp_path / "toy.safetensors", [TunedConcept("textual-inversion", "<toy>", "teddy bear",
+    save_perfusion_concepts(tmp_path / "keys.safetensors", [replace(teddy, placeholder="<bear>", target_output_k=keys)])
+    save_concepts(tmp_path / "toy.safetensors", [FinetunedConcept("textual-inversion", "<toy>", "teddy bear",
                                                              torch.ones(1, WIDTH), base=teddy.base)])
     pareto.main([*flags(files, world, tmp_path / "out", seeds=1), "--concept", str(world.teddy),
                  str(tmp_path / "keys.safetensors"), str(tmp_path / "toy.safetensors"), "--labels", "local", "keys",
@@ -203,8 +203,8 @@ def test_trained_keys_and_other_methods_come_as_further_files(files: Path, world
 def test_mistakes_are_one_line(arguments: str, said: str, files: Path, world: World, tmp_path: Path,
                                capsys: pytest.CaptureFixture[str]) -> None:
     names = {"teddy": world.teddy, "mug": world.mug, **{name: tmp_path / name for name in ("both", "toy")}}
-    save_concepts(names["both"], [*load_concepts(world.teddy), *load_concepts(world.mug)])
-    save_learned(names["toy"], [TunedConcept("textual-inversion", "<toy>", "mug", torch.zeros(1, WIDTH))])
+    save_perfusion_concepts(names["both"], [*load_perfusion_concepts(world.teddy), *load_perfusion_concepts(world.mug)])
+    save_concepts(names["toy"], [FinetunedConcept("textual-inversion", "<toy>", "mug", torch.zeros(1, WIDTH))])
     given = [word.format(**names) for word in arguments.split()]
     assert said in complaint(pareto.main, [*flags(files, world, tmp_path / "out"), *given], capsys)
     assert not (tmp_path / "out").exists()

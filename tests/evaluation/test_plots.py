@@ -8,9 +8,9 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from evaluation.intervals import Figure
-from evaluation.plots import Series, draw_bars, draw_curves
-from ldm.errors import UserError
+from evaluation.output.plots import Series, draw_bars, draw_curves
+from evaluation.stats.intervals import Figure
+from ldm.common.errors import UserError
 
 CURVE = Series("Perfusion", [Figure(80, 79, 81, 9), Figure(70, 68, 72, 9)], [Figure(20, 19, 21, 9), Figure(24)],
                ["0.4", "0.9"])

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.prompt_sets import MINI, PHOTOS, UNSORTED, EvaluationPrompt, put, read_prompts
-from ldm.data.places import PLACES
-from ldm.data.scenes import PLAIN_TEMPLATES, RELATIONS, SIZES
-from ldm.data.styles import STYLES
-from ldm.data.world import COLOURS, KINDS, PATTERNS
-from ldm.errors import UserError
+from evaluation.prompt_sets import MINI, PHOTOS, UNSORTED, EvaluationPrompt, read_prompts, replace_word
+from ldm.common.errors import UserError
+from ldm.data.mini.backgrounds import PLACES
+from ldm.data.mini.scenes import PLAIN_TEMPLATES, RELATIONS, SIZES
+from ldm.data.mini.styles import STYLES
+from ldm.data.mini.world import COLOURS, KINDS, PATTERNS
 
 CATEGORIES = ["recontextualisation", "property change", "style", "accessorisation"]
 
@@ -43,7 +43,7 @@ def test_the_word_goes_where_the_braces_are_and_its_article_with_it() -> None:
     ("an <Owl> on a <owl>", "<owl>", "a mug on a mug"), ("a sks, not sksy", "sks", "a mug, not sksy"),
     ("banana * (a *)", "*", "banana mug (a mug)"), ("nothing", "<x>", "nothing")])
 def test_placeholders_of_any_kind_are_put_into_words(text: str, placeholder: str, expected: str) -> None:
-    assert put("mug", placeholder, text) == expected
+    assert replace_word("mug", placeholder, text) == expected
 
 
 def test_files_have_headings_comments_and_plain_lines(tmp_path: Path) -> None:

@@ -11,23 +11,26 @@ from typing import Any
 
 import pytest
 import torch
-from drawing_world import WIDTH, World, complaint
+from helpers.image_world import WIDTH, World, complaint
+from helpers.tiny_clips import clip_folder, segmenter_folder
 from omegaconf import OmegaConf
 from PIL import Image
-from tiny_clips import clip_folder, segmenter_folder
 
-from evaluation import grading, marks, reproduce, world_prompts
-from evaluation.grading import Graders, Pair, Subject, Wanted, questions, seeds_of
+from evaluation import reproduce
+from evaluation.mini import fidelity as marks
+from evaluation.mini import world_prompts
+from evaluation.paper import measurements as grading
+from evaluation.paper.claims import UNDECIDED
+from evaluation.paper.measurements import Graders, Pair, Subject, Wanted, questions, seeds_of
+from evaluation.paper.studies import BASE, PERFUSION, STUDY_KEYS, Method, Setting
+from evaluation.paper.training_runs import Example, School, digest
 from evaluation.prompt_sets import EvaluationPrompt, spread
 from evaluation.reproduce import Progress, parse_arguments
-from evaluation.samples import Manner
-from evaluation.statements import UNDECIDED
-from evaluation.studies import BASE, PERFUSION, STUDY_KEYS, Method, Setting
-from evaluation.teaching import Example, School, digest
-from ldm.data import example_concepts, scenes
-from ldm.data.scenes import BACKGROUNDS_PER_PLACE
-from ldm.modules.concept import load_concepts
-from ldm.modules.tuned_concept import TunedConcept, save_learned
+from evaluation.sweeps.samples import Manner
+from ldm.concepts.concept import load_perfusion_concepts
+from ldm.concepts.finetuned_concept import FinetunedConcept, save_concepts
+from ldm.data.mini import example_concepts, scenes
+from ldm.data.mini.scenes import BACKGROUNDS_PER_PLACE
 
 PROMPTS = "[place]\na photo of a {} in the snow\n[style]\na sketch of a {}\n"
 Run = Callable[..., dict[str, Any]]
@@ -39,7 +42,7 @@ def files(drawing_world_files: World, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("reproduce")
     (folder / "segmenter").mkdir()
     config = OmegaConf.load(drawing_world_files.config)
-    config.model.target = "ldm.models.diffusion.perfusion.Perfusion"
+    config.model.target = "ldm.personalization.perfusion.Perfusion"
     config.model.params.update({"super_category": "cat", "placeholder": "<cat>",
                                 "used_layers": ["output_blocks"],
                                 "segmenter": str(segmenter_folder(folder / "segmenter"))})
@@ -75,24 +78,24 @@ def taught(world: World, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     def pretend(self: School, arguments: Sequence[str]) -> float:
         calls.append(list(arguments))
         given = dict(zip(arguments, arguments[1:], strict=False))
-        made = learned(world, " ".join(arguments), given["--placeholder_string"], given["--init_word"])
+        made = random_concept_of(world, " ".join(arguments), given["--placeholder_string"], given["--init_word"])
         made = replace(made, steps=int(given.get("--max_steps", 0)))
-        save_learned(Path(given["--logdir"]) / f"now_{given['--name']}" / "concept.safetensors", [made])
+        save_concepts(Path(given["--logdir"]) / f"now_{given['--name']}" / "concept.safetensors", [made])
         return 1.5
 
     monkeypatch.setattr(School, "_run", pretend)
     return calls
 
 
-def learned(world: World, arguments: str, placeholder: str, super_category: str) -> Any:
+def random_concept_of(world: World, arguments: str, placeholder: str, super_category: str) -> Any:
     """What the method of these arguments might have learned."""
-    (concept,) = load_concepts(world.teddy)
+    (concept,) = load_perfusion_concepts(world.teddy)
     methods = [name for name in ("textual-inversion", "custom-diffusion", "dreambooth") if f"{name}.yaml" in arguments]
     if not methods:
         return replace(concept, placeholder=placeholder, super_category=super_category)
     vectors = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
     inputs = vectors if methods == ["custom-diffusion"] else torch.zeros(0, 0)
-    return TunedConcept(methods[0], placeholder, super_category, vectors, {}, inputs, 16, base=concept.base)
+    return FinetunedConcept(methods[0], placeholder, super_category, vectors, {}, inputs, 16, base=concept.base)
 
 
 @pytest.fixture

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawing_world import PROMPT, QUICK, ROUNDING, WIDTH, World, apart, drawer, main_of
+from helpers.image_world import PROMPT, QUICK, ROUNDING, WIDTH, World, apart, drawer, main_of
 from omegaconf import OmegaConf
 from PIL import Image
 
-from evaluation.samples import Manner, Painter, as_batch, jobs_of, keep, sampling_of
-from ldm.album import read_note
+from evaluation.sweeps.samples import Manner, Painter, as_batch, jobs_of, keep, sampling_of
+from ldm.common.errors import UserError
+from ldm.concepts.finetuned_concept import FinetunedConcept
 from ldm.data.images import from_tensor
-from ldm.errors import UserError
-from ldm.inference import Job, ready_concepts
-from ldm.modules.tuned_concept import TunedConcept
+from ldm.inference.output_folder import read_note
+from ldm.inference.sampling import Job, ready_concepts
 
 FEW = Manner(scale=2.0, steps=3)  # as QUICK
 
@@ -30,10 +30,10 @@ def levels(pictures: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(picture, dtype=int) for picture in pictures])
 
 
-def tuned(base: str, weight: torch.Tensor, name: str) -> TunedConcept:
+def tuned(base: str, weight: torch.Tensor, name: str) -> FinetunedConcept:
     """A concept that draws by a word of two tokens and a weight of its own."""
     numbers = torch.Generator().manual_seed(4)
-    return TunedConcept("custom-diffusion", "<toy>", "mug", torch.randn(2, WIDTH, generator=numbers),
+    return FinetunedConcept("custom-diffusion", "<toy>", "mug", torch.randn(2, WIDTH, generator=numbers),
                         {name: torch.randn(weight.shape, generator=numbers)}, base=base)
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny_clips import SIDE, clip_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_clips import SIDE, clip_folder
 from torch import Tensor
 
-from evaluation.recognise import Recogniser
-from evaluation.similarity import SimilarityMeter, cut_out
+from evaluation.metrics.similarity import SimilarityMeter, cut_out
 from ldm.data.images import to_tensor
-from ldm.models.clip import clip_pixels
+from ldm.models.clip_encoder import ClipEncoder
+from ldm.models.clip_images import clip_pixels
 
 COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "both": (1.0, 1.0, 0.0)}
 HALF = torch.arange(8).expand(1, 8, 8) < 4  # the left one
@@ -52,7 +52,7 @@ def painted(left: str, right: str) -> Tensor:
 
 
 def test_cosines_are_those_of_transformers(tmp_path: Path) -> None:
-    recogniser = Recogniser.from_path(clip_folder(tmp_path))
+    recogniser = ClipEncoder.from_path(clip_folder(tmp_path))
     noise = torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
     photos, pictures, texts = noise[:3], noise[3:], ["a cat", "a dog in the snow"]
     with torch.no_grad():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import source_digest
-from evaluation.source_digest import GRADING, ROOT, TEACHING, code_of, meaning
+from evaluation.paper import source_digest
+from evaluation.paper.source_digest import GRADING, ROOT, TEACHING, code_of, meaning
 
 PLAIN = "def double(x):\n    return 2 * x\n"
 
@@ -31,7 +31,7 @@ def test_a_body_of_words_alone_is_code_all_the_same() -> None:
 def test_the_files_are_there_each_once() -> None:
     every = [*TEACHING, *GRADING]
     assert len(set(every)) == len(every) and all((ROOT / file).is_file() for file in every)
-    assert {"ldm/modules/rank_one.py", "ldm/models/diffusion/grids.py"} < set(TEACHING)
+    assert {"ldm/modules/rank_one.py", "ldm/models/diffusion/time_grid.py"} < set(TEACHING)
 
 
 def test_a_change_in_any_of_them_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

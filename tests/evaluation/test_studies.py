@@ -7,8 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from evaluation import reproduce
-from evaluation.samples import Manner
-from evaluation.studies import (
+from evaluation.paper.studies import (
     FULL,
     GATED,
     LOWER_BIAS,
@@ -21,7 +20,8 @@ from evaluation.studies import (
     Setting,
     studies,
 )
-from ldm.training.options import get_parser, read_config
+from evaluation.sweeps.samples import Manner
+from ldm.training.config import get_parser, read_config
 
 ALL = studies((0.4, 0.6, 0.75, 0.9, 1.1), (0.4, 0.75, 1.1), (0.4, 0.6))
 METHODS = list(dict.fromkeys(method for study in ALL.values() for method in study.methods))

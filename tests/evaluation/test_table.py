@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.intervals import Figure
-from evaluation.table import Row, heading, line, write_results
+from evaluation.output.table import Row, heading, line, write_results
+from evaluation.stats.intervals import Figure
 
 KIND = Row("its kind recognised", Figure(91.0, 88.0, 94.0, 200), "%", 90,
            ceilings={"known": Figure(97.0, 95.0, 98.5, 512)})

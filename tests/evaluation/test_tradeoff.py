@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.crossed import Cell
-from evaluation.tradeoff import gap, steps, traced
+from evaluation.stats.crossed import Cell
+from evaluation.stats.tradeoff import gap, steps, traced
 
 CONCEPTS, PROMPTS = 6, 10
 Cells = dict[Cell, list[float]]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import pytorch_lightning as pl
-import tiny_models
 import torch
+from helpers import tiny_models
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_model
-from ldm.errors import UserError
+from ldm.checkpoints.load import load_model
+from ldm.common.errors import UserError
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.objectives import mask_on_latents
 from ldm.models.diffusion.schedule import q_sample

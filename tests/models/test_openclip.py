@@ -7,15 +7,16 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from helpers.tiny_clips import learned_by_heart, tiny_openclip
 from safetensors.torch import save_file
-from tiny_clips import learned_by_heart, tiny_openclip
 
-from ldm.data.places import PLACES
-from ldm.data.scenes import with_article
-from ldm.data.world import KIND_NAMES
-from ldm.errors import UserError
-from ldm.models.clip import clip_pixels
-from ldm.models.openclip import SETTINGS, OpenCLIPTrainer, load_openclip
+from ldm.common.errors import UserError
+from ldm.data.mini.backgrounds import PLACES
+from ldm.data.mini.scenes import with_article
+from ldm.data.mini.world import KIND_NAMES
+from ldm.models.clip_images import clip_pixels
+from ldm.models.mini.openclip import OpenCLIPTrainer
+from ldm.models.open_clip_folder import SETTINGS, load_openclip
 
 CAPTIONS = ["a cat", "a dog", "a red car left of a tree", "an owl in the snow"]
 

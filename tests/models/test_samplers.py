@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from oracles import randomise
-from sampling_models import (
+from helpers.oracles import randomise
+from helpers.sampling_models import (
     ALL,
     DETERMINISTIC,
     SHAPE,
@@ -17,14 +17,14 @@ from sampling_models import (
     seeded,
     start_noise,
 )
-from tiny_models import unet
+from helpers.tiny_models import unet
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.grids import TimeGrid
 from ldm.models.diffusion.sampling import ddim_step, guided_denoiser
 from ldm.models.diffusion.schedule import Prediction, noised
+from ldm.models.diffusion.time_grid import TimeGrid
 from ldm.modules.context import PromptContext
 from ldm.util import instantiate_from_config
 

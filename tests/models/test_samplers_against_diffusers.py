@@ -14,7 +14,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
-from sampling_models import ALL, SHAPE, TinyModel, convolution, seeded, start_noise
+from helpers.sampling_models import ALL, SHAPE, TinyModel, convolution, seeded, start_noise
 from torch import Tensor
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.models.diffusion.schedule import (
     PARAMETERIZATIONS,
     diffusion_buffers,

@@ -8,11 +8,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from oracles import randomise
-from oracles_vae import diffusers_vae_state
+from helpers.oracles import randomise
+from helpers.oracles_vae import diffusers_vae_state
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.models.autoencoder import VQModel, VQModelInterface
 from ldm.modules.losses.vqperceptual import VQLPIPSWithDiscriminator
 from ldm.util import instantiate_from_config

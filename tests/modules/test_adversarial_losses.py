@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lpips_files import write_lpips
+from helpers.lpips_files import write_lpips
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import LPIPSWithDiscriminator
 from ldm.modules.losses.adversarial import AdversarialLoss, adaptive_weight, hinge, vanilla

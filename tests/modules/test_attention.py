@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import randomise
+from helpers.oracles import randomise
 from torch import Tensor
 
 from ldm.modules.attention import (

@@ -10,13 +10,13 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.oracles import randomise
+from helpers.oracles_vae import diffusers_vae_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import randomise
-from oracles_vae import diffusers_vae_state
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, image_batch
 from ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Downsample, Encoder, ResnetBlock, Upsample, make_attn
 

@@ -6,13 +6,13 @@ import hashlib
 import pytest
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-from oracles import randomise
-from oracles_bert import diffusers_bert_state
+from helpers.oracles import randomise
+from helpers.oracles_bert import diffusers_bert_state
 from torch import Tensor
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from ldm.errors import UserError
-from ldm.models.diffusion.prompts import word_vector
+from ldm.common.errors import UserError
+from ldm.concepts.prompt_encoder import word_vector
 from ldm.modules.covariance import estimate_covariance
 from ldm.modules.encoders.bert import BERT_TOKENIZER
 from ldm.modules.encoders.modules import BERTEmbedder, BERTTokenizer, TransformerEmbedder

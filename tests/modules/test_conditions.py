@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.encoders.modules import ClassEmbedder, SpatialRescaler
 
 

@@ -128,7 +128,7 @@ def test_concepts_that_do_not_act_on_a_prompt_leave_no_trace_of_themselves(
                     target_outputs_v={name: o[:1] for name, o in both.target_outputs_v.items()},
                     target_outputs_k={name: o[:1] for name, o in both.target_outputs_k.items()})
     encoding, acting = draw(2, TOKENS, WIDTH), torch.tensor([[True, False], [False, False]])
-    context = both.context(encoding, inverse).restricted(acting, both.target_inputs, inverse, both.projections)
+    context = both.context(encoding, inverse).mask_concepts(acting, both.target_inputs, inverse, both.projections)
     alone = first.context(encoding[:1], inverse)
     assert_rows(keys_values(context.select([0]), layers), keys_values(alone, layers))
     assert_rows(keys_values(context.select([1]), layers), keys_values(PromptContext.plain(encoding[1:]), layers))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig
 
-from ldm.errors import UserError
-from ldm.files import load_tensors, save_tensors
+from ldm.common.errors import UserError
+from ldm.common.files import load_tensors, save_tensors
 from ldm.modules import covariance as module
 from ldm.modules.covariance import (
     cached_covariance,

@@ -7,13 +7,13 @@ import open_clip
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
-from oracles import randomise
-from stand_ins import LENGTH, WIDTH, WORDS, open_clip_arch
+from helpers.oracles import randomise
+from helpers.stand_ins import LENGTH, WIDTH, WORDS, open_clip_arch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.errors import UserError
-from ldm.models.diffusion.prompts import word_vector
+from ldm.common.errors import UserError
+from ldm.concepts.prompt_encoder import word_vector
 from ldm.modules.covariance import encoder_fingerprint, estimate_covariance
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
 

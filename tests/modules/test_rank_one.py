@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ldm.modules.rank_one import (
+    apply_edit,
     concept_basis,
-    edited_projection,
     energy,
     gate,
     invert_covariance,
@@ -38,7 +38,7 @@ def edited(encoding: Tensor, targets: Tensor, inverse: Tensor, weight: Tensor, o
     count = len(targets)
     gates = gate(similarity(encoding, targets, inverse), torch.full((count,), BIAS), torch.full((count,), TEMPERATURE))
     projected = project_out(encoding, concept_basis(targets, inverse), inverse)
-    return edited_projection(projected, gates, weight, outputs)
+    return apply_edit(projected, gates, weight, outputs)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -139,7 +139,7 @@ def test_similarity_in_place_of_the_gate_is_rome(case: tuple[Tensor, ...]) -> No
     w, i, metric, o = weight.double(), target[0].double(), inverse.double(), outputs[0].double()
     updated = w + torch.outer(o - w @ i, metric @ i) / (i @ metric @ i)
     projected = project_out(encoding, concept_basis(target, inverse), inverse)
-    found = edited_projection(projected, similarity(encoding, target, inverse), weight, outputs[:1])
+    found = apply_edit(projected, similarity(encoding, target, inverse), weight, outputs[:1])
     torch.testing.assert_close(found.double(), encoding.double() @ updated.T, rtol=1e-4, atol=1e-5)
 
 
@@ -169,7 +169,7 @@ def test_open_gate_at_the_target_input_gives_the_target_output(case: tuple[Tenso
     assert scores.item() == 1.0
     gates = gate(scores, torch.tensor([0.75]), torch.tensor([1e-3]))
     projected = project_out(encoding, concept_basis(target, inverse), inverse)
-    found = edited_projection(projected, gates, weight, outputs[:1])
+    found = apply_edit(projected, gates, weight, outputs[:1])
     torch.testing.assert_close(found[0], outputs[:1], rtol=1e-5, atol=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_orthogonal_encoding_with_a_closed_gate_is_left_alone(case: tuple[Tensor
     torch.testing.assert_close(scores, torch.zeros_like(scores), rtol=0, atol=1e-6)
     gates = gate(scores, torch.tensor([0.75]), torch.tensor([1e-3]))
     projected = project_out(orthogonal.float(), concept_basis(target, inverse), inverse)
-    found = edited_projection(projected, gates, weight, outputs[:1])
+    found = apply_edit(projected, gates, weight, outputs[:1])
     torch.testing.assert_close(found, orthogonal.float() @ weight.T, rtol=1e-5, atol=1e-5)
 
 

@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from oracles import randomise
+from helpers import tiny_models
+from helpers.oracles import randomise
 from torch import Tensor, nn
 
-from ldm.inference import EncodedPrompts, Job, Sampling, draw_latents
+from ldm.inference.sampling import EncodedPrompts, Job, Sampling, draw_latents
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.modules.attention import PerfusionCrossAttention, name_text_layers
 from ldm.modules.attention_maps import AttentionMaps, attention_probabilities, map_size, recorded_attention

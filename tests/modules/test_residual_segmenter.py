@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import randomise
+from helpers.oracles import randomise
+from helpers.tiny_clips import MEAN, STD
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_clips import MEAN, STD
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.encoders.modules import TOKENIZER
 from ldm.modules.residual_segmenter import ResidualSegmenter, is_residual, load_residual_segmenter
 from ldm.modules.segmentation import ZeroShotSegmenter

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_clips import MEAN, STD, segmenter_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_clips import MEAN, STD, segmenter_folder
 from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 
+from ldm.common.errors import UserError
 from ldm.data.images import square
-from ldm.errors import UserError
 from ldm.modules.segmentation import (
     Preprocessing,
     ZeroShotSegmenter,

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.checkpoint import load_weights
-from ldm.errors import UserError
+from ldm.checkpoints.load import load_weights
+from ldm.common.errors import UserError
+from ldm.common.words import replace_words
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder, split_at_placeholders
-from ldm.modules.encoders.prompts import put_each
 
 PROMPTS = ["a photo of a teddy bear", "", "It's a café -- with 3 supercalifragilistic owls!"]
 WIDTH, WORDS = 8, 49408
@@ -165,7 +165,7 @@ def test_splitting(prompt: str, placeholders: list[str], expected: list[str | in
     ("a teddy, a my-teddy", {"teddy": "my-teddy", "my-teddy": "teddy"}, "a my-teddy, a teddy"),
     ("a sks", {}, "a sks")])
 def test_words_for_placeholders_that_contain_each_other(text: str, words: dict[str, str | None], expected: str) -> None:
-    assert put_each(words, text) == put_each(dict(reversed(words.items())), text) == expected
+    assert replace_words(words, text) == replace_words(dict(reversed(words.items())), text) == expected
 
 
 @settings(max_examples=200, deadline=None)

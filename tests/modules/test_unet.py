@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
-from oracles import diffusers_self_attention_state, diffusers_unet_state, randomise
+from helpers.oracles import diffusers_self_attention_state, diffusers_unet_state, randomise
 from torch.overrides import TorchFunctionMode
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.attention import SpatialTransformer, name_text_layers
 from ldm.modules.context import Edit, PromptContext, locked_keys
 from ldm.modules.diffusionmodules import util

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from ldm.errors import UserError
-from ldm.modules.encoders.vocabulary import load_pretrained, pack_table, unpack_tables
+from ldm.checkpoints.packed_tables import pack_table, unpack_tables
+from ldm.common.errors import UserError
+from ldm.modules.encoders.vocabulary import load_pretrained
 
 TABLE = "embeddings.token_embedding.weight"
 SHAPE = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from drawing_world import Draw, Main, World, drawer
+from helpers.image_world import Draw, Main, World, drawer
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawing_world import PROMPT, QUICK, WIDTH, Main, World, complaint, main_of, process
+from helpers.image_world import PROMPT, QUICK, WIDTH, Main, World, complaint, main_of, process
 from PIL import Image
 
-from evaluation.attention_cases import cases_of, look
-from evaluation.attention_inside import COLUMNS, STEPS
-from ldm import inference
+from evaluation.attention.cases import cases_of, look
+from evaluation.attention.inside import COLUMNS, STEPS
+from ldm.concepts.finetuned_concept import FinetunedConcept, load_concepts, save_concepts
+from ldm.inference import sampling as inference
 from ldm.modules.segmentation import ZeroShotSegmenter
-from ldm.modules.tuned_concept import TunedConcept, load_learned, save_learned
 
 
 class LeftHalf:
@@ -45,9 +45,9 @@ def main() -> Main:
 def word(world: World, tmp_path: Path) -> Path:
     """A word of two vectors, by Textual Inversion."""
     vectors = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(5))
-    base = load_learned(world.teddy)[0].base
-    return save_learned(tmp_path / "word.safetensors", [
-        TunedConcept("textual-inversion", "<teddy>", "teddy bear", vectors, base=base)])
+    base = load_concepts(world.teddy)[0].base
+    return save_concepts(tmp_path / "word.safetensors", [
+        FinetunedConcept("textual-inversion", "<teddy>", "teddy bear", vectors, base=base)])
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from scripts.benchmarks import device
 from scripts.benchmarks.common import Goal, Race, Row, median_row, ratio_row, rows_of
 from scripts.benchmarks.device import MemoryWatch, bytes_of, matrix_rate

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
+from helpers import tiny_models
 from omegaconf import OmegaConf
 from transformers import CLIPSegConfig
 
-from ldm.checkpoint import load_model
-from ldm.errors import UserError
-from ldm.modules.concept import load_concepts
+from ldm.checkpoints.load import load_model
+from ldm.common.errors import UserError
+from ldm.concepts.concept import load_perfusion_concepts
 from ldm.modules.covariance import encoder_fingerprint, load_covariance
 from ldm.modules.segmentation import ZeroShotSegmenter
-from ldm.training.options import get_parser, read_config
+from ldm.training.config import get_parser, read_config
 from ldm.util import count_params, instantiate_from_config
 from scripts.benchmarks import baselines, device, many_concepts, parts, sampling, training_step
 from scripts.benchmarks.clock import Clock
@@ -112,11 +112,11 @@ def test_each_method_trains_what_it_says(settings: Settings) -> None:
     full.step(batch)
     assert all((weight != weights[name]).any() for name, weight in full.unet.state_dict().items())
 
-    learned = [parameter.detach().clone() for parameter in perfusion.model.trained_parameters()]
+    random_concept_of = [parameter.detach().clone() for parameter in perfusion.model.trained_parameters()]
     frozen = {name: weight.clone() for name, weight in perfusion.unet.state_dict().items()}
     perfusion.step(perfusion.batch(2))
     now = perfusion.model.trained_parameters()
-    assert all((new != old).any() for new, old in zip(now, learned, strict=True))
+    assert all((new != old).any() for new, old in zip(now, random_concept_of, strict=True))
     assert all(torch.equal(weight, frozen[name]) for name, weight in perfusion.unet.state_dict().items())
 
 
@@ -135,7 +135,7 @@ def test_parts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = list(parts.measure(settings))
     assert [row.met for row in rows if row.unit == "KB"] == [True, True]
     assert all(row.value is not None and row.value >= 0 for row in rows) and len(rows) == 2 + 3 * 2 + 1 + 2
-    assert len(load_concepts(settings.folder / "concepts" / "merged_3.safetensors")) == 3
+    assert len(load_perfusion_concepts(settings.folder / "concepts" / "merged_3.safetensors")) == 3
 
 
 def test_files_that_a_run_loads(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

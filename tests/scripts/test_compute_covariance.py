@@ -91,7 +91,7 @@ def test_a_model_on_disk_becomes_a_covariance_on_disk(
     model = instantiate_from_config(section)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "model.ckpt")
     if names_it_already:
-        section = {"target": "ldm.models.diffusion.perfusion.Perfusion",
+        section = {"target": "ldm.personalization.perfusion.Perfusion",
                    "params": {**section["params"], "covariance": str(files.output)}}
     OmegaConf.save({"model": section}, files.config)
     command = [sys.executable, SCRIPT, "--config", files.config, "--ckpt", tmp_path / "model.ckpt",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawing_world import (
+from helpers.image_world import (
     PROMPT,
     QUICK,
     ROUNDING,
@@ -25,8 +25,8 @@ from drawing_world import (
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.album import read_note
 from ldm.data.images import cut_to, from_tensor, read_image, to_tensor
+from ldm.inference.output_folder import read_note
 from ldm.util import instantiate_from_config
 
 CAT = ("--prompt", "a cat", "--n_samples", 1)

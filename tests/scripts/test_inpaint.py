@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawing_world import (
+from helpers.image_world import (
     PROMPT,
     QUICK,
     Draw,
@@ -24,8 +24,8 @@ from drawing_world import (
 )
 from PIL import Image
 
-from ldm.album import read_note
 from ldm.data.images import cut_to
+from ldm.inference.output_folder import read_note
 from ldm.modules.segmentation import ZeroShotSegmenter
 
 CAT = ("--prompt", "a cat", "--n_samples", 2)

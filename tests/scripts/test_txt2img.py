@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawing_world import (
+from helpers.image_world import (
     PROMPT,
     QUICK,
     ROOT,
@@ -30,12 +30,12 @@ from drawing_world import (
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm import inference
-from ldm.album import Album, read_note
-from ldm.errors import UserError
+from ldm.common.errors import UserError
+from ldm.concepts.concept import load_perfusion_concepts, save_perfusion_concepts
+from ldm.inference import sampling as inference
+from ldm.inference.output_folder import Album, read_note
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers import SAMPLERS
-from ldm.modules.concept import load_concepts, save_concepts
 from ldm.util import instantiate_from_config
 
 SCRIPT = ROOT / "scripts" / "txt2img.py"
@@ -83,8 +83,8 @@ def test_a_concept_changes_what_its_word_draws_and_settings_change_it(draw: Draw
 
 
 def test_a_concept_is_drawn_with_its_own_layers_or_with_all(draw: Draw, world: World, tmp_path: Path) -> None:
-    (concept,) = load_concepts(world.teddy)
-    some = save_concepts(tmp_path / "some.safetensors",
+    (concept,) = load_perfusion_concepts(world.teddy)
+    some = save_perfusion_concepts(tmp_path / "some.safetensors",
                          [replace(concept, used_layers=list(concept.target_output_v)[-1:])], None)
     arguments = ("--prompt", PROMPT, "--n_samples", 1, "--concept")
     every, few = draw(*arguments, world.teddy), draw(*arguments, some, outdir="few")
@@ -238,7 +238,7 @@ def test_help_and_typing_mistakes_do_not_wait_for_torch(tmp_path: Path) -> None:
 
 
 def test_sheets_of_an_album_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm.album.ROWS", 2)
+    monkeypatch.setattr("ldm.inference.output_folder.ROWS", 2)
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "00041.png").touch()
     (tmp_path / "samples" / "mine.png").touch()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.errors import UserError
-from ldm.training.options import get_parser, read_config
+from ldm.common.errors import UserError
+from ldm.training.config import get_parser, read_config
 from ldm.util import get_obj_from_str, known_params, refuse_unknown_params, refuse_wrong_kinds
 
 ROOT = Path(__file__).resolve().parents[2]

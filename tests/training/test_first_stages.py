@@ -8,15 +8,15 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny_models
 import torch
-from lpips_files import write_lpips
+from helpers import tiny_models
+from helpers.lpips_files import write_lpips
+from helpers.oracles_vae import diffusers_vae_state
+from helpers.training_setup import ROOT, as_one_process, resume, state_of
 from omegaconf import DictConfig, OmegaConf
-from oracles_vae import diffusers_vae_state
 from PIL import Image
-from teaching import ROOT, as_one_process, resume, state_of
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.training.run import main as train
 from ldm.util import instantiate_from_config

@@ -7,22 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import teaching
 import torch
+from helpers import training_setup as teaching
+from helpers.training_setup import QUICK, ROOT, PhotoKeeper, teach
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from teaching import QUICK, ROOT, PhotoKeeper, teach
 
-from ldm.errors import UserError
-from ldm.modules.concept import Concept, load_concepts
+from ldm.common.errors import UserError
+from ldm.concepts.concept import Concept, load_perfusion_concepts
 
 EXAMPLE = ROOT / "models" / "mini" / "examples" / "teddy"
 KEEP_PHOTOS = "lightning.callbacks.keeper.target=teaching.PhotoKeeper"
 
 
 def concept_of(logdir: Path) -> Concept:
-    (concept,) = load_concepts(logdir / "concept.safetensors")
+    (concept,) = load_perfusion_concepts(logdir / "concept.safetensors")
     return concept
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.training_setup import FEW_PICTURES, ROOT, resume, state_of, teach
 from omegaconf import DictConfig
-from teaching import FEW_PICTURES, ROOT, resume, state_of, teach
 
-from ldm.errors import UserError
-from ldm.modules.concept import load_concepts
-from ldm.training.options import get_parser, read_config
+from ldm.common.errors import UserError
+from ldm.concepts.concept import load_perfusion_concepts
+from ldm.training.config import get_parser, read_config
 
 EXAMPLES = ROOT / "models" / "mini" / "examples"
 TWO = ("--data_root", EXAMPLES / "teddy", EXAMPLES / "teapot", "--init_word", "teddy bear", "teapot")
@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_concept_has_its_file_and_pictures(run: Path) -> None:
     for name, category in (("teddy", "teddy bear"), ("teapot", "teapot")):
-        (concept,) = load_concepts(run / f"{name}.safetensors")
+        (concept,) = load_perfusion_concepts(run / f"{name}.safetensors")
         assert (concept.placeholder, concept.super_category, concept.steps) == (f"<{name}>", category, 3)
         assert sorted(path.name for path in (run / "images" / name).iterdir()) == [
             "before_during_after.png", "masks.png"]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.errors import UserError
-from ldm.training.options import get_parser, read_config
+from ldm.common.errors import UserError
+from ldm.training.config import get_parser, read_config
 
 
 def read(*arguments: str) -> object:
@@ -56,6 +56,6 @@ def test_a_mistake_of_ours_is_not_taken_for_the_users(tmp_path: Path, monkeypatc
         raise TypeError("a bug")
 
     (tmp_path / "x.yaml").write_text("model: {}")
-    monkeypatch.setattr("ldm.training.options.OmegaConf.load", broken)
+    monkeypatch.setattr("ldm.training.config.OmegaConf.load", broken)
     with pytest.raises(TypeError):
         read("--base", str(tmp_path / "x.yaml"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from teaching import state_of, teach
+from helpers.training_setup import state_of, teach
 
 AS_TAUGHT = ("--max_steps", 12, "lightning.callbacks.pictures=null")
 

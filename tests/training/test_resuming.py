@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.training_setup import BASE, FEW_PICTURES, QUICK, resume, start, state_of, teach
 from PIL import Image
-from teaching import BASE, FEW_PICTURES, QUICK, resume, start, state_of, teach
 
-from ldm.errors import UserError
-from ldm.modules.concept import load_concepts
+from ldm.common.errors import UserError
+from ldm.concepts.concept import load_perfusion_concepts
 from ldm.training.run import main as train
 
 STEPS = 12
@@ -53,13 +53,13 @@ def test_ctrl_c_keeps_the_concept_and_says_how_to_go_on(straight: Path, tmp_path
     status, output = signalled(tmp_path, signal.SIGINT, 3)
     (logdir,) = tmp_path.iterdir()
     assert status == 0 and "Traceback" not in output, output
-    (concept,) = load_concepts(logdir / "concept.safetensors")
+    (concept,) = load_perfusion_concepts(logdir / "concept.safetensors")
     assert concept.steps == state_of(logdir)["global_step"] == 4
     command = re.search(r"stopped after 4 steps; go on with: python main.py (.*)", output)
     resume(logdir, *shlex.split(command[1])[2:], f"{WAITING}.params.batch=-1")
     assert shlex.split(command[1])[:2] == ["--resume", str(logdir)]
     same(logdir, straight)
-    (concept,) = load_concepts(logdir / "concept.safetensors")
+    (concept,) = load_perfusion_concepts(logdir / "concept.safetensors")
     assert concept.steps == STEPS
     assert [path.name for path in (logdir / "checkpoints").iterdir()] == ["last.ckpt"]
 

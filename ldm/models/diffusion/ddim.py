@@ -1,8 +1,8 @@
 """DDIM: Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models"."""
 from __future__ import annotations
 
-from ldm.models.diffusion.grids import TimeGrid, from_zero
 from ldm.models.diffusion.sampling import Sampler
+from ldm.models.diffusion.time_grid import TimeGrid, from_zero
 
 
 class DDIMSampler(Sampler):

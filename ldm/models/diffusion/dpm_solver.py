@@ -10,9 +10,9 @@ from collections import deque
 
 from torch import Tensor
 
-from ldm.models.diffusion.grids import TimeGrid, karras
 from ldm.models.diffusion.sampling import Denoiser, Sampler
 from ldm.models.diffusion.schedule import Prediction, with_image
+from ldm.models.diffusion.time_grid import TimeGrid, karras
 
 
 def steps_beyond(grid: TimeGrid, i: int) -> float:

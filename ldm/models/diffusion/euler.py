@@ -6,8 +6,8 @@ eta 0, and one of ancestral Euler DDIM's with eta 1: what sets them apart is whe
 """
 from __future__ import annotations
 
-from ldm.models.diffusion.grids import TimeGrid, from_noise, karras
 from ldm.models.diffusion.sampling import Sampler
+from ldm.models.diffusion.time_grid import TimeGrid, from_noise, karras
 
 
 class EulerSampler(Sampler):

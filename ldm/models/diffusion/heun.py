@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.models.diffusion.grids import TimeGrid, karras
 from ldm.models.diffusion.sampling import Denoiser, Sampler
 from ldm.models.diffusion.schedule import Prediction, noised, with_noise
+from ldm.models.diffusion.time_grid import TimeGrid, karras
 
 
 def mean_noise(denoise: Denoiser, grid: TimeGrid, here: Prediction, i: int) -> Tensor:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
+from ldm.concepts.concept import base_fingerprint
+from ldm.concepts.embedding_manager import EmbeddingManager
 from ldm.models.autoencoder import image_batch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.pixel_diffusion import DDPM
 from ldm.models.diffusion.wrapper import Condition
 from ldm.modules.attention import name_text_layers
-from ldm.modules.concept import base_fingerprint
 from ldm.modules.context import PromptContext
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.util import instantiate_from_config
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.models.diffusion.schedule import NoiseSchedule, check_parameterization, get_v
 
 ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.models.autoencoder import image_batch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.objectives import check_loss_type, error_per_sample, training_target
 from ldm.models.diffusion.schedule import check_parameterization, diffusion_buffers, lvlb_weights, q_sample
-from ldm.models.diffusion.wrapper import Condition, DiffusionWrapper, as_keywords
+from ldm.models.diffusion.wrapper import Condition, DiffusionWrapper, as_model_kwargs
 from ldm.models.optimisation import ResumableModule, may_fuse, optimizer_and_schedule
 from ldm.modules.ema import LitEma
 from ldm.util import onto
@@ -97,7 +97,7 @@ class DDPM(ResumableModule):
 
         The noise schedule stays as the config describes it: half-precision files hold it rounded, to 1 at its start.
         """
-        from ldm.checkpoint import load_weights
+        from ldm.checkpoints.load import load_weights
 
         path, ignore_keys, only_unet = self._initial_weights
         if path is not None:
@@ -113,7 +113,7 @@ class DDPM(ResumableModule):
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The network's output on x (B, C, H, W) at the steps t (B,) under a condition for each."""
-        return self.model(x, t, **as_keywords(cond, self.model.conditioning_key))
+        return self.model(x, t, **as_model_kwargs(cond, self.model.conditioning_key))
 
     def get_input(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         """What is denoised, (B, C, H, W), and the condition, of a batch."""

@@ -9,10 +9,10 @@ from collections import deque
 
 from torch import Tensor
 
-from ldm.models.diffusion.grids import TimeGrid, from_zero
 from ldm.models.diffusion.heun import mean_noise
 from ldm.models.diffusion.sampling import Denoiser, Sampler
 from ldm.models.diffusion.schedule import Prediction, with_noise
+from ldm.models.diffusion.time_grid import TimeGrid, from_zero
 
 # Adams-Bashforth by the number of noise estimates at hand, the newest first; order 4 is the paper's linear multistep.
 # It takes the times as evenly spaced; where S does not divide the schedule, neighbours differ by one, which is below

@@ -7,7 +7,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.sampling import Sampler

@@ -17,9 +17,9 @@ import torch
 from torch import Generator, Tensor
 from tqdm import trange
 
-from ldm.errors import UserError
-from ldm.models.diffusion.grids import TimeGrid
+from ldm.common.errors import UserError
 from ldm.models.diffusion.schedule import Prediction, check_parameterization, noised, read_output
+from ldm.models.diffusion.time_grid import TimeGrid
 from ldm.modules.context import PromptContext
 
 Conditioning = Tensor | PromptContext

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
 
 PARAMETERIZATIONS = ("eps", "v", "x0")

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.context import PromptContext
-from ldm.modules.cuda_graphs import GraphedUNet, has_dropout
-from ldm.modules.fused import can_fuse, fuse
-from ldm.modules.sixteen_bits import to_sixteen_bits
+from ldm.modules.fast.cuda_graphs import GraphedUNet, has_dropout
+from ldm.modules.fast.fused import can_fuse, fuse
+from ldm.modules.fast.sixteen_bits import to_sixteen_bits
 from ldm.util import instantiate_from_config
 
 CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
@@ -26,7 +26,7 @@ class DiffusionWrapper(nn.Module):
         conditioning_key: None, "concat" (channels), "crossattn" (context), "hybrid" (both) or "adm" (classes).
 
     Attributes:
-        graphs: what calls the U-Net in its place, see `quicken`; None: nothing.
+        graphs: what calls the U-Net in its place, see `enable_fast_inference`; None: nothing.
     """
 
     def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
@@ -43,7 +43,7 @@ class DiffusionWrapper(nn.Module):
         if self.conditioning_key in ("concat", "hybrid"):
             x = torch.cat([x, *(c_concat or ())], dim=1)
         if self.conditioning_key in ("crossattn", "hybrid"):
-            context = joined(c_crossattn or ())
+            context = concat_contexts(c_crossattn or ())
             weights = context.weights if isinstance(context, PromptContext) else {}
             if weights:
                 return torch.func.functional_call(self.diffusion_model, dict(weights), (x, t), {"context": context})
@@ -52,7 +52,7 @@ class DiffusionWrapper(nn.Module):
             return self.diffusion_model(x, t, y=(c_crossattn or ())[0])
         return self.diffusion_model(x, t)
 
-    def quicken(self, dtype: torch.dtype) -> None:
+    def enable_fast_inference(self, dtype: torch.dtype) -> None:
         """Makes a frozen U-Net on a CUDA device as fast as it can be: in `dtype`, of 16 bits, with fused norms, and
         without dropout by graphs."""
         to_sixteen_bits(self.diffusion_model, dtype)
@@ -62,7 +62,7 @@ class DiffusionWrapper(nn.Module):
             self.graphs = GraphedUNet(self.diffusion_model)
 
 
-def joined(contexts: Sequence[Tensor | PromptContext]) -> Tensor | PromptContext | None:
+def concat_contexts(contexts: Sequence[Tensor | PromptContext]) -> Tensor | PromptContext | None:
     """One context of several: a single one as it is, tensors (B, N, d) one after another along N."""
     if len(contexts) < 2:
         return contexts[0] if contexts else None
@@ -71,7 +71,7 @@ def joined(contexts: Sequence[Tensor | PromptContext]) -> Tensor | PromptContext
     return torch.cat(list(contexts), dim=1)
 
 
-def as_keywords(condition: Condition, conditioning_key: str | None) -> Mapping[str, Sequence[Any]]:
+def as_model_kwargs(condition: Condition, conditioning_key: str | None) -> Mapping[str, Sequence[Any]]:
     """The condition under the keyword of `DiffusionWrapper.forward` that it belongs to."""
     if condition is None:
         return {}

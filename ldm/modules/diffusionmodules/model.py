@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.attention import SpatialTransformer, name_text_layers, projected_at_once
 from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules.util import (
@@ -191,7 +191,7 @@ class UNetModel(nn.Module):
         context_dim: width of the context that the spatial transformers read.
         legacy: how the first models counted heads, see `_attention`.
         use_linear_in_transformer: as in Stable Diffusion 2.
-        use_fp16: kept for the public configs; `ldm.modules.sixteen_bits` and autocast decide what is computed in 16.
+        use_fp16: kept for the public configs; `ldm.modules.fast.sixteen_bits` and autocast decide what is computed in 16.
 
     Raises:
         UserError: a param that is not supported, or params that contradict each other.
@@ -340,7 +340,7 @@ class UNetModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights; see `ldm.modules.sixteen_bits`."""
+        """Of its weights; see `ldm.modules.fast.sixteen_bits`."""
         return self.out[-1].weight.dtype
 
     def _predict(self, x: Tensor, timesteps: Tensor, context: Tensor | PromptContext | None, y: Tensor | None

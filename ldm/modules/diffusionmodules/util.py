@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import BertTokenizer
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.encoders.clip import PROJECT
 from ldm.modules.encoders.prompts import AbstractEncoder, PromptEncoder
 from ldm.modules.x_transformer import Encoder, TransformerWrapper

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.modules.encoders.vocabulary import load_pretrained
 

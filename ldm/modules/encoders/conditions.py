@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.encoders.prompts import AbstractEncoder
 
 METHODS = ("nearest", "bilinear", "bicubic", "area")

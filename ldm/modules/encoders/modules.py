@@ -3,10 +3,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldm.common.words import split_at_placeholders
 from ldm.modules.encoders.bert import BERTEmbedder, BERTTokenizer, TransformerEmbedder
 from ldm.modules.encoders.clip import TOKENIZER, FrozenCLIPEmbedder
 from ldm.modules.encoders.conditions import ClassEmbedder, SpatialRescaler
-from ldm.modules.encoders.prompts import AbstractEncoder, split_at_placeholders
+from ldm.modules.encoders.prompts import AbstractEncoder
 
 __all__ = ["TOKENIZER", "AbstractEncoder", "BERTEmbedder", "BERTTokenizer", "ClassEmbedder", "FrozenCLIPEmbedder",
            "SpatialRescaler", "TransformerEmbedder", "split_at_placeholders"]

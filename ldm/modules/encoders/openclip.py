@@ -13,7 +13,7 @@ from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.encoders.clip import TOKENIZER, ClipWords
 
 LAYERS = ("last", "penultimate")

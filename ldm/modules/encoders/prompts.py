@@ -1,19 +1,17 @@
 """What all encoders of prompts share: words to numbers, placeholders of concepts among them, and back from vectors."""
 from __future__ import annotations
 
-import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UserError
-from ldm.modules.cuda_graphs import GraphedEncoder
+from ldm.common.errors import UserError
+from ldm.common.words import split_at_placeholders
+from ldm.modules.fast.cuda_graphs import GraphedEncoder
 from ldm.util import is_trained, onto
-
-VOWELS = tuple("aeiou")
 
 
 class AbstractEncoder(nn.Module):
@@ -30,7 +28,7 @@ class PromptEncoder(AbstractEncoder):
     framed and how their rows of the table become encodings.
 
     Attributes:
-        graphs: what calls `encode_embedded` in its place, see `quicken`; None: nothing.
+        graphs: what calls `encode_embedded` in its place, see `enable_fast_inference`; None: nothing.
     """
 
     tokenizer: Any
@@ -54,7 +52,7 @@ class PromptEncoder(AbstractEncoder):
         """Word pieces that are whole words, and their numbers."""
         raise NotImplementedError
 
-    def quicken(self) -> None:
+    def enable_fast_inference(self) -> None:
         """Makes a frozen encoder on a CUDA device as fast as it can be while vectors are learned, by graphs."""
         self.graphs = GraphedEncoder(self.encode_embedded)
 
@@ -161,51 +159,3 @@ def word_vector(encoder: PromptEncoder, word: str) -> Tensor:
     return encoder.token_table[pieces].mean(0, keepdim=True)
 
 
-def split_at_placeholders(prompt: str, placeholders: Sequence[str]) -> list[str | int]:
-    """The prompt cut at whole placeholders (any case, the longest first): texts, and the numbers of placeholders."""
-    if not placeholders:
-        return [prompt]
-    numbers = sorted(range(len(placeholders)), key=lambda number: -len(placeholders[number]))
-    pattern = _any_of([placeholders[number] for number in numbers])
-    parts: list[str | int] = []
-    done = 0
-    for found in re.finditer(pattern, prompt, flags=re.IGNORECASE):
-        parts += [prompt[done:found.start()], numbers[found.lastindex - 1]]
-        done = found.end()
-    return [part for part in [*parts, prompt[done:]] if isinstance(part, int) or part.strip()]
-
-
-def _any_of(words: Sequence[str]) -> str:
-    """A pattern for any of the words, whole, with a group for each; longer ones come first: `sks-2` contains `sks`."""
-    return "|".join(f"({whole_word(word)})" for word in words)
-
-
-def whole_word(word: str) -> str:
-    """A pattern for `word` that does not match inside a longer word; `<x>` ends by itself, so `<x>s` contains it."""
-    before = r"(?<!\w)" if re.match(r"\w", word) else ""
-    after = r"(?!\w)" if re.search(r"\w$", word) else ""
-    return f"{before}{re.escape(word)}{after}"
-
-
-def put(words: str, placeholder: str, text: str) -> str:
-    """`text` with `words` where a placeholder stands, in any case; "a {}" becomes "an owl", but "a <my-owl>".
-
-    Where others may stand in the text as well, `put_each` tells them apart.
-    """
-    return put_each({placeholder: words}, text)
-
-
-def put_each(words: Mapping[str, str | None], text: str) -> str:
-    """`put` for each of some placeholders, found as in prompts; one whose words are None stays as it is."""
-    if not words:
-        return text
-    placeholders = sorted(words, key=len, reverse=True)
-
-    def instead(found: re.Match[str]) -> str:
-        new = words[placeholders[found.lastindex - 2]]  # the first group is the article
-        if new is None:
-            return found[0]
-        ending = "n " if new.lower().startswith(VOWELS) else " "
-        return (found[1][0] + ending if found[1] else "") + new
-
-    return re.sub(rf"(\ban? )?(?:{_any_of(placeholders)})", instead, text, flags=re.IGNORECASE)

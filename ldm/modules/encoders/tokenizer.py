@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ldm.files import write_whole
+from ldm.common.files import write_whole
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

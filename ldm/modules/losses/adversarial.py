@@ -14,7 +14,7 @@ from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ldm.errors import UserError
+from ldm.common.errors import UserError
 from ldm.modules.losses.perceptual import LPIPS
 
 MOST_WEIGHT = 1e4

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import read_state_dict
-from ldm.errors import UserError
+from ldm.checkpoints.load import read_state_dict
+from ldm.common.errors import UserError
 
 SOURCES = {  # file: what it is, under the name that its authors gave it
     "vgg16-397923af.pth": "torchvision's VGG16 weights (IMAGENET1K_V1)",

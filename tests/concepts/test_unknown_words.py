@@ -1,0 +1,42 @@
+"""Words that say nothing to a text encoder, since training never met them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_models
+
+from ldm.common.errors import UserError
+from ldm.concepts.prompt_encoder import check_super_category, warn_unknown_words
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> FrozenCLIPEmbedder:
+    """One that was taught "teddy", "bear" and "a"."""
+    embedder = FrozenCLIPEmbedder(tiny_models.text_tower(tmp_path / "tower"), max_length=16)
+    embedder.token_table.data[:] = 1.0
+    for number, word in enumerate(("teddy", "bear", "a")):
+        embedder.token_table.data[embedder.word_pieces(word)] = float(number + 2)
+    return embedder
+
+
+def test_words_that_training_never_met(encoder: FrozenCLIPEmbedder, caplog: pytest.LogCaptureFixture) -> None:
+    assert encoder.unknown_words('A "Teddy", a cat - and a (cat)?') == ["cat", "and"]
+    assert encoder.known_words() == ["a", "bear", "teddy"]
+    with pytest.raises(UserError, match="never taught the word tedy; give another, it knows teddy$"):
+        check_super_category(encoder, "tedy")
+    with pytest.raises(UserError, match="big, cat; give another, it knows a, bear, teddy$"):
+        check_super_category(encoder, "big cat")
+    check_super_category(encoder, "teddy bear")
+    warn_unknown_words(encoder, ["a <cat> bear"], ["<cat>"])
+    assert not caplog.records
+    check_super_category(encoder, "big bear")
+    warn_unknown_words(encoder, ["a <cat> bear <my-cat>"], ["<cat>"])
+    assert ["never taught big" in caplog.messages[0], "never taught my-cat" in caplog.messages[1]] == [True, True]
+
+
+def test_a_table_without_a_common_row_knows_all_words(encoder: FrozenCLIPEmbedder) -> None:
+    encoder.token_table.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert encoder.unknown_words("qzxvk 🧸") == [] == encoder.known_words()

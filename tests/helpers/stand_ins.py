@@ -1,0 +1,92 @@
+"""Public configs made small: the same parts in the same places, with so few channels that a test can train them."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from helpers import tiny_models
+
+PROJECT = Path(__file__).resolve().parents[2]
+WIDTH, WORDS, LENGTH = 16, 49408, 20
+SEGMENT_CLASSES = 5
+
+
+def model_section(config: str) -> dict[str, Any]:
+    """The section `model` of a config, target and params."""
+    section = OmegaConf.to_container(OmegaConf.load(PROJECT / config).model, resolve=True)
+    return {"target": section["target"], "params": section["params"]}
+
+
+def open_clip_arch(folder: Path) -> str:
+    """A small architecture that open_clip knows by name from then on."""
+    path = folder / "tiny-for-tests.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({
+        "embed_dim": WIDTH, "vision_cfg": {"image_size": 8, "layers": 1, "width": 8, "head_width": 4, "patch_size": 4},
+        "text_cfg": {"context_length": LENGTH, "vocab_size": WORDS, "width": WIDTH, "heads": 2, "layers": 3}}))
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+def stand_in(config: str, folder: Path, **params: Any) -> dict[str, Any]:
+    """The section `model` of a config with small numbers, and `params` in place of its own."""
+    section = model_section(config)
+    given = section["params"]
+    unet, stage = given["unet_config"]["params"], given["first_stage_config"]["params"]
+    given["image_size"] = 2 ** (len(unet["channel_mult"]) - 1)  # that the U-Net halves to a single place
+    unet |= {"model_channels": 32, "num_res_blocks": 1}
+    if "context_dim" in unet:
+        unet["context_dim"] = WIDTH
+    if "num_head_channels" in unet:
+        unet["num_head_channels"] = 16
+    stage["ddconfig"] |= {"ch": 32, "num_res_blocks": 1, "resolution": pixels(section)}
+    if "n_embed" in stage:
+        stage["n_embed"] = 12
+    if isinstance(given["cond_stage_config"], dict):
+        given["cond_stage_config"]["params"] = _small_encoder(given["cond_stage_config"], folder)
+    given.update(params)
+    return section
+
+
+def pixels(section: dict[str, Any]) -> int:
+    """The side of its pictures."""
+    params = section["params"]
+    return params["image_size"] * 2 ** (len(params["first_stage_config"]["params"]["ddconfig"]["ch_mult"]) - 1)
+
+
+def _small_encoder(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    changes: dict[str, dict[str, Any]] = {
+        "FrozenCLIPEmbedder": {"version": tiny_models.text_tower(folder / "tower"), "max_length": 16},
+        "FrozenOpenCLIPEmbedder": {"arch": open_clip_arch(folder / "open_clip"), "max_length": LENGTH},
+        "BERTEmbedder": {"n_embed": WIDTH, "n_layer": 1}, "ClassEmbedder": {"embed_dim": WIDTH},
+        "SpatialRescaler": {"in_channels": SEGMENT_CLASSES},
+    }
+    return {**(config.get("params") or {}), **changes[config["target"].rpartition(".")[2]]}
+
+
+def batch_for(section: dict[str, Any]) -> dict[str, Any]:
+    """Two random pictures, and a condition of the kind that the config's encoder takes."""
+    params = section["params"]
+    side = pixels(section)
+    batch: dict[str, Any] = {params["first_stage_key"]: torch.rand(2, 3, side, side) * 2 - 1}
+    encoder = params["cond_stage_config"]
+    if isinstance(encoder, dict):
+        batch[params["cond_stage_key"]] = _condition(encoder, side)
+    return batch
+
+
+def _condition(encoder: dict[str, Any], side: int) -> list[str] | Tensor:
+    kind = encoder["target"].rpartition(".")[2]
+    if kind == "ClassEmbedder":
+        return torch.tensor([1, 999])
+    if kind == "SpatialRescaler":
+        return torch.rand(2, SEGMENT_CLASSES, side, side)
+    if encoder["params"].get("use_tokenizer") is False:
+        return torch.randint(8192, (2, 92))
+    return ["a cat", ""]

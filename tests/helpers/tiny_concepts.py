@@ -1,0 +1,72 @@
+"""Photos of a concept, and as much of a training as a test needs, for the methods that teach one."""
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from helpers import tiny_models
+from ldm.data.personalized import PersonalizedBase
+from ldm.modules.covariance import encoder_fingerprint, save_covariance
+from ldm.personalization.base import PersonalizationMethod
+
+WORD = "<toy>"
+
+
+def write_base(folder: Path) -> None:
+    """A base model's weights in `folder`/base.ckpt, and beside them its text encoder's covariance."""
+    base = tiny_models.built(folder, use_ema=False)
+    torch.save({"state_dict": base.state_dict()}, folder / "base.ckpt")
+    words = base.get_learned_conditioning(["a cat in a red box", "the dog and a cup", "a bear on a bike"]).flatten(0, 1)
+    save_covariance(folder / "covariance.safetensors", words.mT @ words / len(words), source="test", captions=3,
+                    tokens="all", encoder=encoder_fingerprint(base.cond_stage_model))
+
+
+def write_photos(folder: Path) -> None:
+    """Two photos of noise in `folder`/photos."""
+    (folder / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    for number, photo in enumerate(pixels):
+        Image.fromarray(photo).save(folder / "photos" / f"{number}.png")
+
+
+def photos(folder: Path) -> PersonalizedBase:
+    return PersonalizedBase(folder / "photos", size=16, placeholder_token=WORD, templates=tiny_models.TEMPLATES)
+
+
+def attached(model: PersonalizationMethod, data: object, parts: int = 1, root: str = "unused") -> PersonalizationMethod:
+    """The model with as much of a trainer as it looks at."""
+    model.trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(datasets={"train": data}), default_root_dir=root, global_step=0,
+        world_size=1, accumulate_grad_batches=parts, gradient_clip_val=None, precision="32-true",
+        strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    model.log = model.log_dict = lambda *_, **__: None
+    return model
+
+
+class SameBatch(pl.LightningDataModule):
+    """One batch, again and again."""
+
+    def __init__(self, folder: Path, batch: dict[str, Any]) -> None:
+        super().__init__()
+        self.datasets, self.batch = {"train": photos(folder)}, batch
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader([self.batch] * 12, batch_size=None)
+
+
+def trained(model: PersonalizationMethod, data: SameBatch, root: Path, steps: int, resumed: Path | None = None,
+            **settings: Any) -> PersonalizationMethod:
+    """The model after so many steps, its checkpoint at `root`/last.ckpt."""
+    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=root, **settings)
+    if resumed:
+        trainer.ckpt_path = resumed
+    trainer.fit(model, datamodule=data, weights_only=True)
+    trainer.save_checkpoint(root / "last.ckpt")
+    return model

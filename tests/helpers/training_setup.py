@@ -1,0 +1,139 @@
+"""Runs of main.py on the bundled model: in this process, or as a user's own."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ldm.data.personalized import PersonalizedBase
+from ldm.data.templates import fill
+from ldm.models.diffusion.objectives import mask_on_latents
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.personalization.perfusion import Perfusion
+from ldm.training.run import main as train
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ("--base", "configs/perfusion.yaml")
+FEW_PICTURES = ('lightning.callbacks.pictures.params.prompts=["a photo of a {}"]',
+                "lightning.callbacks.pictures.params.steps=2")
+QUICK = ("--max_steps", "2", *FEW_PICTURES, "data.params.batch_size=2")
+
+
+@contextlib.contextmanager
+def as_one_process(threads: int = 1) -> Any:
+    """In the project's folder and on one core, as the processes of `command` are: sums are rounded alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with contextlib.chdir(ROOT):
+            yield
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(False)  # a run's config sets it for the whole process
+
+
+def teach(folder: Path, *arguments: object, threads: int = 1) -> Path:
+    """Runs main.py's function on the bundled example, unless arguments say otherwise; the log folder."""
+    with as_one_process(threads):
+        train([*BASE, "-l", str(folder), *map(str, arguments)])
+    (logdir,) = folder.iterdir()
+    return logdir
+
+
+def resume(logdir: Path, *arguments: object) -> Path:
+    with as_one_process():
+        train(["--resume", str(logdir), *map(str, arguments)])
+    return logdir
+
+
+def start(*command: object) -> subprocess.Popen[str]:
+    """A process in the project's folder, its stderr to be read along with stdout."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
+
+
+def output_of(*command: object) -> str:
+    """What a process printed that ended well."""
+    process = start(*command)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def state_of(logdir: Path) -> dict[str, Any]:
+    """The last checkpoint of a run."""
+    return torch.load(logdir / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+
+
+class LossRecorder(pl.Callback):
+    """Writes the loss on always the same latents, noise and timesteps, before and after training: `losses.json`."""
+
+    TIMESTEPS = 8
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, model: Perfusion) -> None:
+        self.losses.append(fixed_loss(model, trainer.datamodule.datasets["train"], self.TIMESTEPS))
+        (Path(trainer.default_root_dir) / "losses.json").write_text(json.dumps(self.losses))
+
+    on_train_end = on_train_start
+
+
+class PhotoKeeper(pl.Callback):
+    """Keeps the photos of the last run in this process."""
+
+    photos: PersonalizedBase
+
+    def on_train_start(self, trainer: pl.Trainer, model: Perfusion) -> None:
+        PhotoKeeper.photos = trainer.datamodule.datasets["train"]
+
+
+class CtrlC(pl.Callback):
+    """Presses it while a batch is at work, counted from 0."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            signal.raise_signal(signal.SIGINT)
+
+
+class Waiting(pl.Callback):
+    """Says so while a batch is at work, counted from 0, and waits for Ctrl-C: no machine is too fast or too slow."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx != self.batch:
+            return
+        handler, patience = signal.getsignal(signal.SIGINT), time.monotonic() + 120
+        print("waiting for a signal", flush=True)
+        while signal.getsignal(signal.SIGINT) is handler:  # StopAfterStep puts back the one before it
+            assert time.monotonic() < patience, "nobody sent a signal"
+            time.sleep(0.01)
+
+
+@torch.no_grad()
+def fixed_loss(model: Perfusion, data: PersonalizedBase, timesteps: int) -> float:
+    """Mean loss of every photo at `timesteps` noise levels, in prompts that take turns."""
+    generator = torch.Generator().manual_seed(99)
+    photos = torch.arange(len(data.images)).repeat_interleave(timesteps)
+    latents = model.scale_factor * DiagonalGaussianDistribution(model._moments[photos, 0]).sample(generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    t = torch.linspace(0.05, 0.95, timesteps).mul(model.num_timesteps).long().repeat(len(data.images))
+    prompts = [fill(data.templates[n % len(data.templates)], model.placeholders[0]) for n in range(len(latents))]
+    weight = mask_on_latents(torch.stack([data.mask(int(photo)) for photo in photos]), latents.shape[-2:])
+    return float(model.p_losses(latents, model.prompt_context(prompts), t, noise, weight)[0])

@@ -1,0 +1,121 @@
+"""The script that measures the base model, on tiny models: its rows, its files, and what it refuses."""
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_models
+from helpers.image_world import complaint
+from helpers.tiny_clips import clip_folder
+from omegaconf import OmegaConf
+from PIL import Image
+
+from evaluation import base_model
+from evaluation.mini import model_quality as measures
+from evaluation.mini import parts, world_prompts
+from ldm.data.mini import scenes
+from ldm.data.mini.scenes import BACKGROUNDS_PER_PLACE, SceneDataset
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Flags that name a tiny base model and two tiny CLIPs."""
+    folder = tmp_path_factory.mktemp("base")
+    config = {"model": tiny_models.latent_diffusion(folder)}
+    OmegaConf.save(OmegaConf.create(config), folder / "base.yaml")
+    clips = {name: clip_folder(folder / "weights" / name, seed)
+             for seed, name in enumerate(("clip", "evaluation_clip"))}
+    return {"--config": folder / "base.yaml", "--ckpt": tiny_models.weights_file(folder), "--device": "cpu",
+            **{f"--{name}": path for name, path in clips.items()}, "--weights": folder / "weights"}
+
+
+@pytest.fixture(autouse=True)
+def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer texts, and one background for each place."""
+    bank = scenes.background_bank
+    monkeypatch.setattr(scenes, "background_bank", lambda place, size: bank(place, size, 1) * BACKGROUNDS_PER_PLACE)
+    monkeypatch.setattr(world_prompts, "PLAIN_TEMPLATES", ("a {}",))
+
+
+def measure(flags: dict[str, Any], folder: Path, *arguments: str) -> dict[str, Any]:
+    given = [str(word) for pair in {**flags, "--outdir": folder}.items() for word in pair]
+    base_model.main([*given, *arguments])
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_one_thing_and_two_are_drawn_graded_and_written_down(base: dict[str, Any], tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    results = measure(base, tmp_path, "--only", "one_thing", "two_things", "size", "--prompts", "3", "--scenes", "4",
+                      "--ddim_steps", "2")
+    kind, place, two, size = results["rows"]
+    assert [row["goal"] for row in (kind, place, two, size)] == [90, 95, 70, 40]
+    for row in (kind, place, two):
+        assert row["reached"]["count"] <= 3 and 0 <= row["reached"]["mean"] <= 100
+        assert set(row["ceilings"]) == {"known", "held-out"} and row["ceilings"]["known"]["count"] == 4 or row is place
+    assert size["met"] and size["reached"]["mean"] == pytest.approx(parts.megabytes(base["--weights"]))
+    answers = list(csv.DictReader((tmp_path / "answers.csv").open()))
+    assert len(answers) == 2 * (3 + 2 * 4)
+    hits = [100.0 * (row["kinds"] == row["recognised"]) for row in answers[:3]]
+    assert kind["reached"]["mean"] == pytest.approx(sum(hits) / 3)
+    assert Image.open(tmp_path / "one_thing.png").width > 3 * 16
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + 4 + 2 and printed[2].startswith("| text-to-image, one thing")
+    assert results["settings"]["prompts"] == 3 and results["settings"]["machine"]["device"] == "cpu"
+
+
+def test_the_same_seed_gives_the_same_answers(base: dict[str, Any], tmp_path: Path) -> None:
+    few = ("--only", "one_thing", "--prompts", "2", "--scenes", "4", "--ddim_steps", "1")
+    for name in ("a", "b"):
+        measure(base, tmp_path / name, *few)
+    assert (tmp_path / "a" / "answers.csv").read_text() == (tmp_path / "b" / "answers.csv").read_text()
+
+
+def test_parts_are_measured_on_held_out_scenes(base: dict[str, Any], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[SceneDataset] = []
+    batches = parts.batches
+    monkeypatch.setattr(parts, "batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
+    first, second = measure(base, tmp_path, "--only", "autoencoder", "clip", "--scenes", "64")["rows"]
+    assert first["unit"] == "dB" and second["reached"]["count"] == 64
+    for data in seen:
+        assert data.seed == world_prompts.FIRST_SEED + 1
+        assert all(thing.source == "twemoji" for index in range(20) for thing in data.plan(index).things)
+
+
+def test_an_autoencoder_can_be_measured_by_itself(base: dict[str, Any], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "autoencoder.yaml"
+    OmegaConf.save(OmegaConf.create({"model": tiny_models.first_stage()}), config)
+    monkeypatch.setattr(measures, "AUTOENCODER", config)
+    few = ("--only", "autoencoder", "--scenes", "4")
+    own = measure(base, tmp_path, *few)
+    named = measure(base, tmp_path, *few, "--autoencoder", str(base["--ckpt"]))
+    assert named["rows"] == own["rows"]
+
+
+def test_captions_are_counted_alike() -> None:
+    assert base_model.CAPTIONS == parts.CAPTIONS
+
+
+def test_quick_asks_for_less_and_never_for_more() -> None:
+    options = base_model.parse_arguments(["--quick", "--prompts", "5", "--only", "size"])
+    assert (options.prompts, options.scenes, options.ddim_steps) == (5, 128, 25)
+
+
+def test_clips_may_be_named() -> None:
+    options = base_model.parse_arguments(["--evaluation_clip", "ViT-B-32/openai", "--only", "one_thing"])
+    assert str(options.evaluation_clip) == "ViT-B-32/openai"
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--evaluation_clip", "nowhere"], "--evaluation_clip nowhere: there are no weights"),
+    (["--only", "segmenter", "--segmenter", "nowhere"], "configs/mini/segmenter.yaml"),
+    (["--only", "clip", "--clip", "nowhere"], "--clip nowhere: there are no weights"),
+    (["--only", "clip", "--scenes", "63"], "among 64"),
+    (["--only", "speed", "--prompts", "1"], "must be 2 or more"), (["--only", "beauty"], "invalid choice")])
+def test_mistakes_are_one_line(arguments: list[str], said: str, tmp_path: Path,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in complaint(base_model.main, [*arguments, "--outdir", str(tmp_path)], capsys)

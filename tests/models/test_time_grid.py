@@ -1,0 +1,85 @@
+"""The times that sampling visits, against diffusers' and against the papers' formulas."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm.common.errors import UserError
+from ldm.models.diffusion import time_grid as grids
+from ldm.models.diffusion.schedule import diffusion_buffers
+
+SCHEDULE = diffusion_buffers("linear", 1000, 0.00085, 0.012)["alphas_cumprod"]
+SPACINGS = (grids.from_zero, grids.from_noise, grids.karras)
+EVERY = pytest.mark.parametrize("spacing", SPACINGS, ids=lambda spacing: spacing.__name__)
+
+
+@EVERY
+@settings(max_examples=30, deadline=None)
+@given(steps=st.integers(1, 60), timesteps=st.integers(60, 1000))
+def test_any_number_of_steps_fits_any_schedule(spacing, steps, timesteps):
+    schedule = diffusion_buffers("linear", timesteps, 0.00085, 0.012)["alphas_cumprod"]
+    check(spacing(schedule, steps), steps, timesteps)
+
+
+@EVERY
+@pytest.mark.parametrize("steps", [1, 7, 333, 600, 999, 1000])
+def test_up_to_all_steps_fit(spacing, steps):
+    check(spacing(SCHEDULE, steps), steps, 1000)
+
+
+def check(grid: grids.TimeGrid, steps: int, timesteps: int) -> None:
+    assert len(grid) == len(set(grid.times)) == steps
+    assert grid.times[-1] >= 0 and grid.times[0] <= timesteps - 1
+    assert list(grid.times) == sorted(grid.times, reverse=True)
+    assert grid.kept[1:] == grid.kept_after[:-1]
+    assert all(0 < kept < after <= 1 for kept, after in zip(grid.kept, grid.kept_after, strict=True))
+
+
+def test_where_the_grids_begin_and_end():
+    known = SCHEDULE.double()
+    ours, trailing, sigmas = (spacing(SCHEDULE, 20) for spacing in SPACINGS)
+    assert ours.times == tuple(range(951, 0, -50)) and ours.kept_after[-1] == known[0]
+    assert trailing.times == tuple(range(999, 0, -50)) and trailing.kept_after[-1] == 1
+    assert sigmas.times[0] == pytest.approx(999) and sigmas.times[-1] == pytest.approx(0) and sigmas.kept_after[-1] == 1
+    for grid in (ours, trailing):
+        assert grid.kept == tuple(known[list(grid.times)].tolist())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 33])
+def test_karras_sigmas_and_their_times_match_diffusers(steps):
+    scheduler = EulerDiscreteScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                       use_karras_sigmas=True, sigma_min=0.029167, sigma_max=14.6147)
+    scheduler.set_timesteps(steps)
+    grid = grids.karras(SCHEDULE, steps)
+    kept = np.array(grid.kept)
+    np.testing.assert_allclose(np.sqrt((1 - kept) / kept), scheduler.sigmas[:-1], rtol=1e-4)
+    np.testing.assert_allclose(grid.times, scheduler.timesteps, rtol=1e-4, atol=1e-2)
+
+
+def test_schedules_that_end_in_pure_noise_start_where_images_do():
+    cosine = diffusion_buffers("cosine", 1000)["alphas_cumprod"]
+    grid = grids.karras(cosine, 10)
+    check(grid, 10, 1000)
+    sigmas = np.sqrt(1 / np.array(grid.kept) - 1)
+    assert sigmas[0] == pytest.approx(80) and (sigmas < 10).sum() >= 6
+    known = cosine.double()
+    assert known[int(grid.times[0]) + 1] < grid.kept[0] <= known[int(grid.times[0])]
+
+
+def test_the_end_of_a_grid():
+    grid = grids.karras(SCHEDULE, 9)
+    assert grid.end(9) == grid
+    last = grid.end(2)
+    assert (last.times, last.kept, last.kept_after) == (grid.times[7:], grid.kept[7:], grid.kept_after[7:])
+    assert grid.half_log_snr(3) == pytest.approx(0.5 * np.log(grid.kept[3] / (1 - grid.kept[3])))
+
+
+@EVERY
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_numbers_of_steps_are_refused(spacing, steps):
+    with pytest.raises(UserError, match="1 to 1000"):
+        spacing(torch.clone(SCHEDULE), steps)

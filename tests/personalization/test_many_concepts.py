@@ -1,0 +1,311 @@
+"""Several concepts at once: each is learned as it would be alone, and each prompt of a batch has its own."""
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers import tiny_models
+from helpers.tiny_concepts import attached, write_base
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ldm.common.errors import UserError
+from ldm.concepts.concept import Concept, load_perfusion_concepts
+from ldm.data.images import to_tensor
+from ldm.data.module import DataModuleFromConfig
+from ldm.data.personalized import one_config_each
+from ldm.inference.sampling import Job, Sampling, draw_pictures, encode_once, prompt_encoder
+from ldm.personalization.base import PersonalizationMethod, file_names_for
+from ldm.util import instantiate_from_config
+
+THINGS = {"<toy>": "cat", "<mug>": "mug", "<hat>": "red hat"}  # the word of each concept -> its super-category
+WORDS = list(THINGS)
+METHODS = {"perfusion": "perfusion.Perfusion", "textual-inversion": "textual_inversion.TextualInversion"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, its text encoder's covariance, and photos: two, three and four of noise."""
+    path = tmp_path_factory.mktemp("many")
+    write_base(path)
+    for number, name in enumerate(WORDS):
+        (path / name).mkdir()
+        noise = np.random.default_rng(number).integers(0, 256, (2 + number, 16, 16, 3), dtype=np.uint8)
+        for photo, pixels in enumerate(noise):
+            Image.fromarray(pixels).save(path / name / f"{photo}.png")
+    return path
+
+
+def data_of(folder: Path, words: list[str], **settings: Any) -> DataModuleFromConfig:
+    """Photos as the config of a run describes them."""
+    params = {"data_root": [str(folder / word) for word in words], "placeholder_token": words, "size": 16,
+              "repeats": 8, "templates": list(tiny_models.TEMPLATES)}
+    train = {"target": "ldm.data.personalized.PersonalizedBase", "params": params}
+    torch.manual_seed(7)  # of the order
+    module = DataModuleFromConfig(2, train=train, **settings)
+    module.setup("fit")
+    return module
+
+
+def learner(folder: Path, words: list[str], method: str = "perfusion", **params: Any) -> PersonalizationMethod:
+    own = {"covariance": str(folder / "covariance.safetensors")} if method == "perfusion" else {}
+    given = {"super_category": [THINGS[word] for word in words], "placeholder": words, "seed": 3,
+             "ckpt_path": str(folder / "base.ckpt"), "first_stage_key": "image", **own, **params}
+    return instantiate_from_config(tiny_models.latent_diffusion(folder, METHODS.get(method, method), **given))
+
+
+def taught(folder: Path, words: list[str], steps: int = 3, parts: int = 1, method: str = "perfusion",
+           **settings: Any) -> PersonalizationMethod:
+    """A model after so many steps, without a trainer around it; gradients of a step are the mean of its batches'."""
+    data = data_of(folder, words, **settings)
+    model = attached(learner(folder, words, method), None, parts)
+    model.trainer.datamodule = data
+    model.setup("fit")
+    optimizer = model.configure_optimizers()["optimizer"]
+    batches = model.trainer.accumulate_grad_batches
+    for index, batch in zip(range(steps * batches), data.train_dataloader(), strict=False):
+        (model.training_step(batch, index) / batches).backward()
+        if (index + 1) % batches == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            model.trainer.global_step += 1
+    assert model.trainer.global_step == steps
+    return model
+
+
+@functools.cache
+def taught_alone(folder: Path, word: str, parts: int) -> PersonalizationMethod:
+    return taught(folder, [word], parts=parts)
+
+
+def assert_same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    for name, value in theirs.state_dict().items():
+        assert torch.allclose(ours.state_dict()[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max())), name
+
+
+# Learning
+
+
+@pytest.mark.parametrize(("parts", "settings"), [(1, {}), (2, {}), (1, {"concepts_per_batch": 2}),
+                                                 (2, {"concepts_per_batch": 1})])
+def test_concepts_learned_together_are_those_learned_apart(folder: Path, parts: int, settings: dict[str, Any]) -> None:
+    together = taught(folder, WORDS, parts=parts, **settings)
+    for place, word in enumerate(WORDS):
+        learned, alone = together.concepts[place], taught_alone(folder, word, parts)
+        assert_same_state(learned, alone.concepts[0])
+        ours, theirs = together.export_concept(place), alone.export_concept()
+        assert (ours.placeholder, ours.super_category, ours.base) == (word, THINGS[word], theirs.base)
+        assert (ours.embedding - learned.start).abs().max() > 100 * (ours.embedding - theirs.embedding).abs().max()
+
+
+def test_textual_inversion_learns_several_words(folder: Path) -> None:
+    together = taught(folder, WORDS[:2], method="textual-inversion")
+    for place, word in enumerate(WORDS[:2]):
+        alone = taught(folder, [word], method="textual-inversion")
+        assert_same_state(together.concepts[place], alone.concepts[0])
+        assert together.export_concept(place).parameter_count == alone.export_concept().parameter_count
+
+
+@pytest.mark.parametrize("settings", [{}, {"concepts_per_batch": 1}])
+def test_devices_share_the_concepts_out_among_them(folder: Path, tmp_path: Path, settings: dict[str, int],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes on the CPU, of which one learns the second concept, and the other the first and perhaps a third."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of a run before, from which new processes would begin anew
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a fork of several threads would wait for them for ever
+    words = WORDS[:2] if settings else WORDS
+    trainer = pl.Trainer(max_steps=3, accelerator="cpu", devices=2, strategy="ddp_fork", default_root_dir=tmp_path,
+                         logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                         enable_model_summary=False)
+    torch.manual_seed(7)
+    trainer.fit(learner(folder, words), datamodule=data_of(folder, words, **settings))
+    for word in words:
+        (ours,) = load_perfusion_concepts(tmp_path / f"{word[1:-1]}.safetensors")
+        theirs = taught_alone(folder, word, 1).export_concept()
+        assert ours.steps == 3
+        for (name, value), (_, other) in zip(ours.tensors(), theirs.tensors(), strict=True):
+            assert torch.allclose(value, other, rtol=2e-3, atol=1e-3 * float(other.abs().max())), name
+
+
+def test_one_pass_of_the_model_serves_all_concepts(folder: Path) -> None:
+    data = data_of(folder, WORDS)
+    model = attached(learner(folder, WORDS), None)
+    model.trainer.datamodule = data
+    model.setup("fit")
+    seen, logged = [], {}
+    own, model.log_dict = model.apply_model, lambda numbers, **_: logged.update(numbers)
+    model.apply_model = lambda x, *rest: seen.append(len(x)) or own(x, *rest)
+    model.training_step(next(iter(data.train_dataloader())), 0)
+    assert seen == [6]
+    losses = [float(logged[f"train/loss/{name}"]) for name in ("toy", "mug", "hat")]
+    assert float(logged["train/loss"]) == pytest.approx(np.mean(losses)) and len(set(losses)) == 3
+    assert "train/embedding_distance/hat" in logged
+
+
+def test_weights_of_the_base_model_are_trained_for_one_concept_only(folder: Path) -> None:
+    model = attached(learner(folder, WORDS, "custom_diffusion.CustomDiffusion"), None)
+    model.trainer.datamodule = data_of(folder, WORDS)
+    with pytest.raises(UserError, match="CustomDiffusion trains weights of the base model"):
+        model.setup("fit")
+
+
+@pytest.mark.parametrize(("params", "said"), [
+    ({"placeholder": ["<toy>", "<TOY>"]}, "<toy> is given twice"),
+    ({"placeholder": ["<toy>", "two words"]}, "'two words': must be a word"),
+    ({"super_category": ["cat", "mug"]}, r"2 super-categories \(cat, mug\) for 3 concepts"),
+    ({"placeholder": ["<toy>", "<hat>"], "super_category": "cat"}, "placeholder <toy>, <hat> .*, but <toy>, <mug>"),
+])
+def test_words_that_do_not_fit_are_refused_in_a_line(folder: Path, params: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        model = attached(learner(folder, WORDS, **params), None)
+        model.trainer.datamodule = data_of(folder, WORDS)
+        model.setup("fit")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_loss_that_would_say_nothing_is_refused(folder: Path, name: str, method: str) -> None:
+    params = {"data_root": str(folder / "<toy>"), "placeholder_token": "<toy>", "size": 16}
+    model = attached(learner(folder, WORDS[:1], method), None)
+    model.trainer.datamodule = data_of(
+        folder, WORDS[:1], **{name: {"target": "ldm.data.personalized.PersonalizedBase", "params": params}})
+    with pytest.raises(UserError, match=rf"data\.params\.{name}: .*leave it out.*evaluation/clip_eval\.py"):
+        model.setup("fit")
+
+
+def test_one_super_category_counts_for_all(folder: Path) -> None:
+    assert learner(folder, WORDS, super_category="cat").super_categories == ["cat"] * 3
+
+
+def test_names_for_files() -> None:
+    assert file_names_for(["<my-teddy>", "mug", "<чашка>"]) == ["my-teddy", "mug", "чашка"]
+    assert file_names_for(["<a>", "a"]) == ["0-a", "1-a"] and file_names_for(["<☃>", "<x/y>"]) == ["0", "1-xy"]
+
+
+# Photos
+
+
+def test_a_config_for_each_folder() -> None:
+    shared = {"target": "some.Dataset", "params": {"size": 8, "templates": ["a {}", "the {}"]}}
+    assert one_config_each(shared) == [shared]
+    several = {"target": "some.Dataset", "params": {**shared["params"], "data_root": ["a", "b"], "mask_root": None,
+                                                    "placeholder_token": ["<a>", "<b>"]}}
+    assert [one["params"] for one in one_config_each(several)] == [
+        {**shared["params"], "data_root": name, "placeholder_token": f"<{name}>", "mask_root": None} for name in "ab"]
+    for name, values in (("placeholder_token", "<a>"), ("mask_root", ["x", "y", "z"]), ("data_root", ["a"])):
+        with pytest.raises(UserError, match="folders of photos"):
+            one_config_each({**several, "params": {**several["params"], name: values}})
+
+
+@pytest.mark.parametrize(("at_a_time", "turns"), [(None, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("before", [0, 4, 11])
+def test_photos_come_as_they_would_alone_also_after_a_pause(folder: Path, at_a_time: int | None, turns: int,
+                                                            before: int) -> None:
+    module = data_of(folder, WORDS, concepts_per_batch=at_a_time)
+    assert module.turns == turns
+    loader = module.train_dataloader()
+    assert len(loader) == 8 * turns  # the shortest epoch: 2 photos 8 times, 2 at a time
+    loader.load_state_dict({"drawn": before})
+    got = {place: [] for place in range(3)}
+    batches = [batch for _ in range(3) for batch in loader]
+    assert len(batches) == 24 * turns - before % (8 * turns) and loader.state_dict()["drawn"] == before + len(batches)
+    for batch in batches:
+        for place, own in batch.items():
+            got[place].append(own["index"].tolist())
+    for place, word in enumerate(WORDS):
+        alone = data_of(folder, [word]).train_dataloader()
+        expected = [batch["index"].tolist() for _ in range(12) for batch in alone]
+        group = place // (at_a_time or 3)
+        done = len([index for index in range(before) if index % turns == group])
+        assert got[place] == expected[done:done + len(got[place])]
+        assert abs(len(got[place]) * turns - len(batches)) <= turns
+
+
+def test_photos_are_not_decoded_again_once_they_are_encoded(folder: Path) -> None:
+    data = data_of(folder, WORDS[:1])
+    photos = data.datasets["train"]
+    whole = default_collate([photos[0], photos[1]])
+    model = attached(learner(folder, WORDS[:1]), photos)
+    model.on_fit_start()
+    lean = default_collate([photos[0], photos[1]])
+    assert set(whole) - set(lean) == {"image", "mask"}
+    assert lean["caption"] == whole["caption"] and torch.equal(lean["flipped"], whole["flipped"])
+
+
+# Drawing
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> PersonalizationMethod:
+    """With three concepts as after some training."""
+    model = attached(learner(folder, WORDS), None)
+    model.trainer.datamodule = data_of(folder, WORDS)
+    model.setup("fit")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for concept in model.concepts:
+            for number in (*concept.parameters(), concept.target_input):
+                number.add_(torch.randn_like(number) * 0.3)
+    return model.eval()
+
+
+def test_pictures_for_the_log_show_each_concept_in_turn(folder: Path, model: PersonalizationMethod) -> None:
+    batch = next(iter(model.trainer.datamodule.train_dataloader()))
+    prompts = [batch[place]["caption"][number] for number in range(2) for place in range(3)]
+    drawn = {count: model.log_images(batch, N=count, ddim_steps=2)["samples"] for count in (2, 4)}
+    assert drawn[4].shape == (4, 3, 16, 16) and drawn[4].abs().max() <= 1
+    assert torch.allclose(drawn[4][:2], drawn[2], atol=0.02)
+    concepts = [model.export_concept(place) for place in range(3)]
+    jobs = [Job(prompt, seed) for seed, prompt in enumerate(prompts[:4])]
+    pictures = draw_pictures(model, encode_once(prompt_encoder(model, concepts), prompts), jobs,
+                             Sampling(model.latent_shape[1:], steps=2, scale=3.0))
+    assert torch.allclose(torch.stack([to_tensor(picture) for picture in pictures]), drawn[4], atol=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pictures_for_the_log_of_a_single_concept(folder: Path, method: str) -> None:
+    model = taught(folder, WORDS[:1], steps=1, method=method)
+    batch = next(iter(model.trainer.datamodule.train_dataloader()))
+    assert model.eval().log_images(batch, N=8, ddim_steps=2)["samples"].shape == (2, 3, 16, 16)
+
+
+def layers_of(model: PersonalizationMethod, concepts: list[Concept], jobs: list[Job], **settings: Any) -> list[Tensor]:
+    """Keys and values of every layer for the jobs' prompts, and for their negative prompts."""
+    texts = [text for job in jobs for text in (job.prompt, job.negative_prompt)]
+    contexts = encode_once(prompt_encoder(model, concepts), texts, **settings).of_jobs(jobs)
+    return [tensor for context in contexts for name, layer in model.text_layers.items()
+            for tensor in context.keys_values(name, layer.to_k, layer.to_v)]
+
+
+JOBS = [Job("a photo of a <toy>", 1), Job("a <mug> in a box", 2, "a <hat>"), Job("a dog", 3), Job("a <hat>", 4),
+        Job("a <toy> by a <mug>", 5)]
+NAMED = ["<toy>", "<mug> <hat>", "", "<hat>", "<toy> <mug>"]
+
+
+@torch.no_grad()
+def test_many_prompts_are_encoded_in_parts(model: PersonalizationMethod, monkeypatch: pytest.MonkeyPatch) -> None:
+    concepts = [model.export_concept(place) for place in range(3)]
+    at_once = layers_of(model, concepts, JOBS)
+    monkeypatch.setattr("ldm.inference.sampling.ENCODED_AT_A_TIME", 2)
+    for ours, theirs in zip(layers_of(model, concepts, JOBS), at_once, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("locking", [{}, {"global_locking": True}])
+@torch.no_grad()
+def test_prompts_of_one_batch_use_different_concepts(model: PersonalizationMethod, locking: dict[str, bool]) -> None:
+    concepts = [model.export_concept(place) for place in range(3)]
+    together = layers_of(model, concepts, JOBS, **locking)
+    for row, (job, named) in enumerate(zip(JOBS, NAMED, strict=True)):
+        own = [concept for concept in concepts if concept.placeholder in named]
+        alone = layers_of(model, own, [job], **(locking if own else {}))
+        for ours, theirs in zip(together, alone, strict=True):
+            assert torch.allclose(ours[row], theirs[0], atol=1e-4 * float(theirs.abs().max())), job
+    without = layers_of(model, concepts[:2], JOBS[:1])
+    assert not torch.allclose(layers_of(model, [], [Job("a photo of a cat", 1)])[1], without[1], atol=1e-2)

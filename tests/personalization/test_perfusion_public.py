@@ -1,0 +1,86 @@
+"""Concepts on small stand-ins of the public models that have other text encoders than Stable Diffusion 1.x."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers.oracles import randomise
+from helpers.stand_ins import model_section, pixels, stand_in
+from PIL import Image
+
+from ldm.concepts.concept import load_perfusion_concepts
+from ldm.data.personalized import PersonalizedBase
+from ldm.inference.sampling import Job, Sampling, draw_pictures, encode_once, load_base, prompt_encoder, ready_concepts
+from ldm.modules.covariance import encoder_fingerprint, save_covariance
+from ldm.personalization.perfusion import Perfusion
+from ldm.util import instantiate_from_config
+
+WORD, TEMPLATES = "<toy>", ("a photo of a {}", "the {} in a picture")
+MODELS = {"configs/perfusion-sd-v1.yaml": "configs/stable-diffusion/v1-inference.yaml",
+          "configs/perfusion-sd-v2.yaml": "configs/stable-diffusion/v2-inference-v.yaml",
+          "configs/perfusion-ldm.yaml": "configs/latent-diffusion/txt2img-1p4B-eval.yaml"}
+
+
+class Photos(pl.LightningDataModule):
+    """What a data module gives Perfusion: a `PersonalizedBase` and batches of it."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        super().__init__()
+        pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+        folder.mkdir()
+        for number, photo in enumerate(pixels):
+            Image.fromarray(photo).save(folder / f"{number}.png")
+        self.datasets = {"train": PersonalizedBase(folder, size, placeholder_token=WORD, templates=TEMPLATES)}
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(self.datasets["train"], batch_size=2)
+
+
+def base_weights(public: str, folder: Path) -> Path:
+    """A checkpoint of the public model's stand-in, every parameter random, and its text encoder's covariance."""
+    base = instantiate_from_config(stand_in(public, folder))
+    randomise(base.model, 0, scale=0.1)
+    randomise(base.first_stage_model, 1)
+    randomise(base.cond_stage_model, 2, scale=0.3)
+    torch.save({"state_dict": base.state_dict()}, folder / "base.ckpt")
+    words = base.eval().get_learned_conditioning(["a cat in a red box", "the dog and a cup"]).flatten(0, 1).detach()
+    save_covariance(folder / "covariance.safetensors", words.mT @ words / len(words), source="test", captions=2,
+                    tokens="all", encoder=encoder_fingerprint(base.cond_stage_model))
+    return folder / "base.ckpt"
+
+
+def taught(config: str, folder: Path, **changes: Any) -> Perfusion:
+    section = stand_in(config, folder, ckpt_path=str(folder / "base.ckpt"), placeholder=WORD, segmenter=None,
+                       covariance=str(folder / "covariance.safetensors"), **changes)
+    model = instantiate_from_config(section)
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder)
+    trainer.fit(model, datamodule=Photos(folder / "photos", pixels(section)))
+    return model
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_two_steps_leave_a_concept_that_draws(config: str, tmp_path: Path) -> None:
+    checkpoint = base_weights(MODELS[config], tmp_path)
+    model = taught(config, tmp_path)
+    (concept,) = load_perfusion_concepts(tmp_path / "concept.safetensors")
+    assert concept.steps == 2 and concept.super_category == "teddy bear"
+    width = model.cond_stage_model.token_table.shape[1]
+    assert concept.embedding.shape == (1, width) and concept.target_input.shape == (width,)
+    assert len(concept.target_output_v) == len(model.text_layers) > 7
+    assert float(model.concepts[0].distance()) > 0
+    assert model_section(config)["params"].get("parameterization", "eps") == model.parameterization
+
+    base = load_base({"model": stand_in(MODELS[config], tmp_path)}, checkpoint, "cpu")
+    encoder = prompt_encoder(base, ready_concepts([tmp_path / "concept.safetensors"]))
+    encoder.inverse_covariance = model.inverse_covariance()  # instead of that of 8,192 captions
+    prompt = f"a {WORD} in the snow"
+    with torch.no_grad():
+        ours, theirs = encoder.encode([prompt]), model.eval().prompt_context([prompt])
+    assert torch.allclose(ours.gates, theirs.gates, atol=2e-2) and ours.gates.std() > 0.01
+    (picture,) = draw_pictures(base, encode_once(encoder, [prompt]), [Job(prompt, 1)], Sampling((8, 8), steps=2))
+    assert picture.size == (64, 64)
