@@ -1,4 +1,4 @@
-"""Checks on the paths that users name, and the quoting of paths in commands that are shown to them."""
+"""Checks on paths that users name, and paths of the project that hold in any working directory."""
 from __future__ import annotations
 
 import os
@@ -8,24 +8,39 @@ from pathlib import Path
 
 from ldm.common.errors import UserError
 
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Return the path to open for one that a user or a config names.
+
+    A relative path counts from the working directory. If nothing is there, it counts from the project's root, so that
+    `models/mini` in a bundled config is found from anywhere. A path that exists in neither is returned as it is.
+    """
+    given = Path(path)
+    if given.is_absolute() or given.exists():
+        return given
+    bundled = PROJECT_ROOT / given
+    return bundled if bundled.exists() else given
+
 
 def quoted(*words: object) -> str:
-    """Words of a command as the user's shell takes them: Windows knows no single quotes."""
+    """Join words into a command line that the user's shell understands."""
     texts = [str(word) for word in words]
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def check_folder(flag: str, folder: Path) -> None:
-    """Raises a UserError where the `folder` of `flag` is none, or could not be made or written to; makes nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{flag} {folder}: {there} is no folder; choose another place")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {folder}: {there} cannot be written to; choose another place")
+    """Raise UserError if `folder` is not a directory or cannot be created and written to. Creates nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{flag} {folder}: {existing} is no folder; choose another place")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: {existing} cannot be written to; choose another place")
 
 
 def check_file(flag: str, file: Path) -> None:
-    """Raises a UserError where the `file` of `flag` could not be written; makes nothing."""
+    """Raise UserError if `file` could not be written. Creates nothing."""
     if file.is_dir():
         raise UserError(f"{flag} {file}: is a folder; name a file in it, such as {file / 'result.safetensors'}")
     check_folder(flag, file.parent)
