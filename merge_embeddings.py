@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.parser import Parser
 from ldm.common.errors import UserError, one_line_errors
-from ldm.common.paths import quoted
+from ldm.common.paths import quote_command
 
 if TYPE_CHECKING:
     from ldm.concepts.finetuned_concept import AnyConcept
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{path}: {len(after)} concepts, {path.stat().st_size / 1000:.1f} KB{replaced}")
     print(describe(before, after))
     prompt = " next to ".join(f"a {concept.placeholder}" for concept in after)
-    print(f'Use it: python scripts/txt2img.py --concept {quoted(path)} --prompt "a photo of {prompt}"')
+    print(f'Use it: python scripts/txt2img.py --concept {quote_command(path)} --prompt "a photo of {prompt}"')
 
 
 if __name__ == "__main__":

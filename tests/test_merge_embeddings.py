@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import merge_embeddings
-from ldm.common.paths import quoted
+from ldm.common.paths import quote_command
 from ldm.concepts.concept import Concept, load_perfusion_concepts, save_perfusion_concepts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def test_merging_says_what_came_from_where_and_how_to_use_it(files: tuple[Path, 
     assert f"<pet>: dog, from {files[0]}\n" in result.stdout
     assert f"<pet-2>: teddy bear, from {files[1]}, was <pet>\n" in result.stdout
     assert f"{output.stat().st_size / 1000:.1f} KB" in result.stdout
-    assert f'--concept {quoted(output)} --prompt "a photo of a <pet> next to a <pet-2>"' in result.stdout
+    assert f'--concept {quote_command(output)} --prompt "a photo of a <pet> next to a <pet-2>"' in result.stdout
 
 
 def test_placeholders_can_be_given_and_the_output_can_be_an_input(

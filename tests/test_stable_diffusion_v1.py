@@ -24,7 +24,7 @@ from ldm.concepts.concept import Concept, load_perfusion_concepts, save_perfusio
 from ldm.data.personalized import PersonalizedBase
 from ldm.models.diffusion.schedule import diffusion_buffers
 from ldm.modules.attention import name_text_layers
-from ldm.util import count_params, instantiate_from_config, refuse_unknown_params
+from ldm.util import check_param_names, count_params, instantiate_from_config
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHAPE_OF_UNET = {
@@ -174,7 +174,7 @@ def test_the_concept_config_is_the_papers() -> None:
     params, data, trainer = whole.model.params, whole.data.params, whole.lightning.trainer
     assert (params.bias, params.temperature, params.embedding_lr, params.value_lr) == (0.75, 0.1, 0.006, 0.03)
     assert data.batch_size * trainer.accumulate_grad_batches == 16 and trainer.max_steps == 400
-    refuse_unknown_params("data", PersonalizedBase, data.train.params)
+    check_param_names("data", PersonalizedBase, data.train.params)
     for callback in whole.lightning.callbacks.values():
         instantiate_from_config(callback)
 

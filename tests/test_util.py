@@ -10,13 +10,13 @@ from torch import nn
 
 from ldm.common.errors import UserError
 from ldm.util import (
+    check_param_names,
     count_params,
     default,
     get_obj_from_str,
     instantiate_from_config,
-    onto,
     pick_device,
-    refuse_unknown_params,
+    to_device,
 )
 
 
@@ -82,9 +82,9 @@ def test_unknown_params_are_refused_by_name(name: str, params: dict[Any, Any], n
 
 
 def test_unknown_params_of_other_peoples_classes() -> None:
-    refuse_unknown_params("a linear layer", nn.Linear, {"in_features": 1, "bias": False, "device": "cpu"})
+    check_param_names("a linear layer", nn.Linear, {"in_features": 1, "bias": False, "device": "cpu"})
     with pytest.raises(UserError, match="a linear layer does not know in_feature;"):
-        refuse_unknown_params("a linear layer", nn.Linear, {"in_feature": 1})
+        check_param_names("a linear layer", nn.Linear, {"in_feature": 1})
 
 
 def test_functions_and_what_else_can_be_called() -> None:
@@ -197,9 +197,9 @@ class Noting:
     (100, "cpu", "cuda", False, False), (2**20, "cpu", "cuda", False, True), (2**20, "cpu", "mps", True, False),
     (2**20, "cpu", "cpu", True, False), (2**20, "cuda", "cpu", True, False)])  # others might read what is not there yet
 def test_who_waits_for_a_copy(nbytes: int, source: str, target: str, waits: bool, pinned: bool) -> None:
-    assert onto(Noting(nbytes, source), torch.device(target)) == (target, not waits, pinned)
+    assert to_device(Noting(nbytes, source), torch.device(target)) == (target, not waits, pinned)
 
 
 def test_copies_are_equal() -> None:
     x = torch.randn(3, 2)
-    assert torch.equal(onto(x, torch.device("cpu")), x)
+    assert torch.equal(to_device(x, torch.device("cpu")), x)

@@ -15,7 +15,7 @@ from evaluation.attention.figure import Row, attention_figure
 from evaluation.attention.inside import COLUMNS, STEPS, Inside, figures, measure, records
 from evaluation.output.table import write_csv
 from ldm.common.errors import UserError
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 from ldm.common.words import replace_words, split_at_placeholders
 from ldm.concepts.finetuned_concept import METHODS, AnyConcept, FinetunedConcept
 from ldm.concepts.prompt_encoder import word_positions
@@ -164,7 +164,7 @@ def write(options: argparse.Namespace, cases: Sequence[Case], found: Sequence[Se
     write_csv(csv, table, COLUMNS)
     noted = {"mask": options.mask, "cases": [_note_of(case, rows) for case, rows in pairs], "rows": table}
     text = json.dumps(noted, indent=1) + "\n"
-    write_whole(summary, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_atomically(summary, lambda aside: aside.write_text(text, encoding="utf-8"))
     return [picture, csv, summary]
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
 from evaluation.output.plots import DOTS_PER_INCH
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 
 TILE = 1.05  # inches of a picture's longer side
 GAP = 0.04  # inches between pictures
@@ -52,4 +52,4 @@ def draw_grid(path: str | Path, pictures: Sequence[Sequence[Image.Image]], rows:
             axes = canvas.add_axes((left / width, bottom / height, across / width, down / height))
             axes.imshow(picture)
             axes.set_axis_off()
-    return write_whole(path, lambda aside: canvas.savefig(aside, format="png"))
+    return write_atomically(path, lambda aside: canvas.savefig(aside, format="png"))

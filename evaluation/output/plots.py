@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from evaluation.stats.intervals import Figure
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 
 INCHES = (6.4, 4.4)
 DOTS_PER_INCH = 150
@@ -102,4 +102,4 @@ def _write(path: str | Path, draw: Callable[[Axes], None], title: str) -> Path:
     axes = canvas.add_subplot()
     draw(axes)
     axes.set_title(title, fontsize=10)
-    return write_whole(path, lambda aside: canvas.savefig(aside, format="png"))
+    return write_atomically(path, lambda aside: canvas.savefig(aside, format="png"))

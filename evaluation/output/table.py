@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.stats.intervals import Figure
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 
 HEADINGS = ("what", "reached (95 % interval)", "goal", "recogniser's ceiling on real scenes")
 WIDTHS = (58, 26, 26, 64)
@@ -59,7 +59,7 @@ def write_results(folder: Path, rows: Sequence[Row], settings: Mapping[str, Any]
     columns = list(dict.fromkeys(key for record in flat for key in record))
     write_csv(folder / "table.csv", flat, columns)
     whole = {"settings": dict(settings), "rows": [{**asdict(row), "met": row.met} for row in rows]}
-    write_whole(folder / "results.json", lambda aside: aside.write_text(json.dumps(whole, indent=1) + "\n"))
+    write_atomically(folder / "results.json", lambda aside: aside.write_text(json.dumps(whole, indent=1) + "\n"))
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ def write_csv(path: Path, records: Sequence[Mapping[str, Any]], columns: Sequenc
             writer.writeheader()
             writer.writerows(records)
 
-    write_whole(path, write)
+    write_atomically(path, write)
 
 
 def _flat(row: Row) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from evaluation.paper.claims import FEWEST_CONCEPTS, MARGIN, TOGETHER, Found, Ve
 from evaluation.paper.studies import Setting, Study
 from evaluation.stats.crossed import figures, paired
 from evaluation.stats.intervals import Figure
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 
 MEASURES = {  # column -> its heading and its unit
     "trade-off": {"text": ("text similarity", ""), "image": ("image similarity", ""),
@@ -142,4 +142,4 @@ def draw(study: Study, lines: Sequence[Line], path: Path) -> Path:
 
 
 def _write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))

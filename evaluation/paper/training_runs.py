@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from evaluation.paper.source_digest import ROOT, TEACHING, code_of
 from evaluation.paper.studies import Method
 from ldm.common.errors import UserError
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 from ldm.concepts.finetuned_concept import load_concepts
 from ldm.data.images import list_images
 from ldm.training.config import get_parser, read_config
@@ -167,7 +167,7 @@ class School:
         if there != wanted:
             shutil.rmtree(folder, ignore_errors=True)
             for name, content in wanted.items():
-                write_whole(folder / name, lambda aside, content=content: aside.write_bytes(content))
+                write_atomically(folder / name, lambda aside, content=content: aside.write_bytes(content))
         return folder
 
     def _taught(self, method: Method, example: Example) -> Cost:
@@ -183,10 +183,10 @@ class School:
         if steps not in (None, concept.steps):  # Ctrl-C stops a run, too, which then keeps what it has
             raise UserError(f"teaching {example.name} by {method.name} stopped at step {concept.steps} of {steps}; "
                             "run this again")
-        write_whole(file, lambda aside: aside.write_bytes(made.read_bytes()))
+        write_atomically(file, lambda aside: aside.write_bytes(made.read_bytes()))
         self._clear(runs, name)
         cost = Cost(seconds, concept.parameter_count, file.stat().st_size, self._where)
-        write_whole(file.with_suffix(".json"), lambda aside: aside.write_text(json.dumps(asdict(cost)) + "\n"))
+        write_atomically(file.with_suffix(".json"), lambda aside: aside.write_text(json.dumps(asdict(cost)) + "\n"))
         return cost
 
     @property

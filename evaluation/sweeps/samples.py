@@ -124,7 +124,7 @@ def sampling_of(config: DictConfig, manner: Manner, batch_size: int = 32, autoca
         UserError: the model or the sampler cannot draw so.
     """
     inference.check_steps(config, manner.steps)
-    eta = sampler_class(manner.sampler).checked_eta(manner.eta)
+    eta = sampler_class(manner.sampler).resolve_eta(manner.eta)
     size = inference.latent_size(config)
     return inference.Sampling(size, manner.steps, manner.scale, eta, manner.sampler, batch_size, autocast)
 

@@ -22,7 +22,7 @@ HARMLESS = frozenset({"__get__", "__set__", "_set_grad_enabled", "detach", "dim"
                       "untyped_storage"})
 
 
-class DrawnWhenNeeded(TorchFunctionMode):
+class DeferredInit(TorchFunctionMode):
     """While it is active, a tensor that is to be filled at random is filled only when something reads it.
 
     What overwrites such a tensor, as loading a checkpoint does, comes in place of its random numbers. The rest is

@@ -30,7 +30,7 @@ class Family(NamedTuple):
     advice: str
 
 
-def recognise(shapes: Shapes) -> Family | None:
+def identify_family(shapes: Shapes) -> Family | None:
     """The kind of model that has weights of these names and shapes; None where nothing tells."""
     if addition := _addition(shapes):
         return addition

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.deferred_init import DrawnWhenNeeded
+from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.checkpoints.diffusers_folder import parameterization_of, read_folder, under_own_names
 from ldm.checkpoints.diffusers_names import open_clip_tensors
-from ldm.checkpoints.families import recognise
+from ldm.checkpoints.families import identify_family
 from ldm.checkpoints.packed_tables import unpack_tables
-from ldm.checkpoints.pickled import read_pickled, readable
+from ldm.checkpoints.pickled import printable, read_pickled
 from ldm.common.errors import UserError
 from ldm.common.files import load_tensors
 from ldm.util import get_obj_from_str, instantiate_from_config, known_params
@@ -171,14 +171,14 @@ def _misfits(problems: Mapping[str, str]) -> str:
 
 
 def _counted(keys: Sequence[str], what: str) -> str:
-    shown = ", ".join(map(readable, keys[:3])) + (", …" if len(keys) > 3 else "")
+    shown = ", ".join(map(printable, keys[:3])) + (", …" if len(keys) > 3 else "")
     return f"{len(keys)} keys {what}" + (f" ({shown})" if keys else "")
 
 
 def _remedy(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], misfits: Mapping[str, str]) -> str:
     if any(problem.startswith(NUMBERS) for problem in misfits.values()):
         return "choose a checkpoint of 16- or 32-bit weights"
-    theirs, ours = (recognise({key: value.shape for key, value in tensors.items()}) for tensors in (found, wanted))
+    theirs, ours = (identify_family({key: value.shape for key, value in tensors.items()}) for tensors in (found, wanted))
     if theirs is None or theirs == ours:
         return "choose the config of this checkpoint's model"
     return f"it looks like {theirs.name}: {theirs.advice}"
@@ -218,6 +218,6 @@ def load_model(config: Mapping[str, Any], checkpoint: str | Path | None = None,
         raise UserError("no base model: name its checkpoint with --ckpt, or in the config as model.params.ckpt_path")
     if "target" in section and "use_ema" in known_params(get_obj_from_str(section["target"])):
         extra["use_ema"] = False
-    with DrawnWhenNeeded():
+    with DeferredInit():
         model = instantiate_from_config(section, **extra)
     return model.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -60,11 +60,11 @@ def read_pickled(path: Path) -> Any:
         raise UserError(f"{path}: is no checkpoint, or holds more than weights, which is not run; "
                         "download it again or convert it to .safetensors") from None
     except UNREADABLE as error:
-        reason = readable(" ".join(str(error).split()) or type(error).__name__)
+        reason = printable(" ".join(str(error).split()) or type(error).__name__)
         raise UserError(f"{path}: cut off or no checkpoint ({reason}); copy or download it again") from None
 
 
-def readable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` of a file's own making, fit for a line of a message: not too long, nothing that moves the cursor."""
     shown = text[:SHOWN_LETTERS] + ("…" if len(text) > SHOWN_LETTERS else "")
     return shown if shown.isprintable() else ascii(shown)
@@ -95,7 +95,7 @@ def _records_in(path: Path) -> list[str]:
     others = [name for name in wanted if not name.startswith(RECORDS) and name not in RECORD_TYPES]
     if others:
         raise UserError(f"{path}: not loaded, since it holds more than weights (it asks for "
-                        f"{', '.join(map(readable, others[:3]))}); convert it to .safetensors")
+                        f"{', '.join(map(printable, others[:3]))}); convert it to .safetensors")
     return wanted
 
 

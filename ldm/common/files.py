@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ldm.common.errors import UserError
 
 
-def write_whole(path: str | Path, write: Callable[[Path], None]) -> Path:
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
     """Calls `write` with a temporary path in the same folder, then renames the result to `path`.
 
     An interruption at any point leaves either the old file or the new one, never a part of one.
@@ -60,7 +60,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     """Writes a safetensors file; each value of `metadata` is stored as JSON text under its key."""
     plain = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
     texts = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
-    return write_whole(path, lambda aside: save_file(plain, str(aside), metadata=texts))
+    return write_atomically(path, lambda aside: save_file(plain, str(aside), metadata=texts))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

@@ -24,7 +24,7 @@ def resolve_path(path: str | Path) -> Path:
     return bundled if bundled.exists() else given
 
 
-def quoted(*words: object) -> str:
+def quote_command(*words: object) -> str:
     """Join words into a command line that the user's shell understands."""
     texts = [str(word) for word in words]
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)

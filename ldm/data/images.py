@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm.common.errors import UserError
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def save_grid(
     shown = [image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
              for image in images]
     sheet = _sheet(shown, min(columns, len(images)), titles or [""] * len(images))
-    return write_whole(path, lambda aside: sheet.save(aside, format="PNG", compress_level=QUICKLY))
+    return write_atomically(path, lambda aside: sheet.save(aside, format="PNG", compress_level=QUICKLY))
 
 
 def _decoded(path: Path) -> Image.Image:

@@ -153,7 +153,7 @@ class BiasFinder:
         self.model, self.recogniser, self.photos, self.global_locking = model, recogniser, photos, global_locking
         self.side = min(inference.picture_size(config, size))
         self.sampling = replace(sampling, latent_size=size, sampler=SAMPLER, steps=STEPS,
-                                eta=sampler_class(SAMPLER).checked_eta(None))
+                                eta=sampler_class(SAMPLER).resolve_eta(None))
         self.biases = GLOBAL_BIASES if global_locking else BIASES
 
     def find(self, concept: Concept, prompts: Sequence[str]) -> Tried:

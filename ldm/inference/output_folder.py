@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 from ldm.data.images import save_grid
 
 NOTE = "perfusion"  # the text chunk of a PNG that says, as JSON, how the picture was made
@@ -39,7 +39,7 @@ class Album:
         chunks = PngImagePlugin.PngInfo()
         chunks.add_text(NOTE, json.dumps(note))
         path = next(self._free_pictures)
-        write_whole(path, lambda aside: picture.save(aside, format="PNG", pnginfo=chunks))
+        write_atomically(path, lambda aside: picture.save(aside, format="PNG", pnginfo=chunks))
         self.pictures.append(path)
         self._waiting.append((picture, title))
         if len(self._waiting) == self.columns * ROWS:
@@ -49,7 +49,7 @@ class Album:
     def add_beside(self, name: str, picture: Image.Image) -> Path:
         """Writes a picture that belongs to the run but was not drawn, such as a mask, as `<name>-0000.png`."""
         path = next(_free(self.folder, f"{name}-", 4))
-        return write_whole(path, lambda aside: picture.save(aside, format="PNG"))
+        return write_atomically(path, lambda aside: picture.save(aside, format="PNG"))
 
     def finish_sheet(self) -> None:
         """Writes the contact sheet of what was added since the last one, if anything was."""

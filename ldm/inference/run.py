@@ -130,7 +130,7 @@ def plan(options: argparse.Namespace, prompts: Sequence[str]) -> Plan:
     config = inference.read_model_config(options.config)
     size = inference.latent_size(config, options.H, options.W)
     inference.check_steps(config, options.ddim_steps)
-    eta = sampler_class(options.sampler).checked_eta(options.ddim_eta)
+    eta = sampler_class(options.sampler).resolve_eta(options.ddim_eta)
     negatives = flags.negative_for_each(options.negative_prompt, prompts)
     device = pick_device(options.device)
     biases = options.bias and [None if bias == flags.AUTO else bias for bias in options.bias]

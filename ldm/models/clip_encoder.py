@@ -12,8 +12,8 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 from ldm.common.errors import UserError
-from ldm.models.clip_images import clip_pixels, features_of
-from ldm.models.open_clip_folder import SETTINGS, hushed, load_openclip
+from ldm.models.clip_images import normalize_for_clip, unwrap_features
+from ldm.models.open_clip_folder import SETTINGS, load_openclip, silence_logging
 from ldm.modules.encoders.clip import tokenizer_folder
 from ldm.modules.encoders.vocabulary import load_pretrained
 
@@ -46,7 +46,7 @@ class ClipEncoder:
         if not local:
             check_clip_name(str(path))
         try:
-            with hushed():
+            with silence_logging():
                 return cls._loaded(Path(path), device) if local else cls._downloaded(str(path), device)
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -80,13 +80,13 @@ class ClipEncoder:
 
     def image_features(self, images: Tensor) -> Tensor:
         """(N, d) for pictures (N, 3, side, side) in [-1, 1]."""
-        return features_of(self.model.get_image_features(clip_pixels(images)))
+        return unwrap_features(self.model.get_image_features(normalize_for_clip(images)))
 
     def text_features(self, texts: list[str]) -> Tensor:
         """(N, d); texts that are too long are cut off."""
         longest = self.model.config.text_config.max_position_embeddings
         encoded = self.tokenizer(texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
-        return features_of(self.model.get_text_features(**encoded.to(self.device)))
+        return unwrap_features(self.model.get_text_features(**encoded.to(self.device)))
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class OpenClipEncoder(ClipEncoder):
 
     def image_features(self, images: Tensor) -> Tensor:
         settings = self.model.visual.preprocess_cfg
-        return self.model.encode_image(clip_pixels(images, settings["mean"], settings["std"]))
+        return self.model.encode_image(normalize_for_clip(images, settings["mean"], settings["std"]))
 
     def text_features(self, texts: list[str]) -> Tensor:
         return self.model.encode_text(self.tokenizer(texts).to(self.device))

@@ -11,12 +11,12 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def clip_pixels(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+def normalize_for_clip(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] as CLIP's image tower wants them."""
     centre, spread = (images.new_tensor(values)[:, None, None] for values in (mean, std))
     return ((images + 1) / 2 - centre) / spread
 
 
-def features_of(output: Any) -> Tensor:
+def unwrap_features(output: Any) -> Tensor:
     """Projected features, which `transformers` 5 gives inside of an output."""
     return output if isinstance(output, Tensor) else output.pooler_output

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.common.errors import UserError
-from ldm.models.optimisation import OneStepModule, optimizer_and_schedule
+from ldm.models.optimization import SharedStepModule, optimizer_and_schedule
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.losses.adversarial import AdversarialLoss
-from ldm.util import instantiate_from_config, refuse_unknown_params
+from ldm.util import check_param_names, instantiate_from_config
 
 DECODER_ONLY = ("give_pre_end", "tanh_out")
 # Public configs name this class of the taming package, which fetches its networks from the web when it is built.
@@ -29,7 +29,7 @@ def image_batch(batch: Mapping[str, Tensor], key: str, channels: Sequence[int] =
     return images.float().contiguous(memory_format=torch.channels_last)
 
 
-class FirstStage(OneStepModule):
+class FirstStage(SharedStepModule):
     """An encoder, a decoder and a loss; subclasses say what lies between them.
 
     With an `AdversarialLoss` one optimiser trains two groups of parameters, the autoencoder's and the discriminator's,
@@ -56,7 +56,7 @@ class FirstStage(OneStepModule):
         super().__init__()
         self.image_key, self.monitor, self.scheduler_config = image_key, monitor, scheduler_config
         self.lr_g_factor, self.learning_rate = lr_g_factor, 4.5e-6
-        refuse_unknown_params("ddconfig", Decoder, ddconfig)
+        check_param_names("ddconfig", Decoder, ddconfig)
         if ddconfig.get("double_z", True) != double_z:
             wanted = "a mean and a log-variance" if double_z else "one number for each of the latent's"
             raise UserError(f"ddconfig: {type(self).__name__} needs {wanted}; set double_z: {str(double_z).lower()}")

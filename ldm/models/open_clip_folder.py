@@ -14,7 +14,7 @@ SETTINGS = "open_clip_config.json"
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
+def silence_logging() -> Iterator[None]:
     """Nothing is logged while this lasts: what goes wrong is raised as well.
 
     `open_clip` tells on the root logger of every step, and warns of a model without weights before it can be given any.
@@ -34,7 +34,7 @@ def load_openclip(folder: str | Path) -> open_clip.CLIP:
         UserError: its weights are cut off, or are not those of the model that its settings describe.
         ValueError, OSError: what `open_clip` raises for settings that it cannot read.
     """
-    with hushed():
+    with silence_logging():
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     load_packed(model, folder, SETTINGS)
     return model

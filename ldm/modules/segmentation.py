@@ -25,7 +25,7 @@ from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ldm.common.errors import UserError
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 from ldm.data.images import read_image, square
 from ldm.data.masks import as_picture
 from ldm.modules.encoders.clip import tokenizer_folder
@@ -277,7 +277,7 @@ def _quantised(probabilities: torch.Tensor) -> np.ndarray:
 
 def _write_cached(path: Path, probabilities: torch.Tensor) -> None:
     picture = Image.fromarray(_quantised(probabilities))
-    write_whole(path, lambda aside: picture.save(aside, format="PNG"))
+    write_atomically(path, lambda aside: picture.save(aside, format="PNG"))
 
 
 def _read_cached(path: Path, size: int) -> np.ndarray | None:

@@ -30,13 +30,13 @@ from ldm.data.masks import softened
 from ldm.data.personalized import PersonalizedBase
 from ldm.data.templates import fill
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
-from ldm.models.diffusion.objectives import mask_on_latents
-from ldm.models.optimisation import may_fuse, optimizer_and_schedule
+from ldm.models.diffusion.objectives import resize_mask_to_latents
+from ldm.models.optimization import can_use_fused_optimizer, optimizer_and_schedule
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import PromptContext
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.segmentation import ZeroShotSegmenter, cached_masks
-from ldm.util import blamed_on, onto
+from ldm.util import to_device, user_error_for
 
 log = logging.getLogger(__name__)
 
@@ -255,13 +255,13 @@ class PersonalizationMethod(LatentDiffusion):
         masks = torch.stack([data.mask(photo) for data in photos for photo in range(len(data.images))])
         masks = softened(masks, round(self.mask_border * min(masks.shape[-2:])))
         both = torch.stack([masks, masks.flip(-1)], 1).to(self._moments)
-        self._weights = mask_on_latents(both.flatten(0, 1), self._moments.shape[-2:]).unflatten(0, (-1, 2))
+        self._weights = resize_mask_to_latents(both.flatten(0, 1), self._moments.shape[-2:]).unflatten(0, (-1, 2))
 
     @torch.no_grad()
     def _encoded(self, data: PersonalizedBase, photo: Image.Image) -> Tensor:
         """(2, 2C, h, w): the moments of a photo, as it is and mirrored."""
         image = to_tensor(photo).to(self.device)
-        with blamed_on(f"photos of {data.size} pixels (data.params.train.params.size) do not fit the first stage"):
+        with user_error_for(f"photos of {data.size} pixels (data.params.train.params.size) do not fit the first stage"):
             posterior = self.first_stage_model.encode(torch.stack([image, image.flip(-1)]))
         if isinstance(posterior, DiagonalGaussianDistribution):
             return posterior.parameters
@@ -287,7 +287,7 @@ class PersonalizationMethod(LatentDiffusion):
         groups = self.parameter_groups()
         for parameter in self.trained_parameters():
             parameter.requires_grad_(True)
-        return optimizer_and_schedule(torch.optim.AdamW(groups, weight_decay=0.0, fused=may_fuse(self)),
+        return optimizer_and_schedule(torch.optim.AdamW(groups, weight_decay=0.0, fused=can_use_fused_optimizer(self)),
                                       self.scheduler_config)
 
     def encoded(self, prompts: Sequence[str], vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,7 +352,7 @@ class PersonalizationMethod(LatentDiffusion):
                  for (place, batch), generator in zip(batches.items(), generators, strict=True)]
         z, noise, t, weight = (torch.cat(tensors) for tensors in zip(*drawn, strict=True))
         captions = [caption for batch in batches.values() for caption in batch["caption"]]
-        losses, numbers = self.sample_losses(z, self.step_context(captions), t, noise, weight)
+        losses, numbers = self.per_sample_losses(z, self.step_context(captions), t, noise, weight)
         sizes = [len(batch["caption"]) for batch in batches.values()]
 
         def of_each(values: Tensor) -> Tensor:
@@ -369,8 +369,8 @@ class PersonalizationMethod(LatentDiffusion):
 
     def noise_and_times(self, z: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Noise of the shape of z (B, C, h, w), and timesteps (B,)."""
-        noise = onto(torch.randn(z.shape, generator=generator), z.device).to(z.dtype)
-        return noise, self.draw_timesteps(len(z), z.device, generator)
+        noise = to_device(torch.randn(z.shape, generator=generator), z.device).to(z.dtype)
+        return noise, self.sample_timesteps(len(z), z.device, generator)
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """The base model's latents are scaled already."""

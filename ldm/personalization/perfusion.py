@@ -21,7 +21,7 @@ from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.rank_one import PROJECTIONS, energy, invert_covariance
 from ldm.personalization.base import PersonalizationMethod, as_list, check_positive
-from ldm.util import onto
+from ldm.util import to_device
 
 
 class Perfusion(PersonalizationMethod):
@@ -118,7 +118,7 @@ class Perfusion(PersonalizationMethod):
         return PromptContext.cat(edited).select(self._here(sorted_by_concept.argsort()[rows]))
 
     def _here(self, index: Tensor) -> Tensor:
-        return onto(index, self.device)
+        return to_device(index, self.device)
 
     def _exchange_target_inputs(self) -> None:
         """Every device gets the i* of the concepts that others learn; optimisers keep the rest the same everywhere."""

@@ -15,13 +15,13 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.common.errors import MemoryShortage
-from ldm.common.files import write_whole
-from ldm.common.paths import quoted
+from ldm.common.files import write_atomically
+from ldm.common.paths import quote_command
 from ldm.data.images import from_tensor, save_grid
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.training.run_record import describe_machine
-from ldm.util import is_trained
+from ldm.util import has_trainable_parameters
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ class SetupCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log.info("logs in %s", self.folder.parent)
         for name, config in self.configs.items():
-            write_whole(self.folder / name, lambda aside, config=config: OmegaConf.save(config, aside))
+            write_atomically(self.folder / name, lambda aside, config=config: OmegaConf.save(config, aside))
         machine = json.dumps(describe_machine(pl_module.device))
-        write_whole(self.folder / f"{self.now}-machine.json", lambda aside: aside.write_text(machine + "\n"))
+        write_atomically(self.folder / f"{self.now}-machine.json", lambda aside: aside.write_text(machine + "\n"))
 
 
 class ImageLogger(pl.Callback):
@@ -103,12 +103,12 @@ class AccelerateFrozenUNet(pl.Callback):
         if dtype is None or pl_module.device.type != "cuda" or not isinstance(network, DiffusionWrapper):
             return
         averaged = getattr(pl_module, "use_ema", False)  # into copies of the weights as they were
-        if averaged or is_trained(network):
+        if averaged or has_trainable_parameters(network):
             return
         network.enable_fast_inference(dtype)
         torch.set_float32_matmul_precision("high")
         encoder = getattr(pl_module, "cond_stage_model", None)
-        if isinstance(encoder, PromptEncoder) and not is_trained(encoder):
+        if isinstance(encoder, PromptEncoder) and not has_trainable_parameters(encoder):
             encoder.enable_fast_inference()
 
 
@@ -186,4 +186,4 @@ class StopAfterStep(pl.Callback):
         stopped = self.last_step is not None and trainer.global_step != trainer.max_steps
         if stopped and trainer.is_global_zero:  # whose log folder it is
             log.info("stopped after %d steps; go on with: python main.py --resume %s", trainer.global_step,
-                     quoted(trainer.default_root_dir))
+                     quote_command(trainer.default_root_dir))

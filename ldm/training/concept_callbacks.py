@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.cli.generation import DEFAULT_CONFIG
 from ldm.common.errors import MemoryShortage, UserError
-from ldm.common.paths import quoted
+from ldm.common.paths import quote_command
 from ldm.concepts.finetuned_concept import AnyConcept, save_concepts
 from ldm.data.images import save_grid, to_tensor
 from ldm.data.templates import fill
@@ -49,7 +49,7 @@ class ConceptSaver(pl.Callback):
         for path, word, category in zip(paths, model.placeholders, model.super_categories, strict=True):
             log.info("concept %s, a %s, after %d steps: %s (%.1f KB)", word, category, trainer.global_step, path,
                      path.stat().st_size / 1e3)
-        log.info("next: python scripts/txt2img.py %s--concept %s%s --prompt %s", drawn_with(trainer), quoted(*paths),
+        log.info("next: python scripts/txt2img.py %s--concept %s%s --prompt %s", drawn_with(trainer), quote_command(*paths),
                  guided_by(trainer), " ".join(f'"a photo of a {word} on the beach"' for word in model.placeholders))
 
 
@@ -65,7 +65,7 @@ def drawn_with(trainer: pl.Trainer) -> str:
         return ""
     ours, *usual = (OmegaConf.load(path).model.params for path in (configs[-1], DEFAULT_CONFIG) if Path(path).is_file())
     same = usual and all(ours.get(key) == usual[0].get(key) for key in ("ckpt_path", "covariance"))
-    return "" if same else f"--config {quoted(configs[-1])} "
+    return "" if same else f"--config {quote_command(configs[-1])} "
 
 
 def drawn_now(model: PersonalizationMethod, concepts: Sequence[AnyConcept], jobs: Sequence[Job], **sampling: Any

@@ -22,13 +22,13 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.checkpoints.deferred_init import DrawnWhenNeeded
+from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.common.errors import MemoryShortage, UserError, is_out_of_memory
 from ldm.common.paths import check_folder
 from ldm.training.callbacks import AccelerateFrozenUNet, SetupCallback, StepProgress, StopAfterStep, WholeEpochs
 from ldm.training.config import get_parser, read_config
 from ldm.training.log_folder import folder_for, steps_taken
-from ldm.util import blamed_on, instantiate_from_config, refuse_unknown_params, refuse_wrong_kinds
+from ldm.util import check_param_names, check_param_types, instantiate_from_config, user_error_for
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +72,19 @@ def make_trainer(config: DictConfig, logdir: Path, now: str) -> pl.Trainer:
     plain = {"model": config.model, "data": config.data}
     named = (lightning.get("callbacks") or {}).values()
     own = [instantiate_from_config(entry) for entry in named if entry is not None]  # null leaves one out
-    with blamed_on("lightning.modelcheckpoint cannot be used", MisconfigurationException):
+    with user_error_for("lightning.modelcheckpoint cannot be used", MisconfigurationException):
         callbacks = [SetupCallback(now, logdir, OmegaConf.create(plain), lightning), ModelCheckpoint(**checkpoints),
                      LearningRateMonitor(logging_interval="step"), StepProgress(), WholeEpochs(), StopAfterStep(),
                      AccelerateFrozenUNet(), *own]
     logger = TensorBoardLogger(save_dir=logdir, name="", version="tensorboard")
-    with blamed_on("lightning.trainer, --accelerator or --devices cannot be used", MisconfigurationException):
+    with user_error_for("lightning.trainer, --accelerator or --devices cannot be used", MisconfigurationException):
         return pl.Trainer(**settings, callbacks=callbacks, logger=logger, default_root_dir=logdir)
 
 
 def _check_settings(name: str, target: type, settings: Mapping[str, Any]) -> None:
     """Raises a UserError for settings that the target does not have, or not in this range."""
-    refuse_unknown_params(name, target, settings)
-    refuse_wrong_kinds(name, target, settings)
+    check_param_names(name, target, settings)
+    check_param_types(name, target, settings)
     for key in ("max_steps", "accumulate_grad_batches"):
         if settings.get(key) == 0:
             raise UserError(f"{name}: {key} 0 trains nothing; give 1 or more")
@@ -168,7 +168,7 @@ def _parts(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataMod
     data = instantiate_from_config(config.data)
     _refuse_other_kinds("data", data, pl.LightningDataModule)
     data.setup()
-    with DrawnWhenNeeded():
+    with DeferredInit():
         model = instantiate_from_config({key: config.model[key] for key in ("target", "params") if key in config.model})
     _refuse_other_kinds("model", model, pl.LightningModule)
     most = getattr(model, "most_devices", trainer.world_size)

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.common.errors import UserError
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 
 LAST = 10  # logged values that a final training loss is the mean of
 SPLITS = ("train/", "val/")
@@ -61,7 +61,7 @@ def record_run(file: str | Path, part: str, run: str | Path) -> dict[str, Any]:
     """
     entry = describe_run(run)
     whole = read_records(file) | {part: entry}
-    write_whole(file, lambda aside: aside.write_text(json.dumps(whole, indent=1) + "\n"))
+    write_atomically(file, lambda aside: aside.write_text(json.dumps(whole, indent=1) + "\n"))
     return entry
 
 

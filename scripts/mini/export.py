@@ -33,7 +33,7 @@ from ldm.checkpoints.load import AVERAGES, moving_averages, read_state_dict  # n
 from ldm.checkpoints.packed_tables import pack_table  # noqa: E402
 from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.files import save_tensors, write_whole  # noqa: E402
+from ldm.common.files import save_tensors, write_atomically  # noqa: E402
 from ldm.common.paths import check_folder
 from ldm.data.mini.scenes import SceneDataset  # noqa: E402
 from ldm.models.clip_images import CLIP_MEAN, CLIP_STD  # noqa: E402
@@ -168,7 +168,7 @@ def write_openclip(folder: Path, model: OpenCLIPTrainer, metadata: dict[str, str
 
 
 def write_json(path: Path, settings: dict[str, Any]) -> None:
-    write_whole(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
+    write_atomically(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
 
 
 def export_text2img(run: Path, folder: Path) -> None:

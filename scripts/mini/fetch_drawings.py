@@ -24,7 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.files import write_whole  # noqa: E402
+from ldm.common.files import write_atomically  # noqa: E402
 from ldm.data.mini.world import KINDS, UNLIKE, WORLD  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def write_set(source: str, read: Reader) -> int:
     there = {name: cut(data) for name, data in pictures.items() if data is not None}
     for name, picture in there.items():
         target = WORLD / "drawings" / name.replace(" ", "_") / f"{source}.webp"
-        write_whole(target, lambda aside, picture=picture: picture.save(aside, "WEBP", lossless=True))
+        write_atomically(target, lambda aside, picture=picture: picture.save(aside, "WEBP", lossless=True))
     return len(there)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ldm.common.errors import one_line_errors  # noqa: E402
-from ldm.common.files import write_whole  # noqa: E402
+from ldm.common.files import write_atomically  # noqa: E402
 from ldm.data.mini.example_concepts import CONCEPTS, PHOTO_PLACES  # noqa: E402
 from ldm.data.mini.scenes import Look, Thing, compose  # noqa: E402
 from ldm.data.mini.world import drawings_of  # noqa: E402
@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     for seed, (name, (kind, look)) in enumerate(CONCEPTS.items(), start=options.seed):
         for number, picture in enumerate(pictures(kind, look, options.size, seed)):
-            write_whole(options.outdir / name / f"{number}.png",
+            write_atomically(options.outdir / name / f"{number}.png",
                         lambda aside, picture=picture: picture.save(aside, "PNG"))
         log.info("%s: %d pictures in %s", name, len(PHOTO_PLACES), options.outdir / name)
 

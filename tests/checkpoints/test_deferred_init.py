@@ -12,7 +12,7 @@ from helpers import tiny_models
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.checkpoints.deferred_init import FILLS, DrawnWhenNeeded
+from ldm.checkpoints.deferred_init import FILLS, DeferredInit
 from ldm.checkpoints.load import load_model, load_weights
 from ldm.common.errors import UserError
 from ldm.modules.diffusionmodules.util import zero_module
@@ -61,7 +61,7 @@ def first_stage() -> nn.Module:
 def test_what_no_file_brings_is_drawn_from_the_same_distributions(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     usual = build().state_dict()
-    with DrawnWhenNeeded():
+    with DeferredInit():
         late = build()
     found = late.state_dict()
     assert found.keys() == usual.keys()
@@ -78,13 +78,13 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     found = []
     for _ in range(2):
         torch.manual_seed(3)
-        with DrawnWhenNeeded():
+        with DeferredInit():
             found.append(unet().state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_reading_draws_first() -> None:
-    with DrawnWhenNeeded():
+    with DeferredInit():
         layer = nn.Linear(300, 300)
         seen = layer.weight.abs().max().item()
         copy = layer.bias.clone()
@@ -98,7 +98,7 @@ def test_reading_draws_first() -> None:
 
 def test_changing_in_place_counts_as_reading() -> None:
     torch.manual_seed(0)
-    with DrawnWhenNeeded():
+    with DeferredInit():
         scaled, sliced, source, target = (nn.Linear(20, 20).weight.detach() for _ in range(4))
         scaled.mul_(100)
         sliced[0].fill_(7)
@@ -109,7 +109,7 @@ def test_changing_in_place_counts_as_reading() -> None:
 
 
 def test_what_overwrites_is_kept() -> None:
-    with DrawnWhenNeeded():
+    with DeferredInit():
         layer = nn.Linear(3, 3)
         layer.weight.detach().copy_(torch.eye(3))
         nn.init.constant_(layer.bias, 5.0)
@@ -125,7 +125,7 @@ def test_what_overwrites_is_kept() -> None:
 def test_numbers_of_a_generator_of_ones_own_come_at_once() -> None:
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     expected = torch.zeros(4).normal_(generator=generators[0]), torch.zeros(4).uniform_(generator=generators[0])
-    with DrawnWhenNeeded():
+    with DeferredInit():
         second = torch.zeros(4), torch.zeros(4)
         second[0].normal_(generator=generators[1])
         second[1].uniform_(generator=generators[1])
@@ -133,13 +133,13 @@ def test_numbers_of_a_generator_of_ones_own_come_at_once() -> None:
 
 
 def test_errors_pass_through_and_nothing_stays_active() -> None:
-    with pytest.raises(ZeroDivisionError), DrawnWhenNeeded():
+    with pytest.raises(ZeroDivisionError), DeferredInit():
         nn.Linear(2, 2)
         raise ZeroDivisionError
     assert not (nn.Linear(2, 2).weight == ODD).any()
 
 
-class Counting(DrawnWhenNeeded):
+class Counting(DeferredInit):
     drawn = 0
 
     def _wait(self, target: Tensor, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -213,7 +213,7 @@ class Undecided(nn.Module):
 def test_every_fill_waits_and_comes(tmp_path: Path) -> None:
     torch.save(Undecided().state_dict(), tmp_path / "x.ckpt")
     for path in (None, str(tmp_path / "x.ckpt")):
-        with DrawnWhenNeeded() as mode:
+        with DeferredInit() as mode:
             module = Undecided(path)
             assert len(mode._waiting) == (len(FILLS) if path is None else 0)
         assert all(0 < part.abs().max() < 10 for part in module.parts.values())

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.checkpoints.diffusers_names import unet_tensors
-from ldm.checkpoints.families import recognise
+from ldm.checkpoints.families import identify_family
 from ldm.checkpoints.load import load_model, load_weights, read_state_dict
 from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept, save_perfusion_concepts
@@ -55,7 +55,7 @@ PUBLIC = {
 
 @pytest.mark.parametrize(("config", "name"), PUBLIC.items())
 def test_public_models_are_known_by_their_shapes(config: str, name: str) -> None:
-    found = recognise(shapes_of(config))
+    found = identify_family(shapes_of(config))
     assert found.name == name
     named = re.findall(r"[\w/.-]+\.yaml", found.advice)
     assert all(Path(path).name == path or (PROJECT / path).is_file() for path in named)
@@ -68,7 +68,7 @@ def test_public_models_are_known_by_their_shapes(config: str, name: str) -> None
 def test_the_bundled_model_is_known() -> None:
     tensors = read_state_dict(PROJECT / "models" / "mini" / "model.safetensors")
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    assert recognise(shapes) == ("a base model of this project", "use configs/perfusion.yaml")
+    assert identify_family(shapes) == ("a base model of this project", "use configs/perfusion.yaml")
 
 
 def of(**shapes: tuple[int, ...]) -> Shapes:
@@ -103,25 +103,25 @@ V1, V2 = "configs/stable-diffusion/v1-inference.yaml", "configs/stable-diffusion
     (of(vision_model__embeddings__class_embedding=(768,), text_projection__weight=(768, 768), a=(9,)), "a CLIP"),
 ])
 def test_what_is_no_base_model_of_this_family(shapes: Shapes, name: str) -> None:
-    assert recognise(shapes).name == name
+    assert identify_family(shapes).name == name
 
 
 @pytest.mark.parametrize(("config", "channels"), [(V1, 9), (V1, 8), (V2, 9), (V2, 5), (V2, 7)])
 def test_models_with_further_inputs(config: str, channels: int) -> None:
-    assert recognise(widened(config, channels)).name == (
+    assert identify_family(widened(config, channels)).name == (
         f"Stable Diffusion for inpainting, depth or other pictures ({channels} input channels)")
 
 
 @pytest.mark.parametrize("shapes", [{}, of(a=(1,), b=(1,)), of(a=()), of(weight=(2, 2), bias=(2,))])
 def test_others_are_not_guessed(shapes: Shapes) -> None:
-    assert recognise(shapes) is None
+    assert identify_family(shapes) is None
 
 
 def test_a_pipeline_is_known_too() -> None:
     with torch.device("meta"):
         theirs = UNet2DConditionModel(cross_attention_dim=1024, attention_head_dim=8).state_dict()
     shapes = {f"model.diffusion_model.{key}": tuple(value.shape) for key, value in unet_tensors(theirs).items()}
-    assert recognise(shapes).name == "Stable Diffusion 2.x (context 1024)"
+    assert identify_family(shapes).name == "Stable Diffusion 2.x (context 1024)"
 
 
 def refusal(config: dict[str, Any], path: Path) -> str:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.checkpoints.load import load_weights, read_state_dict
-from ldm.checkpoints.pickled import SHOWN_LETTERS, readable
+from ldm.checkpoints.pickled import SHOWN_LETTERS, printable
 from ldm.common.errors import UserError
 
 
@@ -100,7 +100,7 @@ def test_the_names_in_a_file_cannot_move_the_cursor(tmp_path: Path) -> None:
         archive.writestr("x/version", "3\n")
     message = refusal(tmp_path / "x.ckpt")
     assert "it asks for" in message and "\\x1b[2J" in message
-    assert readable("a" * 999) == "a" * SHOWN_LETTERS + "…"
+    assert printable("a" * 999) == "a" * SHOWN_LETTERS + "…"
     torch.save({"\x1b[31m": torch.ones(1), "two\nlines": torch.ones(1)}, tmp_path / "keys.ckpt")
     with pytest.raises(UserError) as refused:
         load_weights(nn.Linear(2, 2), tmp_path / "keys.ckpt")

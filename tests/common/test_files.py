@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from ldm.common.errors import UserError
-from ldm.common.files import load_tensors, save_tensors, write_whole
+from ldm.common.files import load_tensors, save_tensors, write_atomically
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b.weight": torch.ones(4, dtype=torch.float16), "n": torch.tensor(7)}
 
@@ -61,7 +61,7 @@ def test_an_interruption_leaves_the_old_file(tmp_path: Path, halfway: bytes) -> 
         raise Interrupted
 
     with pytest.raises(Interrupted):
-        write_whole(path, write)
+        write_atomically(path, write)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -73,14 +73,14 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> Non
         aside.write_text("new")
         assert path.read_text() == "old" and aside.parent == path.parent and aside.suffix == path.suffix
 
-    assert write_whole(path, write) == path
+    assert write_atomically(path, write) == path
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     previous = os.umask(0o027)
     try:
-        path = write_whole(tmp_path / "file.txt", lambda aside: aside.write_text("x"))
+        path = write_atomically(tmp_path / "file.txt", lambda aside: aside.write_text("x"))
         assert os.umask(0o027) == 0o027
     finally:
         os.umask(previous)
@@ -90,7 +90,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        write_whole(tmp_path / "file" / "below.txt", lambda aside: aside.write_text("x"))
+        write_atomically(tmp_path / "file" / "below.txt", lambda aside: aside.write_text("x"))
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"),
@@ -104,7 +104,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_the_old_file(tmp_path: Path,
         raise failure
 
     with pytest.raises(UserError, match=r"file.txt: cannot be written \((No space left on device|I/O error: 28)\)"):
-        write_whole(path, write)
+        write_atomically(path, write)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

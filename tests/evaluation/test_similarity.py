@@ -16,7 +16,7 @@ from torch import Tensor
 from evaluation.metrics.similarity import SimilarityMeter, cut_out
 from ldm.data.images import to_tensor
 from ldm.models.clip_encoder import ClipEncoder
-from ldm.models.clip_images import clip_pixels
+from ldm.models.clip_images import normalize_for_clip
 
 COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "both": (1.0, 1.0, 0.0)}
 HALF = torch.arange(8).expand(1, 8, 8) < 4  # the left one
@@ -57,7 +57,7 @@ def test_cosines_are_those_of_transformers(tmp_path: Path) -> None:
     photos, pictures, texts = noise[:3], noise[3:], ["a cat", "a dog in the snow"]
     with torch.no_grad():
         tokens = recogniser.tokenizer(texts, padding=True, return_tensors="pt")
-        outputs = recogniser.model(**tokens, pixel_values=clip_pixels(noise))
+        outputs = recogniser.model(**tokens, pixel_values=normalize_for_clip(noise))
     seen, said = F.normalize(outputs.image_embeds, dim=1), F.normalize(outputs.text_embeds, dim=1)
     found = SimilarityMeter(recogniser, photos, "cat")(pictures, texts)
     for place, one in enumerate(found):

@@ -31,7 +31,7 @@ class TinyModel(nn.Module):
         self.calls.append((x, t, cond))
         return self.network(x, t, cond)
 
-    def kept(self, t: Tensor) -> Tensor:
+    def alpha_bar(self, t: Tensor) -> Tensor:
         """a(t) for whole and fractional t (B,), (B, 1, 1, 1) in float64."""
         sigmas = ((1 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt()
         between = np.interp(t.double(), np.arange(len(sigmas)), sigmas.log())
@@ -60,10 +60,10 @@ def gaussian(mean: float | Tensor, std: float, parameterization: str = "eps", ti
     """The exact denoiser of independent pixels N(mean, std^2); with a std of 0, one that knows its image."""
 
     def network(x: Tensor, t: Tensor, cond: object) -> Tensor:
-        kept = model.kept(t)
-        x0 = (mean * (1 - kept) + std**2 * kept.sqrt() * x) / (std**2 * kept + 1 - kept)
-        eps = (x - kept.sqrt() * x0) / (1 - kept).sqrt()
-        v = kept.sqrt() * eps - (1 - kept).sqrt() * x0
+        alpha_bar = model.alpha_bar(t)
+        x0 = (mean * (1 - alpha_bar) + std**2 * alpha_bar.sqrt() * x) / (std**2 * alpha_bar + 1 - alpha_bar)
+        eps = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+        v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
         return {"eps": eps, "v": v, "x0": x0}[parameterization].float()
 
     model = TinyModel(network, parameterization, timesteps)

@@ -14,7 +14,7 @@ from open_clip.tokenizer import bytes_to_unicode
 from transformers import CLIPConfig, CLIPModel, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
 from ldm.models.mini.openclip import OpenCLIPTrainer
-from ldm.models.optimisation import OneStepModule
+from ldm.models.optimization import SharedStepModule
 from ldm.modules.encoders.clip import special_tokens
 from ldm.modules.encoders.modules import TOKENIZER
 
@@ -31,7 +31,7 @@ def tiny_openclip(seed: int = 0, max_length: int = 16, **settings: float) -> Ope
     return OpenCLIPTrainer(str(TOKENIZER), **OPEN_TOWERS, max_length=max_length, **settings)
 
 
-def learned_by_heart(trainer: OneStepModule, batch: Mapping[str, Any], steps: int) -> list[float]:
+def learned_by_heart(trainer: SharedStepModule, batch: Mapping[str, Any], steps: int) -> list[float]:
     """The losses of so many steps of training on one batch."""
     optimizer, losses = trainer.configure_optimizers()["optimizer"], []
     for _ in range(steps):

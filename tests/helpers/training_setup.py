@@ -16,7 +16,7 @@ import torch
 
 from ldm.data.personalized import PersonalizedBase
 from ldm.data.templates import fill
-from ldm.models.diffusion.objectives import mask_on_latents
+from ldm.models.diffusion.objectives import resize_mask_to_latents
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.personalization.perfusion import Perfusion
 from ldm.training.run import main as train
@@ -135,5 +135,5 @@ def fixed_loss(model: Perfusion, data: PersonalizedBase, timesteps: int) -> floa
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.linspace(0.05, 0.95, timesteps).mul(model.num_timesteps).long().repeat(len(data.images))
     prompts = [fill(data.templates[n % len(data.templates)], model.placeholders[0]) for n in range(len(latents))]
-    weight = mask_on_latents(torch.stack([data.mask(int(photo)) for photo in photos]), latents.shape[-2:])
+    weight = resize_mask_to_latents(torch.stack([data.mask(int(photo)) for photo in photos]), latents.shape[-2:])
     return float(model.p_losses(latents, model.prompt_context(prompts), t, noise, weight)[0])

@@ -1,4 +1,4 @@
-"""A text tower that understands asides, against the plain one on what is told and on what is heard."""
+"""AttributeBindingCLIPEmbedder against a plain tower that encodes the plain and the full captions."""
 from __future__ import annotations
 
 import pytest
@@ -6,10 +6,11 @@ import torch
 from helpers.tiny_models import text_tower
 
 from ldm.common.errors import UserError
-from ldm.data.mini.attribute_captions import as_heard, as_told
+from ldm.data.mini.attribute_captions import full_caption, plain_caption
 from ldm.modules.context import PromptContext
-from ldm.modules.encoders.attribute_binding import AttributeBindingCLIPEmbedder, nouns
+from ldm.modules.encoders.attribute_binding import AttributeBindingCLIPEmbedder, locate_nouns
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder
+from ldm.util import instantiate_from_config
 
 CAPTIONS = ["a photo of a (orange striped|palm tree) next to a (red|cat)", "a cat", "",
             "a small (blue|owl)"]
@@ -27,38 +28,44 @@ def encoder(tower: str) -> AttributeBindingCLIPEmbedder:
 
 
 @pytest.fixture(scope="module")
-def plain(tower: str, encoder: AttributeBindingCLIPEmbedder) -> FrozenCLIPEmbedder:
-    made = FrozenCLIPEmbedder(tower, max_length=16)
-    made.load_state_dict(encoder.state_dict())
-    return made
+def plain_encoder(tower: str, encoder: AttributeBindingCLIPEmbedder) -> FrozenCLIPEmbedder:
+    loaded = FrozenCLIPEmbedder(tower, max_length=16)
+    loaded.load_state_dict(encoder.state_dict())
+    return loaded
 
 
-def test_nouns_hear_and_nothing_else_does(encoder: AttributeBindingCLIPEmbedder, plain: FrozenCLIPEmbedder) -> None:
-    found = encoder(CAPTIONS)
-    told, heard = plain([as_told(c) for c in CAPTIONS]), plain([as_heard(c) for c in CAPTIONS])
-    # "<start> a photo of a palm tree next to a cat": the nouns are tokens 5, 6 and 10, as heard 7, 8 and 13
+def encode_plain(encoder: FrozenCLIPEmbedder) -> torch.Tensor:
+    return encoder([plain_caption(caption) for caption in CAPTIONS])
+
+
+def test_only_nouns_carry_attributes(encoder: AttributeBindingCLIPEmbedder, plain_encoder: FrozenCLIPEmbedder) -> None:
+    result = encoder(CAPTIONS)
+    plain = encode_plain(plain_encoder)
+    full = plain_encoder([full_caption(caption) for caption in CAPTIONS])
+    # "<start> a photo of a palm tree next to a cat": the nouns are tokens 5, 6 and 10; in the full caption 7, 8 and 13
     moved = {(0, 5): (0, 7), (0, 6): (0, 8), (0, 10): (0, 13), (3, 3): (3, 4)}
     for row in range(len(CAPTIONS)):
         for token in range(16):
-            of = heard[moved[row, token]] if (row, token) in moved else told[row, token]
-            torch.testing.assert_close(found[row, token], of, msg=f"{row}, {token}")
+            expected = full[moved[row, token]] if (row, token) in moved else plain[row, token]
+            torch.testing.assert_close(result[row, token], expected, msg=f"{row}, {token}")
             if (row, token) in moved:
-                assert not torch.allclose(found[row, token], told[row, token])
+                assert not torch.allclose(result[row, token], plain[row, token])
 
 
-def test_places_of_nouns(encoder: AttributeBindingCLIPEmbedder) -> None:
-    (row, first), (_, second), *_ = nouns(encoder, CAPTIONS)
-    assert row == 0
-    assert (first.told, first.heard, first.count) == (5, 7, 2)
-    assert (second.told, second.heard, second.count) == (10, 13, 1)
+def test_token_positions_of_nouns(encoder: AttributeBindingCLIPEmbedder) -> None:
+    first, second, *_ = locate_nouns(encoder, CAPTIONS)
+    assert first.caption == 0
+    assert (first.plain_start, first.full_start, first.count) == (5, 7, 2)
+    assert (second.plain_start, second.full_start, second.count) == (10, 13, 1)
 
 
-def test_captions_without_asides_are_read_as_ever(encoder: AttributeBindingCLIPEmbedder, plain: FrozenCLIPEmbedder) -> None:
-    torch.testing.assert_close(encoder(["a red cat", ""]), plain(["a red cat", ""]))
-    torch.testing.assert_close(encoder("a red cat"), plain("a red cat"))
+def test_captions_without_attributes_are_encoded_as_usual(encoder: AttributeBindingCLIPEmbedder,
+                                                          plain_encoder: FrozenCLIPEmbedder) -> None:
+    torch.testing.assert_close(encoder(["a red cat", ""]), plain_encoder(["a red cat", ""]))
+    torch.testing.assert_close(encoder("a red cat"), plain_encoder("a red cat"))
 
 
-def test_what_is_heard_is_learned_from(encoder: AttributeBindingCLIPEmbedder) -> None:
+def test_gradients_reach_the_attributes(encoder: AttributeBindingCLIPEmbedder) -> None:
     encoder.zero_grad()
     noun = encoder(["a (red|cat)"])[0, 2]
     noun.square().sum().backward()
@@ -68,41 +75,50 @@ def test_what_is_heard_is_learned_from(encoder: AttributeBindingCLIPEmbedder) ->
     encoder.zero_grad()
 
 
-def test_too_long_with_its_asides(encoder: AttributeBindingCLIPEmbedder) -> None:
+def test_full_captions_that_are_too_long_are_refused(encoder: AttributeBindingCLIPEmbedder) -> None:
     caption = f"a ({'red ' * 12}striped|cat)"
     with pytest.raises(UserError, match="tokens, but the text encoder takes 14"):
         encoder([caption])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_keys_of_what_is_told(encoder: AttributeBindingCLIPEmbedder, plain: FrozenCLIPEmbedder, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_keys_of_plain_captions(encoder: AttributeBindingCLIPEmbedder, plain_encoder: FrozenCLIPEmbedder,
+                                fraction: float) -> None:
     to_k, to_v = torch.nn.Linear(16, 8, bias=False), torch.nn.Linear(16, 8, bias=False)
-    heard, told = encoder(CAPTIONS), plain([as_told(c) for c in CAPTIONS])
+    bound, plain = encoder(CAPTIONS), encode_plain(plain_encoder)
     torch.manual_seed(0)
-    encoder.told_keys = share
-    found = encoder(CAPTIONS)
-    encoder.told_keys = 0.0
-    if not share:
-        assert isinstance(found, torch.Tensor)
+    encoder.plain_keys = fraction
+    result = encoder(CAPTIONS)
+    encoder.plain_keys = 0.0
+    if not fraction:
+        assert isinstance(result, torch.Tensor)
         return
-    assert isinstance(found, PromptContext)
-    keys, values = found.keys_values("layer", to_k, to_v)
-    torch.testing.assert_close(values, to_v(heard))
-    locked = (keys - to_k(told)).abs().amax((1, 2)) < 1e-4
-    torch.testing.assert_close(keys[~locked], to_k(heard)[~locked])
-    if share == 1:
+    assert isinstance(result, PromptContext)
+    keys, values = result.keys_values("layer", to_k, to_v)
+    torch.testing.assert_close(values, to_v(bound))
+    locked = (keys - to_k(plain)).abs().amax((1, 2)) < 1e-4
+    torch.testing.assert_close(keys[~locked], to_k(bound)[~locked])
+    if fraction == 1:
         assert locked.all()
 
 
-def test_some_captions_keep_the_keys_of_what_is_told(encoder: AttributeBindingCLIPEmbedder) -> None:
+def test_a_fraction_of_the_captions_has_plain_keys(encoder: AttributeBindingCLIPEmbedder) -> None:
     torch.manual_seed(0)
-    encoder.told_keys = 0.3
-    found = encoder(["a (red|cat)"] * 400)
-    encoder.told_keys = 0.0
-    locked = (found.key_projected != found.projected).flatten(1).any(1)
+    encoder.plain_keys = 0.3
+    result = encoder(["a (red|cat)"] * 400)
+    encoder.plain_keys = 0.0
+    locked = (result.key_projected != result.projected).flatten(1).any(1)
     assert 0.2 < locked.float().mean() < 0.4
 
 
-def test_no_share(tower: str) -> None:
-    with pytest.raises(UserError, match="told_keys 1.5 is a share"):
-        AttributeBindingCLIPEmbedder(tower, max_length=16, told_keys=1.5)
+def test_impossible_fractions_are_refused(tower: str) -> None:
+    with pytest.raises(UserError, match="plain_keys 1.5 is a fraction"):
+        AttributeBindingCLIPEmbedder(tower, max_length=16, plain_keys=1.5)
+
+
+@pytest.mark.parametrize("target", ["ldm.modules.encoders.attribute_binding.AttributeBindingCLIPEmbedder",
+                                    "ldm.modules.encoders.asides.AsideCLIPEmbedder"])
+def test_configs_of_earlier_versions_load(tower: str, target: str) -> None:
+    params = {"version": tower, "max_length": 16, "told_keys": 0.3}
+    encoder = instantiate_from_config({"target": target, "params": params})
+    assert isinstance(encoder, AttributeBindingCLIPEmbedder) and encoder.plain_keys == 0.3

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from ldm.data.mini.attribute_captions import as_heard, as_told, aside
+from ldm.data.mini.attribute_captions import aside, full_caption, plain_caption
 from ldm.data.mini.scenes import SceneDataset
 
 
@@ -17,13 +17,13 @@ from ldm.data.mini.scenes import SceneDataset
     ("a photo (with brackets) of a cat", "a photo (with brackets) of a cat", "a photo (with brackets) of a cat"),
     ("", "", "")])
 def test_reading(caption: str, told: str, heard: str) -> None:
-    assert as_told(caption) == told
-    assert as_heard(caption) == heard
+    assert plain_caption(caption) == told
+    assert full_caption(caption) == heard
 
 
 def test_no_words_are_no_aside() -> None:
     assert aside("", "cat") == "cat"
-    assert as_heard(aside("red", "cat")) == "red cat"
+    assert full_caption(aside("red", "cat")) == "red cat"
 
 
 def test_scenes_say_looks_in_asides() -> None:
@@ -34,7 +34,7 @@ def test_scenes_say_looks_in_asides() -> None:
     for index in range(60):
         plain, scene = said.plan(index), with_asides.plan(index)
         assert scene.things == plain.things and scene.place == plain.place
-        told = as_told(scene.caption)
+        told = plain_caption(scene.caption)
         for thing, word in zip(scene.things, scene.words, strict=True):
             worn = {thing.look.colour, thing.look.second, thing.look.pattern} - {None}
             assert not worn & set(told.split()), told

@@ -20,7 +20,7 @@ from ldm.checkpoints.load import read_state_dict
 from ldm.common.files import save_tensors
 from ldm.data.mini.scenes import SceneDataset
 from ldm.models.clip_encoder import ClipEncoder
-from ldm.models.clip_images import clip_pixels
+from ldm.models.clip_images import normalize_for_clip
 from ldm.models.open_clip_folder import load_openclip
 from ldm.modules.covariance import load_covariance
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder
@@ -66,7 +66,7 @@ def test_a_clip_survives_but_for_words_that_it_never_read(
     pictures = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
     with torch.no_grad():
         texts = before.text_directions(list(few_captions[:4]))
-        images = F.normalize(before.image_features(clip_pixels(pictures)), dim=-1)
+        images = F.normalize(before.image_features(normalize_for_clip(pictures)), dim=-1)
     assert torch.allclose(after.embed_texts(few_captions[:4]), texts, atol=5e-3)
     assert torch.allclose(after.embed_images(pictures), images, atol=5e-3)
     assert (folder / "model.safetensors").stat().st_size < 250_000

@@ -13,7 +13,7 @@ from helpers.tiny_clips import SIDE, clip_folder, tiny_openclip
 from evaluation.mini.recognise import closest
 from ldm.common.errors import UserError
 from ldm.models.clip_encoder import ClipEncoder, OpenClipEncoder
-from ldm.models.clip_images import clip_pixels
+from ldm.models.clip_images import normalize_for_clip
 from scripts.mini.export import write_openclip
 
 TEXTS = ["a cat", "a dog in the snow", "a red car"]
@@ -41,7 +41,7 @@ def pictures(count: int, side: int = SIDE) -> torch.Tensor:
 def test_cosines_are_those_of_transformers(clip: ClipEncoder) -> None:
     tokens = clip.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
-        expected = clip.model(**tokens, pixel_values=clip_pixels(pictures(4))).logits_per_text
+        expected = clip.model(**tokens, pixel_values=normalize_for_clip(pictures(4))).logits_per_text
     cosines = clip.embed_texts(TEXTS) @ clip.embed_images(pictures(4)).T
     assert torch.allclose(cosines * clip.model.logit_scale.exp(), expected, atol=1e-4)
 
@@ -75,7 +75,7 @@ def test_a_folder_says_by_itself_which_librarys_it_is(open_folder: Path) -> None
     assert isinstance(found, OpenClipEncoder) and found.side == 32
     with torch.no_grad():
         texts = model.encode_text(open_clip.SimpleTokenizer(context_length=16)(TEXTS), normalize=True)
-        images = model.encode_image(clip_pixels(pictures(4, 32)), normalize=True)
+        images = model.encode_image(normalize_for_clip(pictures(4, 32)), normalize=True)
     assert torch.allclose(found.embed_texts(TEXTS), texts, atol=5e-3)
     assert torch.allclose(found.embed_images(pictures(4, 32)), images, atol=5e-3)
     assert found.embed_images(pictures(2)).shape == (2, 8)

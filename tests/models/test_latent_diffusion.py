@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.load import load_model
 from ldm.common.errors import UserError
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
-from ldm.models.diffusion.objectives import mask_on_latents
+from ldm.models.diffusion.objectives import resize_mask_to_latents
 from ldm.models.diffusion.schedule import q_sample
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
@@ -94,11 +94,11 @@ def expected_errors(parameterization: str, x: Tensor, noise: Tensor, t: Tensor, 
                     ) -> np.ndarray:
     """(B,) in float64, from nothing but the definition of the latent-diffusion schedule."""
     betas = np.linspace(math.sqrt(1e-4), math.sqrt(2e-2), 50) ** 2
-    kept = np.cumprod(1 - betas)[t.numpy()].reshape(-1, 1, 1, 1)
+    alpha_bar = np.cumprod(1 - betas)[t.numpy()].reshape(-1, 1, 1, 1)
     x, noise = x.double().numpy(), noise.double().numpy()
-    noisy = np.sqrt(kept) * x + np.sqrt(1 - kept) * noise
+    noisy = np.sqrt(alpha_bar) * x + np.sqrt(1 - alpha_bar) * noise
     output = 0.7 * noisy + t.numpy().reshape(-1, 1, 1, 1) / 2000
-    target = {"eps": noise, "x0": x, "v": np.sqrt(kept) * noise - np.sqrt(1 - kept) * x}[parameterization]
+    target = {"eps": noise, "x0": x, "v": np.sqrt(alpha_bar) * noise - np.sqrt(1 - alpha_bar) * x}[parameterization]
     weights = 1.0 if weight is None else weight.double().numpy()
     return (weights * np.abs(output - target) ** power).mean(axis=(1, 2, 3))
 
@@ -139,9 +139,9 @@ def test_the_variational_bound() -> None:
     t = torch.tensor([1, 20, 49])
     loss, numbers = pixel_model(original_elbo_weight=0.5).p_losses(x, None, t, noise)
     betas = np.linspace(math.sqrt(1e-4), math.sqrt(2e-2), 50) ** 2
-    kept = np.cumprod(1 - betas)
-    variance = betas * (1 - np.append(1, kept[:-1])) / (1 - kept)
-    weights = (betas**2 / np.maximum(2 * variance * (1 - betas) * (1 - kept), 1e-30))[t.numpy()]
+    alpha_bar = np.cumprod(1 - betas)
+    variance = betas * (1 - np.append(1, alpha_bar[:-1])) / (1 - alpha_bar)
+    weights = (betas**2 / np.maximum(2 * variance * (1 - betas) * (1 - alpha_bar), 1e-30))[t.numpy()]
     errors = expected_errors("eps", x, noise, t, 2, None)
     assert float(numbers["loss_vlb"]) == pytest.approx((weights * errors).mean(), rel=1e-3)
     assert loss.item() == pytest.approx(errors.mean() + 0.5 * (weights * errors).mean(), rel=1e-3)
@@ -172,7 +172,7 @@ def test_masks_on_the_latent_grid() -> None:
     mask = torch.zeros(2, 1, 8, 8)
     mask[0, :, :4] = 0.5
     mask[0, :, :2, :2] = 0.25
-    small = mask_on_latents(mask, (4, 4))
+    small = resize_mask_to_latents(mask, (4, 4))
     assert small.shape == (2, 1, 4, 4)
     assert small[0].max() == 1 and small[0, 0, 0, 0] == 0.5 and not small[0, :, 2:].any()
     assert not small[1].any()
@@ -181,7 +181,7 @@ def test_masks_on_the_latent_grid() -> None:
 @pytest.mark.parametrize("shift", [1.0, 2.5])
 def test_training_steps_are_shifted_by_the_formula(shift: float) -> None:
     torch.manual_seed(0)
-    t = pixel_model(timesteps=1000, timestep_shift=shift).draw_timesteps(20_000, torch.device("cpu"))
+    t = pixel_model(timesteps=1000, timestep_shift=shift).sample_timesteps(20_000, torch.device("cpu"))
     assert t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999
     for quantile in (0.1, 0.5, 0.9):  # of the uniform u, mapped as the docstring says
         expected = 1000 * shift * quantile / (1 + (shift - 1) * quantile)

@@ -14,7 +14,7 @@ from ldm.common.errors import UserError
 from ldm.data.mini.backgrounds import PLACES
 from ldm.data.mini.scenes import with_article
 from ldm.data.mini.world import KIND_NAMES
-from ldm.models.clip_images import clip_pixels
+from ldm.models.clip_images import normalize_for_clip
 from ldm.models.mini.openclip import OpenCLIPTrainer
 from ldm.models.open_clip_folder import SETTINGS, load_openclip
 
@@ -55,7 +55,7 @@ def test_texts_mean_what_open_clip_makes_of_them(trainer: OpenCLIPTrainer) -> No
 def test_the_loss_is_open_clips(trainer: OpenCLIPTrainer) -> None:
     batch, loss = scenes(), open_clip.ClipLoss()
     tokens = open_clip.SimpleTokenizer(context_length=16)(CAPTIONS)
-    images, texts, scale = trainer.clip(clip_pixels(batch["image"]), tokens)
+    images, texts, scale = trainer.clip(normalize_for_clip(batch["image"]), tokens)
     assert torch.allclose(trainer.step(batch, "train"), loss(images, texts, scale), atol=1e-4)
 
 
@@ -63,7 +63,7 @@ def test_kinds_are_asked_for_by_a_second_loss() -> None:
     batch = scenes()
     plain, weighted = (tiny_openclip(kinds_weight=weight) for weight in (0.0, 0.5))
     texts = [f"a photo of {with_article(name)}" for name in KIND_NAMES]
-    found = plain.image_features(clip_pixels(batch["image"])), plain.text_directions(texts)
+    found = plain.image_features(normalize_for_clip(batch["image"])), plain.text_directions(texts)
     logits = plain.clip.logit_scale.exp() * torch.nn.functional.normalize(found[0], dim=-1) @ found[1].T
     surprise = -logits.log_softmax(1)
     expected = torch.stack([surprise[0, 0], surprise[1, 1], (surprise[2, 2] + surprise[2, 5]) / 2, surprise[3, 3]])
@@ -79,7 +79,7 @@ def test_places_are_asked_for_by_a_third_loss_with_any_kind_there() -> None:
     texts = [f"a photo of {with_article(KIND_NAMES[kind])} {wheres[0]}"
              for kind, (_, wheres) in zip(kinds, PLACES.values(), strict=True)]
     assert len(set(kinds)) > 5
-    images = torch.nn.functional.normalize(plain.image_features(clip_pixels(batch["image"])), dim=-1)
+    images = torch.nn.functional.normalize(plain.image_features(normalize_for_clip(batch["image"])), dim=-1)
     logits = plain.clip.logit_scale.exp() * images @ plain.text_directions(texts).T
     torch.manual_seed(3)
     gained = weighted.step(batch, "train") - plain.step(batch, "train")

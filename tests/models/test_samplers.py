@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ldm.common.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.sampling import ddim_step, guided_denoiser
-from ldm.models.diffusion.schedule import Prediction, noised
+from ldm.models.diffusion.schedule import Prediction, add_noise
 from ldm.models.diffusion.time_grid import TimeGrid
 from ldm.modules.context import PromptContext
 from ldm.util import instantiate_from_config
@@ -43,7 +43,7 @@ def drawn(
 
 def flow(grid: TimeGrid, x: Tensor, mean: float, std: float) -> Tensor:
     """Where the probability flow of N(mean, std^2) takes x: its standardized value never changes."""
-    first, last = grid.kept[0], grid.kept_after[-1]
+    first, last = grid.alpha_bar[0], grid.alpha_bar_next[-1]
     standard = (x - math.sqrt(first) * mean) / math.sqrt(first * std**2 + 1 - first)
     return math.sqrt(last) * mean + math.sqrt(last * std**2 + 1 - last) * standard
 
@@ -53,7 +53,7 @@ def test_one_step_follows_the_only_prediction(name):
     model, x = TinyModel(convolution), start_noise()
     grid = whole_grid(name, 1)
     guess = guided_denoiser(model, grid, None, None, 1.0)(x, 0)
-    torch.testing.assert_close(drawn(name, model, 1, x_T=x), noised(guess, grid.kept_after[0]))
+    torch.testing.assert_close(drawn(name, model, 1, x_T=x), add_noise(guess, grid.alpha_bar_next[0]))
     assert len(model.calls) == 2
 
 
@@ -65,8 +65,8 @@ def test_a_denoiser_that_knows_its_image_is_led_there(name, kind):
     model, grid = gaussian(known, 0.0, kind), whole_grid(name, 12)
     got = drawn(name, model, 12, x_T=x)
     if name in ("ddim", *DETERMINISTIC):  # the noise of the start stays what it is
-        eps = (x - math.sqrt(grid.kept[0]) * known) / math.sqrt(1 - grid.kept[0])
-        torch.testing.assert_close(got, noised(Prediction(eps, known), grid.kept_after[-1]), rtol=1e-3, atol=2e-4)
+        eps = (x - math.sqrt(grid.alpha_bar[0]) * known) / math.sqrt(1 - grid.alpha_bar[0])
+        torch.testing.assert_close(got, add_noise(Prediction(eps, known), grid.alpha_bar_next[-1]), rtol=1e-3, atol=2e-4)
     assert (got - known).abs().max() < (0.15 if name in ("ddim", "plms") else 2e-4)
 
 
@@ -144,7 +144,7 @@ def test_an_image_depends_on_its_own_seed_prompt_and_original_only(name):
         return drawn(
             name, TinyModel(convolution), 6, len(chosen), cond, x0=x0, strength=0.7, mask=mask,
             unconditional_conditioning=torch.zeros_like(cond), unconditional_guidance_scale=2.0,
-            eta=0.8 if ALL[name].takes_noise else None, generators=[seeded(row["seed"]) for row in chosen])
+            eta=0.8 if ALL[name].supports_eta else None, generators=[seeded(row["seed"]) for row in chosen])
 
     together = draw(rows)
     for row, alone in enumerate(rows):
@@ -240,15 +240,15 @@ def test_nothing_stays_stored_in_the_callers_context():
 def test_intermediates_and_callbacks():
     numbers, guesses = [], []
     x = start_noise()
-    samples, kept = DDIMSampler(TinyModel(convolution)).sample(
+    samples, alpha_bar = DDIMSampler(TinyModel(convolution)).sample(
         10, 2, SHAPE, x_T=x, log_every_t=4, verbose=False,
         callback=numbers.append, img_callback=lambda guess, i: guesses.append((guess, i)),
     )
     assert numbers == [i for _, i in guesses] == list(range(10))
-    assert len(kept["x_inter"]) == len(kept["pred_x0"]) == 5  # the noise, then steps 0, 1, 5 and 9
-    assert torch.equal(kept["x_inter"][0], x) and torch.equal(kept["x_inter"][-1], samples)
+    assert len(alpha_bar["x_inter"]) == len(alpha_bar["pred_x0"]) == 5  # the noise, then steps 0, 1, 5 and 9
+    assert torch.equal(alpha_bar["x_inter"][0], x) and torch.equal(alpha_bar["x_inter"][-1], samples)
     for place, i in enumerate((0, 1, 5, 9), start=1):
-        assert torch.equal(kept["pred_x0"][place], guesses[i][0])
+        assert torch.equal(alpha_bar["pred_x0"][place], guesses[i][0])
 
 
 def test_progress_bar_can_be_turned_off(capfd):
@@ -285,8 +285,8 @@ def test_a_mask_keeps_the_known_part(name):
 
 
 def at_first_time(name: str, steps: int, x0: Tensor, noise: Tensor) -> Tensor:
-    kept = whole_grid(name, steps).kept[0]
-    return math.sqrt(kept) * x0 + math.sqrt(1 - kept) * noise
+    alpha_bar = whole_grid(name, steps).alpha_bar[0]
+    return math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * noise
 
 
 @EVERY
@@ -299,7 +299,7 @@ def test_a_start_part_way_takes_the_last_steps_from_the_noised_original(name):
     first, t, _ = model.calls[0]
     noise = torch.cat([torch.randn(1, *SHAPE, generator=seeded(seed)) for seed in (1, 2)])
     assert t[0].item() == pytest.approx(grid.times[14])
-    torch.testing.assert_close(first, grid.kept[14] ** 0.5 * original + (1 - grid.kept[14]) ** 0.5 * noise)
+    torch.testing.assert_close(first, grid.alpha_bar[14] ** 0.5 * original + (1 - grid.alpha_bar[14]) ** 0.5 * noise)
     assert model.calls[-1][1][0].item() == pytest.approx(grid.times[19])
 
 
@@ -375,7 +375,7 @@ def test_deterministic_samplers_refuse_noise(name):
 def test_the_usual_eta():
     x, sources = start_noise(), {"generators": [seeded(1), seeded(2)]}
     for name, cls in ALL.items():
-        assert cls.checked_eta(None) == cls.usual_eta == (1.0 if name == "euler_a" else 0.0)
+        assert cls.resolve_eta(None) == cls.default_eta == (1.0 if name == "euler_a" else 0.0)
     given = drawn("euler_a", TinyModel(convolution), x_T=x, eta=1.0, generators=[seeded(1), seeded(2)])
     assert torch.equal(drawn("euler_a", TinyModel(convolution), x_T=x, **sources), given)
 

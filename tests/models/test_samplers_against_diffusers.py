@@ -87,8 +87,8 @@ def test_plms(kind, steps):
     model, x = TinyModel(convolution), start_noise()
 
     def noise(x: Tensor, t: Tensor) -> Tensor:
-        kept = model.kept(t).float()
-        return kept.sqrt() * convolution(x, t) + (1 - kept).sqrt() * x
+        alpha_bar = model.alpha_bar(t).float()
+        return alpha_bar.sqrt() * convolution(x, t) + (1 - alpha_bar).sqrt() * x
 
     expected = theirs(scheduler_of("plms", "eps", steps), x, convolution if kind == "eps" else noise)
     torch.testing.assert_close(ours("plms", kind, steps, x_T=x), expected, **CLOSE)

@@ -10,12 +10,12 @@ from diffusers import DDPMScheduler
 from ldm.common.errors import UserError
 from ldm.models.diffusion.schedule import (
     PARAMETERIZATIONS,
+    add_noise,
     diffusion_buffers,
     get_v,
     lvlb_weights,
-    noised,
+    prediction_from_output,
     q_sample,
-    read_output,
 )
 
 NAMES = {
@@ -64,8 +64,8 @@ def test_schedules_match_diffusers(ours, theirs):
 def test_posterior_is_bayes_rule(buffers):
     """N(x_t; sqrt(1-b) x, b) N(x; sqrt(a') x_0, 1-a') as a function of x, in float64, from the betas alone."""
     betas = diffusion_buffers("linear", 1000, linear_start=0.00085, linear_end=0.012)["betas"].double()
-    kept = torch.cumprod(1 - betas, 0)
-    b, before = betas[1:], kept[:-1]
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    b, before = betas[1:], alpha_bar[:-1]
     precision = (1 - b) / b + 1 / (1 - before)
     expected = {
         "posterior_variance": 1 / precision,
@@ -98,12 +98,12 @@ def test_conversions_invert_each_other(schedule):
     x_t = q_sample(schedule, x, STEPS, noise)
     v = get_v(schedule, x, noise, STEPS)
     close = {"rtol": 1e-3, "atol": 1e-4}
-    kept = schedule.alphas_cumprod[STEPS].view(-1, 1, 1, 1)
+    alpha_bar = schedule.alphas_cumprod[STEPS].view(-1, 1, 1, 1)
     for name, output in {"eps": noise, "v": v, "x0": x}.items():
-        prediction = read_output(name, x_t, kept, output)
+        prediction = prediction_from_output(name, x_t, alpha_bar, output)
         torch.testing.assert_close(prediction.eps, noise, **close)
         torch.testing.assert_close(prediction.x0, x, **close)
-        torch.testing.assert_close(noised(prediction, kept), x_t, **close)
+        torch.testing.assert_close(add_noise(prediction, alpha_bar), x_t, **close)
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
@@ -111,8 +111,8 @@ def test_bound_weights_are_the_divergence_of_posteriors(buffers, schedule, param
     """An error of the output moves the posterior mean; equal Gaussians d apart diverge by d^2 / (2 variance)."""
     t = torch.tensor([1, 10, 500, 999])
     x_t = torch.zeros(len(t), 1, 1, 1)
-    kept = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
-    guess = read_output(parameterization, x_t, kept, torch.ones_like(x_t)).x0.flatten()
+    alpha_bar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    guess = prediction_from_output(parameterization, x_t, alpha_bar, torch.ones_like(x_t)).x0.flatten()
     shift = buffers["posterior_mean_coef1"][t] * guess
     expected = shift**2 / (2 * buffers["posterior_variance"][t])
     torch.testing.assert_close(lvlb_weights(buffers, parameterization)[t], expected, rtol=1e-4, atol=0)
@@ -120,8 +120,8 @@ def test_bound_weights_are_the_divergence_of_posteriors(buffers, schedule, param
 
 def test_bound_weights_of_eps_are_those_of_ddpm(buffers):
     exact = {name: tensor.double() for name, tensor in buffers.items()}
-    beta, kept, variance = exact["betas"], exact["alphas_cumprod"], exact["posterior_variance"]
-    expected = beta**2 / (2 * variance * (1 - beta) * (1 - kept))
+    beta, alpha_bar, variance = exact["betas"], exact["alphas_cumprod"], exact["posterior_variance"]
+    expected = beta**2 / (2 * variance * (1 - beta) * (1 - alpha_bar))
     weights = lvlb_weights(buffers, "eps")
     torch.testing.assert_close(weights[1:].double(), expected[1:], rtol=1e-3, atol=0)
     assert weights[0] == weights[1]
@@ -145,4 +145,4 @@ def test_bad_settings_are_refused(buffers):
     with pytest.raises(UserError, match="eps, v, x0"):
         lvlb_weights(buffers, "score")
     with pytest.raises(UserError, match="eps, v, x0"):
-        read_output("score", images(0), 0.5, images(0))
+        prediction_from_output("score", images(0), 0.5, images(0))

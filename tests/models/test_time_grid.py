@@ -13,7 +13,7 @@ from ldm.models.diffusion import time_grid as grids
 from ldm.models.diffusion.schedule import diffusion_buffers
 
 SCHEDULE = diffusion_buffers("linear", 1000, 0.00085, 0.012)["alphas_cumprod"]
-SPACINGS = (grids.from_zero, grids.from_noise, grids.karras)
+SPACINGS = (grids.leading_grid, grids.trailing_grid, grids.karras_grid)
 EVERY = pytest.mark.parametrize("spacing", SPACINGS, ids=lambda spacing: spacing.__name__)
 
 
@@ -35,18 +35,18 @@ def check(grid: grids.TimeGrid, steps: int, timesteps: int) -> None:
     assert len(grid) == len(set(grid.times)) == steps
     assert grid.times[-1] >= 0 and grid.times[0] <= timesteps - 1
     assert list(grid.times) == sorted(grid.times, reverse=True)
-    assert grid.kept[1:] == grid.kept_after[:-1]
-    assert all(0 < kept < after <= 1 for kept, after in zip(grid.kept, grid.kept_after, strict=True))
+    assert grid.alpha_bar[1:] == grid.alpha_bar_next[:-1]
+    assert all(0 < alpha_bar < after <= 1 for alpha_bar, after in zip(grid.alpha_bar, grid.alpha_bar_next, strict=True))
 
 
 def test_where_the_grids_begin_and_end():
     known = SCHEDULE.double()
     ours, trailing, sigmas = (spacing(SCHEDULE, 20) for spacing in SPACINGS)
-    assert ours.times == tuple(range(951, 0, -50)) and ours.kept_after[-1] == known[0]
-    assert trailing.times == tuple(range(999, 0, -50)) and trailing.kept_after[-1] == 1
-    assert sigmas.times[0] == pytest.approx(999) and sigmas.times[-1] == pytest.approx(0) and sigmas.kept_after[-1] == 1
+    assert ours.times == tuple(range(951, 0, -50)) and ours.alpha_bar_next[-1] == known[0]
+    assert trailing.times == tuple(range(999, 0, -50)) and trailing.alpha_bar_next[-1] == 1
+    assert sigmas.times[0] == pytest.approx(999) and sigmas.times[-1] == pytest.approx(0) and sigmas.alpha_bar_next[-1] == 1
     for grid in (ours, trailing):
-        assert grid.kept == tuple(known[list(grid.times)].tolist())
+        assert grid.alpha_bar == tuple(known[list(grid.times)].tolist())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 33])
@@ -54,28 +54,28 @@ def test_karras_sigmas_and_their_times_match_diffusers(steps):
     scheduler = EulerDiscreteScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                        use_karras_sigmas=True, sigma_min=0.029167, sigma_max=14.6147)
     scheduler.set_timesteps(steps)
-    grid = grids.karras(SCHEDULE, steps)
-    kept = np.array(grid.kept)
-    np.testing.assert_allclose(np.sqrt((1 - kept) / kept), scheduler.sigmas[:-1], rtol=1e-4)
+    grid = grids.karras_grid(SCHEDULE, steps)
+    alpha_bar = np.array(grid.alpha_bar)
+    np.testing.assert_allclose(np.sqrt((1 - alpha_bar) / alpha_bar), scheduler.sigmas[:-1], rtol=1e-4)
     np.testing.assert_allclose(grid.times, scheduler.timesteps, rtol=1e-4, atol=1e-2)
 
 
 def test_schedules_that_end_in_pure_noise_start_where_images_do():
     cosine = diffusion_buffers("cosine", 1000)["alphas_cumprod"]
-    grid = grids.karras(cosine, 10)
+    grid = grids.karras_grid(cosine, 10)
     check(grid, 10, 1000)
-    sigmas = np.sqrt(1 / np.array(grid.kept) - 1)
+    sigmas = np.sqrt(1 / np.array(grid.alpha_bar) - 1)
     assert sigmas[0] == pytest.approx(80) and (sigmas < 10).sum() >= 6
     known = cosine.double()
-    assert known[int(grid.times[0]) + 1] < grid.kept[0] <= known[int(grid.times[0])]
+    assert known[int(grid.times[0]) + 1] < grid.alpha_bar[0] <= known[int(grid.times[0])]
 
 
 def test_the_end_of_a_grid():
-    grid = grids.karras(SCHEDULE, 9)
+    grid = grids.karras_grid(SCHEDULE, 9)
     assert grid.end(9) == grid
     last = grid.end(2)
-    assert (last.times, last.kept, last.kept_after) == (grid.times[7:], grid.kept[7:], grid.kept_after[7:])
-    assert grid.half_log_snr(3) == pytest.approx(0.5 * np.log(grid.kept[3] / (1 - grid.kept[3])))
+    assert (last.times, last.alpha_bar, last.alpha_bar_next) == (grid.times[7:], grid.alpha_bar[7:], grid.alpha_bar_next[7:])
+    assert grid.half_log_snr(3) == pytest.approx(0.5 * np.log(grid.alpha_bar[3] / (1 - grid.alpha_bar[3])))
 
 
 @EVERY

@@ -152,8 +152,8 @@ def plain_loss(model: FinetuningMethod, z: Tensor, encoding: Tensor, t: Tensor, 
 @pytest.mark.parametrize("method", TARGETS)
 def test_the_loss_is_the_plain_one_and_that_on_the_prior(folder: Path, method: str) -> None:
     model = stirred(prepared(folder, method, **({"prior_weight": 0.5} if method in TUNING else {})))
-    own, seen = model.sample_losses, []
-    model.sample_losses = lambda *args: seen.append(args) or own(*args)
+    own, seen = model.per_sample_losses, []
+    model.per_sample_losses = lambda *args: seen.append(args) or own(*args)
     loss = model.training_step(batch(), 0)
     (z, _, t, noise, _), *prior = seen
     expected = plain_loss(model, z, model.prompt_context(PROMPTS).encoding, t, noise)

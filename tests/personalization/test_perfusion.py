@@ -210,7 +210,7 @@ def test_parts_of_a_step_move_the_average_as_far_as_the_whole(folder: Path) -> N
 def given_to_the_objective(model: Perfusion, step: int = 0, part: int = 0) -> tuple[Any, ...]:
     """Latents, context, timesteps, noise and weight of one training step."""
     seen: list[tuple[Any, ...]] = []
-    model.sample_losses = lambda *args: seen.append(args) or (torch.zeros(2), {"loss": torch.zeros(2)})
+    model.per_sample_losses = lambda *args: seen.append(args) or (torch.zeros(2), {"loss": torch.zeros(2)})
     model.trainer.global_step = step
     model.training_step(batch(), part)
     return seen[0]

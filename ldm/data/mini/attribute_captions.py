@@ -8,7 +8,7 @@ import re
 
 from ldm.common.words import replace_word
 
-ASIDE = re.compile(r"\(([^(|)]+)\|([^(|)]+)\)")
+ATTRIBUTED_NOUN = re.compile(r"\(([^(|)]+)\|([^(|)]+)\)")
 
 
 def aside(words: str, noun: str) -> str:
@@ -16,17 +16,17 @@ def aside(words: str, noun: str) -> str:
     return f"({words}|{noun})" if words else noun
 
 
-def as_told(caption: str) -> str:
+def plain_caption(caption: str) -> str:
     """The caption without its asides."""
     return _read(caption, r"\2")
 
 
-def as_heard(caption: str) -> str:
+def full_caption(caption: str) -> str:
     """The caption with its asides in their places."""
     return _read(caption, r"\1 \2")
 
 
 def _read(caption: str, shown: str) -> str:
-    for found in list(ASIDE.finditer(caption)):
+    for found in list(ATTRIBUTED_NOUN.finditer(caption)):
         caption = replace_word(found.expand(shown), found[0], caption)
     return caption

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from ldm.models.diffusion.sampling import Sampler
-from ldm.models.diffusion.time_grid import TimeGrid, from_zero
+from ldm.models.diffusion.time_grid import TimeGrid, leading_grid
 
 
 class DDIMSampler(Sampler):
@@ -12,4 +12,4 @@ class DDIMSampler(Sampler):
 
     def make_grid(self, steps: int) -> TimeGrid:
         """The times of latent diffusion's DDIM."""
-        return from_zero(self.model.alphas_cumprod, steps)
+        return leading_grid(self.model.alphas_cumprod, steps)

@@ -11,11 +11,11 @@ from collections import deque
 from torch import Tensor
 
 from ldm.models.diffusion.sampling import Denoiser, Sampler
-from ldm.models.diffusion.schedule import Prediction, with_image
-from ldm.models.diffusion.time_grid import TimeGrid, karras
+from ldm.models.diffusion.schedule import Prediction, prediction_from_x0
+from ldm.models.diffusion.time_grid import TimeGrid, karras_grid
 
 
-def steps_beyond(grid: TimeGrid, i: int) -> float:
+def extrapolation_weight(grid: TimeGrid, i: int) -> float:
     """1 / (2 r_i): the middle of step i, counted from its start in lengths of the step before; 0 at both ends.
 
     The first step has none before it, and the last one leads to a clean image, where lambda is infinite.
@@ -30,19 +30,19 @@ class DPMSolverSampler(Sampler):
     """Deterministic, on sigmas spaced after Karras et al.; near to the flow from some 20 steps on."""
 
     label = "DPM-Solver++"
-    takes_noise = False
+    supports_eta = False
 
     def make_grid(self, steps: int) -> TimeGrid:
         """Sigmas dense where little noise is left, as the last step is of first order only."""
-        return karras(self.model.alphas_cumprod, steps)
+        return karras_grid(self.model.alphas_cumprod, steps)
 
-    def refined(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
+    def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
         """Predictions that remember the last guess of the image."""
         guesses: deque[Tensor] = deque(maxlen=2)
 
         def predict(x: Tensor, i: int) -> Prediction:
             guesses.append(denoise(x, i).x0)
             drift = guesses[-1] - guesses[0]
-            return with_image(x, guesses[-1] + steps_beyond(grid, i) * drift, grid.kept[i])
+            return prediction_from_x0(x, guesses[-1] + extrapolation_weight(grid, i) * drift, grid.alpha_bar[i])
 
         return predict

@@ -7,26 +7,26 @@ eta 0, and one of ancestral Euler DDIM's with eta 1: what sets them apart is whe
 from __future__ import annotations
 
 from ldm.models.diffusion.sampling import Sampler
-from ldm.models.diffusion.time_grid import TimeGrid, from_noise, karras
+from ldm.models.diffusion.time_grid import TimeGrid, karras_grid, trailing_grid
 
 
 class EulerSampler(Sampler):
     """Deterministic, on sigmas spaced after Karras et al."""
 
     label = "Euler"
-    takes_noise = False
+    supports_eta = False
 
     def make_grid(self, steps: int) -> TimeGrid:
         """Sigmas dense where little noise is left."""
-        return karras(self.model.alphas_cumprod, steps)
+        return karras_grid(self.model.alphas_cumprod, steps)
 
 
 class EulerAncestralSampler(Sampler):
     """Each step removes more noise than it has to and adds fresh noise; eta is 1 unless given."""
 
     label = "ancestral Euler"
-    usual_eta = 1.0
+    default_eta = 1.0
 
     def make_grid(self, steps: int) -> TimeGrid:
         """Evenly spaced times from pure noise on."""
-        return from_noise(self.model.alphas_cumprod, steps)
+        return trailing_grid(self.model.alphas_cumprod, steps)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ldm.models.diffusion.sampling import Denoiser, Sampler
-from ldm.models.diffusion.schedule import Prediction, noised, with_noise
-from ldm.models.diffusion.time_grid import TimeGrid, karras
+from ldm.models.diffusion.schedule import Prediction, add_noise, prediction_from_eps
+from ldm.models.diffusion.time_grid import TimeGrid, karras_grid
 
 
-def mean_noise(denoise: Denoiser, grid: TimeGrid, here: Prediction, i: int) -> Tensor:
+def average_eps(denoise: Denoiser, grid: TimeGrid, here: Prediction, i: int) -> Tensor:
     """The mean of the noise (B, ...) at both ends of step i, `here` at its start; not for the last step of the grid."""
-    ahead = denoise(noised(here, grid.kept_after[i]), i + 1)
+    ahead = denoise(add_noise(here, grid.alpha_bar_next[i]), i + 1)
     return (here.eps + ahead.eps) / 2
 
 
@@ -22,19 +22,19 @@ class HeunSampler(Sampler):
     """Deterministic, on sigmas spaced after Karras et al.; nearer to the flow than Euler at twice the cost per step."""
 
     label = "Heun"
-    takes_noise = False
+    supports_eta = False
 
     def make_grid(self, steps: int) -> TimeGrid:
         """Sigmas dense where little noise is left."""
-        return karras(self.model.alphas_cumprod, steps)
+        return karras_grid(self.model.alphas_cumprod, steps)
 
-    def refined(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
+    def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
         """Predictions from the mean of the noise at both ends of a step."""
 
         def predict(x: Tensor, i: int) -> Prediction:
             here = denoise(x, i)
             if i + 1 == len(grid):
                 return here
-            return with_noise(x, mean_noise(denoise, grid, here, i), grid.kept[i])
+            return prediction_from_eps(x, average_eps(denoise, grid, here, i), grid.alpha_bar[i])
 
         return predict

@@ -40,7 +40,7 @@ def error_per_sample(prediction: Tensor, target: Tensor, loss_type: str, weight:
     return (error if weight is None else error * weight).flatten(1).mean(1)
 
 
-def mask_on_latents(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+def resize_mask_to_latents(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """A mask (B, 1, H, W) in [0, 1] averaged down to the latent grid `size`, (B, 1, h, w), its maximum back at 1."""
     small = torch.nn.functional.interpolate(mask, size=tuple(size), mode="area")
     return small / small.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)

@@ -15,9 +15,9 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.objectives import check_loss_type, error_per_sample, training_target
 from ldm.models.diffusion.schedule import check_parameterization, diffusion_buffers, lvlb_weights, q_sample
 from ldm.models.diffusion.wrapper import Condition, DiffusionWrapper, as_model_kwargs
-from ldm.models.optimisation import ResumableModule, may_fuse, optimizer_and_schedule
+from ldm.models.optimization import ResumableModule, can_use_fused_optimizer, optimizer_and_schedule
 from ldm.modules.ema import LitEma
-from ldm.util import onto
+from ldm.util import to_device
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +126,10 @@ class DDPM(ResumableModule):
     def p_losses(self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None,
                  weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective at the steps t (B,) and the numbers to log."""
-        losses, numbers = self.sample_losses(x_start, cond, t, noise, weight)
+        losses, numbers = self.per_sample_losses(x_start, cond, t, noise, weight)
         return losses.mean(), {name: values.mean() for name, values in numbers.items()}
 
-    def sample_losses(self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None,
+    def per_sample_losses(self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None,
                       weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of each sample at its step t, and the numbers to log, each (B,)."""
         noise = torch.randn_like(x_start) if noise is None else noise
@@ -145,18 +145,18 @@ class DDPM(ResumableModule):
             numbers["loss_vlb"] = bound.detach()
         return losses, {**numbers, "loss": losses.detach()}
 
-    def draw_timesteps(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    def sample_timesteps(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         """(count,) steps in [0, T) to train on; drawn where the generator is, if there is one."""
         drawn_on = device if generator is None else generator.device
         if self.timestep_shift == 1:
-            return onto(torch.randint(self.num_timesteps, (count,), device=drawn_on, generator=generator), device)
-        u = onto(torch.rand(count, device=drawn_on, generator=generator), device)
+            return to_device(torch.randint(self.num_timesteps, (count,), device=drawn_on, generator=generator), device)
+        u = to_device(torch.rand(count, device=drawn_on, generator=generator), device)
         shifted = self.timestep_shift * u / (1 + (self.timestep_shift - 1) * u)
         return (shifted * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         x_start, cond = self.get_input(batch)
-        t = self.draw_timesteps(len(x_start), x_start.device)
+        t = self.sample_timesteps(len(x_start), x_start.device)
         return self.p_losses(x_start, cond, t, weight=self.loss_weight(batch, x_start.shape[-2:]))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -191,7 +191,7 @@ class DDPM(ResumableModule):
         return [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate, fused=may_fuse(self))
+        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate, fused=can_use_fused_optimizer(self))
         return optimizer_and_schedule(optimizer, self.scheduler_config)
 
     @torch.no_grad()

@@ -9,10 +9,10 @@ from collections import deque
 
 from torch import Tensor
 
-from ldm.models.diffusion.heun import mean_noise
+from ldm.models.diffusion.heun import average_eps
 from ldm.models.diffusion.sampling import Denoiser, Sampler
-from ldm.models.diffusion.schedule import Prediction, with_noise
-from ldm.models.diffusion.time_grid import TimeGrid, from_zero
+from ldm.models.diffusion.schedule import Prediction, prediction_from_eps
+from ldm.models.diffusion.time_grid import TimeGrid, leading_grid
 
 # Adams-Bashforth by the number of noise estimates at hand, the newest first; order 4 is the paper's linear multistep.
 # It takes the times as evenly spaced; where S does not divide the schedule, neighbours differ by one, which is below
@@ -25,7 +25,7 @@ ADAMS_BASHFORTH = (
 )
 
 
-def extrapolated(newest_first: list[Tensor]) -> Tensor:
+def multistep_eps(newest_first: list[Tensor]) -> Tensor:
     """The noise estimate for a step from the last one to four estimates (B, ...), the newest first."""
     weights = ADAMS_BASHFORTH[len(newest_first) - 1]
     return sum(weight * eps for weight, eps in zip(weights, newest_first, strict=True))
@@ -35,13 +35,13 @@ class PLMSSampler(Sampler):
     """Fewer steps than DDIM for the same quality, and deterministic."""
 
     label = "PLMS"
-    takes_noise = False
+    supports_eta = False
 
     def make_grid(self, steps: int) -> TimeGrid:
         """The times of latent diffusion's DDIM."""
-        return from_zero(self.model.alphas_cumprod, steps)
+        return leading_grid(self.model.alphas_cumprod, steps)
 
-    def refined(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
+    def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
         """Predictions that remember the noise estimates of up to three steps before."""
         estimates: deque[Tensor] = deque(maxlen=len(ADAMS_BASHFORTH))
 
@@ -50,7 +50,7 @@ class PLMSSampler(Sampler):
             estimates.appendleft(here.eps)
             # a grid of one has no next time to look at and stays with DDIM's step
             warm_up = i == 0 and len(grid) > 1
-            eps = mean_noise(denoise, grid, here, i) if warm_up else extrapolated(list(estimates))
-            return with_noise(x, eps, grid.kept[i])
+            eps = average_eps(denoise, grid, here, i) if warm_up else multistep_eps(list(estimates))
+            return prediction_from_eps(x, eps, grid.alpha_bar[i])
 
         return predict

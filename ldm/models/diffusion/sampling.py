@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from tqdm import trange
 
 from ldm.common.errors import UserError
-from ldm.models.diffusion.schedule import Prediction, check_parameterization, noised, read_output
+from ldm.models.diffusion.schedule import Prediction, add_noise, check_parameterization, prediction_from_output
 from ldm.models.diffusion.time_grid import TimeGrid
 from ldm.modules.context import PromptContext
 
@@ -90,46 +90,46 @@ def guided_denoiser(
         output = model.apply_model(inputs, times, context).to(x.dtype)  # the network may run in 16 bits
         if guided:
             output = torch.lerp(*output.chunk(2), scale)
-        return read_output(model.parameterization, x, grid.kept[i], output)
+        return prediction_from_output(model.parameterization, x, grid.alpha_bar[i], output)
 
     return denoise
 
 
-def ddim_sigma(kept: float, kept_after: float, eta: float) -> float:
-    """Standard deviation of the noise that a step from a(t) = `kept` to `kept_after` adds; DDIM eq. 16."""
-    return eta * math.sqrt((1 - kept_after) / (1 - kept) * (1 - kept / kept_after))
+def ddim_sigma(alpha_bar: float, alpha_bar_next: float, eta: float) -> float:
+    """Standard deviation of the noise that a step from a(t) = `alpha_bar` to `alpha_bar_next` adds; DDIM eq. 16."""
+    return eta * math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
 
 
 def ddim_step(predict: Denoiser, grid: TimeGrid, eta: float, draw: NoiseSource) -> Step:
     """The step of DDIM (eq. 12) with what `predict` says; `draw` is where it takes the noise that `eta` asks for."""
 
     def step(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        prediction, after = predict(x, i), grid.kept_after[i]
-        sigma = ddim_sigma(grid.kept[i], after, eta)
+        prediction, after = predict(x, i), grid.alpha_bar_next[i]
+        sigma = ddim_sigma(grid.alpha_bar[i], after, eta)
         if not sigma:
-            return noised(prediction, after), prediction.x0
+            return add_noise(prediction, after), prediction.x0
         old_noise = math.sqrt(max(1 - after - sigma**2, 0.0))
         return math.sqrt(after) * prediction.x0 + old_noise * prediction.eps + sigma * draw(), prediction.x0
 
     return step
 
 
-def inpainting(step: Step, grid: TimeGrid, x0: Tensor, mask: Tensor, draw: NoiseSource) -> Step:
+def inpainting_step(step: Step, grid: TimeGrid, x0: Tensor, mask: Tensor, draw: NoiseSource) -> Step:
     """`step` with `x0` in place of x where the mask is 1: noised before each step, and as it is after the last."""
 
     def inpaint(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        after, guess = step(torch.lerp(x, noised(Prediction(draw(), x0), grid.kept[i]), mask), i)
+        after, guess = step(torch.lerp(x, add_noise(Prediction(draw(), x0), grid.alpha_bar[i]), mask), i)
         return (torch.lerp(after, x0, mask) if i + 1 == len(grid) else after), guess
 
     return inpaint
 
 
-def walk(
+def run_steps(
     step: Step, x: Tensor, steps: int, *, log_every_t: int, verbose: bool,
     callback: Callable[[int], None] | None, img_callback: Callable[[Tensor, int], None] | None,
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """Takes all steps of a grid; returns the last x and what was kept along the way (see `Sampler.sample`)."""
-    kept = {"x_inter": [x], "pred_x0": [x]}
+    alpha_bar = {"x_inter": [x], "pred_x0": [x]}
     for i in trange(steps, desc="sampling", disable=not verbose):
         x, pred_x0 = step(x, i)
         if callback is not None:
@@ -137,9 +137,9 @@ def walk(
         if img_callback is not None:
             img_callback(pred_x0, i)
         if i == 0 or (steps - 1 - i) % log_every_t == 0:
-            kept["x_inter"].append(x)
-            kept["pred_x0"].append(pred_x0)
-    return x, kept
+            alpha_bar["x_inter"].append(x)
+            alpha_bar["pred_x0"].append(pred_x0)
+    return x, alpha_bar
 
 
 class Sampler(ABC):
@@ -152,8 +152,8 @@ class Sampler(ABC):
     """
 
     label: ClassVar[str]
-    takes_noise: ClassVar[bool] = True
-    usual_eta: ClassVar[float] = 0.0
+    supports_eta: ClassVar[bool] = True
+    default_eta: ClassVar[float] = 0.0
 
     def __init__(self, model: DiffusionModel) -> None:
         check_parameterization(model.parameterization)
@@ -163,7 +163,7 @@ class Sampler(ABC):
     def make_grid(self, steps: int) -> TimeGrid:
         """The times of that many steps; raises a UserError where the schedule has not so many."""
 
-    def refined(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
+    def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
         """What to take for noise and image during each step of the grid, called in order; as a rule those at its start.
 
         Whatever it remembers of earlier steps belongs to one walk.
@@ -171,11 +171,11 @@ class Sampler(ABC):
         return denoise
 
     @classmethod
-    def checked_eta(cls, eta: float | None) -> float:
+    def resolve_eta(cls, eta: float | None) -> float:
         """`eta`, or this sampler's own where it is None; raises a UserError where it cannot work with it."""
         if eta is None:
-            return cls.usual_eta
-        if eta and not cls.takes_noise:
+            return cls.default_eta
+        if eta and not cls.supports_eta:
             raise UserError(f"{cls.label} adds no noise, so eta must be 0, not {eta:g}; take DDIM or ancestral Euler")
         if not 0 <= eta <= 1:
             raise UserError(f"eta {eta:g} must lie between 0 (no noise added) and 1 (as much as DDPM)")
@@ -231,7 +231,7 @@ class Sampler(ABC):
         Raises:
             UserError: an argument is out of its range or does not fit the others. Nothing has been computed then.
         """
-        grid, eta = self.make_grid(S), self.checked_eta(eta)
+        grid, eta = self.make_grid(S), self.resolve_eta(eta)
         if log_every_t < 1:
             raise UserError(f"log_every_t {log_every_t} must be 1 or more")
         size = _latent_size(batch_size, shape)
@@ -244,15 +244,15 @@ class Sampler(ABC):
         original = x if x0 is None else x0.to(x)
         if strength is not None and strength < 1:
             grid = grid.end(max(1, round(strength * S)))
-            x = noised(Prediction(x, original), grid.kept[0])
+            x = add_noise(Prediction(x, original), grid.alpha_bar[0])
 
         denoise = guided_denoiser(
             self.model, grid, conditioning, unconditional_conditioning, unconditional_guidance_scale
         )
-        step = ddim_step(self.refined(denoise, grid), grid, eta, lambda: temperature * draw())
+        step = ddim_step(self.make_predictor(denoise, grid), grid, eta, lambda: temperature * draw())
         if mask is not None:
-            step = inpainting(step, grid, original, mask.to(original), draw)
-        return walk(
+            step = inpainting_step(step, grid, original, mask.to(original), draw)
+        return run_steps(
             step, x, len(grid), log_every_t=log_every_t, verbose=verbose, callback=callback, img_callback=img_callback
         )
 

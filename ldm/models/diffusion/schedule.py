@@ -73,14 +73,14 @@ def diffusion_buffers(
     _check_betas(betas)
     if not 0 <= v_posterior <= 1:
         raise UserError(f"v_posterior {v_posterior} must lie between 0 and 1")
-    kept = torch.cumprod(1 - betas, dim=0)
-    kept_before = torch.cat([kept.new_ones(1), kept[:-1]])
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     tensors = {
         "betas": betas,
-        "alphas_cumprod": kept,
-        "alphas_cumprod_prev": kept_before,
-        **_marginal_tensors(kept),
-        **_posterior_tensors(betas, kept, kept_before, v_posterior),
+        "alphas_cumprod": alpha_bar,
+        "alphas_cumprod_prev": alpha_bar_prev,
+        **_marginal_tensors(alpha_bar),
+        **_posterior_tensors(betas, alpha_bar, alpha_bar_prev, v_posterior),
     }
     return {name: tensor.float() for name, tensor in tensors.items()}
 
@@ -90,26 +90,26 @@ def _check_betas(betas: Tensor) -> None:
         raise UserError("the betas must be two or more numbers between 0 and 1; check the noise schedule's settings")
 
 
-def _marginal_tensors(kept: Tensor) -> dict[str, Tensor]:
+def _marginal_tensors(alpha_bar: Tensor) -> dict[str, Tensor]:
     """The coefficients of q(x_t | x_0) and of its inversion for x_0."""
     return {
-        "sqrt_alphas_cumprod": kept.sqrt(),
-        "sqrt_one_minus_alphas_cumprod": (1 - kept).sqrt(),
-        "log_one_minus_alphas_cumprod": (1 - kept).log(),
-        "sqrt_recip_alphas_cumprod": kept.rsqrt(),
-        "sqrt_recipm1_alphas_cumprod": (1 / kept - 1).sqrt(),
+        "sqrt_alphas_cumprod": alpha_bar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alpha_bar).log(),
+        "sqrt_recip_alphas_cumprod": alpha_bar.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alpha_bar - 1).sqrt(),
     }
 
 
-def _posterior_tensors(betas: Tensor, kept: Tensor, kept_before: Tensor, v_posterior: float) -> dict[str, Tensor]:
+def _posterior_tensors(betas: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, v_posterior: float) -> dict[str, Tensor]:
     """Mean and variance of q(x_{t-1} | x_t, x_0), DDPM eq. 7; the first variance is 0, so its logarithm is clipped."""
-    lower_bound = betas * (1 - kept_before) / (1 - kept)
+    lower_bound = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
     variance = torch.lerp(lower_bound, betas, v_posterior)
     return {
         "posterior_variance": variance,
         "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
-        "posterior_mean_coef1": betas * kept_before.sqrt() / (1 - kept),
-        "posterior_mean_coef2": (1 - betas).sqrt() * (1 - kept_before) / (1 - kept),
+        "posterior_mean_coef1": betas * alpha_bar_prev.sqrt() / (1 - alpha_bar),
+        "posterior_mean_coef2": (1 - betas).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar),
     }
 
 
@@ -146,32 +146,32 @@ def _mix(t: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
     return sum(extract_into_tensor(coefficients, t, tensor.shape) * tensor for coefficients, tensor in terms)
 
 
-def noised(prediction: Prediction, kept: Level) -> Tensor:
-    """x_t of DDPM eq. 4 from its two parts, where a(t) = `kept`."""
-    return kept**0.5 * prediction.x0 + (1 - kept) ** 0.5 * prediction.eps
+def add_noise(prediction: Prediction, alpha_bar: Level) -> Tensor:
+    """x_t of DDPM eq. 4 from its two parts, where a(t) = `alpha_bar`."""
+    return alpha_bar**0.5 * prediction.x0 + (1 - alpha_bar) ** 0.5 * prediction.eps
 
 
-def with_noise(x_t: Tensor, eps: Tensor, kept: Level) -> Prediction:
-    """`eps` and the image that it leaves of x_t (B, ...) at a(t) = `kept`."""
-    return Prediction(eps, (x_t - (1 - kept) ** 0.5 * eps) / kept**0.5)
+def prediction_from_eps(x_t: Tensor, eps: Tensor, alpha_bar: Level) -> Prediction:
+    """`eps` and the image that it leaves of x_t (B, ...) at a(t) = `alpha_bar`."""
+    return Prediction(eps, (x_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5)
 
 
-def with_image(x_t: Tensor, x0: Tensor, kept: Level) -> Prediction:
-    """`x0` and the noise that it leaves of x_t (B, ...) at a(t) = `kept`."""
-    return Prediction((x_t - kept**0.5 * x0) / (1 - kept) ** 0.5, x0)
+def prediction_from_x0(x_t: Tensor, x0: Tensor, alpha_bar: Level) -> Prediction:
+    """`x0` and the noise that it leaves of x_t (B, ...) at a(t) = `alpha_bar`."""
+    return Prediction((x_t - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5, x0)
 
 
-def with_velocity(x_t: Tensor, v: Tensor, kept: Level) -> Prediction:
-    """Noise and image of x_t (B, ...) that moves with `v` at a(t) = `kept`."""
-    return Prediction(kept**0.5 * v + (1 - kept) ** 0.5 * x_t, kept**0.5 * x_t - (1 - kept) ** 0.5 * v)
+def prediction_from_v(x_t: Tensor, v: Tensor, alpha_bar: Level) -> Prediction:
+    """Noise and image of x_t (B, ...) that moves with `v` at a(t) = `alpha_bar`."""
+    return Prediction(alpha_bar**0.5 * v + (1 - alpha_bar) ** 0.5 * x_t, alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * v)
 
 
-def read_output(parameterization: str, x_t: Tensor, kept: Level, output: Tensor) -> Prediction:
-    """Noise and image from a network's `output` (B, ...) on x_t at a(t) = `kept`, whichever of the three it means.
+def prediction_from_output(parameterization: str, x_t: Tensor, alpha_bar: Level, output: Tensor) -> Prediction:
+    """Noise and image from a network's `output` (B, ...) on x_t at a(t) = `alpha_bar`, whichever of the three it means.
 
     Raises:
         UserError: the parameterization is unknown.
     """
     check_parameterization(parameterization)
-    readings = {"eps": with_noise, "v": with_velocity, "x0": with_image}
-    return readings[parameterization](x_t, output, kept)
+    readings = {"eps": prediction_from_eps, "v": prediction_from_v, "x0": prediction_from_x0}
+    return readings[parameterization](x_t, output, alpha_bar)

@@ -21,28 +21,28 @@ NOISIEST = 80.0  # sigma, as Karras et al. 2022 have it (table 1)
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """The times that sampling visits, noisiest first; `kept` is a(t) there, `kept_after` a(t) where the step leads.
+    """The times that sampling visits, noisiest first; `alpha_bar` is a(t) there, `alpha_bar_next` a(t) where the step leads.
 
     Times are whole numbers where the schedule has them, otherwise fractions: networks take both.
     """
 
     times: tuple[float, ...]
-    kept: tuple[float, ...]
-    kept_after: tuple[float, ...]
+    alpha_bar: tuple[float, ...]
+    alpha_bar_next: tuple[float, ...]
 
     def __len__(self) -> int:
         return len(self.times)
 
     def end(self, steps: int) -> TimeGrid:
         """The last `steps` of them, 1..len."""
-        return TimeGrid(self.times[-steps:], self.kept[-steps:], self.kept_after[-steps:])
+        return TimeGrid(self.times[-steps:], self.alpha_bar[-steps:], self.alpha_bar_next[-steps:])
 
     def half_log_snr(self, place: int) -> float:
         """lambda = -log sigma, on which exponential integrators count their steps (Lu et al. 2022, section 2)."""
-        return math.log(self.kept[place] / (1 - self.kept[place])) / 2
+        return math.log(self.alpha_bar[place] / (1 - self.alpha_bar[place])) / 2
 
 
-def from_zero(schedule: Tensor, steps: int) -> TimeGrid:
+def leading_grid(schedule: Tensor, steps: int) -> TimeGrid:
     """Evenly spaced times, the least noisy one at the schedule's clean end, as for DDIM in latent diffusion.
 
     The last step leads to the time just before the last one.
@@ -60,24 +60,24 @@ def from_zero(schedule: Tensor, steps: int) -> TimeGrid:
     return _grid(times, levels[times], float(last))
 
 
-def from_noise(schedule: Tensor, steps: int) -> TimeGrid:
+def trailing_grid(schedule: Tensor, steps: int) -> TimeGrid:
     """Evenly spaced times, the first one at the schedule's noisy end; the last step leads to a clean image.
 
     Lin, Liu, Li & Yang 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", table 2, "trailing".
-    Arguments and errors as for `from_zero`.
+    Arguments and errors as for `leading_grid`.
     """
     _check_steps(steps, len(schedule))
     times = [round(len(schedule) * left / steps) - 1 for left in range(steps, 0, -1)]
     return _grid(times, _levels(schedule)[times], 1.0)
 
 
-def karras(schedule: Tensor, steps: int) -> TimeGrid:
+def karras_grid(schedule: Tensor, steps: int) -> TimeGrid:
     """Sigmas that lie the denser, the smaller they are, from no more than 80 on; the last step leads to a clean image.
 
     Karras, Aittala, Aila & Laine 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", eq. 5. The
     time of a sigma between two of the schedule's own is interpolated in log sigma. Schedules that end in nothing but
     noise, as the cosine one, have sigmas of ten thousands there: nothing of an image is decided at those, and of few
-    steps most would go to them. Arguments and errors as for `from_zero`.
+    steps most would go to them. Arguments and errors as for `leading_grid`.
     """
     _check_steps(steps, len(schedule))
     levels = _levels(schedule)
@@ -93,8 +93,8 @@ def _levels(schedule: Tensor) -> np.ndarray:
     return schedule.cpu().double().numpy()
 
 
-def _grid(times: list[float], kept: np.ndarray, last: float) -> TimeGrid:
-    levels = kept.tolist()
+def _grid(times: list[float], alpha_bar: np.ndarray, last: float) -> TimeGrid:
+    levels = alpha_bar.tolist()
     return TimeGrid(tuple(times), tuple(levels), (*levels[1:], last))
 
 

@@ -13,8 +13,8 @@ from transformers import CLIPTokenizer
 from ldm.data.mini.backgrounds import PLACES
 from ldm.data.mini.scenes import with_article
 from ldm.data.mini.world import KIND_NAMES
-from ldm.models.clip_images import clip_pixels
-from ldm.models.optimisation import OneStepModule, may_fuse, optimizer_and_schedule
+from ldm.models.clip_images import normalize_for_clip
+from ldm.models.optimization import SharedStepModule, can_use_fused_optimizer, optimizer_and_schedule
 
 KIND_TEMPLATE = "a photo of {}"
 
@@ -27,7 +27,7 @@ def share_of_kinds(batch: Mapping[str, Any]) -> Tensor:
     return torch.where((second >= 0)[:, None], (first + other) / 2, first)
 
 
-class ContrastiveTrainer(OneStepModule):
+class ContrastiveTrainer(SharedStepModule):
     """Learns two towers from pictures with captions; which towers, subclasses say.
 
     They set `clip`, a module whose `logit_scale` is the logarithm of the logits' factor, and give `text_features` and
@@ -59,7 +59,7 @@ class ContrastiveTrainer(OneStepModule):
         raise NotImplementedError
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """(B, d) for pictures (B, 3, H, W) as `clip_pixels` gives them."""
+        """(B, d) for pictures (B, 3, H, W) as `normalize_for_clip` gives them."""
         raise NotImplementedError
 
     def tokens(self, captions: list[str]) -> Tensor:
@@ -95,7 +95,7 @@ class ContrastiveTrainer(OneStepModule):
 
     def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
         scale = self.clip.logit_scale.exp()
-        images = F.normalize(self.image_features(clip_pixels(batch["image"])), dim=-1)
+        images = F.normalize(self.image_features(normalize_for_clip(batch["image"])), dim=-1)
         logits = scale * self.text_directions(list(batch["caption"])) @ images.T
         target = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -113,5 +113,5 @@ class ContrastiveTrainer(OneStepModule):
         others = [p for name, p in self.clip.named_parameters() if p.ndim <= 1 or "embedding" in name]
         optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": self.weight_decay},
                                        {"params": others, "weight_decay": 0.0}], lr=self.learning_rate,
-                                      betas=(0.9, 0.98), fused=may_fuse(self))
+                                      betas=(0.9, 0.98), fused=can_use_fused_optimizer(self))
         return optimizer_and_schedule(optimizer, self.scheduler_config)

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ldm.data.mini.variations import Variations
-from ldm.models.clip_images import clip_pixels
+from ldm.models.clip_images import normalize_for_clip
 from ldm.models.open_clip_folder import SETTINGS, load_openclip
-from ldm.models.optimisation import OneStepModule, may_fuse, optimizer_and_schedule
+from ldm.models.optimization import SharedStepModule, can_use_fused_optimizer, optimizer_and_schedule
 from ldm.modules.encoders.clip import TOKENIZER
 from ldm.modules.residual_segmenter import ResidualSegmenter
 
@@ -36,7 +36,7 @@ def intersection_over_union(found: Tensor, true: Tensor) -> Tensor:
     return (found & true).sum((1, 2)) / (found | true).sum((1, 2)).clamp(min=1)
 
 
-class SegmenterTrainer(OneStepModule):
+class SegmenterTrainer(SharedStepModule):
     """Learns to find, in a picture, the thing that a word names; both towers start as those of a trained CLIP.
 
     Batches bring "image", "mask" and "word", for scenes of two things "second_mask" and "second_word", and with "other"
@@ -68,7 +68,7 @@ class SegmenterTrainer(OneStepModule):
         """(B, H, W) for pictures (B, 3, H, W) in [-1, 1] and a word for each."""
         tokens = self.tokenizer(list(words), truncation=True, max_length=self.segmenter.longest_text, padding=True,
                                 return_tensors="pt")["input_ids"].to(self.device)
-        return self.segmenter(clip_pixels(images), self.segmenter.encode_text(tokens))
+        return self.segmenter(normalize_for_clip(images), self.segmenter.encode_text(tokens))
 
     def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
         images, masks = batch["image"], torch.cat([batch["mask"], batch["second_mask"]], 1)
@@ -84,7 +84,7 @@ class SegmenterTrainer(OneStepModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(torch.optim.AdamW(self.segmenter.parameters(), lr=self.learning_rate,
-                                                        fused=may_fuse(self)), self.scheduler_config)
+                                                        fused=can_use_fused_optimizer(self)), self.scheduler_config)
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8) -> dict[str, Tensor]:

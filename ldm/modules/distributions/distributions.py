@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm.util import onto
+from ldm.util import to_device
 
 
 class DiagonalGaussianDistribution:
@@ -33,7 +33,7 @@ class DiagonalGaussianDistribution:
         """One draw, (B, z, h, w); a generator makes it repeatable."""
         noise = torch.randn(self.mean.shape, generator=generator, device=generator.device if generator else
                             self.mean.device, dtype=self.mean.dtype)
-        return self.mean + self.std * onto(noise, self.mean.device)
+        return self.mean + self.std * to_device(noise, self.mean.device)
 
     def mode(self) -> Tensor:
         return self.mean

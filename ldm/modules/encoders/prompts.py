@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.common.errors import UserError
 from ldm.common.words import split_at_placeholders
 from ldm.modules.fast.cuda_graphs import GraphedEncoder
-from ldm.util import is_trained, onto
+from ldm.util import has_trainable_parameters, to_device
 
 
 class AbstractEncoder(nn.Module):
@@ -61,7 +61,7 @@ class PromptEncoder(AbstractEncoder):
 
     def train(self, mode: bool = True) -> PromptEncoder:
         """A frozen encoder stays in evaluation mode."""
-        return super().train(mode and is_trained(self))
+        return super().train(mode and has_trainable_parameters(self))
 
     @property
     def device(self) -> torch.device:
@@ -135,10 +135,10 @@ class PromptEncoder(AbstractEncoder):
         """
         table, tokens = self.token_table, tokens.cpu()
         new = tokens >= len(table)
-        embedded = nn.functional.embedding(onto(tokens.masked_fill(new, 0), table.device), table)
+        embedded = nn.functional.embedding(to_device(tokens.masked_fill(new, 0), table.device), table)
         if vectors is not None:
-            places = [onto(place, table.device) for place in new.nonzero(as_tuple=True)]
-            instead = vectors.to(table)[onto(tokens[new] - len(table), table.device)]
+            places = [to_device(place, table.device) for place in new.nonzero(as_tuple=True)]
+            instead = vectors.to(table)[to_device(tokens[new] - len(table), table.device)]
             embedded = embedded.index_put(places, instead)
         return (self.graphs or self.encode_embedded)(embedded)
 

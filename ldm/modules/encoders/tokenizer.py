@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ldm.common.files import write_whole
+from ldm.common.files import write_atomically
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -25,5 +25,5 @@ def write_clip_tokenizer(folder: str | Path) -> Path:
     texts = {"vocab.json": json.dumps(vocabulary, ensure_ascii=False), "tokenizer_config.json": json.dumps(settings),
              "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n"}
     for name, text in texts.items():
-        write_whole(folder / name, lambda aside, text=text: aside.write_text(text, encoding="utf8"))
+        write_atomically(folder / name, lambda aside, text=text: aside.write_text(text, encoding="utf8"))
     return folder

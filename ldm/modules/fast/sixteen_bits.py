@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldm.modules.attention import name_text_layers
-from ldm.util import is_trained
+from ldm.util import has_trainable_parameters
 
 
 def to_sixteen_bits(unet: nn.Module, dtype: torch.dtype) -> None:
@@ -18,7 +18,7 @@ def to_sixteen_bits(unet: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         ValueError: some are to be trained, and steps would be lost in the rounding.
     """
-    if is_trained(unet):
+    if has_trainable_parameters(unet):
         raise ValueError("weights that are trained stay in 32 bits")
     layers = name_text_layers(unet).values()
     kept = {id(weight) for layer in layers for weight in (layer.to_k.weight, layer.to_v.weight)}
