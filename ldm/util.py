@@ -102,6 +102,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         params = _resolved(name, params)
     if not isinstance(params, Mapping):
         raise UserError(f"params of {name}: not keys with values, but {params!r}")
+    params = rename_old_params(name, target, params)
     check_param_names(name, target, params)
     given = {**params, **extra}
     missing = [p.name for p in _named(target) if p.default is p.empty and p.name not in given]
@@ -141,6 +142,23 @@ def known_params(target: Any) -> set[str]:
     if inspect.isclass(target):
         known |= {p.name for base in _constructors(target) for p in _named(base)} - {"self"}
     return known
+
+
+def rename_old_params(name: str, target: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `params` with every old spelling replaced by the current one, so that older configs keep loading.
+
+    A class lists its old spellings in a class attribute `renamed_params`, old -> current. Its subclasses inherit them.
+
+    Raises:
+        UserError: if a param is given in both spellings.
+    """
+    renamed: dict[str, str] = {}
+    for owner in reversed(getattr(target, "__mro__", ())):
+        renamed |= vars(owner).get("renamed_params", {})
+    for old, current in renamed.items():
+        if old in params and current in params:
+            raise UserError(f"{name}: {old} is the old name of {current}; give {current} alone")
+    return {renamed.get(key, key): value for key, value in params.items()}
 
 
 def check_param_names(name: str, target: Any, params: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -60,6 +60,28 @@ def test_params_go_through_every_constructor_that_passes_them_on() -> None:
     expected = {"size": 3, "colour": "red", "depth": 2, "extra": 7}
     for name in ("PassingOn", "Silent"):
         assert built(name, size=3, depth=2, extra=7).given == expected
+
+
+class Renamed(PassingOn):
+    renamed_params: ClassVar[dict[str, str]] = {"colour": "color"}
+
+    def __init__(self, color: str = "red", **kwargs: Any) -> None:
+        super().__init__(colour=color, **kwargs)
+
+
+class RenamedAgain(Renamed):
+    renamed_params: ClassVar[dict[str, str]] = {"surplus": "extra"}
+
+
+@pytest.mark.parametrize("params", [{"colour": "blue", "surplus": 2}, {"color": "blue", "extra": 2}])
+def test_old_names_of_params_still_load(params: dict[str, Any]) -> None:
+    built_object = built("RenamedAgain", size=1, **params)
+    assert built_object.given == {"size": 1, "colour": "blue", "depth": 1, "extra": 2}
+
+
+def test_a_param_given_under_both_names_is_refused() -> None:
+    with pytest.raises(UserError, match=r"test_util.Renamed: colour is the old name of color; give color alone"):
+        built("Renamed", size=1, colour="red", color="blue")
 
 
 @pytest.mark.parametrize(
