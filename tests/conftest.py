@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers.image_world import World, make_world
+from helpers.model_files import ModelFiles, write_model_files
 from hypothesis import settings
 
 from ldm.common.errors import set_log_level
@@ -46,12 +46,12 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def drawing_world_files(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
+def shared_model_files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return write_model_files(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
-def world(drawing_world_files: World, monkeypatch: pytest.MonkeyPatch) -> World:
+def model_files(shared_model_files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> ModelFiles:
     """Its files, and its cache in use."""
-    monkeypatch.setenv("PERFUSION_CACHE", str(drawing_world_files.folder / "cache"))
-    return drawing_world_files
+    monkeypatch.setenv("PERFUSION_CACHE", str(shared_model_files.folder / "cache"))
+    return shared_model_files

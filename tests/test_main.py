@@ -11,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import training_setup as teaching
-from helpers.training_setup import BASE, ROOT, output_of
+from helpers import training_setup
+from helpers.training_setup import BASE, ROOT, process_output
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,7 +25,7 @@ Draw = Callable[..., np.ndarray]
 
 
 def taught(folder: Path, *arguments: object) -> SimpleNamespace:
-    output = output_of("main.py", *BASE, "--max_steps", STEPS, "-l", folder, *arguments)
+    output = process_output("main.py", *BASE, "--max_steps", STEPS, "-l", folder, *arguments)
     (logdir,) = folder.iterdir()
     return SimpleNamespace(output=output, folder=logdir, concept=logdir / "concept.safetensors")
 
@@ -45,7 +45,7 @@ def teapot(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def merged(teddy: SimpleNamespace, teapot: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("merged") / "both.safetensors"
-    output = output_of("merge_embeddings.py", "--manager_ckpts", teddy.concept, teapot.concept, "--output_path", path)
+    output = process_output("merge_embeddings.py", "--manager_ckpts", teddy.concept, teapot.concept, "--output_path", path)
     assert f"{path}: 2 concepts" in output and "<my-teddy>: teddy bear" in output and "<my-teapot>: teapot" in output
     return path
 
@@ -63,7 +63,7 @@ def draw(script: ModuleType, tmp_path: Path) -> Draw:
     """The first picture of txt2img.py with some arguments, run in this process."""
 
     def drawn(name: str, *arguments: object) -> np.ndarray:
-        with teaching.as_one_process():
+        with training_setup.in_project_root():
             script.main([str(part) for part in ("--outdir", tmp_path / name, *SAMPLING, *arguments)])
         return picture(tmp_path / name)
 
@@ -117,7 +117,7 @@ def test_the_next_command_draws_the_concept(teddy: SimpleNamespace, draw: Draw, 
     (line,) = (line for line in teddy.output.splitlines() if line.startswith("next: "))
     python, *command = shlex.split(line.removeprefix("next: "))
     assert python == "python" and "a photo of a <my-teddy> on the beach" in command
-    output_of(*command, "--outdir", tmp_path / "next", *SAMPLING)
+    process_output(*command, "--outdir", tmp_path / "next", *SAMPLING)
     assert (tmp_path / "next" / "grid-0000.png").is_file()
     base = draw("base", "--prompt", "a photo of a teddy bear on the beach")
     assert difference(picture(tmp_path / "next"), base) > 2
@@ -127,7 +127,7 @@ def test_two_concepts_in_a_picture(
     teddy: SimpleNamespace, teapot: SimpleNamespace, merged: Path, draw: Draw, tmp_path: Path
 ) -> None:
     settings = ("--bias", 0.7, 0.65)
-    output_of("scripts/txt2img.py", "--concept", merged, "--prompt", BOTH, "--outdir", tmp_path / "m", *SAMPLING,
+    process_output("scripts/txt2img.py", "--concept", merged, "--prompt", BOTH, "--outdir", tmp_path / "m", *SAMPLING,
               *settings)
     from_merged = picture(tmp_path / "m")
     from_files = draw("files", "--concept", teddy.concept, teapot.concept, "--prompt", BOTH, *settings)
@@ -139,8 +139,8 @@ def test_two_concepts_in_a_picture(
 
 def test_learning_lowers_the_loss_and_repeats_itself(teddy: SimpleNamespace, tmp_path: Path) -> None:
     """The same run in another process: measured, it loses 2 % of the error, 0.01 % of it by chance."""
-    logdir = teaching.teach(tmp_path / "logs", "--max_steps", STEPS, *teaching.FEW_PICTURES,
-                            "lightning.callbacks.recorder.target=teaching.LossRecorder")
+    logdir = training_setup.train_main(tmp_path / "logs", "--max_steps", STEPS, *training_setup.FEW_IMAGES,
+                            "lightning.callbacks.recorder.target=helpers.training_setup.LossRecorder")
     before, after = json.loads((logdir / "losses.json").read_text())
     assert after < 0.99 * before
     assert (logdir / "concept.safetensors").read_bytes() == teddy.concept.read_bytes()

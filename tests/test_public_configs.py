@@ -8,14 +8,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import stand_ins
-from helpers.stand_ins import PROJECT, model_section, stand_in
+from helpers.stand_ins import ROOT, model_section, stand_in
 from torch import Tensor
 
 from ldm.util import count_params, instantiate_from_config
 
 FOLDERS = ("configs/stable-diffusion/*.yaml", "configs/latent-diffusion/*.yaml", "configs/perfusion-*.yaml",
            "models/ldm/*/config.yaml")
-CONFIGS = sorted(str(path.relative_to(PROJECT)) for pattern in FOLDERS for path in PROJECT.glob(pattern))
+CONFIGS = sorted(str(path.relative_to(ROOT)) for pattern in FOLDERS for path in ROOT.glob(pattern))
 BASES = [name for name in CONFIGS if model_section(name)["target"].endswith(".LatentDiffusion")
          and "personalization_config" not in model_section(name)["params"]]
 # What the authors' code prints of each as it starts, in millions.

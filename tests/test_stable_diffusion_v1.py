@@ -181,7 +181,7 @@ def test_the_concept_config_is_the_papers() -> None:
 
 def tiny_checkpoint(folder: Path) -> dict[str, Tensor]:
     """What a public file holds, at another size: half precision, averages, and a buffer of older transformers."""
-    model = tiny_models.built(folder, use_ema=False)
+    model = tiny_models.build_model(folder, use_ema=False)
     state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
     averages = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": 0.9 * value
                 for key, value in state.items() if key.startswith("model.")}
@@ -193,7 +193,7 @@ def test_checkpoints_of_both_kinds_load_and_draw(tmp_path: Path, caplog: pytest.
     state = tiny_checkpoint(tmp_path)
     torch.save({"state_dict": state, "global_step": 840000}, tmp_path / "tiny.ckpt")
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "tiny.safetensors")
-    described = {"model": tiny_models.latent_diffusion(tmp_path, use_ema=False)}
+    described = {"model": tiny_models.latent_diffusion_config(tmp_path, use_ema=False)}
     pictures = []
     for name in ("tiny.ckpt", "tiny.safetensors"):
         model = load_model(described, tmp_path / name)

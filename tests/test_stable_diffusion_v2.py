@@ -14,7 +14,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from helpers.stand_ins import PROJECT, model_section
+from helpers.stand_ins import ROOT, model_section
 from test_stable_diffusion_v1 import SHAPE_OF_UNET, SHAPE_OF_VAE, config_of_unet, of, shapes
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -101,7 +101,7 @@ def test_the_concept_config_describes_the_same_base_model() -> None:
     assert public["first_stage_config"]["params"]["ddconfig"] == taught["first_stage_config"]["params"]["ddconfig"]
     model = public_model("configs/perfusion-sd-v2.yaml")
     assert shapes(model.state_dict()) == shapes(public_model().state_dict()) and model.latent_shape == (4, 96, 96)
-    assert (PROJECT / "configs/perfusion-sd-v2.yaml").read_text().count("parameterization=eps") == 1
+    assert (ROOT / "configs/perfusion-sd-v2.yaml").read_text().count("parameterization=eps") == 1
 
 
 def test_a_concept_fits_in_40_kilobytes(tmp_path: Path) -> None:

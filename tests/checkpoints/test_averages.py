@@ -22,7 +22,7 @@ Public = tuple[Path, dict[str, Tensor]]
 @pytest.fixture
 def public(tmp_path: Path) -> Public:
     """A checkpoint with both, and its weights."""
-    model = tiny_models.built(tmp_path, use_ema=True)
+    model = tiny_models.build_model(tmp_path, use_ema=True)
     state = model.state_dict()
     for key in [key for key in state if key.startswith("model_ema.diffusion")]:
         state[key] = torch.randn_like(state[key])
@@ -34,7 +34,7 @@ def public(tmp_path: Path) -> Public:
 
 
 def described(folder: Path, **params: Any) -> dict[str, Any]:
-    return {"model": tiny_models.latent_diffusion(folder, **params)}
+    return {"model": tiny_models.latent_diffusion_config(folder, **params)}
 
 
 @pytest.mark.parametrize("params", [{}, {"use_ema": True}, {"use_ema": False}])
@@ -47,7 +47,7 @@ def test_pictures_are_drawn_with_the_averages(public: Public, params: dict[str, 
 
 def test_concepts_are_taught_and_drawn_with_the_same_weights(public: Public) -> None:
     folder, _ = public
-    taught = instantiate_from_config(tiny_models.latent_diffusion(
+    taught = instantiate_from_config(tiny_models.latent_diffusion_config(
         folder, "perfusion.Perfusion", ckpt_path=str(folder / "both.ckpt"), super_category="cat"))
     drawn = load_model(described(folder, use_ema=True), folder / "both.ckpt")
     fingerprints = {base_fingerprint(name_text_layers(model.model.diffusion_model)) for model in (taught, drawn)}
@@ -56,7 +56,7 @@ def test_concepts_are_taught_and_drawn_with_the_same_weights(public: Public) -> 
 
 def test_training_goes_on_from_both(public: Public) -> None:
     folder, state = public
-    model = tiny_models.latent_diffusion(folder, use_ema=True, ckpt_path=str(folder / "both.ckpt"))
+    model = tiny_models.latent_diffusion_config(folder, use_ema=True, ckpt_path=str(folder / "both.ckpt"))
     loaded = instantiate_from_config(model).state_dict()
     assert torch.equal(loaded[KEY], state[KEY]) and torch.equal(loaded[AVERAGE], state[AVERAGE])
     assert loaded["model_ema.num_updates"] == 840_000
@@ -66,7 +66,7 @@ def test_training_goes_on_from_both(public: Public) -> None:
     ("emaonly.ckpt", {}), ("both.ckpt", {"ignore_keys": ["model_ema."]}), ("both.ckpt", {"load_only_unet": True})])
 def test_without_averages_in_the_file_they_begin_at_the_weights(public: Public, name: str, params: Any) -> None:
     folder, state = public
-    config = tiny_models.latent_diffusion(folder, use_ema=True, ckpt_path=str(folder / name), **params)
+    config = tiny_models.latent_diffusion_config(folder, use_ema=True, ckpt_path=str(folder / name), **params)
     loaded = instantiate_from_config(config).state_dict()
     expected = state[AVERAGE if "load_only_unet" in params else KEY]
     assert torch.equal(loaded[KEY], expected) and torch.equal(loaded[AVERAGE], expected)

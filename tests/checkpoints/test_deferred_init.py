@@ -50,11 +50,11 @@ def open_clip_tower() -> nn.Module:
 
 
 def unet() -> nn.Module:
-    return instantiate_from_config(tiny_models.unet())
+    return instantiate_from_config(tiny_models.unet_config())
 
 
 def first_stage() -> nn.Module:
-    return instantiate_from_config(tiny_models.first_stage())
+    return instantiate_from_config(tiny_models.first_stage_config())
 
 
 @pytest.mark.parametrize("build", [plain_layers, clip_tower, open_clip_tower, unet, first_stage])
@@ -161,10 +161,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 def test_a_loaded_model_is_the_files_and_no_number_was_drawn(tmp_path: Path, drawn: Callable[[], int],
                                                              precision: torch.dtype) -> None:
-    path = tiny_models.weights_file(tmp_path)
+    path = tiny_models.write_weights(tmp_path)
     state = {key: value.to(precision) for key, value in torch.load(path)["state_dict"].items()}
     torch.save({"state_dict": state}, path)
-    config = tiny_models.latent_diffusion(tmp_path)
+    config = tiny_models.latent_diffusion_config(tmp_path)
     usual = instantiate_from_config(config, ckpt_path=str(path), use_ema=False)
     model = load_model({"model": config}, path)
     assert drawn() == 0
@@ -179,18 +179,18 @@ def test_a_loaded_model_is_the_files_and_no_number_was_drawn(tmp_path: Path, dra
 
 
 def test_keys_that_are_missing_are_refused_as_ever(tmp_path: Path) -> None:
-    path = tiny_models.weights_file(tmp_path)
+    path = tiny_models.write_weights(tmp_path)
     state = torch.load(path)["state_dict"]
     state.pop("model.diffusion_model.out.2.weight")
     torch.save(state, path)
     with pytest.raises(UserError, match="1 keys missing"):
-        load_model({"model": tiny_models.latent_diffusion(tmp_path)}, path)
+        load_model({"model": tiny_models.latent_diffusion_config(tmp_path)}, path)
 
 
 def test_what_a_file_need_not_have_is_drawn(tmp_path: Path, drawn: Callable[[], int]) -> None:
-    path = tiny_models.weights_file(tmp_path)
+    path = tiny_models.write_weights(tmp_path)
     ignored = ["first_stage_model.decoder.conv_out"]
-    model = load_model({"model": tiny_models.latent_diffusion(tmp_path, ignore_keys=ignored)}, path)
+    model = load_model({"model": tiny_models.latent_diffusion_config(tmp_path, ignore_keys=ignored)}, path)
     last = model.first_stage_model.decoder.conv_out
     assert drawn() == 2
     bound = 1 / math.sqrt(last.weight[0].numel())

@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from helpers import tiny_models
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from helpers.stand_ins import LENGTH, WIDTH, open_clip_arch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -53,7 +53,7 @@ def parts(version: int) -> dict[str, nn.Module]:
     """The networks of a tiny Stable Diffusion 1 or 2 as diffusers has them, every parameter random."""
     made = {"unet": UNet2DConditionModel(**(UNET if version == 1 else UNET_2)), "vae": AutoencoderKL(**VAE),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**TOWER, hidden_act="quick_gelu" if version == 1 else "gelu"))}
-    return {name: randomise(module, seed, scale=0.1).eval() for seed, (name, module) in enumerate(made.items())}
+    return {name: randomize(module, seed, scale=0.1).eval() for seed, (name, module) in enumerate(made.items())}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple
 def config(version: int, folder: Path) -> dict[str, Any]:
     """Our model of the same shape."""
     second = {"use_linear_in_transformer": True, "num_head_channels": 16, "num_heads": -1} if version == 2 else {}
-    first_stage = tiny_models.first_stage()
+    first_stage = tiny_models.first_stage_config()
     first_stage["params"]["ddconfig"] |= OUR_VAE
-    described = tiny_models.latent_diffusion(folder, unet_config=tiny_models.unet(**OUR_UNET, **second),
+    described = tiny_models.latent_diffusion_config(folder, unet_config=tiny_models.unet_config(**OUR_UNET, **second),
                                              first_stage_config=first_stage,
                                              parameterization="eps" if version == 1 else "v")
     if version == 1:
@@ -213,7 +213,7 @@ def test_one_network_by_itself(pipelines: Any, tmp_path: Path) -> None:
     described = config(1, tmp_path)["model"]["params"]
     first_stage = instantiate_from_config(described["first_stage_config"])
     for source in (folder, folder / "vae", folder / "vae" / "diffusion_pytorch_model.safetensors"):
-        randomise(first_stage, 9)
+        randomize(first_stage, 9)
         assert load_weights(first_stage, source) == set(first_stage.state_dict())
         image = torch.rand(1, 3, 16, 16)
         close(first_stage.encode(image).parameters, theirs["vae"].encode(image).latent_dist.parameters)
@@ -224,7 +224,7 @@ def test_one_network_by_itself(pipelines: Any, tmp_path: Path) -> None:
 def test_a_first_stage_with_a_codebook_and_attention_on_its_levels() -> None:
     shape = {"block_out_channels": (32, 64), "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
              "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), "num_vq_embeddings": 8}
-    theirs = randomise(VQModel(**{**VAE, **shape}), 1, scale=0.2)
+    theirs = randomize(VQModel(**{**VAE, **shape}), 1, scale=0.2)
     ddconfig = {"double_z": False, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
                 "ch_mult": [1, 2], "num_res_blocks": 2, "attn_resolutions": [8], "dropout": 0.0}
     ours = instantiate_from_config({"target": "ldm.models.autoencoder.VQModelInterface", "params": {
@@ -250,7 +250,7 @@ def test_the_older_names_of_attention() -> None:
 def test_the_pipeline_of_ldm_text_to_image(tmp_path: Path) -> None:
     """LDM-BERT in place of CLIP, and its first stage in a folder called vqvae."""
     shape = {"vocab_size": 50, "max_position_embeddings": 9, "encoder_layers": 3, "d_model": 24, "encoder_ffn_dim": 96}
-    bert, vae = randomise(LDMBertModel(LDMBertConfig(**shape)), 1, scale=0.2).eval(), AutoencoderKL(**VAE)
+    bert, vae = randomize(LDMBertModel(LDMBertConfig(**shape)), 1, scale=0.2).eval(), AutoencoderKL(**VAE)
     for name, module in (("bert", bert), ("vqvae", vae)):
         (tmp_path / name).mkdir()
         torch.save(module.state_dict(), tmp_path / name / "pytorch_model.bin")

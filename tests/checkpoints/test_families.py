@@ -133,7 +133,7 @@ def refusal(config: dict[str, Any], path: Path) -> str:
 
 @pytest.fixture
 def described(tmp_path: Path) -> dict[str, Any]:
-    return {"model": tiny_models.latent_diffusion(tmp_path, use_ema=False)}
+    return {"model": tiny_models.latent_diffusion_config(tmp_path, use_ema=False)}
 
 
 @pytest.mark.parametrize(("config", "advice"), [

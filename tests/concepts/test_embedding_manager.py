@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import stand_ins
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from safetensors import safe_open
 from torch import nn
 
@@ -26,7 +26,7 @@ CONFIGS = ("configs/stable-diffusion/v1-finetune.yaml", "configs/latent-diffusio
 
 @pytest.fixture(scope="module")
 def embedder() -> PromptEncoder:
-    built = randomise(BERTEmbedder(8, 1, max_seq_len=20), scale=0.3)
+    built = randomize(BERTEmbedder(8, 1, max_seq_len=20), scale=0.3)
     built.freeze()
     return built
 
@@ -111,7 +111,7 @@ def taught(name: str, tmp_path: Path) -> tuple[nn.Module, dict[str, Any], nn.Mod
     """A base model, the config that teaches it, and the result of two steps."""
     base = instantiate_from_config(stand_ins.stand_in(name, tmp_path, personalization_config=None))
     for part, scale in ((base.model, 0.1), (base.first_stage_model, 0.05), (base.cond_stage_model, 0.3)):
-        randomise(part, scale=scale)
+        randomize(part, scale=scale)
     torch.save({"state_dict": base.state_dict()}, tmp_path / "base.ckpt")
     section = stand_ins.stand_in(name, tmp_path, ckpt_path=str(tmp_path / "base.ckpt"), embedding_reg_weight=0.1)
     return base, section, *fit(section, tmp_path / "run", 2)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
@@ -36,7 +36,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> FrozenCLIPEmbedder:
     CLIPTextConfig(hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                    vocab_size=END + 1, max_position_embeddings=LENGTH, bos_token_id=START, eos_token_id=END,
                    pad_token_id=END).save_pretrained(folder)
-    return randomise(FrozenCLIPEmbedder(str(folder), max_length=LENGTH), scale=0.3)
+    return randomize(FrozenCLIPEmbedder(str(folder), max_length=LENGTH), scale=0.3)
 
 
 @pytest.fixture(scope="module")

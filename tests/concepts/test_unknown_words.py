@@ -15,7 +15,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 @pytest.fixture
 def encoder(tmp_path: Path) -> FrozenCLIPEmbedder:
     """One that was taught "teddy", "bear" and "a"."""
-    embedder = FrozenCLIPEmbedder(tiny_models.text_tower(tmp_path / "tower"), max_length=16)
+    embedder = FrozenCLIPEmbedder(tiny_models.write_text_tower(tmp_path / "tower"), max_length=16)
     embedder.token_table.data[:] = 1.0
     for number, word in enumerate(("teddy", "bear", "a")):
         embedder.token_table.data[embedder.word_pieces(word)] = float(number + 2)

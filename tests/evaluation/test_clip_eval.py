@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.image_world import PROMPT, ROOT, World, complaint
-from helpers.tiny_clips import clip_folder, segmenter_folder
+from helpers.model_files import PROMPT, ROOT, ModelFiles, error_line
+from helpers.tiny_clips import write_clip, write_segmenter
 from PIL import Image
 
 from evaluation import clip_eval
@@ -43,16 +43,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(3):
             pixels = draw.integers(0, 256, (20, 24, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / kind / f"{number}.png")
-    clip_folder(folder / "clip")
+    write_clip(folder / "clip")
     (folder / "segmenter").mkdir()
-    segmenter_folder(folder / "segmenter")
+    write_segmenter(folder / "segmenter")
     (folder / "prompts.txt").write_text(PROMPTS)
     return folder
 
 
-def flags(files: Path, world: World, outdir: Path, **changes: Any) -> list[str]:
+def flags(files: Path, model_files: ModelFiles, outdir: Path, **changes: Any) -> list[str]:
     given = {"photos": files / "photos", "clip": files / "clip", "segmenter": files / "segmenter", "device": "cpu",
-             "config": world.config, "outdir": outdir, **changes}
+             "config": model_files.config, "outdir": outdir, **changes}
     return [str(word) for name, value in given.items() if value is not None for word in (f"--{name}", value)]
 
 
@@ -62,11 +62,11 @@ def rows(path: Path) -> Rows:
 
 
 @pytest.fixture
-def measure(files: Path, world: World, tmp_path: Path) -> Measure:
+def measure(files: Path, model_files: ModelFiles, tmp_path: Path) -> Measure:
     """Runs the script in this process; returns what it says of each picture."""
 
     def run(*arguments: object, outdir: str = "out", **changes: Any) -> Rows:
-        clip_eval.main([*flags(files, world, tmp_path / outdir, **changes), *map(str, arguments)])
+        clip_eval.main([*flags(files, model_files, tmp_path / outdir, **changes), *map(str, arguments)])
         return rows(tmp_path / outdir / "similarities.csv")
 
     return run
@@ -78,16 +78,16 @@ def rounded(rows: list[dict[str, str]]) -> list[dict[str, object]]:
 
 
 
-def draws(files: Path, world: World) -> tuple[object, ...]:
-    return ("--concept", world.teddy, "--prompts", files / "prompts.txt", "--seeds", 2, "--ddim_steps", 2)
+def draws(files: Path, model_files: ModelFiles) -> tuple[object, ...]:
+    return ("--concept", model_files.teddy, "--prompts", files / "prompts.txt", "--seeds", 2, "--ddim_steps", 2)
 
 
-def test_as_a_process_it_draws_measures_and_says_so(files: Path, world: World, measure: Measure,
+def test_as_a_process_it_draws_measures_and_says_so(files: Path, model_files: ModelFiles, measure: Measure,
                                                     tmp_path: Path) -> None:
-    arguments = [*flags(files, world, tmp_path / "drawn"), *map(str, draws(files, world)), "--save"]
+    arguments = [*flags(files, model_files, tmp_path / "drawn"), *map(str, draws(files, model_files)), "--save"]
     result = subprocess.run([sys.executable, ROOT / "evaluation" / "clip_eval.py", *arguments], capture_output=True,
                             text=True, check=False, cwd=ROOT,
-                            env={**os.environ, "PERFUSION_CACHE": str(world.folder / "cache")})
+                            env={**os.environ, "PERFUSION_CACHE": str(model_files.folder / "cache")})
     assert result.returncode == 0, result.stderr
     assert result.stderr.splitlines()[0] == (
         "<teddy>, a teddy bear, bias 0.75, temperature 0.1: 3 prompts, 2 seeds")
@@ -109,9 +109,9 @@ def test_as_a_process_it_draws_measures_and_says_so(files: Path, world: World, m
     assert rounded(again) == rounded(drawn)
 
 
-def test_intervals_are_by_prompts(measure: Measure, files: Path, world: World, tmp_path: Path) -> None:
+def test_intervals_are_by_prompts(measure: Measure, files: Path, model_files: ModelFiles, tmp_path: Path) -> None:
     """A category of one prompt has no interval, however many seeds there are; that of all is by resampling prompts."""
-    drawn = measure(*draws(files, world), segmenter="none")
+    drawn = measure(*draws(files, model_files), segmenter="none")
     means = {row["category"]: row for row in rows(tmp_path / "out" / "means.csv") if row["similarity"] == "text"}
     assert means["style"]["low"] == means["style"]["high"] == "" and means["style"]["count"] == "2"
     by_prompt = clustered([float(row["text_similarity"]) for row in drawn], [row["prompt"] for row in drawn])
@@ -119,9 +119,9 @@ def test_intervals_are_by_prompts(measure: Measure, files: Path, world: World, t
     assert float(means["all"]["high"]) == pytest.approx(by_prompt.high, abs=1e-3)
 
 
-def test_what_pictures_were_drawn_from_is_said_in_three_ways(measure: Measure, world: World, files: Path,
+def test_what_pictures_were_drawn_from_is_said_in_three_ways(measure: Measure, model_files: ModelFiles, files: Path,
                                                              tmp_path: Path) -> None:
-    drawn = measure(*draws(files, world), "--save", outdir="drawn", segmenter="none")
+    drawn = measure(*draws(files, model_files), "--save", outdir="drawn", segmenter="none")
     assert all(row["object_similarity"] == "" for row in drawn)
     as_list = tmp_path / "captions.csv"
     lines = [f"{Path(row['file']).name},{row['prompt']},{row['seed']},{row['category']}" for row in drawn[::-1]]
@@ -143,9 +143,9 @@ def test_masks_of_the_photos_are_used(measure: Measure, files: Path) -> None:
     assert [row["object_similarity"] for row in one] != [row["object_similarity"] for row in other]
 
 
-def test_settings_reach_the_pictures(measure: Measure, world: World, files: Path) -> None:
+def test_settings_reach_the_pictures(measure: Measure, model_files: ModelFiles, files: Path) -> None:
     (files / "one.txt").write_text("a {}\n")
-    (row,) = measure("--concept", world.teddy, "--prompts", files / "one.txt", "--seeds", 1, "--ddim_steps", 2,
+    (row,) = measure("--concept", model_files.teddy, "--prompts", files / "one.txt", "--seeds", 1, "--ddim_steps", 2,
                      "--bias", 2, "--scale", 1.5, "--sampler", "heun", "--seed", 7, "--global_locking", "--save",
                      segmenter="none")
     note = read_note(row["file"])
@@ -199,20 +199,20 @@ def test_lists_that_cannot_be_used(content: str | None, said: str, files: Path, 
     ("--images {photos} --prompt cat --super_category cat --clip ViT-B-32", "ViT-B-32/WEIGHTS; there are openai, "),
     ("--concept {teddy} {mug}", "name a file that holds one"), ("--concept {teddy} --ddim_steps 101", "101 sampling"),
     ("--concept {teddy} --prompts nowhere", "nowhere: no such file")])
-def test_mistakes_are_one_line(arguments: str, said: str, files: Path, world: World, tmp_path: Path,
+def test_mistakes_are_one_line(arguments: str, said: str, files: Path, model_files: ModelFiles, tmp_path: Path,
                                capsys: pytest.CaptureFixture[str]) -> None:
-    names = {"{photos}": files / "photos", "{teddy}": world.teddy, "{mug}": world.mug}
+    names = {"{photos}": files / "photos", "{teddy}": model_files.teddy, "{mug}": model_files.mug}
     given = [str(names.get(word, word)).replace("_<", " <") for word in arguments.split()]
-    assert said in complaint(clip_eval.main, [*flags(files, world, tmp_path / "out"), *given], capsys)
+    assert said in error_line(clip_eval.main, [*flags(files, model_files, tmp_path / "out"), *given], capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_clip_that_is_not_shipped_yet_is_named(files: Path, world: World, tmp_path: Path,
+def test_a_clip_that_is_not_shipped_yet_is_named(files: Path, model_files: ModelFiles, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(clip_eval, "EVALUATION_CLIP", tmp_path / "clip")
-    given = flags(files, world, tmp_path / "out", clip=None)
-    assert "there are no weights" in complaint(clip_eval.main, [*given, "--concept", str(world.teddy)], capsys)
+    given = flags(files, model_files, tmp_path / "out", clip=None)
+    assert "there are no weights" in error_line(clip_eval.main, [*given, "--concept", str(model_files.teddy)], capsys)
 
 
 def test_the_last_column_says_what_it_leaves_out(measure: Measure, files: Path, capsys: pytest.CaptureFixture[str],

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.image_world import WIDTH, World, complaint
-from helpers.tiny_clips import clip_folder, segmenter_folder
+from helpers.model_files import WIDTH, ModelFiles, error_line
+from helpers.tiny_clips import write_clip, write_segmenter
 from PIL import Image
 
 from evaluation import pareto
@@ -128,14 +128,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     for number, photo in enumerate(pixels):
         Image.fromarray(photo).save(folder / "photos" / f"{number}.png")
-    clip_folder(folder / "clip")
-    segmenter_folder(folder / "segmenter")
+    write_clip(folder / "clip")
+    write_segmenter(folder / "segmenter")
     (folder / "prompts.txt").write_text(PROMPTS)
     return folder
 
 
-def flags(files: Path, world: World, outdir: Path, **changes: Any) -> list[str]:
-    given = {"config": world.config, "photos": files / "photos", "clip": files / "clip", "segmenter": "none",
+def flags(files: Path, model_files: ModelFiles, outdir: Path, **changes: Any) -> list[str]:
+    given = {"config": model_files.config, "photos": files / "photos", "clip": files / "clip", "segmenter": "none",
              "prompts": files / "prompts.txt", "seeds": 2, "steps": 2, "device": "cpu", "outdir": outdir, **changes}
     return [str(word) for name, value in given.items() if value is not None for word in (f"--{name}", value)]
 
@@ -146,10 +146,10 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_the_script_draws_curves_and_grids_and_tells_what_they_are_made_of(
-        files: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        files: Path, model_files: ModelFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    pareto.main([*flags(files, world, tmp_path / "out", segmenter=files / "segmenter"), "--concept", str(world.teddy),
+    pareto.main([*flags(files, model_files, tmp_path / "out", segmenter=files / "segmenter"), "--concept", str(model_files.teddy),
                  "--biases", "2", "0.4", "0.8", "--scale", "2"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "similarities.csv", "lock.csv", "lock_image.png", "lock_object.png", "lock-local-lock.png",
@@ -171,13 +171,13 @@ def test_the_script_draws_curves_and_grids_and_tells_what_they_are_made_of(
     assert printed.count("| local lock") == 3 and printed.count("*") == 2
 
 
-def test_trained_keys_and_other_methods_come_as_further_files(files: Path, world: World, tmp_path: Path) -> None:
-    (teddy,) = load_perfusion_concepts(world.teddy)
+def test_trained_keys_and_other_methods_come_as_further_files(files: Path, model_files: ModelFiles, tmp_path: Path) -> None:
+    (teddy,) = load_perfusion_concepts(model_files.teddy)
     keys = {name: value + 1 for name, value in teddy.target_output_v.items()}
     save_perfusion_concepts(tmp_path / "keys.safetensors", [replace(teddy, placeholder="<bear>", target_output_k=keys)])
     save_concepts(tmp_path / "toy.safetensors", [FinetunedConcept("textual-inversion", "<toy>", "teddy bear",
                                                              torch.ones(1, WIDTH), base=teddy.base)])
-    pareto.main([*flags(files, world, tmp_path / "out", seeds=1), "--concept", str(world.teddy),
+    pareto.main([*flags(files, model_files, tmp_path / "out", seeds=1), "--concept", str(model_files.teddy),
                  str(tmp_path / "keys.safetensors"), str(tmp_path / "toy.safetensors"), "--labels", "local", "keys",
                  "inversion", "--biases", "0.4", "--locks", "local", "--scales", "4"])
     found = rows(tmp_path / "out" / "lock.csv")
@@ -200,11 +200,11 @@ def test_trained_keys_and_other_methods_come_as_further_files(files: Path, world
     ("--concept {teddy} --photos nowhere", "--photos nowhere: no such folder"),
     ("--concept {teddy} --clip nowhere", "CLIP nowhere"), ("--concept {teddy} --steps 101", "101 sampling steps"),
     ("--concept {teddy} --bias 0.4", "unrecognized arguments")])
-def test_mistakes_are_one_line(arguments: str, said: str, files: Path, world: World, tmp_path: Path,
+def test_mistakes_are_one_line(arguments: str, said: str, files: Path, model_files: ModelFiles, tmp_path: Path,
                                capsys: pytest.CaptureFixture[str]) -> None:
-    names = {"teddy": world.teddy, "mug": world.mug, **{name: tmp_path / name for name in ("both", "toy")}}
-    save_perfusion_concepts(names["both"], [*load_perfusion_concepts(world.teddy), *load_perfusion_concepts(world.mug)])
+    names = {"teddy": model_files.teddy, "mug": model_files.mug, **{name: tmp_path / name for name in ("both", "toy")}}
+    save_perfusion_concepts(names["both"], [*load_perfusion_concepts(model_files.teddy), *load_perfusion_concepts(model_files.mug)])
     save_concepts(names["toy"], [FinetunedConcept("textual-inversion", "<toy>", "mug", torch.zeros(1, WIDTH))])
     given = [word.format(**names) for word in arguments.split()]
-    assert said in complaint(pareto.main, [*flags(files, world, tmp_path / "out"), *given], capsys)
+    assert said in error_line(pareto.main, [*flags(files, model_files, tmp_path / "out"), *given], capsys)
     assert not (tmp_path / "out").exists()

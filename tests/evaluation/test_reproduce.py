@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.image_world import WIDTH, World, complaint
-from helpers.tiny_clips import clip_folder, segmenter_folder
+from helpers.model_files import WIDTH, ModelFiles, error_line
+from helpers.tiny_clips import write_clip, write_segmenter
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -37,19 +37,19 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def files(drawing_world_files: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(shared_model_files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config of Perfusion on the tiny model, a CLIP, a segmenter, photos, and a list of prompts."""
     folder = tmp_path_factory.mktemp("reproduce")
     (folder / "segmenter").mkdir()
-    config = OmegaConf.load(drawing_world_files.config)
+    config = OmegaConf.load(shared_model_files.config)
     config.model.target = "ldm.personalization.perfusion.Perfusion"
     config.model.params.update({"super_category": "cat", "placeholder": "<cat>",
                                 "used_layers": ["output_blocks"],
-                                "segmenter": str(segmenter_folder(folder / "segmenter"))})
+                                "segmenter": str(write_segmenter(folder / "segmenter"))})
     config.data = {"target": "main.DataModuleFromConfig", "params": {"train": {
         "target": "ldm.data.personalized.PersonalizedBase", "params": {"data_root": "photos", "mask_root": None}}}}
     OmegaConf.save(config, folder / "perfusion.yaml")
-    clip_folder(folder / "clip")
+    write_clip(folder / "clip")
     (folder / "prompts.txt").write_text(PROMPTS)
     for name in ("teddy", "teapot"):
         shutil.copytree(reproduce.MINI / "examples" / name, folder / "examples" / name)
@@ -71,14 +71,14 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def taught(world: World, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def taught(model_files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Instead of runs of main.py, concept files of random numbers; the arguments of each run."""
     calls: list[list[str]] = []
 
     def pretend(self: School, arguments: Sequence[str]) -> float:
         calls.append(list(arguments))
         given = dict(zip(arguments, arguments[1:], strict=False))
-        made = random_concept_of(world, " ".join(arguments), given["--placeholder_string"], given["--init_word"])
+        made = random_concept_of(model_files, " ".join(arguments), given["--placeholder_string"], given["--init_word"])
         made = replace(made, steps=int(given.get("--max_steps", 0)))
         save_concepts(Path(given["--logdir"]) / f"now_{given['--name']}" / "concept.safetensors", [made])
         return 1.5
@@ -87,9 +87,9 @@ def taught(world: World, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
-def random_concept_of(world: World, arguments: str, placeholder: str, super_category: str) -> Any:
+def random_concept_of(model_files: ModelFiles, arguments: str, placeholder: str, super_category: str) -> Any:
     """What the method of these arguments might have learned."""
-    (concept,) = load_perfusion_concepts(world.teddy)
+    (concept,) = load_perfusion_concepts(model_files.teddy)
     methods = [name for name in ("textual-inversion", "custom-diffusion", "dreambooth") if f"{name}.yaml" in arguments]
     if not methods:
         return replace(concept, placeholder=placeholder, super_category=super_category)
@@ -217,7 +217,7 @@ def test_another_clip_grades_anew(files: Path, tmp_path: Path) -> None:
         digest.cache_clear()
         return Graders(str(files / "perfusion.yaml"), clip).key
 
-    assert key(files / "clip") == key(files / "clip") != key(clip_folder(tmp_path / "clip", seed=3))
+    assert key(files / "clip") == key(files / "clip") != key(write_clip(tmp_path / "clip", seed=3))
 
 
 def test_names_and_code_are_in_the_key(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,4 +292,4 @@ def test_quick_asks_for_less_and_never_for_more() -> None:
     (["--prompts", "nowhere.txt", "--evaluation_clip", "x"], "nowhere.txt")])
 def test_mistakes_are_one_line(arguments: list[str], said: str, tmp_path: Path,
                                capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in complaint(reproduce.main, [*arguments, "--outdir", str(tmp_path)], capsys)
+    assert said in error_line(reproduce.main, [*arguments, "--outdir", str(tmp_path)], capsys)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny_clips import SIDE, clip_folder
+from helpers.tiny_clips import SIDE, write_clip
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -52,7 +52,7 @@ def painted(left: str, right: str) -> Tensor:
 
 
 def test_cosines_are_those_of_transformers(tmp_path: Path) -> None:
-    recogniser = ClipEncoder.from_path(clip_folder(tmp_path))
+    recogniser = ClipEncoder.from_path(write_clip(tmp_path))
     noise = torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
     photos, pictures, texts = noise[:3], noise[3:], ["a cat", "a dog in the snow"]
     with torch.no_grad():

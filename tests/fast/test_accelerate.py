@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.tiny_models import built
+from helpers.tiny_models import build_model
 
 from ldm.inference.sampling import Sampling, quickened
 from ldm.modules.encoders.prompts import PromptEncoder
@@ -28,7 +28,7 @@ def same_precision_afterwards() -> Iterator[None]:
 
 
 def model(tmp_path: Path, device: torch.device, **attributes: object) -> Stand:
-    network = built(tmp_path, use_ema=False).model.requires_grad_(False)
+    network = build_model(tmp_path, use_ema=False).model.requires_grad_(False)
     return Stand(model=network, device=device, betas=SimpleNamespace(device=device), **attributes)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import graph_stand_ins
-from helpers.graphed_unets import Case, case, error_of, frozen_unet
-from helpers.oracles import randomise
-from helpers.tiny_models import WIDTH, text_tower
+from helpers.graphed_unets import UNetInputs, frozen_unet, relative_error, unet_inputs
+from helpers.oracles import randomize
+from helpers.tiny_models import WIDTH, write_text_tower
 from torch import Tensor, nn
 
 from ldm.modules.context import PromptContext
@@ -23,7 +23,7 @@ ROUNDING = 0.05  # of bfloat16; attention adds gradients up in an order of its o
 
 @pytest.mark.parametrize("edited", [False, True])
 def test_contexts_are_put_together_as_they_were(edited: bool) -> None:
-    given = case(edited)
+    given = unet_inputs(edited)
     context = given.context()
     tensors, rebuilt = unpacked(context)
     again = rebuilt(tensors)
@@ -39,7 +39,7 @@ def test_plain_encodings_stay_plain() -> None:
 
 
 def test_contexts_of_one_kind_are_alike() -> None:
-    first, second, other = (unpacked(one.context())[1] for one in (case(True, 1), case(True, 2), case(False)))
+    first, second, other = (unpacked(one.context())[1] for one in (unet_inputs(True, 1), unet_inputs(True, 2), unet_inputs(False)))
     assert first == second and hash(first) == hash(second)
     assert first != other
 
@@ -93,16 +93,16 @@ def test_training_adds_up_the_same_gradients(device: str, edited: bool, checkpoi
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     unet = sixteen_bit_unet(device, monkeypatch, checkpointing)
     graphed = GraphedUNet(unet)
-    given = case(edited, device=device)
+    given = unet_inputs(edited, device=device)
     for _ in range(3):  # the first of them captures
         found, exact = (_two_steps(call, given) for call in (graphed, unet))
         for one, other in zip(found, exact, strict=True):
-            assert error_of(one, other) < ROUNDING
+            assert relative_error(one, other) < ROUNDING
         given.x.normal_()
     assert len(graphed.training.graphs) == 1
 
 
-def _two_steps(call: GraphedUNet | nn.Module, given: Case) -> list[Tensor]:
+def _two_steps(call: GraphedUNet | nn.Module, given: UNetInputs) -> list[Tensor]:
     outputs = []
     for shift in (0, 100):
         with torch.autocast(given.x.device.type, torch.bfloat16):
@@ -115,7 +115,7 @@ def test_sampling_draws_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -
     unet = sixteen_bit_unet(device, monkeypatch)
     graphed = GraphedUNet(unet)
     graphs = set()
-    cases = [case(edited, seed, device=device) for seed, edited in enumerate((True, False, True))]
+    cases = [unet_inputs(edited, seed, device=device) for seed, edited in enumerate((True, False, True))]
     contexts = [given.context(cache=True) for given in cases]
     for number in (0, 1, 2, 0):  # a second sampling has prompts of its own, the last has those of the first
         given, context = cases[number], contexts[number]
@@ -124,7 +124,7 @@ def test_sampling_draws_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -
             found = [graphed(given.x + n, given.timesteps // (n + 1), context) for n in range(4)]
             exact = [unet(given.x + n, given.timesteps // (n + 1), context=plain) for n in range(4)]
         for one, other in zip(found, exact, strict=True):
-            assert error_of(one, other) < ROUNDING
+            assert relative_error(one, other) < ROUNDING
         graphs.add(graphed.sampling.graph)
     assert len(graphs) == 1 and None not in graphs and not graphed.training.graphs
 
@@ -137,7 +137,7 @@ def test_a_sampling_after_one_that_memory_was_too_short_for(device: str, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     for seed in (1, 2):
-        given = case(edited=True, seed=seed, device=device)
+        given = unet_inputs(edited=True, seed=seed, device=device)
         context = given.context(cache=True)
         monkeypatch.setattr(torch.cuda, "graph", short_of_memory if seed == 1 else capture)
         with torch.no_grad():
@@ -148,7 +148,7 @@ def test_a_sampling_after_one_that_memory_was_too_short_for(device: str, monkeyp
             else:
                 found += [graphed(given.x, given.timesteps, context) for _ in range(2)]
             exact = unet(given.x, given.timesteps, context=given.context())
-        assert all(error_of(one, exact) < ROUNDING for one in found)
+        assert all(relative_error(one, exact) < ROUNDING for one in found)
     assert graphed.sampling.graph is not None
 
 
@@ -156,19 +156,19 @@ def test_samplings_of_another_shape_get_another_graph(device: str, monkeypatch: 
     unet = sixteen_bit_unet(device, monkeypatch)
     graphed, graphs = GraphedUNet(unet), []
     for side in (8, 16):
-        prompts = case(edited=True, device=device)
+        prompts = unet_inputs(edited=True, device=device)
         x = prompts.x.repeat(1, 1, side // 8, side // 8)
         with torch.no_grad():
             context = prompts.context(cache=True)
             found = [graphed(x, prompts.timesteps, context) for _ in range(3)]
             exact = unet(x, prompts.timesteps, context=prompts.context())
         graphs.append(graphed.sampling.graph)
-        assert all(error_of(one, exact) < ROUNDING for one in found)
+        assert all(relative_error(one, exact) < ROUNDING for one in found)
     assert graphs[0] is not graphs[1] and None not in graphs
 
 
 def test_prompts_that_may_not_come_again_are_not_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphed, given = GraphedUNet(sixteen_bit_unet(device, monkeypatch)), case(edited=True, device=device)
+    graphed, given = GraphedUNet(sixteen_bit_unet(device, monkeypatch)), unet_inputs(edited=True, device=device)
     with torch.no_grad():
         first, second = (graphed(given.x, given.timesteps, given.context()) for _ in range(2))
     assert torch.equal(first, second) and graphed.sampling is None
@@ -178,17 +178,17 @@ def test_shapes_beyond_the_first_ones_are_computed_all_the_same(device: str, mon
     unet = sixteen_bit_unet(device, monkeypatch)
     graphed = GraphedUNet(unet)
     for tokens in range(1, MOST_SHAPES + 3):
-        given = case(edited=False, device=device)
+        given = unet_inputs(edited=False, device=device)
         encoding = given.encoding.detach()[:, :1].repeat(1, tokens, 1).requires_grad_()
         found = graphed(given.x, given.timesteps, encoding)
-        assert error_of(found, unet(given.x, given.timesteps, context=encoding)) < ROUNDING
+        assert relative_error(found, unet(given.x, given.timesteps, context=encoding)) < ROUNDING
     assert len(graphed.training.graphs) == MOST_SHAPES
 
 
 @pytest.fixture
 def encoder(device: str, tmp_path: Path) -> FrozenCLIPEmbedder:
-    made = FrozenCLIPEmbedder(text_tower(tmp_path), max_length=16)
-    randomise(made.transformer, 3)
+    made = FrozenCLIPEmbedder(write_text_tower(tmp_path), max_length=16)
+    randomize(made.transformer, 3)
     return made.to(device)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.graphed_unets import case, error_of, frozen_unet
+from helpers.graphed_unets import frozen_unet, relative_error, unet_inputs
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ def test_norms_far_from_nothing_keep_their_digits() -> None:
     norm = frozen_norm(4, 2)
     x = drawn(1, 4, 16, 16) + 1000
     exact = norm.double()(x.double())
-    assert error_of(Fused(norm.float(), False)(x), exact) < 1e-4
+    assert relative_error(Fused(norm.float(), False)(x), exact) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -118,7 +118,7 @@ def test_norms_of_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
     exact = with_gradient(Plain(norm.float(), True), x.float())
     found = with_gradient(Fused(norm.to(dtype), True), x)
     for one, other in zip(found, exact, strict=True):
-        assert one.dtype == dtype and error_of(one, other) < torch.finfo(dtype).eps
+        assert one.dtype == dtype and relative_error(one, other) < torch.finfo(dtype).eps
 
 
 @given(rows=st.integers(1, 9), channels=st.sampled_from([1, 5, 320, 5000]), adds=st.booleans())
@@ -159,7 +159,7 @@ def test_gated_gelus_are_torchs(shape: list[int], width: int, seed: int) -> None
 
 
 def test_a_fused_unet_says_the_same_and_stays_what_it_is() -> None:
-    unet, prompts = frozen_unet().to(DEVICE), case(edited=True, device=DEVICE)
+    unet, prompts = frozen_unet().to(DEVICE), unet_inputs(edited=True, device=DEVICE)
 
     def results() -> list[Tensor]:
         output = unet(prompts.x, prompts.timesteps, context=prompts.context())
@@ -172,7 +172,7 @@ def test_a_fused_unet_says_the_same_and_stays_what_it_is() -> None:
     fuse(unet)  # of what is fused nothing is left to do
     assert list(unet.state_dict()) == keys
     for one, other in zip(found, exact, strict=True):
-        assert error_of(one, other) < 1e-4
+        assert relative_error(one, other) < 1e-4
     kinds = collections.Counter(type(module) for module in unet.modules())
     assert not any(kinds[kind] for kind in (ResBlock, GEGLU, BasicTransformerBlock, SpatialTransformer))
     assert kinds[FusedResBlock] and kinds[FusedGroupNorm] == 1

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from helpers.graphed_unets import Case, case, error_of, frozen_unet
+from helpers.graphed_unets import UNetInputs, frozen_unet, relative_error, unet_inputs
 from torch import Tensor, nn
 
 from ldm.concepts.concept import base_fingerprint
@@ -16,7 +16,7 @@ from ldm.modules.fast.sixteen_bits import to_sixteen_bits
 ROUNDING = 0.1  # of bfloat16, which keeps 8 bits, through all layers and back
 
 
-def results(unet: nn.Module, given: Case) -> Iterable[Tensor]:
+def results(unet: nn.Module, given: UNetInputs) -> Iterable[Tensor]:
     """The output and the gradients of what is learned."""
     output = unet(given.x, given.timesteps, context=given.context())
     output.square().mean().backward()
@@ -26,7 +26,7 @@ def results(unet: nn.Module, given: Case) -> Iterable[Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("edited", [False, True])
 def test_the_output_and_gradients_of_32_bits_as_nearly_as_autocast(edited: bool, checkpointing: bool) -> None:
-    unet, given = frozen_unet(checkpointing), case(edited)
+    unet, given = frozen_unet(checkpointing), unet_inputs(edited)
     exact = results(unet, given)
     with torch.autocast("cpu", torch.bfloat16):
         usual = results(unet, given)
@@ -35,11 +35,11 @@ def test_the_output_and_gradients_of_32_bits_as_nearly_as_autocast(edited: bool,
     assert len(found) == (1 + (3 if edited else 1))
     for one, cast, other in zip(found, usual, exact, strict=True):
         assert one.dtype == torch.float32
-        assert 0 < error_of(one, other) < min(ROUNDING, 2.5 * error_of(cast, other))
+        assert 0 < relative_error(one, other) < min(ROUNDING, 2.5 * relative_error(cast, other))
 
 
 def test_autocast_changes_nothing() -> None:
-    unet, given = frozen_unet(), case(edited=True)
+    unet, given = frozen_unet(), unet_inputs(edited=True)
     to_sixteen_bits(unet, torch.bfloat16)
     plain = unet(given.x, given.timesteps, context=given.context())
     with torch.autocast("cpu", torch.bfloat16):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from helpers.oracles import randomise
-from helpers.tiny_models import WIDTH, unet
+from helpers.oracles import randomize
+from helpers.tiny_models import WIDTH, unet_config
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import Edit, PromptContext
 from ldm.util import instantiate_from_config
@@ -16,13 +16,13 @@ BATCH, TOKENS = 2, 5
 
 
 def frozen_unet(checkpointing: bool = False, seed: int = 0) -> nn.Module:
-    model = instantiate_from_config(unet(use_checkpoint=checkpointing))
-    randomise(model, seed)
+    model = instantiate_from_config(unet_config(use_checkpoint=checkpointing))
+    randomize(model, seed)
     return model.eval().requires_grad_(False)
 
 
 @dataclass
-class Case:
+class UNetInputs:
     """Latents, timesteps and encodings, and where there is a concept its i* and its target outputs, by layer."""
 
     x: Tensor
@@ -53,20 +53,20 @@ class Case:
         return found
 
 
-def case(edited: bool, seed: int = 1, device: str = "cpu") -> Case:
+def unet_inputs(edited: bool, seed: int = 1, device: str = "cpu") -> UNetInputs:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
     layers = name_text_layers(frozen_unet()) if edited else {}
-    return Case(drawn(BATCH, 4, 8, 8), torch.randint(1000, (BATCH,), generator=generator).to(device),
+    return UNetInputs(drawn(BATCH, 4, 8, 8), torch.randint(1000, (BATCH,), generator=generator).to(device),
                 drawn(BATCH, TOKENS, WIDTH).requires_grad_(),
                 {name: drawn(1, len(layer.to_v.weight)).requires_grad_() for name, layer in layers.items()},
                 drawn(1, WIDTH))
 
 
-def error_of(found: Tensor, exact: Tensor) -> float:
+def relative_error(found: Tensor, exact: Tensor) -> float:
     """Relative to the whole."""
     found, exact = found.detach().float(), exact.detach().float()
     return float((found - exact).norm() / exact.norm())

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 
-def log_folder(run: Path, model: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None, steps: int = 3,
+def write_log_folder(run: Path, model: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None, steps: int = 3,
                seed: int = 5) -> Path:
     """A run with its configs and a checkpoint."""
     data = {"target": "main.DataModuleFromConfig", "params": {"batch_size": 4, "train": {
@@ -25,7 +25,7 @@ def log_folder(run: Path, model: Mapping[str, Any], tensors: Mapping[str, Tensor
     return run
 
 
-def log_scalars(run: Path, name: str, values: Sequence[float], start: float) -> None:
+def write_scalars(run: Path, name: str, values: Sequence[float], start: float) -> None:
     """Numbers logged every tenth step, two seconds apart, in a TensorBoard file of their own that begins at `start`."""
     with SummaryWriter(run / "tensorboard", filename_suffix=f".{name.replace('/', '-')}.{start:.0f}") as writer:
         for place, value in enumerate(values):

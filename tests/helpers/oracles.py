@@ -17,7 +17,7 @@ ENDS = {
 SELF_ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}
 
 
-def randomise(module: nn.Module, seed: int = 0, scale: float = 0.05) -> nn.Module:
+def randomize(module: nn.Module, seed: int = 0, scale: float = 0.05) -> nn.Module:
     """Fills every parameter, the zero-initialised ones too, so that no branch is silent; norms stay near one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from ldm.models.diffusion.sampling import Sampler
 from ldm.models.diffusion.schedule import diffusion_buffers
 
 SHAPE = (2, 6, 6)
-ALL: dict[str, type[Sampler]] = {name: sampler_class(name) for name in SAMPLERS}
+SAMPLER_CLASSES: dict[str, type[Sampler]] = {name: sampler_class(name) for name in SAMPLERS}
 DETERMINISTIC = ("plms", "dpm", "euler", "heun")
 
 
@@ -38,25 +38,25 @@ class TinyModel(nn.Module):
         return 1 / (1 + torch.from_numpy(between).mul(2).exp()).view(-1, 1, 1, 1)
 
 
-def seeded(seed: int) -> torch.Generator:
+def seeded_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def start_noise(batch: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(batch, *SHAPE, generator=seeded(seed))
+    return torch.randn(batch, *SHAPE, generator=seeded_generator(seed))
 
 
-WEIGHT = torch.randn(2, 2, 3, 3, generator=seeded(11)) * 0.3
+WEIGHT = torch.randn(2, 2, 3, 3, generator=seeded_generator(11)) * 0.3
 
 
-def convolution(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+def convolution_network(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
     """A smooth made-up network that reads all it is given."""
     clock = torch.sin(t.float() / 150).view(-1, 1, 1, 1)
     text = 0 if cond is None else cond.mean(dim=(1, 2)).view(-1, 1, 1, 1)
     return torch.tanh(F.conv2d(x, WEIGHT, padding=1) + clock + text)
 
 
-def gaussian(mean: float | Tensor, std: float, parameterization: str = "eps", timesteps: int = 1000) -> TinyModel:
+def gaussian_denoiser(mean: float | Tensor, std: float, parameterization: str = "eps", timesteps: int = 1000) -> TinyModel:
     """The exact denoiser of independent pixels N(mean, std^2); with a std of 0, one that knows its image."""
 
     def network(x: Tensor, t: Tensor, cond: object) -> Tensor:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from helpers import tiny_models
 
-PROJECT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 WIDTH, WORDS, LENGTH = 16, 49408, 20
 SEGMENT_CLASSES = 5
 
 
 def model_section(config: str) -> dict[str, Any]:
     """The section `model` of a config, target and params."""
-    section = OmegaConf.to_container(OmegaConf.load(PROJECT / config).model, resolve=True)
+    section = OmegaConf.to_container(OmegaConf.load(ROOT / config).model, resolve=True)
     return {"target": section["target"], "params": section["params"]}
 
 
@@ -45,7 +45,7 @@ def stand_in(config: str, folder: Path, **params: Any) -> dict[str, Any]:
         unet["context_dim"] = WIDTH
     if "num_head_channels" in unet:
         unet["num_head_channels"] = 16
-    stage["ddconfig"] |= {"ch": 32, "num_res_blocks": 1, "resolution": pixels(section)}
+    stage["ddconfig"] |= {"ch": 32, "num_res_blocks": 1, "resolution": image_side(section)}
     if "n_embed" in stage:
         stage["n_embed"] = 12
     if isinstance(given["cond_stage_config"], dict):
@@ -54,7 +54,7 @@ def stand_in(config: str, folder: Path, **params: Any) -> dict[str, Any]:
     return section
 
 
-def pixels(section: dict[str, Any]) -> int:
+def image_side(section: dict[str, Any]) -> int:
     """The side of its pictures."""
     params = section["params"]
     return params["image_size"] * 2 ** (len(params["first_stage_config"]["params"]["ddconfig"]["ch_mult"]) - 1)
@@ -62,7 +62,7 @@ def pixels(section: dict[str, Any]) -> int:
 
 def _small_encoder(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     changes: dict[str, dict[str, Any]] = {
-        "FrozenCLIPEmbedder": {"version": tiny_models.text_tower(folder / "tower"), "max_length": 16},
+        "FrozenCLIPEmbedder": {"version": tiny_models.write_text_tower(folder / "tower"), "max_length": 16},
         "FrozenOpenCLIPEmbedder": {"arch": open_clip_arch(folder / "open_clip"), "max_length": LENGTH},
         "BERTEmbedder": {"n_embed": WIDTH, "n_layer": 1}, "ClassEmbedder": {"embed_dim": WIDTH},
         "SpatialRescaler": {"in_channels": SEGMENT_CLASSES},
@@ -73,7 +73,7 @@ def _small_encoder(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 def batch_for(section: dict[str, Any]) -> dict[str, Any]:
     """Two random pictures, and a condition of the kind that the config's encoder takes."""
     params = section["params"]
-    side = pixels(section)
+    side = image_side(section)
     batch: dict[str, Any] = {params["first_stage_key"]: torch.rand(2, 3, side, side) * 2 - 1}
     encoder = params["cond_stage_config"]
     if isinstance(encoder, dict):

@@ -31,7 +31,7 @@ def tiny_openclip(seed: int = 0, max_length: int = 16, **settings: float) -> Ope
     return OpenCLIPTrainer(str(TOKENIZER), **OPEN_TOWERS, max_length=max_length, **settings)
 
 
-def learned_by_heart(trainer: SharedStepModule, batch: Mapping[str, Any], steps: int) -> list[float]:
+def overfit(trainer: SharedStepModule, batch: Mapping[str, Any], steps: int) -> list[float]:
     """The losses of so many steps of training on one batch."""
     optimizer, losses = trainer.configure_optimizers()["optimizer"], []
     for _ in range(steps):
@@ -43,7 +43,7 @@ def learned_by_heart(trainer: SharedStepModule, batch: Mapping[str, Any], steps:
     return losses
 
 
-def clip_folder(folder: Path, seed: int = 0) -> Path:
+def write_clip(folder: Path, seed: int = 0) -> Path:
     """One as `transformers` keeps it, of two transformers."""
     torch.manual_seed(seed)
     words = special_tokens(CLIPTokenizer.from_pretrained(TOKENIZER))
@@ -62,7 +62,7 @@ def tiny_tokenizer(merges: int = 100) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=pairs)
 
 
-def segmenter_folder(place: Path) -> Path:
+def write_segmenter(place: Path) -> Path:
     """A saved CLIPSeg of 16 channels, run at 32 pixels in patches of 8, with random weights."""
     tokenizer = tiny_tokenizer()
     rows = len(tokenizer)

@@ -20,7 +20,7 @@ WORD = "<toy>"
 
 def write_base(folder: Path) -> None:
     """A base model's weights in `folder`/base.ckpt, and beside them its text encoder's covariance."""
-    base = tiny_models.built(folder, use_ema=False)
+    base = tiny_models.build_model(folder, use_ema=False)
     torch.save({"state_dict": base.state_dict()}, folder / "base.ckpt")
     words = base.get_learned_conditioning(["a cat in a red box", "the dog and a cup", "a bear on a bike"]).flatten(0, 1)
     save_covariance(folder / "covariance.safetensors", words.mT @ words / len(words), source="test", captions=3,
@@ -35,11 +35,11 @@ def write_photos(folder: Path) -> None:
         Image.fromarray(photo).save(folder / "photos" / f"{number}.png")
 
 
-def photos(folder: Path) -> PersonalizedBase:
+def load_photos(folder: Path) -> PersonalizedBase:
     return PersonalizedBase(folder / "photos", size=16, placeholder_token=WORD, templates=tiny_models.TEMPLATES)
 
 
-def attached(model: PersonalizationMethod, data: object, parts: int = 1, root: str = "unused") -> PersonalizationMethod:
+def attach_trainer(model: PersonalizationMethod, data: object, parts: int = 1, root: str = "unused") -> PersonalizationMethod:
     """The model with as much of a trainer as it looks at."""
     model.trainer = SimpleNamespace(
         datamodule=SimpleNamespace(datasets={"train": data}), default_root_dir=root, global_step=0,
@@ -49,18 +49,18 @@ def attached(model: PersonalizationMethod, data: object, parts: int = 1, root: s
     return model
 
 
-class SameBatch(pl.LightningDataModule):
+class RepeatedBatch(pl.LightningDataModule):
     """One batch, again and again."""
 
     def __init__(self, folder: Path, batch: dict[str, Any]) -> None:
         super().__init__()
-        self.datasets, self.batch = {"train": photos(folder)}, batch
+        self.datasets, self.batch = {"train": load_photos(folder)}, batch
 
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader([self.batch] * 12, batch_size=None)
 
 
-def trained(model: PersonalizationMethod, data: SameBatch, root: Path, steps: int, resumed: Path | None = None,
+def train_method(model: PersonalizationMethod, data: RepeatedBatch, root: Path, steps: int, resumed: Path | None = None,
             **settings: Any) -> PersonalizationMethod:
     """The model after so many steps, its checkpoint at `root`/last.ckpt."""
     trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,

@@ -23,13 +23,13 @@ from ldm.training.run import main as train
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ("--base", "configs/perfusion.yaml")
-FEW_PICTURES = ('lightning.callbacks.pictures.params.prompts=["a photo of a {}"]',
+FEW_IMAGES = ('lightning.callbacks.pictures.params.prompts=["a photo of a {}"]',
                 "lightning.callbacks.pictures.params.steps=2")
-QUICK = ("--max_steps", "2", *FEW_PICTURES, "data.params.batch_size=2")
+QUICK = ("--max_steps", "2", *FEW_IMAGES, "data.params.batch_size=2")
 
 
 @contextlib.contextmanager
-def as_one_process(threads: int = 1) -> Any:
+def in_project_root(threads: int = 1) -> Any:
     """In the project's folder and on one core, as the processes of `command` are: sums are rounded alike."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -41,36 +41,36 @@ def as_one_process(threads: int = 1) -> Any:
         torch.use_deterministic_algorithms(False)  # a run's config sets it for the whole process
 
 
-def teach(folder: Path, *arguments: object, threads: int = 1) -> Path:
+def train_main(folder: Path, *arguments: object, threads: int = 1) -> Path:
     """Runs main.py's function on the bundled example, unless arguments say otherwise; the log folder."""
-    with as_one_process(threads):
+    with in_project_root(threads):
         train([*BASE, "-l", str(folder), *map(str, arguments)])
     (logdir,) = folder.iterdir()
     return logdir
 
 
-def resume(logdir: Path, *arguments: object) -> Path:
-    with as_one_process():
+def resume_run(logdir: Path, *arguments: object) -> Path:
+    with in_project_root():
         train(["--resume", str(logdir), *map(str, arguments)])
     return logdir
 
 
-def start(*command: object) -> subprocess.Popen[str]:
+def start_process(*command: object) -> subprocess.Popen[str]:
     """A process in the project's folder, its stderr to be read along with stdout."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
 
 
-def output_of(*command: object) -> str:
+def process_output(*command: object) -> str:
     """What a process printed that ended well."""
-    process = start(*command)
+    process = start_process(*command)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
 
-def state_of(logdir: Path) -> dict[str, Any]:
+def load_state(logdir: Path) -> dict[str, Any]:
     """The last checkpoint of a run."""
     return torch.load(logdir / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
 
@@ -90,16 +90,16 @@ class LossRecorder(pl.Callback):
     on_train_end = on_train_start
 
 
-class PhotoKeeper(pl.Callback):
+class PhotoRecorder(pl.Callback):
     """Keeps the photos of the last run in this process."""
 
     photos: PersonalizedBase
 
     def on_train_start(self, trainer: pl.Trainer, model: Perfusion) -> None:
-        PhotoKeeper.photos = trainer.datamodule.datasets["train"]
+        PhotoRecorder.photos = trainer.datamodule.datasets["train"]
 
 
-class CtrlC(pl.Callback):
+class InterruptAt(pl.Callback):
     """Presses it while a batch is at work, counted from 0."""
 
     def __init__(self, batch: int) -> None:
@@ -110,7 +110,7 @@ class CtrlC(pl.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
-class Waiting(pl.Callback):
+class WaitForInterrupt(pl.Callback):
     """Says so while a batch is at work, counted from 0, and waits for Ctrl-C: no machine is too fast or too slow."""
 
     def __init__(self, batch: int) -> None:

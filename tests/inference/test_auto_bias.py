@@ -9,8 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.image_world import PROMPT, WIDTH, Draw, World, complaint, drawer, main_of, pictures
-from helpers.tiny_clips import clip_folder
+from helpers.model_files import (
+    PROMPT,
+    WIDTH,
+    Generate,
+    ModelFiles,
+    error_line,
+    image_paths,
+    load_main,
+    script_generator,
+)
+from helpers.tiny_clips import write_clip
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -50,7 +59,7 @@ def concept(placeholder: str, super_category: str, bias: float = 0.75) -> Concep
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return clip_folder(tmp_path_factory.mktemp("clip"))
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -64,8 +73,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def draw(world: World, tmp_path: Path) -> Draw:
-    return drawer(main_of("txt2img"), world.config, tmp_path)
+def generate(model_files: ModelFiles, tmp_path: Path) -> Generate:
+    return script_generator(load_main("txt2img"), model_files.config, tmp_path)
 
 
 @pytest.mark.parametrize(("texts", "likenesses", "bias"), [
@@ -93,9 +102,9 @@ def test_what_chance_would_do_is_no_difference() -> None:
 def test_noise_alone_seldom_passes_for_a_change() -> None:
     """Of curves that are nothing but noise a few in a hundred are told from flat ones; by a t distribution of 3 degrees
     of freedom 7 in 100 are above 2."""
-    draw, passed = np.random.default_rng(0), 0
+    rng, passed = np.random.default_rng(0), 0
     for _ in range(300):
-        tried = [Tried(bias, *draw.normal(0, 20, (2, 4))) for bias in BIASES]
+        tried = [Tried(bias, *rng.normal(0, 20, (2, 4))) for bias in BIASES]
         passed += 2 - len(flat_measures(tried))
     assert passed / 600 < 0.1
 
@@ -159,9 +168,9 @@ def test_the_usual_clip_lies_beside_the_base_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_photos", [True, False])
-def test_the_sweep_measures_as_the_evaluation_does(with_photos: bool, world: World, clip: Path, quick: None) -> None:
-    (teddy,) = ready_concepts([world.teddy], temperatures=[0.2])
-    painter, eyes = Painter.load(world.config, device="cpu"), ClipEncoder.from_path(clip)
+def test_the_sweep_measures_as_the_evaluation_does(with_photos: bool, model_files: ModelFiles, clip: Path, quick: None) -> None:
+    (teddy,) = ready_concepts([model_files.teddy], temperatures=[0.2])
+    painter, eyes = Painter.load(model_files.config, device="cpu"), ClipEncoder.from_path(clip)
     noise = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     photos = [Image.fromarray(one) for one in noise] if with_photos else None
     quick_ones = Sampling(latent_size(painter.config, 32, 16), steps=50, scale=2.0, sampler="heun", batch_size=3)
@@ -182,40 +191,40 @@ def test_no_picture_is_compared_with_its_own_noise() -> None:
     assert not set(SEEDS) & set(REFERENCE_SEEDS)
 
 
-def test_the_script_finds_says_and_keeps_the_bias(draw: Draw, world: World, clip: Path, quick: None, tmp_path: Path,
+def test_the_script_finds_says_and_keeps_the_bias(generate: Generate, model_files: ModelFiles, clip: Path, quick: None, tmp_path: Path,
                                                   caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    asked = ("--concept", world.teddy, world.mug, "--prompt", "a <teddy> next to a <mug>", "--n_samples", 1)
-    first = draw(*asked, "--bias", "auto", "--clip", clip)
+    asked = ("--concept", model_files.teddy, model_files.mug, "--prompt", "a <teddy> next to a <mug>", "--n_samples", 1)
+    first = generate(*asked, "--bias", "auto", "--clip", clip)
     lines = [line for line in caplog.messages if line.startswith("bias of")]
     assert [line.split(":")[0] for line in lines] == ["bias of <teddy>", "bias of <mug>"]
-    biases = [concept["bias"] for concept in read_note(pictures(tmp_path / "out")[0])["concepts"]]
+    biases = [concept["bias"] for concept in read_note(image_paths(tmp_path / "out")[0])["concepts"]]
     assert lines[0].startswith(f"bias of <teddy>: {biases[0]:g} (text ") and "tried 0.5 to 2" in lines[0]
-    assert np.array_equal(first, draw(*asked, "--bias", *biases))
+    assert np.array_equal(first, generate(*asked, "--bias", *biases))
 
 
-def test_one_bias_is_given_and_the_other_found_by_photos(draw: Draw, world: World, clip: Path, quick: None,
+def test_one_bias_is_given_and_the_other_found_by_photos(generate: Generate, model_files: ModelFiles, clip: Path, quick: None,
                                                          tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (24, 20), "red").save(tmp_path / "photos" / "0.png")
-    draw("--concept", world.teddy, world.mug, "--prompt", PROMPT, "--n_samples", 1, "--bias", 0.6, "auto", "--clip",
+    generate("--concept", model_files.teddy, model_files.mug, "--prompt", PROMPT, "--n_samples", 1, "--bias", 0.6, "auto", "--clip",
          clip, "--photos", tmp_path / "photos")
     assert [line.split(":")[0] for line in caplog.messages if line.startswith("bias of")] == ["bias of <mug>"]
-    assert read_note(pictures(tmp_path / "out")[0])["concepts"][0]["bias"] == 0.6
+    assert read_note(image_paths(tmp_path / "out")[0])["concepts"][0]["bias"] == 0.6
 
 
 @pytest.mark.parametrize("script", ["img2img", "inpaint"])
-def test_the_other_scripts_know_it_too(script: str, world: World, quick: None, tmp_path: Path) -> None:
-    shutil.copy(world.checkpoint, tmp_path)
-    clip_folder(tmp_path / "evaluation_clip")
+def test_the_other_scripts_know_it_too(script: str, model_files: ModelFiles, quick: None, tmp_path: Path) -> None:
+    shutil.copy(model_files.checkpoint, tmp_path)
+    write_clip(tmp_path / "evaluation_clip")
     Image.new("RGB", (16, 16), "red").save(tmp_path / "start.png")
     Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")
     mask = ("--mask", tmp_path / "mask.png") if script == "inpaint" else ()
-    run = drawer(main_of(script), world.config, tmp_path)
-    run("--concept", world.teddy, "--prompt", PROMPT, "--n_samples", 1, "--init-img", tmp_path / "start.png", *mask,
-        "--bias", "auto", "--ckpt", tmp_path / world.checkpoint.name)
-    assert read_note(pictures(tmp_path / "out")[0])["concepts"][0]["bias"] in (0.5, 0.75, 2.0)
+    run = script_generator(load_main(script), model_files.config, tmp_path)
+    run("--concept", model_files.teddy, "--prompt", PROMPT, "--n_samples", 1, "--init-img", tmp_path / "start.png", *mask,
+        "--bias", "auto", "--ckpt", tmp_path / model_files.checkpoint.name)
+    assert read_note(image_paths(tmp_path / "out")[0])["concepts"][0]["bias"] in (0.5, 0.75, 2.0)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -229,11 +238,11 @@ def test_the_other_scripts_know_it_too(script: str, world: World, quick: None, t
     ("--bias auto --concept {teddy} {mug} --photos {folder}", "can be of one concept only, and --bias auto is for 2"),
     ("--bias 0.5 --concept {teddy} --clip {folder}", "--clip goes with --bias auto"),
     ("--concept {teddy} --photos {folder}", "--photos goes with --bias auto")])
-def test_what_cannot_be_balanced_is_refused_in_one_line(arguments: str, message: str, world: World, tmp_path: Path,
+def test_what_cannot_be_balanced_is_refused_in_one_line(arguments: str, message: str, model_files: ModelFiles, tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    names = {"teddy": world.teddy, "mug": world.mug, "folder": world.folder, "toy": tmp_path / "toy.safetensors"}
+    names = {"teddy": model_files.teddy, "mug": model_files.mug, "folder": model_files.folder, "toy": tmp_path / "toy.safetensors"}
     save_concepts(names["toy"], [FinetunedConcept("textual-inversion", "<toy>", "mug", torch.zeros(1, WIDTH))])
     given = [word.format(**names) for word in arguments.split()]
-    said_so = complaint(main_of("txt2img"), ["--config", str(world.config), "--prompt", "a cat", "--outdir",
+    said_so = error_line(load_main("txt2img"), ["--config", str(model_files.config), "--prompt", "a cat", "--outdir",
                                              str(tmp_path / "out"), "--device", "cpu", *given], capsys)
     assert message.format(**names) in said_so and not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny_models import text_tower
+from helpers.tiny_models import write_text_tower
 
 from ldm.common.errors import UserError
 from ldm.data.mini.attribute_captions import full_caption, plain_caption
@@ -18,7 +18,7 @@ CAPTIONS = ["a photo of a (orange striped|palm tree) next to a (red|cat)", "a ca
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return text_tower(tmp_path_factory.mktemp("tower"))
+    return write_text_tower(tmp_path_factory.mktemp("tower"))
 
 
 @pytest.fixture(scope="module")

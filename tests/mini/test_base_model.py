@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from helpers import tiny_models
-from helpers.image_world import complaint
-from helpers.tiny_clips import clip_folder
+from helpers.model_files import error_line
+from helpers.tiny_clips import write_clip
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -24,11 +24,11 @@ from ldm.data.mini.scenes import BACKGROUNDS_PER_PLACE, SceneDataset
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Flags that name a tiny base model and two tiny CLIPs."""
     folder = tmp_path_factory.mktemp("base")
-    config = {"model": tiny_models.latent_diffusion(folder)}
+    config = {"model": tiny_models.latent_diffusion_config(folder)}
     OmegaConf.save(OmegaConf.create(config), folder / "base.yaml")
-    clips = {name: clip_folder(folder / "weights" / name, seed)
+    clips = {name: write_clip(folder / "weights" / name, seed)
              for seed, name in enumerate(("clip", "evaluation_clip"))}
-    return {"--config": folder / "base.yaml", "--ckpt": tiny_models.weights_file(folder), "--device": "cpu",
+    return {"--config": folder / "base.yaml", "--ckpt": tiny_models.write_weights(folder), "--device": "cpu",
             **{f"--{name}": path for name, path in clips.items()}, "--weights": folder / "weights"}
 
 
@@ -88,7 +88,7 @@ def test_parts_are_measured_on_held_out_scenes(base: dict[str, Any], tmp_path: P
 def test_an_autoencoder_can_be_measured_by_itself(base: dict[str, Any], tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "autoencoder.yaml"
-    OmegaConf.save(OmegaConf.create({"model": tiny_models.first_stage()}), config)
+    OmegaConf.save(OmegaConf.create({"model": tiny_models.first_stage_config()}), config)
     monkeypatch.setattr(measures, "AUTOENCODER", config)
     few = ("--only", "autoencoder", "--scenes", "4")
     own = measure(base, tmp_path, *few)
@@ -118,4 +118,4 @@ def test_clips_may_be_named() -> None:
     (["--only", "speed", "--prompts", "1"], "must be 2 or more"), (["--only", "beauty"], "invalid choice")])
 def test_mistakes_are_one_line(arguments: list[str], said: str, tmp_path: Path,
                                capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in complaint(base_model.main, [*arguments, "--outdir", str(tmp_path)], capsys)
+    assert said in error_line(base_model.main, [*arguments, "--outdir", str(tmp_path)], capsys)

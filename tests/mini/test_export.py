@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.mini_runs import log_folder
-from helpers.oracles import randomise
+from helpers.mini_runs import write_log_folder
+from helpers.oracles import randomize
 from helpers.tiny_clips import OPEN_TOWERS, tiny_openclip
-from helpers.tiny_models import latent_diffusion
+from helpers.tiny_models import latent_diffusion_config
 from PIL import Image
 
 from ldm.checkpoints.load import read_state_dict
@@ -48,7 +48,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both CLIPs, exported from runs of theirs."""
     folder = tmp_path_factory.mktemp("models")
     for seed, part in enumerate(CLIPS):
-        run = log_folder(folder / "logs" / f"today_{part}", CLIP, tiny_openclip(seed, 32).state_dict(), steps=7 + seed)
+        run = write_log_folder(folder / "logs" / f"today_{part}", CLIP, tiny_openclip(seed, 32).state_dict(), steps=7 + seed)
         export_mini.main([part, str(run), "--outdir", str(folder)])
     return folder
 
@@ -87,8 +87,8 @@ def test_the_text_tower_of_the_first_clip_is_what_conditions(exported: Path, few
 def test_the_segmenter_survives(exported: Path, few_captions: tuple[str, ...]) -> None:
     config = {"target": "ldm.models.mini.segmenter.SegmenterTrainer",
               "params": {"clip": str(exported / "clip"), "widths": [32, 32, 32, 32, 64]}}
-    trainer = randomise(instantiate_from_config(config), 4).eval()
-    run = log_folder(exported / "logs" / "today_segmenter", config, trainer.state_dict(), steps=9)
+    trainer = randomize(instantiate_from_config(config), 4).eval()
+    run = write_log_folder(exported / "logs" / "today_segmenter", config, trainer.state_dict(), steps=9)
     export_mini.main(["segmenter", str(run), "--outdir", str(exported)])
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     with torch.no_grad():
@@ -103,16 +103,16 @@ def test_the_whole_model_has_the_decoder_that_was_trained_on(exported: Path, tmp
     folder = tmp_path / "models"
     shutil.copytree(exported, folder)
     (folder / "training.json").unlink()
-    config = latent_diffusion(tmp_path, use_ema=False)
+    config = latent_diffusion_config(tmp_path, use_ema=False)
     config["params"]["cond_stage_config"]["params"] = {"version": str(folder / "parts" / "text_encoder"),
                                                        "max_length": 32}
-    model = randomise(instantiate_from_config(config), 3)
+    model = randomize(instantiate_from_config(config), 3)
     stage = {key.removeprefix(FIRST): value for key, value in model.state_dict().items() if key.startswith(FIRST)}
     save_tensors(folder / "parts" / "autoencoder.safetensors", stage, {})
-    text2img = log_folder(tmp_path / "text2img", config, model.state_dict())
+    text2img = write_log_folder(tmp_path / "text2img", config, model.state_dict())
 
     better = {key: value + 1 if key.startswith("decoder.") else value for key, value in stage.items()}
-    decoder = log_folder(tmp_path / "decoder", config, better)
+    decoder = write_log_folder(tmp_path / "decoder", config, better)
     export_mini.main(["decoder", str(decoder), "--outdir", str(folder)])
     export_mini.main(["text2img", str(text2img), "--outdir", str(folder)])
     export_mini.main(["covariance", "--outdir", str(folder)])
@@ -124,7 +124,7 @@ def test_the_whole_model_has_the_decoder_that_was_trained_on(exported: Path, tmp
             assert torch.allclose(shipped[key].float(), expected, atol=5e-3), key
     assert load_covariance(folder / "covariance.safetensors").shape == (16, 16)
 
-    other = log_folder(tmp_path / "other", config, {key: value + 1 for key, value in stage.items()})
+    other = write_log_folder(tmp_path / "other", config, {key: value + 1 for key, value in stage.items()})
     with pytest.raises(SystemExit):
         export_mini.main(["decoder", str(other), "--outdir", str(folder)])
     assert all(torch.equal(value, better[key]) for key, value in

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.mini_runs import log_folder
+from helpers.mini_runs import write_log_folder
 from helpers.tiny_clips import OPEN_TOWERS
 from omegaconf import OmegaConf
 
@@ -35,7 +35,7 @@ class Recorder:
         if script == "main.py":
             part = Path(rest[1]).stem if rest[0] == "--base" else rest[1].rpartition("T00-00-00_")[2]
             run = self.plan.logdir / f"2026-01-01T00-00-00_{part}"
-            log_folder(run, MODEL, steps=self.steps or self.plan.steps(part))
+            write_log_folder(run, MODEL, steps=self.steps or self.plan.steps(part))
         elif script == "scripts/mini/export.py" and rest[0] in TRAINED:
             record_run(self.plan.folder / "training.json", rest[0], rest[1])
 
@@ -81,7 +81,7 @@ def test_what_is_done_is_passed_over(plan: Plan) -> None:
 
 def test_a_run_that_was_cut_off_goes_on_and_one_that_was_not_exported_is(plan: Plan) -> None:
     rebuild(plan, ["autoencoder"], Recorder(plan, steps=5))  # as if it had been stopped after five steps
-    log_folder(plan.logdir / "2026-01-01T00-00-00_clip", MODEL, steps=plan.steps("clip"))
+    write_log_folder(plan.logdir / "2026-01-01T00-00-00_clip", MODEL, steps=plan.steps("clip"))
     run = Recorder(plan)
     rebuild(plan, ["autoencoder", "clip"], run)
     assert [call[:2] for call in run.calls] == [
@@ -89,10 +89,10 @@ def test_a_run_that_was_cut_off_goes_on_and_one_that_was_not_exported_is(plan: P
 
 
 def test_a_run_without_a_checkpoint_does_not_count_and_names_are_whole(plan: Plan) -> None:
-    log_folder(plan.logdir / "2026-01-01T00-00-00_evaluation_clip", MODEL)
+    write_log_folder(plan.logdir / "2026-01-01T00-00-00_evaluation_clip", MODEL)
     assert newest_run(plan.logdir, "clip") is None
-    newer = log_folder(plan.logdir / "2026-01-02T00-00-00_clip", MODEL)
-    log_folder(plan.logdir / "2026-01-03T00-00-00_clip", MODEL)
+    newer = write_log_folder(plan.logdir / "2026-01-02T00-00-00_clip", MODEL)
+    write_log_folder(plan.logdir / "2026-01-03T00-00-00_clip", MODEL)
     (plan.logdir / "2026-01-03T00-00-00_clip" / "checkpoints" / "last.ckpt").unlink()
     assert newest_run(plan.logdir, "clip") == newer
 

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny_clips import SIDE, clip_folder, tiny_openclip
+from helpers.tiny_clips import SIDE, tiny_openclip, write_clip
 
 from evaluation.mini.recognise import closest
 from ldm.common.errors import UserError
@@ -21,7 +21,7 @@ TEXTS = ["a cat", "a dog in the snow", "a red car"]
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> ClipEncoder:
-    return ClipEncoder.from_path(clip_folder(tmp_path_factory.mktemp("clip")))
+    return ClipEncoder.from_path(write_clip(tmp_path_factory.mktemp("clip")))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_clips import learned_by_heart, tiny_openclip
+from helpers.tiny_clips import overfit, tiny_openclip
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.mini.segmenter import SegmenterTrainer, asked
@@ -56,7 +56,7 @@ def test_the_segmenter_starts_from_the_clip_and_trains_both_its_towers(
 
 def test_a_batch_is_learned_by_heart(segmenter: SegmenterTrainer) -> None:
     batch = scenes()
-    losses = learned_by_heart(segmenter, batch, 30)
+    losses = overfit(segmenter, batch, 30)
     assert losses[-1] < 0.5 * losses[0]
     found = segmenter.logits(batch["image"], batch["word"])
     assert found.shape == (4, SIDE, SIDE)

@@ -296,7 +296,7 @@ def gradients(model: LatentDiffusion, texts: list[str]) -> set[str]:
 
 
 def test_frozen_stages_stay_in_evaluation_and_get_no_gradient(tmp_path: Path) -> None:
-    model = tiny_models.built(tmp_path, use_ema=False)
+    model = tiny_models.build_model(tmp_path, use_ema=False)
     got = gradients(model, ["a cat", "a dog"])
     assert got == {name for name, _ in model.named_parameters() if name.startswith("model.")}
     assert model.model.training and not model.first_stage_model.training and not model.cond_stage_model.training
@@ -307,8 +307,8 @@ def test_frozen_stages_stay_in_evaluation_and_get_no_gradient(tmp_path: Path) ->
 
 def test_a_condition_encoder_that_is_trained_along(tmp_path: Path) -> None:
     tower = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-             "params": {"version": tiny_models.text_tower(tmp_path / "tower"), "max_length": 16, "freeze": False}}
-    model = tiny_models.built(tmp_path, use_ema=False, cond_stage_config=tower, cond_stage_trainable=True)
+             "params": {"version": tiny_models.write_text_tower(tmp_path / "tower"), "max_length": 16, "freeze": False}}
+    model = tiny_models.build_model(tmp_path, use_ema=False, cond_stage_config=tower, cond_stage_trainable=True)
     got = gradients(model, ["a cat", "a dog"])
     assert {name.split(".")[0] for name in got} == {"model", "cond_stage_model"}
     assert model.cond_stage_model.training and not model.first_stage_model.training
@@ -343,10 +343,10 @@ def test_state_dict_keys() -> None:
 
 
 def test_a_checkpoint_gives_the_same_model_back(tmp_path: Path) -> None:
-    model = tiny_models.built(tmp_path, use_ema=True)
+    model = tiny_models.build_model(tmp_path, use_ema=True)
     model.on_train_batch_end(None, None, 0)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "x.ckpt")
-    config = tiny_models.latent_diffusion(tmp_path)
+    config = tiny_models.latent_diffusion_config(tmp_path)
     again = instantiate_from_config(config, ckpt_path=str(tmp_path / "x.ckpt"))
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
@@ -396,8 +396,8 @@ def test_lightning_trains_and_resumes_it(tmp_path: Path) -> None:
 
 
 def test_a_picture_depends_on_its_own_seed_alone(tmp_path: Path) -> None:
-    weights = tiny_models.weights_file(tmp_path)
-    model = load_model({"model": tiny_models.latent_diffusion(tmp_path)}, weights)
+    weights = tiny_models.write_weights(tmp_path)
+    model = load_model({"model": tiny_models.latent_diffusion_config(tmp_path)}, weights)
 
     def drawn(texts: list[str], seeds: list[int]) -> Tensor:
         cond, empty = (model.get_learned_conditioning(given) for given in (texts, [""] * len(texts)))
@@ -412,7 +412,7 @@ def test_a_picture_depends_on_its_own_seed_alone(tmp_path: Path) -> None:
 
 
 def test_pictures_for_the_log(tmp_path: Path) -> None:
-    model = tiny_models.built(tmp_path, use_ema=True).eval()
+    model = tiny_models.build_model(tmp_path, use_ema=True).eval()
     batch = {"image": torch.rand(3, 3, 16, 16), "caption": ["a cat", "a dog", "a cup"]}
     shown = model.log_images(batch, N=2, ddim_steps=2)
     assert {name: value.shape for name, value in shown.items()} == dict.fromkeys(

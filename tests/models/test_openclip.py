@@ -7,7 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from helpers.tiny_clips import learned_by_heart, tiny_openclip
+from helpers.tiny_clips import overfit, tiny_openclip
 from safetensors.torch import save_file
 
 from ldm.common.errors import UserError
@@ -88,7 +88,7 @@ def test_places_are_asked_for_by_a_third_loss_with_any_kind_there() -> None:
 
 
 def test_a_batch_is_learned_by_heart(trainer: OpenCLIPTrainer) -> None:
-    losses = learned_by_heart(trainer, scenes(), 20)
+    losses = overfit(trainer, scenes(), 20)
     assert losses[-1] < 0.5 * losses[0]
 
 

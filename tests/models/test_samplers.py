@@ -6,18 +6,18 @@ import re
 
 import pytest
 import torch
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from helpers.sampling_models import (
-    ALL,
     DETERMINISTIC,
+    SAMPLER_CLASSES,
     SHAPE,
     TinyModel,
-    convolution,
-    gaussian,
-    seeded,
+    convolution_network,
+    gaussian_denoiser,
+    seeded_generator,
     start_noise,
 )
-from helpers.tiny_models import unet
+from helpers.tiny_models import unet_config
 from torch import Tensor, nn
 
 from ldm.common.errors import UserError
@@ -28,17 +28,17 @@ from ldm.models.diffusion.time_grid import TimeGrid
 from ldm.modules.context import PromptContext
 from ldm.util import instantiate_from_config
 
-EVERY = pytest.mark.parametrize("name", ALL)
+EVERY = pytest.mark.parametrize("name", SAMPLER_CLASSES)
 
 
 def whole_grid(name: str, steps: int, model: TinyModel | None = None) -> TimeGrid:
-    return ALL[name](model or TinyModel(convolution)).make_grid(steps)
+    return SAMPLER_CLASSES[name](model or TinyModel(convolution_network)).make_grid(steps)
 
 
 def drawn(
     name: str, model: TinyModel, steps: int = 8, batch: int = 2, cond: object = None, **settings: object
 ) -> Tensor:
-    return ALL[name](model).sample(steps, batch, SHAPE, cond, verbose=False, **settings)[0]
+    return SAMPLER_CLASSES[name](model).sample(steps, batch, SHAPE, cond, verbose=False, **settings)[0]
 
 
 def flow(grid: TimeGrid, x: Tensor, mean: float, std: float) -> Tensor:
@@ -50,7 +50,7 @@ def flow(grid: TimeGrid, x: Tensor, mean: float, std: float) -> Tensor:
 
 @EVERY
 def test_one_step_follows_the_only_prediction(name):
-    model, x = TinyModel(convolution), start_noise()
+    model, x = TinyModel(convolution_network), start_noise()
     grid = whole_grid(name, 1)
     guess = guided_denoiser(model, grid, None, None, 1.0)(x, 0)
     torch.testing.assert_close(drawn(name, model, 1, x_T=x), add_noise(guess, grid.alpha_bar_next[0]))
@@ -62,7 +62,7 @@ def test_one_step_follows_the_only_prediction(name):
 def test_a_denoiser_that_knows_its_image_is_led_there(name, kind):
     """Exactly, but for the noise of the very first time, 0.03, in which the grid of latent diffusion ends."""
     known, x = start_noise(seed=5), start_noise()
-    model, grid = gaussian(known, 0.0, kind), whole_grid(name, 12)
+    model, grid = gaussian_denoiser(known, 0.0, kind), whole_grid(name, 12)
     got = drawn(name, model, 12, x_T=x)
     if name in ("ddim", *DETERMINISTIC):  # the noise of the start stays what it is
         eps = (x - math.sqrt(grid.alpha_bar[0]) * known) / math.sqrt(1 - grid.alpha_bar[0])
@@ -73,13 +73,13 @@ def test_a_denoiser_that_knows_its_image_is_led_there(name, kind):
 @EVERY
 def test_parameterization_does_not_matter_to_an_exact_denoiser(name):
     x = start_noise()
-    results = [drawn(name, gaussian(0.5, 0.7, kind), 20, x_T=x, eta=0.0) for kind in ("eps", "v", "x0")]
+    results = [drawn(name, gaussian_denoiser(0.5, 0.7, kind), 20, x_T=x, eta=0.0) for kind in ("eps", "v", "x0")]
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(results[2], results[0], rtol=1e-3, atol=1e-4)
 
 
 def distance_from_flow(name: str, kind: str, steps: int) -> float:
-    model, x = gaussian(0.8, 0.5, kind), start_noise()
+    model, x = gaussian_denoiser(0.8, 0.5, kind), start_noise()
     got = drawn(name, model, steps, x_T=x, eta=0.0)
     return (got - flow(whole_grid(name, steps), x, 0.8, 0.5)).abs().max().item()
 
@@ -98,8 +98,8 @@ def test_the_flow_of_a_gaussian_is_followed(kind):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_all_steps_of_the_schedule_recover_a_gaussian(eta):
-    model = gaussian(-0.6, 0.4, "eps", timesteps=1000)
-    generators = [seeded(3)]
+    model = gaussian_denoiser(-0.6, 0.4, "eps", timesteps=1000)
+    generators = [seeded_generator(3)]
     x, _ = DDIMSampler(model).sample(1000, 1, (1, 64, 64), eta=eta, generators=generators, verbose=False)
     assert x.mean().item() == pytest.approx(-0.6, abs=0.03)
     assert x.std().item() == pytest.approx(0.4, rel=0.05)
@@ -107,7 +107,7 @@ def test_all_steps_of_the_schedule_recover_a_gaussian(eta):
 
 def test_full_eta_on_the_full_grid_is_ddpm():
     """One step of every pair of neighbours: mean and variance are those of q(x_{t-1} | x_t, x_0)."""
-    model = TinyModel(convolution, "x0", timesteps=40)
+    model = TinyModel(convolution_network, "x0", timesteps=40)
     grid = whole_grid("ddim", 40, model)
     denoise = guided_denoiser(model, grid, None, None, 1.0)
     assert grid.times == tuple(range(39, -1, -1))
@@ -122,8 +122,8 @@ def test_full_eta_on_the_full_grid_is_ddpm():
 
 @EVERY
 def test_the_same_seed_gives_the_same_images(name):
-    model = TinyModel(convolution)
-    first, again, other = (drawn(name, model, batch=1, generators=[seeded(s)]) for s in (1, 1, 2))
+    model = TinyModel(convolution_network)
+    first, again, other = (drawn(name, model, batch=1, generators=[seeded_generator(s)]) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
     torch.manual_seed(4)
@@ -134,7 +134,7 @@ def test_the_same_seed_gives_the_same_images(name):
 
 @EVERY
 def test_an_image_depends_on_its_own_seed_prompt_and_original_only(name):
-    rows = [{"seed": seed, "cond": torch.randn(1, 3, 4, generator=seeded(seed)), "x0": start_noise(1, seed)}
+    rows = [{"seed": seed, "cond": torch.randn(1, 3, 4, generator=seeded_generator(seed)), "x0": start_noise(1, seed)}
             for seed in (7, 8, 9)]
     mask = torch.zeros(1, 1, 6, 6)
     mask[..., :2] = 1
@@ -142,9 +142,9 @@ def test_an_image_depends_on_its_own_seed_prompt_and_original_only(name):
     def draw(chosen: list[dict]) -> Tensor:
         cond, x0 = (torch.cat([row[key] for row in chosen]) for key in ("cond", "x0"))
         return drawn(
-            name, TinyModel(convolution), 6, len(chosen), cond, x0=x0, strength=0.7, mask=mask,
+            name, TinyModel(convolution_network), 6, len(chosen), cond, x0=x0, strength=0.7, mask=mask,
             unconditional_conditioning=torch.zeros_like(cond), unconditional_guidance_scale=2.0,
-            eta=0.8 if ALL[name].supports_eta else None, generators=[seeded(row["seed"]) for row in chosen])
+            eta=0.8 if SAMPLER_CLASSES[name].supports_eta else None, generators=[seeded_generator(row["seed"]) for row in chosen])
 
     together = draw(rows)
     for row, alone in enumerate(rows):
@@ -154,7 +154,7 @@ def test_an_image_depends_on_its_own_seed_prompt_and_original_only(name):
 @EVERY
 def test_guidance_of_one_is_no_guidance(name):
     cond, uncond = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
-    model = TinyModel(convolution)
+    model = TinyModel(convolution_network)
     settings = {"x_T": start_noise(), "eta": 0.0}
     plain = drawn(name, model, 6, cond=cond, **settings)
     at_one = drawn(name, model, 6, cond=cond, unconditional_conditioning=uncond, **settings)
@@ -183,7 +183,7 @@ def test_guidance_extrapolates_the_output(name, kind):
 
 @EVERY
 def test_times_reach_the_network_whole_where_the_schedule_has_them(name):
-    model = TinyModel(convolution)
+    model = TinyModel(convolution_network)
     drawn(name, model, 6)
     times = [t for _, t, _ in model.calls]
     assert all(t.shape == (2,) and 0 <= t[0] <= 999 and t[0] == t[1] for t in times)
@@ -203,7 +203,7 @@ class TextLayer(nn.Module):
         _, values = cond.keys_values("only", self.to_k, self.to_v)
         if all(values is not known for known in self.computed):
             self.computed.append(values)
-        return convolution(x, t) + values.mean(dim=1)[:, :, None, None]
+        return convolution_network(x, t) + values.mean(dim=1)[:, :, None, None]
 
 
 @EVERY
@@ -240,7 +240,7 @@ def test_nothing_stays_stored_in_the_callers_context():
 def test_intermediates_and_callbacks():
     numbers, guesses = [], []
     x = start_noise()
-    samples, alpha_bar = DDIMSampler(TinyModel(convolution)).sample(
+    samples, alpha_bar = DDIMSampler(TinyModel(convolution_network)).sample(
         10, 2, SHAPE, x_T=x, log_every_t=4, verbose=False,
         callback=numbers.append, img_callback=lambda guess, i: guesses.append((guess, i)),
     )
@@ -252,7 +252,7 @@ def test_intermediates_and_callbacks():
 
 
 def test_progress_bar_can_be_turned_off(capfd):
-    sampler = DDIMSampler(TinyModel(convolution))
+    sampler = DDIMSampler(TinyModel(convolution_network))
     sampler.sample(3, 1, SHAPE, verbose=False)
     assert capfd.readouterr().err == ""
     sampler.sample(3, 1, SHAPE)
@@ -260,8 +260,8 @@ def test_progress_bar_can_be_turned_off(capfd):
 
 
 def test_the_unet_takes_times_between_whole_ones():
-    network = randomise(instantiate_from_config(unet(context_dim=4))).eval()
-    x, text = torch.randn(1, 4, 8, 8, generator=seeded(1)), torch.randn(1, 3, 4, generator=seeded(2))
+    network = randomize(instantiate_from_config(unet_config(context_dim=4))).eval()
+    x, text = torch.randn(1, 4, 8, 8, generator=seeded_generator(1)), torch.randn(1, 3, 4, generator=seeded_generator(2))
     with torch.no_grad():
         whole, same, later, much_later = (network(x, torch.tensor([t]), text) for t in (600, 600.0, 600.01, 600.5))
     assert torch.equal(whole, same)
@@ -273,12 +273,12 @@ def test_a_mask_keeps_the_known_part(name):
     known = torch.full((2, *SHAPE), 0.3)
     mask = torch.zeros(1, 1, 6, 6)
     mask[..., :3] = 1
-    model = gaussian(-0.9, 0.1)
-    samples = drawn(name, model, 50, mask=mask, x0=known, generators=[seeded(1), seeded(2)])
+    model = gaussian_denoiser(-0.9, 0.1)
+    samples = drawn(name, model, 50, mask=mask, x0=known, generators=[seeded_generator(1), seeded_generator(2)])
     assert torch.equal(samples[..., :3], known[..., :3])
     assert (samples[..., 3:] + 0.9).abs().mean() < 0.15
     # the first network input follows q(x_t | x_0) where the mask is 1, with noise that comes second from the generator
-    sources = [seeded(1), seeded(2)]
+    sources = [seeded_generator(1), seeded_generator(2)]
     start, noise = (torch.stack([torch.randn(SHAPE, generator=s) for s in sources]) for _ in range(2))
     expected = torch.where(mask.bool(), at_first_time(name, 50, known, noise), start)
     torch.testing.assert_close(model.calls[0][0], expected)
@@ -291,13 +291,13 @@ def at_first_time(name: str, steps: int, x0: Tensor, noise: Tensor) -> Tensor:
 
 @EVERY
 def test_a_start_part_way_takes_the_last_steps_from_the_noised_original(name):
-    original, model = start_noise(seed=6), TinyModel(convolution)
+    original, model = start_noise(seed=6), TinyModel(convolution_network)
     numbers = []
-    drawn(name, model, 20, x0=original, strength=0.3, generators=[seeded(1), seeded(2)], callback=numbers.append)
+    drawn(name, model, 20, x0=original, strength=0.3, generators=[seeded_generator(1), seeded_generator(2)], callback=numbers.append)
     assert numbers == list(range(6))
     grid = whole_grid(name, 20)
     first, t, _ = model.calls[0]
-    noise = torch.cat([torch.randn(1, *SHAPE, generator=seeded(seed)) for seed in (1, 2)])
+    noise = torch.cat([torch.randn(1, *SHAPE, generator=seeded_generator(seed)) for seed in (1, 2)])
     assert t[0].item() == pytest.approx(grid.times[14])
     torch.testing.assert_close(first, grid.alpha_bar[14] ** 0.5 * original + (1 - grid.alpha_bar[14]) ** 0.5 * noise)
     assert model.calls[-1][1][0].item() == pytest.approx(grid.times[19])
@@ -305,10 +305,10 @@ def test_a_start_part_way_takes_the_last_steps_from_the_noised_original(name):
 
 @EVERY
 def test_full_strength_is_a_full_walk_and_little_strength_stays_near(name):
-    original, model = start_noise(seed=6), gaussian(0.0, 1.0)
+    original, model = start_noise(seed=6), gaussian_denoiser(0.0, 1.0)
 
     def draw(**settings: object) -> Tensor:
-        return drawn(name, model, 20, generators=[seeded(1), seeded(2)], **settings)
+        return drawn(name, model, 20, generators=[seeded_generator(1), seeded_generator(2)], **settings)
 
     assert torch.equal(draw(x0=original, strength=1.0), draw())
     apart = [(draw(x0=original, strength=share) - original).abs().mean().item() for share in (0.001, 0.3, 0.6, 1.0)]
@@ -316,7 +316,7 @@ def test_full_strength_is_a_full_walk_and_little_strength_stays_near(name):
 
 
 def test_temperature_scales_the_noise_of_eta():
-    model, settings = TinyModel(convolution), {"x_T": start_noise(), "verbose": False, "eta": 1.0}
+    model, settings = TinyModel(convolution_network), {"x_T": start_noise(), "verbose": False, "eta": 1.0}
     cold, _ = DDIMSampler(model).sample(8, 2, SHAPE, temperature=0.0, **settings)
     again, _ = DDIMSampler(model).sample(8, 2, SHAPE, temperature=0.0, **settings)
     warm, _ = DDIMSampler(model).sample(8, 2, SHAPE, **settings)
@@ -358,30 +358,30 @@ BAD_REQUESTS = {
 @pytest.mark.parametrize("name", ["ddim", "euler_a"])
 def test_what_cannot_be_sampled_is_refused_before_the_model_runs(name, case):
     changes, message = BAD_REQUESTS[case]
-    model = TinyModel(convolution)
+    model = TinyModel(convolution_network)
     if name == "euler_a":
         changes = {"eta": 0.0, **changes}
     with pytest.raises(UserError, match=message):
-        ALL[name](model).sample(**{"S": 5, "batch_size": 2, "shape": SHAPE, "verbose": False, **changes})
+        SAMPLER_CLASSES[name](model).sample(**{"S": 5, "batch_size": 2, "shape": SHAPE, "verbose": False, **changes})
     assert not model.calls
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_deterministic_samplers_refuse_noise(name):
-    with pytest.raises(UserError, match=f"{re.escape(ALL[name].label)} adds no noise, so eta must be 0, not 0.5"):
-        drawn(name, TinyModel(convolution), eta=0.5)
+    with pytest.raises(UserError, match=f"{re.escape(SAMPLER_CLASSES[name].label)} adds no noise, so eta must be 0, not 0.5"):
+        drawn(name, TinyModel(convolution_network), eta=0.5)
 
 
 def test_the_usual_eta():
-    x, sources = start_noise(), {"generators": [seeded(1), seeded(2)]}
-    for name, cls in ALL.items():
+    x, sources = start_noise(), {"generators": [seeded_generator(1), seeded_generator(2)]}
+    for name, cls in SAMPLER_CLASSES.items():
         assert cls.resolve_eta(None) == cls.default_eta == (1.0 if name == "euler_a" else 0.0)
-    given = drawn("euler_a", TinyModel(convolution), x_T=x, eta=1.0, generators=[seeded(1), seeded(2)])
-    assert torch.equal(drawn("euler_a", TinyModel(convolution), x_T=x, **sources), given)
+    given = drawn("euler_a", TinyModel(convolution_network), x_T=x, eta=1.0, generators=[seeded_generator(1), seeded_generator(2)])
+    assert torch.equal(drawn("euler_a", TinyModel(convolution_network), x_T=x, **sources), given)
 
 
 def test_unknown_parameters_and_parameterizations_are_refused():
     with pytest.raises(TypeError, match="guidence"):
-        DDIMSampler(TinyModel(convolution)).sample(5, 1, SHAPE, guidence=2.0)
+        DDIMSampler(TinyModel(convolution_network)).sample(5, 1, SHAPE, guidence=2.0)
     with pytest.raises(UserError, match="eps, v, x0"):
-        DDIMSampler(TinyModel(convolution, "score"))
+        DDIMSampler(TinyModel(convolution_network, "score"))

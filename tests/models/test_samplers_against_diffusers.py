@@ -14,7 +14,14 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
-from helpers.sampling_models import ALL, SHAPE, TinyModel, convolution, seeded, start_noise
+from helpers.sampling_models import (
+    SAMPLER_CLASSES,
+    SHAPE,
+    TinyModel,
+    convolution_network,
+    seeded_generator,
+    start_noise,
+)
 from torch import Tensor
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -50,7 +57,7 @@ def network_times(scheduler: Any) -> Tensor:
     return scheduler_of("euler", "eps", len(scheduler.timesteps)).timesteps
 
 
-def theirs(scheduler: Any, x: Tensor, network: Callable[..., Tensor] = convolution, skipped: int = 0,
+def theirs(scheduler: Any, x: Tensor, network: Callable[..., Tensor] = convolution_network, skipped: int = 0,
            **step_settings: Any) -> Tensor:
     """diffusers' loop, from the place `skipped` on; x in the scheduler's own scale."""
     if hasattr(scheduler, "set_begin_index"):  # rounded times may stand there twice
@@ -69,7 +76,7 @@ def own_scale(scheduler: Any, x: Tensor) -> Tensor:
 
 
 def ours(name: str, kind: str, steps: int, **settings: Any) -> Tensor:
-    return ALL[name](TinyModel(convolution, kind)).sample(steps, 2, SHAPE, verbose=False, **settings)[0]
+    return SAMPLER_CLASSES[name](TinyModel(convolution_network, kind)).sample(steps, 2, SHAPE, verbose=False, **settings)[0]
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50])
@@ -84,13 +91,13 @@ def test_deterministic_samplers(name, kind, steps):
 @pytest.mark.parametrize("kind", ["eps", "v"])
 def test_plms(kind, steps):
     """Of a v network diffusers extrapolates the velocities, PLMS as published the noise: it is given the noise."""
-    model, x = TinyModel(convolution), start_noise()
+    model, x = TinyModel(convolution_network), start_noise()
 
     def noise(x: Tensor, t: Tensor) -> Tensor:
         alpha_bar = model.alpha_bar(t).float()
-        return alpha_bar.sqrt() * convolution(x, t) + (1 - alpha_bar).sqrt() * x
+        return alpha_bar.sqrt() * convolution_network(x, t) + (1 - alpha_bar).sqrt() * x
 
-    expected = theirs(scheduler_of("plms", "eps", steps), x, convolution if kind == "eps" else noise)
+    expected = theirs(scheduler_of("plms", "eps", steps), x, convolution_network if kind == "eps" else noise)
     torch.testing.assert_close(ours("plms", kind, steps, x_T=x), expected, **CLOSE)
 
 
@@ -99,12 +106,12 @@ def test_plms(kind, steps):
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_ddim(steps, kind, eta):
     x, seeds = start_noise(), (5, 6)
-    got = ours("ddim", kind, steps, x_T=x, eta=eta, generators=[seeded(seed) for seed in seeds])
-    sources, scheduler = [seeded(seed) for seed in seeds], scheduler_of("ddim", kind, steps)
+    got = ours("ddim", kind, steps, x_T=x, eta=eta, generators=[seeded_generator(seed) for seed in seeds])
+    sources, scheduler = [seeded_generator(seed) for seed in seeds], scheduler_of("ddim", kind, steps)
     expected = x
     for t in scheduler.timesteps:
         noise = torch.stack([torch.randn(SHAPE, generator=source) for source in sources]) if eta else None
-        output = convolution(expected, t.expand(2))
+        output = convolution_network(expected, t.expand(2))
         expected = scheduler.step(output, t, expected, eta=eta, variance_noise=noise).prev_sample
     torch.testing.assert_close(got, expected, **CLOSE)
 
@@ -113,8 +120,8 @@ def test_ddim(steps, kind, eta):
 @pytest.mark.parametrize("kind", ["eps", "v"])
 def test_ancestral_euler(kind, steps):
     x, scheduler = start_noise(), scheduler_of("euler_a", kind, steps)
-    got = ours("euler_a", kind, steps, x_T=x, generators=[seeded(5), seeded(6)])
-    expected = theirs(scheduler, own_scale(scheduler, x), generator=[seeded(5), seeded(6)])
+    got = ours("euler_a", kind, steps, x_T=x, generators=[seeded_generator(5), seeded_generator(6)])
+    expected = theirs(scheduler, own_scale(scheduler, x), generator=[seeded_generator(5), seeded_generator(6)])
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
@@ -127,7 +134,7 @@ def test_ancestral_euler_without_its_noise_is_euler(steps):
     torch.testing.assert_close(ours("euler_a", "eps", steps, x_T=x, eta=0.0), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "plms"])
+@pytest.mark.parametrize("name", [name for name in SAMPLER_CLASSES if name != "plms"])
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.8])
 def test_starting_part_way(name, strength):
     """As diffusers' image-to-image pipelines do it; that of PNDM's steps begins at a place of its own."""
@@ -135,6 +142,6 @@ def test_starting_part_way(name, strength):
     scheduler = scheduler_of(name, "eps", steps)
     skipped = (steps - int(strength * steps)) * scheduler.order
     start = scheduler.add_noise(original, noise, scheduler.timesteps[skipped].expand(2))
-    fresh = {"generator": [seeded(5), seeded(6)]} if name == "euler_a" else {}
-    got = ours(name, "eps", steps, x0=original, x_T=noise, strength=strength, generators=[seeded(5), seeded(6)])
+    fresh = {"generator": [seeded_generator(5), seeded_generator(6)]} if name == "euler_a" else {}
+    got = ours(name, "eps", steps, x0=original, x_T=noise, strength=strength, generators=[seeded_generator(5), seeded_generator(6)])
     torch.testing.assert_close(got, theirs(scheduler, start, skipped=skipped, **fresh), **CLOSE)

@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from helpers.oracles_vae import diffusers_vae_state
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def built(kind: type[VQModel] = VQModel, embed_dim: int = 3, n_embed: int = 24, 
 
 def spread(model: VQModel) -> VQModel:
     """Random weights, with a codebook about as wide as the latents, so that many codes are used."""
-    randomise(model, scale=0.1)
+    randomize(model, scale=0.1)
     with torch.no_grad():
         latents = model.encode_to_prequant(pictures())
         scale = latents.std((0, 2, 3)), latents.mean((0, 2, 3))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from torch import Tensor
 
 from ldm.modules.attention import (
@@ -33,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 @pytest.mark.parametrize("kind", [CrossAttention, PerfusionCrossAttention])
 @pytest.mark.parametrize("to_itself", [False, True])
 def test_attention_against_its_formula(kind: type[CrossAttention], to_itself: bool) -> None:
-    layer = randomise(kind(16, None if to_itself else 10, heads=3, dim_head=8), scale=0.5)
+    layer = randomize(kind(16, None if to_itself else 10, heads=3, dim_head=8), scale=0.5)
     x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
     source = x if to_itself else context
     heads = attend(x @ layer.to_q.weight.T, source @ layer.to_k.weight.T, source @ layer.to_v.weight.T, heads=3)
@@ -53,7 +53,7 @@ class GivenKeysValues(PromptContext):
 
 
 def test_a_prompt_context_decides_keys_and_values() -> None:
-    layer = randomise(PerfusionCrossAttention(16, 10, heads=2, dim_head=8), scale=0.5)
+    layer = randomize(PerfusionCrossAttention(16, 10, heads=2, dim_head=8), scale=0.5)
     layer.layer_name = "somewhere.attn2"
     x, encoding = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
     context = GivenKeysValues(encoding, encoding, encoding.new_zeros(2, 5, 0), {}, {})
@@ -64,16 +64,16 @@ def test_a_prompt_context_decides_keys_and_values() -> None:
 
 def test_feed_forward_against_its_formula() -> None:
     x = torch.randn(2, 3, 8)
-    gated = randomise(FeedForward(8, dim_out=6, mult=2, glu=True), scale=0.5)
+    gated = randomize(FeedForward(8, dim_out=6, mult=2, glu=True), scale=0.5)
     value, gate = gated.net[0].proj(x)[..., :16], gated.net[0].proj(x)[..., 16:]
     assert torch.allclose(gated(x), gated.net[2](value * F.gelu(gate)), atol=1e-6)
-    plain = randomise(FeedForward(8), scale=0.5)
+    plain = randomize(FeedForward(8), scale=0.5)
     assert torch.allclose(plain(x), plain.net[2](F.gelu(plain.net[0][0](x))), atol=1e-6)
     assert plain.net[2].weight.shape == (8, 32)
 
 
 def test_block_is_three_residuals() -> None:
-    block = randomise(BasicTransformerBlock(16, 2, 8, context_dim=10), scale=0.5)
+    block = randomize(BasicTransformerBlock(16, 2, 8, context_dim=10), scale=0.5)
     x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
     h = x + block.attn1(F.layer_norm(x, (16,), block.norm1.weight, block.norm1.bias))
     h = h + block.attn2(F.layer_norm(h, (16,), block.norm2.weight, block.norm2.bias), context)
@@ -82,7 +82,7 @@ def test_block_is_three_residuals() -> None:
 
 
 def test_block_whose_first_attention_reads_the_context_too() -> None:
-    block = randomise(BasicTransformerBlock(16, 2, 8, context_dim=10, disable_self_attn=True), scale=0.5)
+    block = randomize(BasicTransformerBlock(16, 2, 8, context_dim=10, disable_self_attn=True), scale=0.5)
     x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
     assert block.attn1.to_k.weight.shape == (16, 10)
     assert list(name_text_layers(block)) == ["attn1", "attn2"]
@@ -91,7 +91,7 @@ def test_block_whose_first_attention_reads_the_context_too() -> None:
 
 def test_concepts_reach_the_first_attention_too() -> None:
     block = BasicTransformerBlock(16, 2, 8, context_dim=10, disable_self_attn=True)
-    randomise(block, scale=0.5)
+    randomize(block, scale=0.5)
     name_text_layers(block)
     encoding = torch.randn(2, 5, 10)
     target = {name: torch.randn(1, 16) for name in ("attn1", "attn2")}
@@ -113,7 +113,7 @@ def test_block_without_text_attends_to_the_image_twice() -> None:
 
 @pytest.mark.parametrize("use_linear", [False, True])
 def test_spatial_transformer(use_linear: bool) -> None:
-    layer = randomise(SpatialTransformer(32, 3, 8, depth=2, context_dim=10, use_linear=use_linear), scale=0.3)
+    layer = randomize(SpatialTransformer(32, 3, 8, depth=2, context_dim=10, use_linear=use_linear), scale=0.3)
     x, context = torch.randn(2, 32, 4, 6), torch.randn(2, 5, 10)
     h = F.group_norm(x, 32, layer.norm.weight, layer.norm.bias, 1e-6).flatten(2).mT
     h = h @ layer.proj_in.weight.view(24, 32).T + layer.proj_in.bias

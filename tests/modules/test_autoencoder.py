@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from helpers.oracles_vae import diffusers_vae_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,7 +37,7 @@ NO_LOSS = {"target": "torch.nn.Identity"}
 
 def first_stage(embed_dim: int = 4, **changes: Any) -> AutoencoderKL:
     model = AutoencoderKL({**SETTINGS, **changes}, NO_LOSS, embed_dim)
-    return randomise(model, scale=0.1).eval()
+    return randomize(model, scale=0.1).eval()
 
 
 def oracle(model: AutoencoderKL, config: Mapping[str, Any]) -> diffusers.AutoencoderKL:
@@ -133,7 +133,7 @@ def test_patches_are_pixels_folded_into_channels(patch: int, seed: int) -> None:
         (Decoder(**config, patch_size=patch), Decoder(**folded)),
     )
     for ours, plain in pairs:
-        plain.load_state_dict(randomise(ours, seed, scale=0.1).state_dict())
+        plain.load_state_dict(randomize(ours, seed, scale=0.1).state_dict())
     features = pairs[0][0](x)
     blocks = x.view(1, 3, 16 // patch, patch, 8, patch).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
     assert torch.allclose(features, pairs[0][1](blocks), atol=1e-6)
@@ -161,7 +161,7 @@ def test_resampling_without_convolutions() -> None:
 
 
 def test_attention_is_a_weighted_mean_over_positions() -> None:
-    block = randomise(AttnBlock(32), scale=0.3)
+    block = randomize(AttnBlock(32), scale=0.3)
     x = torch.randn(1, 32, 3, 2)
     normed = F.group_norm(x, 32, block.norm.weight, block.norm.bias, 1e-6)
     q, k, v = (
@@ -186,7 +186,7 @@ def test_shortcuts() -> None:
 def test_ends_of_the_decoder() -> None:
     config = {**SETTINGS, "ch_mult": (1, 2)}
     plain, squashed, early = (Decoder(**config, **extra) for extra in ({}, {"tanh_out": True}, {"give_pre_end": True}))
-    randomise(plain, scale=0.2)
+    randomize(plain, scale=0.2)
     for other in (squashed, early):
         other.load_state_dict(plain.state_dict())
     z = torch.randn(1, 4, 4, 4)

@@ -6,7 +6,7 @@ import hashlib
 import pytest
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from helpers.oracles_bert import diffusers_bert_state
 from torch import Tensor
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
@@ -25,7 +25,7 @@ CLS, SEP, PAD = 101, 102, 0
 
 @pytest.fixture(scope="module")
 def encoder() -> BERTEmbedder:
-    built = randomise(BERTEmbedder(WIDTH, DEPTH, max_seq_len=LENGTH), scale=0.2)
+    built = randomize(BERTEmbedder(WIDTH, DEPTH, max_seq_len=LENGTH), scale=0.2)
     built.freeze()
     return built
 
@@ -120,7 +120,7 @@ def test_prompts_that_are_too_long(encoder: BERTEmbedder) -> None:
 
 
 def test_tokens_of_another_kind() -> None:
-    embedder = randomise(TransformerEmbedder(8, 1, 50, max_seq_len=6))
+    embedder = randomize(TransformerEmbedder(8, 1, 50, max_seq_len=6))
     tokens = torch.tensor([[3, 49, 0], [1, 1, 1]])
     same = BERTEmbedder(8, 1, vocab_size=50, max_seq_len=6, use_tokenizer=False)
     same.load_state_dict(embedder.state_dict())

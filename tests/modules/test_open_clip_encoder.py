@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from helpers.stand_ins import LENGTH, WIDTH, WORDS, open_clip_arch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -29,7 +29,7 @@ def arch(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def theirs(arch: str) -> nn.Module:
-    return randomise(open_clip.create_model(arch), scale=0.3).eval()
+    return randomize(open_clip.create_model(arch), scale=0.3).eval()
 
 
 def ours(arch: str, theirs: nn.Module, layer: str) -> FrozenOpenCLIPEmbedder:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from torch import Tensor, nn
 
 from ldm.inference.sampling import EncodedPrompts, Job, Sampling, draw_latents
@@ -21,7 +21,7 @@ EVALUATIONS = {"plms": 5, "heun": 7}  # of the U-Net in four steps, where not on
 
 
 def test_probabilities_are_what_the_fused_attention_weighs_values_by() -> None:
-    layer = randomise(PerfusionCrossAttention(16, 10, heads=3, dim_head=8), scale=0.7)
+    layer = randomize(PerfusionCrossAttention(16, 10, heads=3, dim_head=8), scale=0.7)
     x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
     keys, values = layer.keys_values(context)
     shares = attention_probabilities(layer.to_q(x), keys, heads=3)
@@ -52,7 +52,7 @@ class TwoLayers(nn.Module):
 
 
 def test_the_last_rows_and_the_words_tokens_are_recorded_and_nothing_afterwards() -> None:
-    unet = randomise(TwoLayers(), scale=1.0)
+    unet = randomize(TwoLayers(), scale=1.0)
     x, context = torch.randn(4, 32, 4), torch.randn(4, 5, 3)
     words = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 0, 1]])
     expected = unet(x, context)
@@ -96,7 +96,7 @@ def test_groups_are_means_of_consecutive_evaluations() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     folder: Path = tmp_path_factory.mktemp("model")
-    return tiny_models.built(folder, unet_config=tiny_models.unet()).eval()
+    return tiny_models.build_model(folder, unet_config=tiny_models.unet_config()).eval()
 
 
 def encoded(model: nn.Module, **weights: Tensor) -> EncodedPrompts:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from helpers.tiny_clips import MEAN, STD
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def model() -> ResidualSegmenter:
     torch.manual_seed(0)
-    return randomise(ResidualSegmenter(**SETTINGS), 1).eval()
+    return randomize(ResidualSegmenter(**SETTINGS), 1).eval()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_clips import MEAN, STD, segmenter_folder
+from helpers.tiny_clips import MEAN, STD, write_segmenter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,7 +29,7 @@ from ldm.modules.segmentation import (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return segmenter_folder(tmp_path_factory.mktemp("segmenter"))
+    return write_segmenter(tmp_path_factory.mktemp("segmenter"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
-from helpers.oracles import diffusers_self_attention_state, diffusers_unet_state, randomise
+from helpers.oracles import diffusers_self_attention_state, diffusers_unet_state, randomize
 from torch.overrides import TorchFunctionMode
 
 from ldm.common.errors import UserError
@@ -62,7 +62,7 @@ def test_equals_diffusers(conv_projections: bool) -> None:
     else:
         of_width_16 = {"num_head_channels": 16, "num_heads": -1, "use_linear_in_transformer": True}
         config, their_heads = {**three_levels, **of_width_16, "num_res_blocks": 2}, (2, 4, 4)
-    ours = randomise(UNetModel(**config)).eval()
+    ours = randomize(UNetModel(**config)).eval()
     theirs = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64, 64), cross_attention_dim=12,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -82,7 +82,7 @@ def test_equals_diffusers(conv_projections: bool) -> None:
 
 
 def test_without_context_equals_diffusers() -> None:
-    ours = randomise(UNetModel(**{**PLAIN, "num_heads": -1, "num_head_channels": 16})).eval()
+    ours = randomize(UNetModel(**{**PLAIN, "num_heads": -1, "num_head_channels": 16})).eval()
     theirs = UNet2DModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("AttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "AttnUpBlock2D"),
@@ -170,15 +170,15 @@ def gradients(unet: UNetModel, context: torch.Tensor | PromptContext) -> dict[st
 
 def test_recomputed_gradients_are_the_same() -> None:
     context = batch()[2]
-    stored = gradients(randomise(UNetModel(**TEXT)), context)
-    recomputed = gradients(randomise(UNetModel(**TEXT, use_checkpoint=True)), context)
+    stored = gradients(randomize(UNetModel(**TEXT)), context)
+    recomputed = gradients(randomize(UNetModel(**TEXT, use_checkpoint=True)), context)
     assert stored.keys() == recomputed.keys() == dict(UNetModel(**TEXT).named_parameters()).keys()
     assert all(torch.allclose(recomputed[name], stored[name], rtol=1e-4, atol=1e-5) for name in stored)
 
 
 def concept_gradients(recompute: bool) -> list[torch.Tensor]:
     """Gradients of a concept's target outputs and of the prompts, the U-Net itself frozen."""
-    unet = randomise(UNetModel(**TEXT, use_checkpoint=recompute)).requires_grad_(False)
+    unet = randomize(UNetModel(**TEXT, use_checkpoint=recompute)).requires_grad_(False)
     layers = name_text_layers(unet)
     encoding = batch()[2].requires_grad_()
     target = encoding.detach()[0, 3][None]
@@ -199,7 +199,7 @@ def test_recomputing_keeps_the_gradients_of_a_concept() -> None:
 
 @pytest.mark.parametrize("cache", [False, True])
 def test_keys_and_values_of_all_layers_are_those_of_each(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    unet = randomise(UNetModel(**TEXT)).requires_grad_(False)
+    unet = randomize(UNetModel(**TEXT)).requires_grad_(False)
     at_once, gradients = predicted_under_a_concept(unet, cache)
     monkeypatch.setattr(unet, "text_layers", {})  # each layer asks for its own
     one_by_one, expected = predicted_under_a_concept(unet, cache)
@@ -222,7 +222,7 @@ def predicted_under_a_concept(unet: UNetModel, cache: bool) -> tuple[torch.Tenso
 
 
 def test_projections_are_two_products_and_follow_weights_that_change() -> None:
-    unet = randomise(UNetModel(**TEXT)).requires_grad_(False)
+    unet = randomize(UNetModel(**TEXT)).requires_grad_(False)
     latent, times, encoding = batch()
     with ProductsOfText(unet) as counted:
         before = unet(latent, times, PromptContext.plain(encoding))
@@ -249,7 +249,7 @@ class ProductsOfText(TorchFunctionMode):
 
 
 def test_channels_last_gives_the_same() -> None:
-    unet = randomise(UNetModel(**TEXT))
+    unet = randomize(UNetModel(**TEXT))
     latent, times, context = batch()
     expected = unet(latent, times, context)
     unet.to(memory_format=torch.channels_last)
@@ -258,7 +258,7 @@ def test_channels_last_gives_the_same() -> None:
 
 
 def test_runs_in_half_precision() -> None:
-    unet = randomise(UNetModel(**TEXT))
+    unet = randomize(UNetModel(**TEXT))
     latent, times, context = batch()
     expected = unet(latent, times, context)
     got = unet.to(torch.bfloat16)(latent.bfloat16(), times, context.bfloat16())
@@ -272,7 +272,7 @@ def test_a_fresh_network_predicts_zero() -> None:
 
 
 def test_class_labels_and_residual_resampling() -> None:
-    unet = randomise(UNetModel(**PLAIN, num_classes=3, resblock_updown=True, use_scale_shift_norm=True))
+    unet = randomize(UNetModel(**PLAIN, num_classes=3, resblock_updown=True, use_scale_shift_norm=True))
     assert unet.label_emb.weight.shape == (3, 128)
     latent, times, _ = batch()
     one, other = (unet(latent, times, y=torch.tensor(labels)) for labels in ([0, 1], [0, 2]))
@@ -302,7 +302,7 @@ def test_missing_or_needless_inputs_are_refused() -> None:
 
 @pytest.mark.parametrize("new_order", [False, True])
 def test_attention_block_is_softmax_attention(new_order: bool) -> None:
-    block = randomise(AttentionBlock(64, num_head_channels=32, use_new_attention_order=new_order), scale=0.2)
+    block = randomize(AttentionBlock(64, num_head_channels=32, use_new_attention_order=new_order), scale=0.2)
     x = torch.randn(2, 64, 3, 5)
     flat = x.flatten(2)
     normed = F.group_norm(flat, 32, block.norm.weight, block.norm.bias, 1e-5)
@@ -329,7 +329,7 @@ def test_both_orders_of_the_stack_agree_for_one_head() -> None:
 
 
 def test_scale_shift_norm() -> None:
-    block = randomise(ResBlock(32, 16, 0.0, out_channels=64, use_scale_shift_norm=True, down=True, use_conv=True))
+    block = randomize(ResBlock(32, 16, 0.0, out_channels=64, use_scale_shift_norm=True, down=True, use_conv=True))
     x, emb = torch.randn(2, 32, 4, 4), torch.randn(2, 16)
     weights = dict(block.named_parameters())
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.tiny_concepts import WORD, SameBatch, attached, photos, trained, write_photos
+from helpers.tiny_concepts import WORD, RepeatedBatch, attach_trainer, load_photos, train_method, write_photos
 from torch import Tensor
 
 from ldm.common.errors import UserError
@@ -28,7 +28,7 @@ TUNING = ("custom-diffusion", "dreambooth")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a base model and two photos."""
     path = tmp_path_factory.mktemp("baselines")
-    tiny_models.weights_file(path)
+    tiny_models.write_weights(path)
     write_photos(path)
     return path
 
@@ -36,11 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unprepared(folder: Path, method: str, **params: Any) -> FinetuningMethod:
     prior = {"prior_count": 3, "prior_steps": 2} if method in TUNING else {}
     given = {"super_category": CATEGORY, "placeholder": WORD, "ckpt_path": str(folder / "base.ckpt"), **prior, **params}
-    return instantiate_from_config(tiny_models.latent_diffusion(folder, TARGETS[method], **given))
+    return instantiate_from_config(tiny_models.latent_diffusion_config(folder, TARGETS[method], **given))
 
 
 def prepared(folder: Path, method: str, **params: Any) -> FinetuningMethod:
-    model = attached(unprepared(folder, method, **params), photos(folder), root=str(folder / "run"))
+    model = attach_trainer(unprepared(folder, method, **params), load_photos(folder), root=str(folder / "run"))
     model.setup("fit")
     model.configure_optimizers()
     return model.train()
@@ -72,7 +72,7 @@ def intended(model: FinetuningMethod, method: str) -> set[str]:
 
 
 def fit(folder: Path, root: Path, method: str, steps: int, resumed: Path | None = None) -> FinetuningMethod:
-    return trained(unprepared(folder, method), SameBatch(folder, batch()), root, steps, resumed)
+    return train_method(unprepared(folder, method), RepeatedBatch(folder, batch()), root, steps, resumed)
 
 
 # What is trained
@@ -173,7 +173,7 @@ def test_the_prior_is_drawn_by_the_untouched_model_and_kept(folder: Path, monkey
     again = prepared(folder, "dreambooth")
     assert torch.equal(again._prior, model._prior) and model._prior.shape == (3, 4, 8, 8)
     monkeypatch.undo()
-    base = tiny_models.built(folder, use_ema=False).eval()
+    base = tiny_models.build_model(folder, use_ema=False).eval()
     prompt = [tiny_models.TEMPLATES[1].replace("{}", CATEGORY)]
     images = base.sample_images(
         base.get_learned_conditioning(prompt), 1, 2, 6.0, base.get_learned_conditioning([""]),
@@ -185,7 +185,7 @@ def test_the_prior_is_drawn_by_the_untouched_model_and_kept(folder: Path, monkey
 def test_the_prior_is_asked_for_as_one_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = unprepared(folder, "dreambooth"), []
     monkeypatch.setattr(type(model), "_drawn_prior", lambda _, prompts: asked.extend(prompts))
-    model.make_concept(photos(folder), "outside")
+    model.make_concept(load_photos(folder), "outside")
     assert asked == ["a photo of an outside", "the outside in a picture"]
 
 
@@ -199,7 +199,7 @@ def test_a_file_draws_what_was_learned(folder: Path, tmp_path: Path, method: str
     model = stirred(prepared(folder, method, **params))
     path = save_concepts(tmp_path / "toy.safetensors", [model.export_concept()], torch.float32)
     assert load_metadata(path)["personalization"]["method"] == method
-    base = tiny_models.built(folder, use_ema=False).eval()
+    base = tiny_models.build_model(folder, use_ema=False).eval()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     context = encode_once(prompt_encoder(base, ready_concepts([path])), PROMPTS).of(PROMPTS)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 700])
@@ -230,7 +230,7 @@ def files(folder: Path) -> dict[str, list[Path]]:
 
 
 def test_words_of_two_files_stand_in_one_prompt(folder: Path, files: dict[str, list[Path]]) -> None:
-    base = tiny_models.built(folder, use_ema=False).eval()
+    base = tiny_models.build_model(folder, use_ema=False).eval()
     one, two = concepts = ready_concepts(files["textual-inversion"])
     prompt = f"a {WORD} by a <other>"
     encoded = encode_once(prompt_encoder(base, concepts), [prompt]).of([prompt]).encoding
@@ -241,7 +241,7 @@ def test_words_of_two_files_stand_in_one_prompt(folder: Path, files: dict[str, l
 
 def test_merged_weights_map_both_words_and_change_little_else(folder: Path, files: dict[str, list[Path]]) -> None:
     """Against the conditions of Lagrange for the constrained problem: change times C lies in the span of the words."""
-    base = tiny_models.built(folder, use_ema=False).eval()
+    base = tiny_models.build_model(folder, use_ema=False).eval()
     words = base.get_learned_conditioning(["a cat in a red box", "the dog and a cup", "a bear on a bike"])
     covariance = words.flatten(0, 1).mT.double() @ words.flatten(0, 1).double() + torch.eye(tiny_models.WIDTH)
     base.inverse_covariance = lambda: torch.linalg.inv(covariance).float()
@@ -275,11 +275,11 @@ def test_what_does_not_apply_is_refused_in_a_line(folder: Path, files: dict[str,
 
 def test_global_locking_and_other_base_models_are_refused(folder: Path, files: dict[str, list[Path]]) -> None:
     concepts = ready_concepts(files["custom-diffusion"][:1])
-    base = tiny_models.built(folder, use_ema=False)
+    base = tiny_models.build_model(folder, use_ema=False)
     with pytest.raises(UserError, match="--global_locking"):
         encode_once(prompt_encoder(base, concepts), PROMPTS, global_locking=True)
     with pytest.raises(UserError, match="trained on base model"):
-        prompt_encoder(tiny_models.built(folder, seed=9, use_ema=False), concepts)
+        prompt_encoder(tiny_models.build_model(folder, seed=9, use_ema=False), concepts)
 
 
 @pytest.mark.parametrize(("method", "params", "named"), [

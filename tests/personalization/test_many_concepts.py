@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import tiny_models
-from helpers.tiny_concepts import attached, write_base
+from helpers.tiny_concepts import attach_trainer, write_base
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -57,14 +57,14 @@ def learner(folder: Path, words: list[str], method: str = "perfusion", **params:
     own = {"covariance": str(folder / "covariance.safetensors")} if method == "perfusion" else {}
     given = {"super_category": [THINGS[word] for word in words], "placeholder": words, "seed": 3,
              "ckpt_path": str(folder / "base.ckpt"), "first_stage_key": "image", **own, **params}
-    return instantiate_from_config(tiny_models.latent_diffusion(folder, METHODS.get(method, method), **given))
+    return instantiate_from_config(tiny_models.latent_diffusion_config(folder, METHODS.get(method, method), **given))
 
 
 def taught(folder: Path, words: list[str], steps: int = 3, parts: int = 1, method: str = "perfusion",
            **settings: Any) -> PersonalizationMethod:
     """A model after so many steps, without a trainer around it; gradients of a step are the mean of its batches'."""
     data = data_of(folder, words, **settings)
-    model = attached(learner(folder, words, method), None, parts)
+    model = attach_trainer(learner(folder, words, method), None, parts)
     model.trainer.datamodule = data
     model.setup("fit")
     optimizer = model.configure_optimizers()["optimizer"]
@@ -134,7 +134,7 @@ def test_devices_share_the_concepts_out_among_them(folder: Path, tmp_path: Path,
 
 def test_one_pass_of_the_model_serves_all_concepts(folder: Path) -> None:
     data = data_of(folder, WORDS)
-    model = attached(learner(folder, WORDS), None)
+    model = attach_trainer(learner(folder, WORDS), None)
     model.trainer.datamodule = data
     model.setup("fit")
     seen, logged = [], {}
@@ -148,7 +148,7 @@ def test_one_pass_of_the_model_serves_all_concepts(folder: Path) -> None:
 
 
 def test_weights_of_the_base_model_are_trained_for_one_concept_only(folder: Path) -> None:
-    model = attached(learner(folder, WORDS, "custom_diffusion.CustomDiffusion"), None)
+    model = attach_trainer(learner(folder, WORDS, "custom_diffusion.CustomDiffusion"), None)
     model.trainer.datamodule = data_of(folder, WORDS)
     with pytest.raises(UserError, match="CustomDiffusion trains weights of the base model"):
         model.setup("fit")
@@ -162,7 +162,7 @@ def test_weights_of_the_base_model_are_trained_for_one_concept_only(folder: Path
 ])
 def test_words_that_do_not_fit_are_refused_in_a_line(folder: Path, params: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as refused:
-        model = attached(learner(folder, WORDS, **params), None)
+        model = attach_trainer(learner(folder, WORDS, **params), None)
         model.trainer.datamodule = data_of(folder, WORDS)
         model.setup("fit")
     assert "\n" not in str(refused.value)
@@ -172,7 +172,7 @@ def test_words_that_do_not_fit_are_refused_in_a_line(folder: Path, params: dict[
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_a_loss_that_would_say_nothing_is_refused(folder: Path, name: str, method: str) -> None:
     params = {"data_root": str(folder / "<toy>"), "placeholder_token": "<toy>", "size": 16}
-    model = attached(learner(folder, WORDS[:1], method), None)
+    model = attach_trainer(learner(folder, WORDS[:1], method), None)
     model.trainer.datamodule = data_of(
         folder, WORDS[:1], **{name: {"target": "ldm.data.personalized.PersonalizedBase", "params": params}})
     with pytest.raises(UserError, match=rf"data\.params\.{name}: .*leave it out.*evaluation/clip_eval\.py"):
@@ -231,7 +231,7 @@ def test_photos_are_not_decoded_again_once_they_are_encoded(folder: Path) -> Non
     data = data_of(folder, WORDS[:1])
     photos = data.datasets["train"]
     whole = default_collate([photos[0], photos[1]])
-    model = attached(learner(folder, WORDS[:1]), photos)
+    model = attach_trainer(learner(folder, WORDS[:1]), photos)
     model.on_fit_start()
     lean = default_collate([photos[0], photos[1]])
     assert set(whole) - set(lean) == {"image", "mask"}
@@ -244,7 +244,7 @@ def test_photos_are_not_decoded_again_once_they_are_encoded(folder: Path) -> Non
 @pytest.fixture(scope="module")
 def model(folder: Path) -> PersonalizationMethod:
     """With three concepts as after some training."""
-    model = attached(learner(folder, WORDS), None)
+    model = attach_trainer(learner(folder, WORDS), None)
     model.trainer.datamodule = data_of(folder, WORDS)
     model.setup("fit")
     torch.manual_seed(3)

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.tiny_concepts import WORD, SameBatch, attached, photos, trained, write_base, write_photos
+from helpers.tiny_concepts import (
+    WORD,
+    RepeatedBatch,
+    attach_trainer,
+    load_photos,
+    train_method,
+    write_base,
+    write_photos,
+)
 from torch import Tensor
 
 from ldm.common.errors import UserError
@@ -38,14 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unprepared(folder: Path, **params: Any) -> Perfusion:
     given = {"super_category": "cat", "placeholder": WORD, "covariance": str(folder / "covariance.safetensors"),
              "ckpt_path": str(folder / "base.ckpt"), "first_stage_key": "image", **params}
-    return instantiate_from_config(tiny_models.latent_diffusion(folder, "perfusion.Perfusion", **given))
+    return instantiate_from_config(tiny_models.latent_diffusion_config(folder, "perfusion.Perfusion", **given))
 
 
 def prepared(folder: Path, parts: int = 1, masks: list[Tensor] | None = None, **params: Any) -> Perfusion:
-    data = photos(folder)
+    data = load_photos(folder)
     if masks is not None:
         data.set_masks(masks)
-    model = attached(unprepared(folder, **params), data, parts)
+    model = attach_trainer(unprepared(folder, **params), data, parts)
     model.setup("fit")
     model.configure_optimizers()
     return model.train()
@@ -146,7 +154,7 @@ def test_a_word_of_no_pieces_is_no_super_category(folder: Path) -> None:
 
 def test_only_photos_teach(folder: Path) -> None:
     with pytest.raises(UserError, match="PersonalizedBase"):
-        attached(unprepared(folder), [1, 2]).setup("fit")
+        attach_trainer(unprepared(folder), [1, 2]).setup("fit")
 
 
 # A step
@@ -159,7 +167,7 @@ def gradients(model: Perfusion) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("locking", ["local", "trained"])
 def test_exactly_the_concept_gets_gradients_recomputed_or_not(folder: Path, locking: str) -> None:
-    kept, recomputed = (gradients(prepared(folder, locking=locking, unet_config=tiny_models.unet(use_checkpoint=flag)))
+    kept, recomputed = (gradients(prepared(folder, locking=locking, unet_config=tiny_models.unet_config(use_checkpoint=flag)))
                         for flag in (False, True))
     tables = ["target_outputs_v"] + ["target_outputs_k"] * (locking == "trained")
     assert set(kept) == {"concepts.0.embedding"} | {f"concepts.0.{t}.{n}" for t in tables for n in range(LAYERS)}
@@ -221,8 +229,8 @@ def test_what_a_step_is_made_of(folder: Path) -> None:
     z, context, t, noise, weight = given_to_the_objective(model)
     assert isinstance(context, PromptContext) and context.batch_size == 2 and not context.cache
     assert z.shape == noise.shape == (2, 4, 8, 8) and t.shape == (2,) and 0 <= int(t.min()) <= int(t.max()) < 1000
-    images = torch.stack([photos(folder)[n]["image"] for n in range(2)])
-    flipped = [photos(folder)[n]["flipped"] for n in range(2)]
+    images = torch.stack([load_photos(folder)[n]["image"] for n in range(2)])
+    flipped = [load_photos(folder)[n]["flipped"] for n in range(2)]
     upright = torch.stack([image.flip(-1) if f else image for image, f in zip(images, flipped, strict=True)])
     upright[1] = upright[1].flip(-1)  # as the batch says
     posterior = model.first_stage_model.encode(upright)
@@ -415,7 +423,7 @@ def test_a_picture_of_a_concept(folder: Path) -> None:
 
 
 def fit(folder: Path, root: Path, steps: int, resumed: Path | None = None, **settings: Any) -> Perfusion:
-    return trained(unprepared(folder), SameBatch(folder, batch()), root, steps, resumed, **settings)
+    return train_method(unprepared(folder), RepeatedBatch(folder, batch()), root, steps, resumed, **settings)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

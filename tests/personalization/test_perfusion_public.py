@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers.oracles import randomise
-from helpers.stand_ins import model_section, pixels, stand_in
+from helpers.oracles import randomize
+from helpers.stand_ins import image_side, model_section, stand_in
 from PIL import Image
 
 from ldm.concepts.concept import load_perfusion_concepts
@@ -43,9 +43,9 @@ class Photos(pl.LightningDataModule):
 def base_weights(public: str, folder: Path) -> Path:
     """A checkpoint of the public model's stand-in, every parameter random, and its text encoder's covariance."""
     base = instantiate_from_config(stand_in(public, folder))
-    randomise(base.model, 0, scale=0.1)
-    randomise(base.first_stage_model, 1)
-    randomise(base.cond_stage_model, 2, scale=0.3)
+    randomize(base.model, 0, scale=0.1)
+    randomize(base.first_stage_model, 1)
+    randomize(base.cond_stage_model, 2, scale=0.3)
     torch.save({"state_dict": base.state_dict()}, folder / "base.ckpt")
     words = base.eval().get_learned_conditioning(["a cat in a red box", "the dog and a cup"]).flatten(0, 1).detach()
     save_covariance(folder / "covariance.safetensors", words.mT @ words / len(words), source="test", captions=2,
@@ -59,7 +59,7 @@ def taught(config: str, folder: Path, **changes: Any) -> Perfusion:
     model = instantiate_from_config(section)
     trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
                          enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder)
-    trainer.fit(model, datamodule=Photos(folder / "photos", pixels(section)))
+    trainer.fit(model, datamodule=Photos(folder / "photos", image_side(section)))
     return model
 
 

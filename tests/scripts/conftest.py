@@ -4,10 +4,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.image_world import Draw, Main, World, drawer
+from helpers.model_files import Generate, Main, ModelFiles, script_generator
 
 
 @pytest.fixture
-def draw(main: Main, world: World, tmp_path: Path) -> Draw:
+def generate(main: Main, model_files: ModelFiles, tmp_path: Path) -> Generate:
     """Runs the script whose `main` a test module gives."""
-    return drawer(main, world.config, tmp_path)
+    return script_generator(main, model_files.config, tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.image_world import PROMPT, QUICK, WIDTH, Main, World, complaint, main_of, process
+from helpers.model_files import PROMPT, QUICK, WIDTH, Main, ModelFiles, error_line, load_main, run_script
 from PIL import Image
 
 from evaluation.attention.cases import cases_of, look
@@ -38,14 +38,14 @@ class LeftHalf:
 
 @pytest.fixture(scope="module")
 def main() -> Main:
-    return main_of("attention_maps")
+    return load_main("attention_maps")
 
 
 @pytest.fixture
-def word(world: World, tmp_path: Path) -> Path:
+def word(model_files: ModelFiles, tmp_path: Path) -> Path:
     """A word of two vectors, by Textual Inversion."""
     vectors = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(5))
-    base = load_concepts(world.teddy)[0].base
+    base = load_concepts(model_files.teddy)[0].base
     return save_concepts(tmp_path / "word.safetensors", [
         FinetunedConcept("textual-inversion", "<teddy>", "teddy bear", vectors, base=base)])
 
@@ -58,11 +58,11 @@ def mask(tmp_path: Path) -> Path:
     return tmp_path / "mask.png"
 
 
-def test_methods_side_by_side_as_a_picture_and_as_figures(world: World, word: Path, mask: Path, tmp_path: Path) -> None:
+def test_methods_side_by_side_as_a_picture_and_as_figures(model_files: ModelFiles, word: Path, mask: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = process("attention_maps", PROMPT, "--concepts", world.teddy, word, "--reference", "--mask", mask,
-                     "--n_samples", 2, "--batch_size", 1, "--config", world.config, "--outdir", out, *QUICK,
-                     cache=world.folder / "cache")
+    result = run_script("attention_maps", PROMPT, "--concepts", model_files.teddy, word, "--reference", "--mask", mask,
+                     "--n_samples", 2, "--batch_size", 1, "--config", model_files.config, "--outdir", out, *QUICK,
+                     cache=model_files.folder / "cache")
     assert result.returncode == 0, result.stderr
     names = ["attention_maps-0000.png", "attention_maps-0000.csv", "attention_maps-0000.json"]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
@@ -84,12 +84,12 @@ def test_methods_side_by_side_as_a_picture_and_as_figures(world: World, word: Pa
 
 
 def test_the_segmenter_is_asked_of_each_picture_and_those_without_the_thing_do_not_count(
-    main: Main, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    main: Main, model_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stand_in = LeftHalf(fails=[2])
     monkeypatch.setattr(ZeroShotSegmenter, "from_path", lambda *_: stand_in)
-    main([PROMPT, "--concepts", str(world.teddy), "--config", str(world.config), "--outdir", str(tmp_path / "out"),
+    main([PROMPT, "--concepts", str(model_files.teddy), "--config", str(model_files.config), "--outdir", str(tmp_path / "out"),
           "--n_samples", "3", "--shown", "2", "--labels", "mine", *QUICK])
     assert stand_in.asked == ["teddy bear"] * 3
     assert "mine, seed 2: the segmenter finds no teddy bear in it" in caplog.text
@@ -101,20 +101,20 @@ def test_the_segmenter_is_asked_of_each_picture_and_those_without_the_thing_do_n
 
 
 def test_where_nothing_is_found_nothing_is_measured_and_maps_are_shown(
-    main: Main, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    main: Main, model_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     stand_in = LeftHalf(fails=[1])
     monkeypatch.setattr(ZeroShotSegmenter, "from_path", lambda *_: stand_in)
-    main(["a big cat outside", "--word", "Big cat", "--config", str(world.config), "--outdir", str(tmp_path / "out"),
+    main(["a big cat outside", "--word", "Big cat", "--config", str(model_files.config), "--outdir", str(tmp_path / "out"),
           "--n_samples", "1", *QUICK])
     assert stand_in.asked == ["Big cat"]
     assert "base model: no Big cat was found in any picture, so nothing is measured" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "attention_maps-0000.png").width > 500
 
 
-def test_the_pictures_are_those_that_are_drawn_without_maps(main: Main, world: World) -> None:
+def test_the_pictures_are_those_that_are_drawn_without_maps(main: Main, model_files: ModelFiles) -> None:
     (case,) = cases_of(main.__wrapped__.__globals__["parse_arguments"](
-        [PROMPT, "--concepts", str(world.teddy), "--config", str(world.config), *QUICK]))
+        [PROMPT, "--concepts", str(model_files.teddy), "--config", str(model_files.config), *QUICK]))
     model = inference.load_base(case.plan.config, None, "cpu")
     seen = look(case, model)
     encoder = inference.prompt_encoder(model, case.plan.concepts)
@@ -130,9 +130,9 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("a cat", "--word", "dog"), "--word dog: does not stand in the prompt 'a cat'"),
     (("a cat", "--word", "ca", "--mask", "{mask}"), "word 'ca' does not stand in the prompt"),
     (("a cat", "--word", "cat", "--ddim_steps", "2"), "--steps 2: maps are of early, middle and late steps"),
-    (("a cat", "--concepts", "{world}/teddy.safetensors"), "names no concept of .*, which has <teddy>"),
-    (("a <mug>", "--concepts", "{world}/teddy.safetensors"), "names <mug>, but no loaded concept"),
-    (("a <teddy>", "--concepts", "{world}/teddy.safetensors", "--labels", "a", "b"), "--labels: 2 for 1 concept files"),
+    (("a cat", "--concepts", "{model_files}/teddy.safetensors"), "names no concept of .*, which has <teddy>"),
+    (("a <mug>", "--concepts", "{model_files}/teddy.safetensors"), "names <mug>, but no loaded concept"),
+    (("a <teddy>", "--concepts", "{model_files}/teddy.safetensors", "--labels", "a", "b"), "--labels: 2 for 1 concept files"),
     (("a <teddy>", "--concepts", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
     (("a cat", "--word", "cat", "--mask", "nowhere.png"), "nowhere.png: no such file"),
     (("a cat", "--word", "cat", "--mask", "a.png", "--segmenter", "b"), "not allowed with argument"),
@@ -142,11 +142,11 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(mistake[0])[-40:] for mistake in MISTAKES])
 def test_mistakes_are_one_line_and_nothing_is_written(
-    main: Main, world: World, mask: Path, tmp_path: Path, arguments: tuple[str, ...], message: str,
+    main: Main, model_files: ModelFiles, mask: Path, tmp_path: Path, arguments: tuple[str, ...], message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = [argument.format(world=world.folder, mask=mask) for argument in arguments]
-    base = ["--config", str(world.config), "--outdir", str(tmp_path / "out"), *QUICK]
-    error = complaint(main, [given[0], *base, *given[1:]], capsys)
+    given = [argument.format(model_files=model_files.folder, mask=mask) for argument in arguments]
+    base = ["--config", str(model_files.config), "--outdir", str(tmp_path / "out"), *QUICK]
+    error = error_line(main, [given[0], *base, *given[1:]], capsys)
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()

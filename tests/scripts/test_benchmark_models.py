@@ -36,10 +36,10 @@ def settings(tmp_path: Path) -> Settings:
         "target": "ldm.data.personalized.PersonalizedBase",
         "params": {"data_root": "photos", "size": 16, "placeholder_token": "${model.params.placeholder}",
                    "templates": list(tiny_models.TEMPLATES)}}}}
-    learner = tiny_models.latent_diffusion(tmp_path, "perfusion.Perfusion", super_category="teddy bear",
+    learner = tiny_models.latent_diffusion_config(tmp_path, "perfusion.Perfusion", super_category="teddy bear",
                                            placeholder="<toy>")
     for name, content in {"teach": {"model": learner, "data": data},
-                          "draw": {"model": tiny_models.latent_diffusion(tmp_path)}}.items():
+                          "draw": {"model": tiny_models.latent_diffusion_config(tmp_path)}}.items():
         OmegaConf.save(OmegaConf.create(content), tmp_path / f"{name}.yaml")
     shape = Shape("mini", str(tmp_path / "teach.yaml"), str(tmp_path / "draw.yaml"), 16, 16, steps=2, quick_steps=2,
                   batches=(2,), quick_batches=(2,), segmenter="models/mini/segmenter", has_goals=False)

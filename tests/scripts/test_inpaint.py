@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.image_world import (
+from helpers.model_files import (
     PROMPT,
     QUICK,
-    Draw,
+    Generate,
     Main,
-    World,
-    apart,
-    complaint,
-    drawer,
-    levels,
-    main_of,
-    pictures,
-    process,
+    ModelFiles,
+    error_line,
+    image_paths,
+    load_main,
+    max_difference,
+    read_pixels,
+    run_script,
+    script_generator,
 )
 from PIL import Image
 
@@ -77,7 +77,7 @@ def mask(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def main() -> Main:
-    return main_of("inpaint")
+    return load_main("inpaint")
 
 
 def inside(left: int, top: int, right: int, bottom: int) -> np.ndarray:
@@ -87,80 +87,80 @@ def inside(left: int, top: int, right: int, bottom: int) -> np.ndarray:
     return box
 
 
-def test_as_a_process_it_keeps_what_is_not_masked(world: World, photo: Path, mask: Path, tmp_path: Path) -> None:
-    done = process(
-        "inpaint", "--config", world.config, "--init-img", photo, "--mask", mask, "--concept", world.teddy, "--prompt",
+def test_as_a_process_it_keeps_what_is_not_masked(model_files: ModelFiles, photo: Path, mask: Path, tmp_path: Path) -> None:
+    done = run_script(
+        "inpaint", "--config", model_files.config, "--init-img", photo, "--mask", mask, "--concept", model_files.teddy, "--prompt",
         PROMPT, "a dog", "--n_samples", 2, "--border", 1, *QUICK, "--outdir", tmp_path / "out",
-        cache=world.folder / "cache")
+        cache=model_files.folder / "cache")
     assert done.returncode == 0, done.stderr
     used = tmp_path / "out" / "mask-0000.png"
     assert f"drawn anew is what is white in {used}, over a border of 1 pixels\n" in done.stderr
-    assert np.array_equal(levels(used), 255 * inside(4, 8, 12, 16))
-    written = pictures(tmp_path / "out")
-    assert len(written) == 4 and len({levels(path).tobytes() for path in written}) == 4
+    assert np.array_equal(read_pixels(used), 255 * inside(4, 8, 12, 16))
+    written = image_paths(tmp_path / "out")
+    assert len(written) == 4 and len({read_pixels(path).tobytes() for path in written}) == 4
     kept = ~inside(3, 7, 13, 16)
-    assert all(np.array_equal(levels(path)[kept], levels(photo)[kept]) for path in written)
+    assert all(np.array_equal(read_pixels(path)[kept], read_pixels(photo)[kept]) for path in written)
     note = read_note(written[0])
     assert (note["init_img"], note["mask"], note["border"], note["strength"]) == (str(photo), str(used), 1, 1.0)
     assert note["concepts"][0]["placeholder"] == "<teddy>"
 
 
-def test_the_border_lies_outside_of_the_grown_mask(draw: Draw, photo: Path, mask: Path) -> None:
-    original = levels(photo)
+def test_the_border_lies_outside_of_the_grown_mask(generate: Generate, photo: Path, mask: Path) -> None:
+    original = read_pixels(photo)
     base = ("--init-img", photo, "--mask", mask, *CAT)
-    hard, soft, grown = draw(*base, *HARD), draw(*base, "--border", 2), draw(*base, *HARD, "--grow", 3)
+    hard, soft, grown = generate(*base, *HARD), generate(*base, "--border", 2), generate(*base, *HARD, "--grow", 3)
     for drawn, box in ((hard, (4, 8, 12, 16)), (soft, (2, 6, 14, 16)), (grown, (1, 5, 15, 16))):
         assert np.array_equal(drawn[:, ~inside(*box)], np.stack([original[~inside(*box)]] * 2))
     changed = np.abs(grown - original).max(axis=(0, 3))
     assert (changed[inside(1, 5, 15, 16)] > 0).mean() > 0.9
-    assert apart(draw(*base, *HARD), hard) == 0
-    usual = draw(*base)  # the border of a picture this small has no width
-    assert apart(usual, hard) == 0
+    assert max_difference(generate(*base, *HARD), hard) == 0
+    usual = generate(*base)  # the border of a picture this small has no width
+    assert max_difference(usual, hard) == 0
 
 
 def test_all_white_is_what_txt2img_draws_and_strength_leads_there(
-    draw: Draw, world: World, photo: Path, tmp_path: Path
+    generate: Generate, model_files: ModelFiles, photo: Path, tmp_path: Path
 ) -> None:
     Image.new("L", (16, 16), "white").save(tmp_path / "white.png")
     base = ("--init-img", photo, "--mask", tmp_path / "white.png", *CAT)
-    drawn = drawer(main_of("txt2img"), world.config, tmp_path)(*CAT, outdir="other")
-    assert apart(draw(*base), drawn) == 0
-    assert apart(draw(*base, "--strength", 0.5), drawn) > 10
+    drawn = script_generator(load_main("txt2img"), model_files.config, tmp_path)(*CAT, outdir="other")
+    assert max_difference(generate(*base), drawn) == 0
+    assert max_difference(generate(*base, "--strength", 0.5), drawn) > 10
 
 
 def test_a_mask_comes_from_a_word_and_can_be_given_again(
-    draw: Draw, photo: Path, segmenter: BrightPlaces, tmp_path: Path
+    generate: Generate, photo: Path, segmenter: BrightPlaces, tmp_path: Path
 ) -> None:
     wide = Image.new("RGB", (48, 32))
     wide.paste(Image.open(photo).resize((32, 32), Image.Resampling.NEAREST), (8, 0))
     wide.save(tmp_path / "wide.png")
     base = ("--init-img", tmp_path / "wide.png", *CAT, *HARD)
-    by_word = draw(*base, "--mask_word", "snow man", "--grow", 1)
+    by_word = generate(*base, "--mask_word", "snow man", "--grow", 1)
     used = tmp_path / "out" / "mask-0000.png"
     assert segmenter.asked == ["CIDAS/clipseg-rd64-refined", "snow man"]
-    assert np.array_equal(levels(used) == 255, inside(7, 3, 13, 9))
+    assert np.array_equal(read_pixels(used) == 255, inside(7, 3, 13, 9))
     assert np.array_equal(by_word[:, ~inside(7, 3, 13, 9)],
                           np.stack([np.asarray(cut_to(wide, 16, 16), dtype=int)[~inside(7, 3, 13, 9)]] * 2))
-    assert apart(draw(*base, "--mask", used), by_word) == 0
+    assert max_difference(generate(*base, "--mask", used), by_word) == 0
     assert (tmp_path / "out" / "mask-0001.png").read_bytes() == used.read_bytes()
-    draw(*base, "--mask-word", "snow man", "--segmenter", "my/own")
+    generate(*base, "--mask-word", "snow man", "--segmenter", "my/own")
     assert segmenter.asked[2:] == ["my/own", "snow man"]
 
 
-def test_a_cut_out_is_a_mask_of_its_opaque_part(draw: Draw, photo: Path, tmp_path: Path) -> None:
+def test_a_cut_out_is_a_mask_of_its_opaque_part(generate: Generate, photo: Path, tmp_path: Path) -> None:
     cut_out = Image.new("RGBA", (16, 16))
     cut_out.paste("black", (0, 0, 8, 16))
     cut_out.save(tmp_path / "cut_out.png")
-    draw("--init-img", photo, "--mask", tmp_path / "cut_out.png", *CAT)
-    assert np.array_equal(levels(tmp_path / "out" / "mask-0000.png") == 255, inside(0, 0, 8, 16))
+    generate("--init-img", photo, "--mask", tmp_path / "cut_out.png", *CAT)
+    assert np.array_equal(read_pixels(tmp_path / "out" / "mask-0000.png") == 255, inside(0, 0, 8, 16))
 
 
 def test_a_thing_that_is_not_there_is_an_error(
-    main: Main, world: World, segmenter: BrightPlaces, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    main: Main, model_files: ModelFiles, segmenter: BrightPlaces, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (16, 16), (60, 60, 60)).save(tmp_path / "grey.png")
-    error = complaint(main, ["--init-img", str(tmp_path / "grey.png"), "--mask-word", "cat", "--prompt", "a dog",
-                             "--config", str(world.config), "--outdir", str(tmp_path / "out")], capsys)
+    error = error_line(main, ["--init-img", str(tmp_path / "grey.png"), "--mask-word", "cat", "--prompt", "a dog",
+                             "--config", str(model_files.config), "--outdir", str(tmp_path / "out")], capsys)
     assert f"{tmp_path / 'grey.png'}: the segmenter finds no cat in it (20 % likely at most); choose another" in error
     assert not (tmp_path / "out").exists()
 
@@ -177,7 +177,7 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     ((*MASK, "--strength", "0"), "must be above 0"),
     ((*MASK, "--init-img", "nowhere.png"), "nowhere.png: no such file"),
     (("--mask", "nowhere.png"), "nowhere.png: no such file"),
-    (("--mask", "{world}/base.yaml"), "base.yaml: cannot be read"),
+    (("--mask", "{model_files}/base.yaml"), "base.yaml: cannot be read"),
     (("--mask", "{here}/wide.png"), "wide.png: 32x16 does not fit its photo, 16x16"),
     (("--mask", "{here}/black.png"), "black.png: black where the photo is used, so nothing would change"),
     ((*MASK, "--prompt", "a <mug>"), "names <mug>"),
@@ -186,14 +186,14 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(mistake[0]) for mistake in MISTAKES])
 def test_mistakes_are_one_line_and_nothing_is_written(
-    main: Main, world: World, photo: Path, mask: Path, tmp_path: Path, arguments: tuple[str, ...], message: str,
+    main: Main, model_files: ModelFiles, photo: Path, mask: Path, tmp_path: Path, arguments: tuple[str, ...], message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Image.new("L", (32, 16), "white").save(tmp_path / "wide.png")
     Image.new("L", (16, 16)).save(tmp_path / "black.png")
-    base = ("--init-img", str(photo), "--prompt", "a cat", "--config", str(world.config), "--outdir",
+    base = ("--init-img", str(photo), "--prompt", "a cat", "--config", str(model_files.config), "--outdir",
             str(tmp_path / "out"), *QUICK)
-    given = [argument.format(world=world.folder, here=tmp_path) for argument in arguments]
-    error = complaint(main, [*base, *given], capsys)
+    given = [argument.format(model_files=model_files.folder, here=tmp_path) for argument in arguments]
+    error = error_line(main, [*base, *given], capsys)
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()

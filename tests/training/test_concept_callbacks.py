@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from helpers.training_setup import QUICK, teach
+from helpers.training_setup import QUICK, train_main
 
 from ldm.common.errors import MemoryShortage, UserError
 from ldm.concepts.concept import load_perfusion_concepts
@@ -27,7 +27,7 @@ def test_a_concept_is_safe_before_its_last_pictures_are_drawn(tmp_path: Path, mo
     monkeypatch.setattr(BeforeDuringAfter, "on_train_start", lambda *_: None)
     monkeypatch.setattr(BeforeDuringAfter, "_pictures", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        teach(tmp_path, *QUICK, "--max_steps", 2, "lightning.callbacks.pictures.params.during=0")
+        train_main(tmp_path, *QUICK, "--max_steps", 2, "lightning.callbacks.pictures.params.during=0")
     (path,) = drawn[0]
     assert load_perfusion_concepts(path)[0].steps == 2
 
@@ -40,7 +40,7 @@ def test_pictures_that_do_not_fit_are_left_out(tmp_path: Path, monkeypatch: pyte
         raise MemoryShortage("cuda has no memory for 1 such pictures at a time; draw smaller ones")
 
     monkeypatch.setattr(BeforeDuringAfter, "_pictures", too_large)
-    logdir = teach(tmp_path, *QUICK, "--max_steps", 2)
+    logdir = train_main(tmp_path, *QUICK, "--max_steps", 2)
     assert load_perfusion_concepts(logdir / "concept.safetensors")[0].steps == 2
     assert [message for message in caplog.messages if message.startswith("no pictures of my-teddy (after)")]
 
@@ -52,7 +52,7 @@ def test_the_public_configs_callback_shows_concepts_where_memory_lasts(
     if not fits:
         monkeypatch.setattr(concept_progress, "drawn_now", Mock(side_effect=MemoryShortage("cuda has no memory")))
     logger = "lightning.callbacks.image_logger"
-    logdir = teach(tmp_path, *QUICK, "--max_steps", 1, "lightning.callbacks.pictures=null",
+    logdir = train_main(tmp_path, *QUICK, "--max_steps", 1, "lightning.callbacks.pictures=null",
                    f"{logger}.target=main.ImageLogger", f"{logger}.params.batch_frequency=1",
                    f"{logger}.params.log_images_kwargs.ddim_steps=2")
     assert load_perfusion_concepts(logdir / "concept.safetensors")[0].steps == 1
@@ -65,7 +65,7 @@ def test_the_last_line_names_the_config_where_the_usual_one_would_not_do(tmp_pat
     caplog.set_level(logging.INFO)
     covariance = tmp_path / "my own.safetensors"
     covariance.write_bytes(Path("models/mini/covariance.safetensors").read_bytes())
-    logdir = teach(tmp_path / "logs", *QUICK, "--max_steps", 1, f"model.params.covariance={covariance}")
+    logdir = train_main(tmp_path / "logs", *QUICK, "--max_steps", 1, f"model.params.covariance={covariance}")
     (line,) = (message for message in caplog.messages if message.startswith("next: "))
     words = shlex.split(line)
     config = words[words.index("--config") + 1]

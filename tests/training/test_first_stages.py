@@ -12,7 +12,7 @@ import torch
 from helpers import tiny_models
 from helpers.lpips_files import write_lpips
 from helpers.oracles_vae import diffusers_vae_state
-from helpers.training_setup import ROOT, as_one_process, resume, state_of
+from helpers.training_setup import ROOT, in_project_root, load_state, resume_run
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
@@ -105,7 +105,7 @@ def stand_in(path: Path, folders: tuple[Path, Path], folder: Path, *overrides: o
     if "n_embed" in params:
         changes["model.params"] = {"n_embed": 32}
     changed = [f"{place}.{key}={value}" for place, values in changes.items() for key, value in values.items()]
-    with as_one_process():
+    with in_project_root():
         train(["--base", str(path), "--data_root", str(pictures), "-l", str(folder), *changed, *map(str, overrides)])
     (logdir,) = folder.iterdir()
     return logdir
@@ -114,7 +114,7 @@ def stand_in(path: Path, folders: tuple[Path, Path], folder: Path, *overrides: o
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_a_stand_in_trains(path: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Gradients reach both networks, and a checkpoint holds both, but not the perceptual one."""
-    state = state_of(stand_in(path, folders, tmp_path))
+    state = load_state(stand_in(path, folders, tmp_path))
     assert state["global_step"] == 1
     (optimizer,) = state["optimizer_states"]
     autoencoder, discriminator = (group["params"] for group in optimizer["param_groups"])
@@ -134,10 +134,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folders: tuple[Path,
     """With two batches to a step and clipped gradients; a VQ model draws nothing at random."""
     usual = ("lightning.trainer.accumulate_grad_batches=2", "lightning.trainer.gradient_clip_val=0.5",
              "data.params.batch_size=1", "data.params.train.params.size=32", "data.params.validation.params.size=32")
-    straight = state_of(stand_in(VQ_F4, folders, tmp_path / "straight", *usual, steps=3))
+    straight = load_state(stand_in(VQ_F4, folders, tmp_path / "straight", *usual, steps=3))
     stopped = stand_in(VQ_F4, folders, tmp_path / "stopped", *usual, steps=2)
-    before = state_of(stopped)["state_dict"]
-    resumed = state_of(resume(stopped, "--max_steps", 3))
+    before = load_state(stopped)["state_dict"]
+    resumed = load_state(resume_run(stopped, "--max_steps", 3))
     assert resumed["global_step"] == straight["global_step"] == 3
     for key, value in straight["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][key]), key
@@ -181,7 +181,7 @@ def test_a_public_checkpoint_loads_where_the_perceptual_network_is_missing(tmp_p
 
 def test_a_diffusion_model_leaves_its_first_stages_loss_out(tmp_path: Path) -> None:
     """Its checkpoints do, so that it would not go on from them."""
-    stage = tiny_models.first_stage()
+    stage = tiny_models.first_stage_config()
     stage["params"]["lossconfig"] = OmegaConf.to_container(OmegaConf.load(KL_F8).model.params.lossconfig)
-    model = instantiate_from_config(tiny_models.latent_diffusion(tmp_path, first_stage_config=stage))
+    model = instantiate_from_config(tiny_models.latent_diffusion_config(tmp_path, first_stage_config=stage))
     assert not any(".loss." in key for key in model.state_dict())

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import training_setup as teaching
-from helpers.training_setup import QUICK, ROOT, PhotoKeeper, teach
+from helpers import training_setup
+from helpers.training_setup import QUICK, ROOT, PhotoRecorder, train_main
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept, load_perfusion_concepts
 
 EXAMPLE = ROOT / "models" / "mini" / "examples" / "teddy"
-KEEP_PHOTOS = "lightning.callbacks.keeper.target=teaching.PhotoKeeper"
+KEEP_PHOTOS = "lightning.callbacks.keeper.target=helpers.training_setup.PhotoRecorder"
 
 
 def concept_of(logdir: Path) -> Concept:
@@ -29,32 +29,32 @@ def concept_of(logdir: Path) -> Concept:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without further flags."""
-    return teach(tmp_path_factory.mktemp("plain"), *QUICK)
+    return train_main(tmp_path_factory.mktemp("plain"), *QUICK)
 
 
 def test_the_seed_decides_the_concept(plain: Path, tmp_path: Path) -> None:
-    again, other = teach(tmp_path / "again", *QUICK, "-s", 23), teach(tmp_path / "other", *QUICK, "-s", 24)
+    again, other = train_main(tmp_path / "again", *QUICK, "-s", 23), train_main(tmp_path / "other", *QUICK, "-s", 24)
     one, same, another = ((logdir / "concept.safetensors").read_bytes() for logdir in (plain, again, other))
     assert one == same != another
     assert not torch.equal(concept_of(plain).target_input, concept_of(other).target_input)
 
 
 def test_a_name_and_a_folder(tmp_path: Path) -> None:
-    logdir = teach(tmp_path / "deep" / "runs", *QUICK, "-n", "mine", "-f", "_b", "-s", 5, "-t", "true")
+    logdir = train_main(tmp_path / "deep" / "runs", *QUICK, "-n", "mine", "-f", "_b", "-s", 5, "-t", "true")
     assert re.fullmatch(r"[\dT-]{19}_mine_b", logdir.name)
     (kept,) = (logdir / "configs").glob("*-lightning.yaml")
     assert OmegaConf.load(kept).lightning.seed == 5
 
 
 def test_a_callback_that_is_null_is_left_out(plain: Path, tmp_path: Path) -> None:
-    logdir = teach(tmp_path / "logs", *QUICK, "lightning.callbacks.pictures=null")
+    logdir = train_main(tmp_path / "logs", *QUICK, "lightning.callbacks.pictures=null")
     assert (plain / "images").is_dir() and not (logdir / "images").exists()
     assert (logdir / "concept.safetensors").read_bytes() == (plain / "concept.safetensors").read_bytes()
 
 
 def test_without_training_nothing_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), teaching.as_one_process():
-        teaching.train([*teaching.BASE, "-l", str(tmp_path / "logs"), "-t", "false"])
+    with caplog.at_level(logging.INFO), training_setup.in_project_root():
+        training_setup.train([*training_setup.BASE, "-l", str(tmp_path / "logs"), "-t", "false"])
     assert "model and data are ready" in caplog.text
     assert not list(tmp_path.iterdir())
 
@@ -62,13 +62,13 @@ def test_without_training_nothing_is_written(tmp_path: Path, caplog: pytest.LogC
 def test_one_photo_and_a_super_category_of_several_words(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.open(EXAMPLE / "0.png").save(tmp_path / "photos" / "only.jpg")
-    logdir = teach(tmp_path / "logs", *QUICK, "--data_root", tmp_path / "photos", "--init_word",
+    logdir = train_main(tmp_path / "logs", *QUICK, "--data_root", tmp_path / "photos", "--init_word",
                    "old brown teddy bear", "--placeholder", "bearkin", "model.params.inference_bias=0.6",
                    "model.params.temperature=0.2", KEEP_PHOTOS)
     concept = concept_of(logdir)
     assert (concept.super_category, concept.placeholder) == ("old brown teddy bear", "bearkin")
     assert (concept.bias, concept.temperature) == (0.6, 0.2)
-    assert len(PhotoKeeper.photos.paths) == 1
+    assert len(PhotoRecorder.photos.paths) == 1
 
 
 def write_photos(folder: Path) -> None:
@@ -92,10 +92,10 @@ def write_photos(folder: Path) -> None:
 def test_photos_of_every_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_photos(tmp_path / "photos")
     with caplog.at_level(logging.WARNING):
-        logdir = teach(tmp_path / "logs", *QUICK, "--data_root", tmp_path / "photos", KEEP_PHOTOS)
-    assert [path.name for path in PhotoKeeper.photos.paths] == ["a.JPG", "b.webp", "c.png", "d.png"]
+        logdir = train_main(tmp_path / "logs", *QUICK, "--data_root", tmp_path / "photos", KEEP_PHOTOS)
+    assert [path.name for path in PhotoRecorder.photos.paths] == ["a.JPG", "b.webp", "c.png", "d.png"]
     assert "e.png" in caplog.text and "notes.txt" not in caplog.text
-    turned, plain, grey, clear = (np.asarray(image, dtype=float) for image in PhotoKeeper.photos.images)
+    turned, plain, grey, clear = (np.asarray(image, dtype=float) for image in PhotoRecorder.photos.images)
     assert plain.shape == (64, 64, 3) and np.abs(turned - plain).mean() < 6
     assert np.allclose(plain[8, 32], (255, 0, 0), atol=2) and np.allclose(plain[-8, 32], (0, 0, 255), atol=2)
     assert np.ptp(grey, axis=2).max() == 0 and clear.min() == 255
@@ -104,8 +104,8 @@ def test_photos_of_every_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 
 def test_no_masks(plain: Path, tmp_path: Path) -> None:
-    logdir = teach(tmp_path / "logs", *QUICK, "--masks", "none", KEEP_PHOTOS)
-    assert not PhotoKeeper.photos.has_masks
+    logdir = train_main(tmp_path / "logs", *QUICK, "--masks", "none", KEEP_PHOTOS)
+    assert not PhotoRecorder.photos.has_masks
     assert not (logdir / "masks").exists() and not (logdir / "images" / "masks.png").exists()
     assert not torch.equal(concept_of(logdir).embedding, concept_of(plain).embedding)
 
@@ -116,8 +116,8 @@ def test_masks_of_ones_own(tmp_path: Path) -> None:
         drawn = np.zeros((64, 64), np.uint8)
         drawn[:, :32] = 255
         Image.fromarray(drawn).save(tmp_path / "mine" / photo.name)
-    logdir = teach(tmp_path / "logs", *QUICK, "--masks", tmp_path / "mine", KEEP_PHOTOS)
-    mask = PhotoKeeper.photos.mask(4)[0]
+    logdir = train_main(tmp_path / "logs", *QUICK, "--masks", tmp_path / "mine", KEEP_PHOTOS)
+    mask = PhotoRecorder.photos.mask(4)[0]
     assert mask[:, :32].min() == 1 and mask[:, 32:].max() == 0
     assert not (logdir / "masks").exists() and (logdir / "images" / "masks.png").is_file()
 
@@ -126,7 +126,7 @@ def test_another_base_model(plain: Path, tmp_path: Path) -> None:
     weights = load_file(ROOT / "models" / "mini" / "model.safetensors")
     name = next(key for key in weights if key.endswith("attn2.to_v.weight"))
     save_file({**weights, name: weights[name] * 2}, tmp_path / "other.safetensors")
-    logdir = teach(tmp_path / "logs", *QUICK, "--actual_resume", tmp_path / "other.safetensors")
+    logdir = train_main(tmp_path / "logs", *QUICK, "--actual_resume", tmp_path / "other.safetensors")
     assert concept_of(logdir).base != concept_of(plain).base
     (kept,) = (logdir / "configs").glob("*-project.yaml")
     assert OmegaConf.load(kept).model.params.ckpt_path == str(tmp_path / "other.safetensors")
@@ -136,8 +136,8 @@ def test_later_configs_win_and_overrides_most(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "model: {params: {inference_bias: 0.5, temperature: 0.3}}\nlightning: {trainer: {max_steps: 1}}\n")
     arguments = [*QUICK[2:], "model.params.temperature=0.4"]
-    with teaching.as_one_process():
-        teaching.train([*teaching.BASE, str(tmp_path / "mine.yaml"), "-l", str(tmp_path / "logs"), *arguments])
+    with training_setup.in_project_root():
+        training_setup.train([*training_setup.BASE, str(tmp_path / "mine.yaml"), "-l", str(tmp_path / "logs"), *arguments])
     (logdir,) = (tmp_path / "logs").iterdir()
     concept = concept_of(logdir)
     assert (concept.bias, concept.temperature, concept.steps) == (0.5, 0.4, 1)
@@ -156,6 +156,6 @@ def test_mistakes_leave_nothing_behind(tmp_path: Path, arguments: list[str], nam
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError) as refused:
-        teach(tmp_path / "logs", *QUICK, *(argument.format(empty=empty) for argument in arguments))
+        train_main(tmp_path / "logs", *QUICK, *(argument.format(empty=empty) for argument in arguments))
     assert re.search(named.format(empty=empty), str(refused.value)) and "\n" not in str(refused.value)
     assert not (tmp_path / "logs").exists()

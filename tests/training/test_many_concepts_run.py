@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training_setup import FEW_PICTURES, ROOT, resume, state_of, teach
+from helpers.training_setup import FEW_IMAGES, ROOT, load_state, resume_run, train_main
 from omegaconf import DictConfig
 
 from ldm.common.errors import UserError
@@ -15,12 +15,12 @@ from ldm.training.config import get_parser, read_config
 
 EXAMPLES = ROOT / "models" / "mini" / "examples"
 TWO = ("--data_root", EXAMPLES / "teddy", EXAMPLES / "teapot", "--init_word", "teddy bear", "teapot")
-QUICK = (*TWO, "--max_steps", 3, "data.params.batch_size=2", *FEW_PICTURES)
+QUICK = (*TWO, "--max_steps", 3, "data.params.batch_size=2", *FEW_IMAGES)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return teach(tmp_path_factory.mktemp("two"), *QUICK)
+    return train_main(tmp_path_factory.mktemp("two"), *QUICK)
 
 
 def test_each_concept_has_its_file_and_pictures(run: Path) -> None:
@@ -34,13 +34,13 @@ def test_each_concept_has_its_file_and_pictures(run: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_concepts(run: Path, tmp_path: Path) -> None:
-    logdir = teach(tmp_path, *QUICK, "lightning.callbacks.ctrl_c.target=teaching.CtrlC",
+    logdir = train_main(tmp_path, *QUICK, "lightning.callbacks.ctrl_c.target=helpers.training_setup.InterruptAt",
                    "lightning.callbacks.ctrl_c.params.batch=1")
-    assert state_of(logdir)["global_step"] == 2
-    resume(logdir, "lightning.callbacks.ctrl_c.params.batch=-1")
+    assert load_state(logdir)["global_step"] == 2
+    resume_run(logdir, "lightning.callbacks.ctrl_c.params.batch=-1")
     for name in ("teddy", "teapot"):
         assert (logdir / f"{name}.safetensors").read_bytes() == (run / f"{name}.safetensors").read_bytes()
-    ours, theirs = state_of(logdir)["state_dict"], state_of(run)["state_dict"]
+    ours, theirs = load_state(logdir)["state_dict"], load_state(run)["state_dict"]
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -81,7 +81,7 @@ def test_one_concept_is_described_as_ever() -> None:
 ])
 def test_mistakes_are_named_in_a_line(tmp_path: Path, arguments: tuple[object, ...], said: str) -> None:
     with pytest.raises(UserError) as refused:
-        teach(tmp_path, "--max_steps", 1, *arguments)
+        train_main(tmp_path, "--max_steps", 1, *arguments)
     assert re.search(said, str(refused.value)) and "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 

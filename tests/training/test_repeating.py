@@ -4,12 +4,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from helpers.training_setup import state_of, teach
+from helpers.training_setup import load_state, train_main
 
 AS_TAUGHT = ("--max_steps", 12, "lightning.callbacks.pictures=null")
 
 
 def test_two_threads_teach_the_same_concept_twice(tmp_path: Path) -> None:
     """In full precision: a concept file, in 16 bits, would hide small differences."""
-    first, again = (state_of(teach(tmp_path / name, *AS_TAUGHT, threads=2))["state_dict"] for name in ("a", "b"))
+    first, again = (load_state(train_main(tmp_path / name, *AS_TAUGHT, threads=2))["state_dict"] for name in ("a", "b"))
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.mini_runs import log_folder, log_scalars
+from helpers.mini_runs import write_log_folder, write_scalars
 
 from ldm.common.errors import UserError
 from ldm.training.run_record import describe_machine, describe_run, read_records, record_run
@@ -15,10 +15,10 @@ MODEL = {"target": "ldm.models.mini.openclip.OpenCLIPTrainer", "base_learning_ra
 
 
 def test_a_run_is_described_by_what_it_left(tmp_path: Path) -> None:
-    run = log_folder(tmp_path / "2026-01-01T00-00-00_clip", MODEL, steps=120)
-    log_scalars(run, "train/loss", [100.0, *range(10)], start=1e9)
-    log_scalars(run, "val/top1", [0.25, 0.5, 0.75], start=2e9)
-    log_scalars(run, "lr-AdamW", [1.0, 2.0], start=3e9)
+    run = write_log_folder(tmp_path / "2026-01-01T00-00-00_clip", MODEL, steps=120)
+    write_scalars(run, "train/loss", [100.0, *range(10)], start=1e9)
+    write_scalars(run, "val/top1", [0.25, 0.5, 0.75], start=2e9)
+    write_scalars(run, "lr-AdamW", [1.0, 2.0], start=3e9)
     found = describe_run(run)
     assert (found["run"], found["steps"], found["batch"], found["seed"]) == (run.name, 120, 4, 5)
     assert found["final"] == {"train/loss": 4.5, "val/top1": 0.75}  # the mean of the last ten, and the last
@@ -28,16 +28,16 @@ def test_a_run_is_described_by_what_it_left(tmp_path: Path) -> None:
 
 
 def test_pauses_between_two_sittings_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = log_folder(tmp_path / "run", MODEL)
+    run = write_log_folder(tmp_path / "run", MODEL)
     now = 0.0
     monkeypatch.setattr("time.time", lambda: now)  # when a TensorBoard file is begun
     for now, values in ((1e9, [1.0] * 6), (1.5e9, [1.0] * 11)):
-        log_scalars(run, "train/loss", values, start=now)
+        write_scalars(run, "train/loss", values, start=now)
     assert describe_run(run)["seconds"] == 10 + 20
 
 
 def test_machines_are_those_of_the_sittings(tmp_path: Path) -> None:
-    run = log_folder(tmp_path / "run", MODEL)
+    run = write_log_folder(tmp_path / "run", MODEL)
     for number, machine in enumerate(({"device": "cpu"}, {"device": "cpu"}, {"device": "a GPU"})):
         (run / "configs" / f"{number}-machine.json").write_text(json.dumps(machine))
     assert describe_run(run)["machines"] == [{"device": "cpu"}, {"device": "a GPU"}]
@@ -46,9 +46,9 @@ def test_machines_are_those_of_the_sittings(tmp_path: Path) -> None:
 def test_records_of_parts_stand_side_by_side(tmp_path: Path) -> None:
     file = tmp_path / "models" / "training.json"
     assert read_records(file) == {}
-    record_run(file, "clip", log_folder(tmp_path / "a", MODEL, steps=1))
-    record_run(file, "segmenter", log_folder(tmp_path / "b", MODEL))
-    latest = record_run(file, "clip", log_folder(tmp_path / "c", MODEL, steps=9))
+    record_run(file, "clip", write_log_folder(tmp_path / "a", MODEL, steps=1))
+    record_run(file, "segmenter", write_log_folder(tmp_path / "b", MODEL))
+    latest = record_run(file, "clip", write_log_folder(tmp_path / "c", MODEL, steps=9))
     records = read_records(file)
     assert records["clip"] == latest and latest["steps"] == 9 and records["segmenter"]["run"] == "b"
 
@@ -61,7 +61,7 @@ def test_the_machine_is_named() -> None:
 @pytest.mark.parametrize(("missing", "said"), [("checkpoints/last.ckpt", "holds no checkpoint"),
                                                ("configs/now-project.yaml", "no log folder of a training run")])
 def test_what_is_no_run_is_named(tmp_path: Path, missing: str, said: str) -> None:
-    run = log_folder(tmp_path / "run", MODEL)
+    run = write_log_folder(tmp_path / "run", MODEL)
     (run / missing).unlink()
     with pytest.raises(UserError, match=said):
         describe_run(run)
@@ -70,4 +70,4 @@ def test_what_is_no_run_is_named(tmp_path: Path, missing: str, said: str) -> Non
 def test_a_broken_file_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text("{")
     with pytest.raises(UserError, match="delete it"):
-        record_run(tmp_path / "training.json", "clip", log_folder(tmp_path / "run", MODEL))
+        record_run(tmp_path / "training.json", "clip", write_log_folder(tmp_path / "run", MODEL))

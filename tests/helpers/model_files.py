@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from transformers import CLIPTextConfig
 
-from helpers.oracles import randomise
+from helpers.oracles import randomize
 from ldm.common.files import save_tensors
 from ldm.concepts.concept import Concept, base_fingerprint, save_perfusion_concepts
 from ldm.modules import covariance
@@ -28,12 +28,12 @@ WIDTH, LENGTH, START, END = 16, 16, 49406, 49407
 PROMPT = "a photo of a <teddy> outside"
 QUICK = ("--ddim_steps", "3", "--scale", "2", "--device", "cpu")
 ROUNDING = 2  # of 255 levels: batches of another size round differently
-Draw = Callable[..., np.ndarray]
+Generate = Callable[..., np.ndarray]
 Main = Callable[[list[str]], None]
 
 
 @dataclass(frozen=True)
-class World:
+class ModelFiles:
     """A tiny base model, its config and checkpoint, and two concepts in files."""
 
     folder: Path
@@ -58,28 +58,28 @@ def model_config(text_encoder: Path) -> dict[str, object]:
             "version": str(text_encoder), "max_length": LENGTH}}}}}
 
 
-def make_world(folder: Path) -> World:
+def write_model_files(folder: Path) -> ModelFiles:
     """Writes all files of a `World`; with its cache as PERFUSION_CACHE, nothing slow is computed."""
     CLIPTextConfig(hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                    vocab_size=END + 1, max_position_embeddings=LENGTH, bos_token_id=START, eos_token_id=END,
                    pad_token_id=END).save_pretrained(folder / "text")
     config = model_config(folder / "text")
     checkpoint = folder / "base.safetensors"
-    model = randomise(instantiate_from_config(config["model"]), scale=0.15).requires_grad_(False)
+    model = randomize(instantiate_from_config(config["model"]), scale=0.15).requires_grad_(False)
     save_tensors(checkpoint, {k: v for k, v in model.state_dict().items() if not k.startswith("model_ema.")}, {})
     config["model"]["params"]["ckpt_path"] = str(checkpoint)
     OmegaConf.save(OmegaConf.create(config), folder / "base.yaml")
     with pytest.MonkeyPatch.context() as patch:  # the full corpus takes a while even here
         patch.setattr(covariance, "default_captions", lambda *_: [f"a photo of a {w}" for w in ("dog", "mug", "hat")])
         covariance.cached_covariance(model.cond_stage_model, folder / "cache", progress=False)
-    teddy = random_concept_of(model, "<teddy>", "teddy bear", seed=1)
+    teddy = random_concept(model, "<teddy>", "teddy bear", seed=1)
     save_perfusion_concepts(folder / "teddy.safetensors", [teddy], precision=None)
-    save_perfusion_concepts(folder / "mug.safetensors", [random_concept_of(model, "<mug>", "mug", seed=2)], precision=None)
+    save_perfusion_concepts(folder / "mug.safetensors", [random_concept(model, "<mug>", "mug", seed=2)], precision=None)
     save_perfusion_concepts(folder / "foreign.safetensors", [replace(teddy, base="0" * 64)], precision=None)
-    return World(folder, folder / "base.yaml", checkpoint, folder / "teddy.safetensors", folder / "mug.safetensors")
+    return ModelFiles(folder, folder / "base.yaml", checkpoint, folder / "teddy.safetensors", folder / "mug.safetensors")
 
 
-def random_concept_of(model: torch.nn.Module, placeholder: str, super_category: str, seed: int) -> Concept:
+def random_concept(model: torch.nn.Module, placeholder: str, super_category: str, seed: int) -> Concept:
     """A concept whose gate is wide open on its word in PROMPT, with target outputs that nobody can overlook."""
     draw = torch.Generator().manual_seed(seed)
     encoder, layers = model.cond_stage_model, name_text_layers(model.model.diffusion_model)
@@ -91,7 +91,7 @@ def random_concept_of(model: torch.nn.Module, placeholder: str, super_category: 
                    base=base_fingerprint(layers))
 
 
-def main_of(name: str) -> Main:
+def load_main(name: str) -> Main:
     """The main function of a script."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -99,18 +99,18 @@ def main_of(name: str) -> Main:
     return module.main
 
 
-def drawer(main: Main, config: Path, folder: Path) -> Draw:
+def script_generator(main: Main, config: Path, folder: Path) -> Generate:
     """Runs a script in this process; returns the pictures of the run as (n, H, W, 3) integers."""
 
     def run(*arguments: object, outdir: str = "out") -> np.ndarray:
-        before = pictures(folder / outdir)
+        before = image_paths(folder / outdir)
         main([str(argument) for argument in ("--config", config, "--outdir", folder / outdir, *QUICK, *arguments)])
-        return np.stack([levels(path) for path in pictures(folder / outdir) if path not in before])
+        return np.stack([read_pixels(path) for path in image_paths(folder / outdir) if path not in before])
 
     return run
 
 
-def complaint(main: Main, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def error_line(main: Main, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line in which a script refuses its arguments."""
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -120,22 +120,22 @@ def complaint(main: Main, arguments: list[str], capsys: pytest.CaptureFixture[st
     return error
 
 
-def process(name: str, *arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, *arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
     """A script run as a user does, from the project's folder."""
     return subprocess.run([sys.executable, ROOT / "scripts" / f"{name}.py", *map(str, arguments)], capture_output=True,
                           text=True, check=False, cwd=ROOT, env={**os.environ, "PERFUSION_CACHE": str(cache)})
 
 
-def pictures(outdir: Path) -> list[Path]:
+def image_paths(outdir: Path) -> list[Path]:
     """What a script drew, in the order of drawing."""
     return sorted((outdir / "samples").glob("*.png"))
 
 
-def levels(path: Path) -> np.ndarray:
+def read_pixels(path: Path) -> np.ndarray:
     """A picture's pixels, 0..255."""
     return np.asarray(Image.open(path), dtype=int)
 
 
-def apart(one: np.ndarray, other: np.ndarray) -> int:
+def max_difference(one: np.ndarray, other: np.ndarray) -> int:
     """How many levels the two differ by at most."""
     return int(np.abs(one - other).max())
