@@ -1,6 +1,6 @@
 """The text encoder of latent diffusion's 1.4B text-to-image model (Rombach et al., CVPR 2022, Sec. 4.3.1).
 
-A transformer that was trained along with the U-Net, on the word pieces of BERT (Devlin et al. 2018).
+The encoder is a transformer that was trained together with the U-Net. It reads BERT's word pieces (Devlin et al. 2018).
 """
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BERT_TOKENIZER = PROJECT / "models" / "bert_tokenizer"
 
 
 class TransformerEmbedder(AbstractEncoder):
-    """Tokens (B, N) of any vocabulary to encodings (B, N, n_embed).
+    """Encode tokens of any vocabulary: (B, N) to (B, N, n_embed).
 
     Args:
-        n_embed: width.
-        n_layer: pairs of attention and feed-forward layers.
-        vocab_size: how many tokens there are.
-        max_seq_len: most tokens at a time.
-        device: kept for the public configs; the module moves with the model it is part of.
+        n_embed: width of the encodings.
+        n_layer: number of pairs of an attention and a feed-forward layer.
+        vocab_size: size of the vocabulary.
+        max_seq_len: largest N.
+        device: ignored, kept for the public configs; the module moves with the model that contains it.
     """
 
     def __init__(self, n_embed: int, n_layer: int, vocab_size: int, max_seq_len: int = 77,
@@ -39,12 +39,12 @@ class TransformerEmbedder(AbstractEncoder):
 
 
 class BERTTokenizer(AbstractEncoder):
-    """Texts to numbers (B, max_length) of BERT's uncased word pieces, [CLS] first, [SEP] last, then [PAD].
+    """Turn texts into indices (B, max_length) of BERT's uncased word pieces: [CLS], the pieces, [SEP], then [PAD].
 
     Args:
-        device: kept for the public configs; tokens are on the CPU.
-        vq_interface: `encode` gives the tokens where a VQ model has its indices: (None, None, [None, None, tokens]).
-        max_length: tokens per text; what is longer is cut off.
+        device: ignored, kept for the public configs; tokens are on the CPU.
+        vq_interface: `encode` returns (None, None, [None, None, tokens]), as a VQ model returns its indices.
+        max_length: number of tokens per text; longer texts are cut off.
     """
 
     def __init__(self, device: str = "cuda", vq_interface: bool = True, max_length: int = 77) -> None:
@@ -63,13 +63,16 @@ class BERTTokenizer(AbstractEncoder):
 
 
 class BERTEmbedder(PromptEncoder):
-    """Prompts to encodings (B, max_seq_len, n_embed); every token attends to every other, padding included.
+    """Encode prompts to (B, max_seq_len, n_embed). Every token attends to every other token, padding included.
 
     Args:
         n_embed, n_layer, vocab_size, max_seq_len: see `TransformerEmbedder`.
-        device: kept for the public configs; the module moves with the model it is part of.
-        use_tokenizer: False for a model of other tokens, which are then given as they are, (B, N).
-        embedding_dropout: share of the embeddings' numbers left out in training.
+        device: ignored, kept for the public configs; the module moves with the model that contains it.
+        use_tokenizer: whether inputs are texts; False: they are tokens (B, N) of another vocabulary.
+        embedding_dropout: dropout rate of the embeddings in training.
+
+    Raises:
+        UserError: if `vocab_size` is too small for the tokenizer.
     """
 
     def __init__(self, n_embed: int, n_layer: int, vocab_size: int = 30522, max_seq_len: int = 77,
@@ -91,14 +94,15 @@ class BERTEmbedder(PromptEncoder):
     def token_table(self) -> Tensor:
         return self.transformer.token_emb.weight
 
-    def _frame(self) -> tuple[int, int, int]:
+    def _special_tokens(self) -> tuple[int, int, int]:
         return self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id
 
     def encode_embedded(self, embedded: Tensor) -> Tensor:
         return self.transformer.encode_embedded(embedded)
 
     def _whole_words(self) -> dict[str, int]:
-        return {piece: number for piece, number in self.tokenizer.get_vocab().items() if not piece.startswith("##")}
+        return {piece: index for piece, index in self.tokenizer.get_vocab().items() if not piece.startswith("##")}
 
     def forward(self, text: Sequence[str] | str | Tensor) -> Tensor:
+        """Encode prompts, or tokens if there is no tokenizer."""
         return super().forward(text) if self.use_tknz_fn else self.encode_tokens(text)

@@ -15,7 +15,7 @@ from ldm.modules.encoders.vocabulary import load_pretrained
 
 PROJECT = Path(__file__).resolve().parents[3]
 TOKENIZER = PROJECT / "models" / "clip_tokenizer"
-# Text towers whose weights come with a Stable Diffusion checkpoint: known by name, nothing to download.
+# Text towers whose weights are in Stable Diffusion checkpoints: they are built by name, without a download.
 KNOWN_TOWERS = {
     "openai/clip-vit-large-patch14": {
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -24,27 +24,27 @@ KNOWN_TOWERS = {
 
 
 class ClipWords(PromptEncoder):
-    """Prompts in CLIP's word pieces, which mark where a word ends."""
+    """Base class of encoders that read CLIP's word pieces, which mark the end of a word."""
 
     def _whole_words(self) -> dict[str, int]:
         ending = "</w>"
-        return {piece.removesuffix(ending): number for piece, number in self.tokenizer.get_vocab().items()
+        return {piece.removesuffix(ending): index for piece, index in self.tokenizer.get_vocab().items()
                 if piece.endswith(ending)}
 
 
 class FrozenCLIPEmbedder(ClipWords):
-    """The text tower of a CLIP: prompts to encodings (B, max_length, d).
+    """Encode prompts by the text tower of a CLIP, to (B, max_length, d).
 
     Args:
-        version: a folder with config.json (and weights, if no checkpoint brings them), or a hub name.
-        device: kept for the public configs; the module moves with the model it is part of.
-        max_length: tokens per prompt, start and end included.
-        freeze: whether the tower's parameters are taken out of training.
-        layer, layer_idx: "last", or "hidden" with the number of a layer whose output is taken instead, without the
-            final norm; 0 is what enters the first layer, -1 what leaves the last one.
+        version: a folder with config.json (and with weights, unless a checkpoint holds them), or a hub name.
+        device: ignored, kept for the public configs; the module moves with the model that contains it.
+        max_length: number of tokens per prompt, start and end tokens included.
+        freeze: whether to take the tower's parameters out of training.
+        layer: "last", or "hidden" to take the output of layer `layer_idx` without the final norm.
+        layer_idx: index of that layer: 0 is the input of the first layer, -1 the output of the last one.
 
     Raises:
-        UserError: there is no such tower, it is incomplete, or it has no such layer or not that many positions.
+        UserError: if there is no such tower, it is incomplete, or it has no such layer or fewer positions.
     """
 
     def __init__(self, version: str = "openai/clip-vit-large-patch14", device: str = "cuda", max_length: int = 77,
@@ -56,12 +56,13 @@ class FrozenCLIPEmbedder(ClipWords):
         self.max_length, self.layer_idx = max_length, layer_idx
         self.tokenizer, self.transformer = _clip_tower(version)
         self._check_fit(version)
-        self.register_state_dict_post_hook(_spell_as_compvis)
-        self.register_load_state_dict_pre_hook(_spell_as_installed)
+        self.register_state_dict_post_hook(_rename_to_compvis)
+        self.register_load_state_dict_pre_hook(_rename_to_installed)
         if freeze:
             self.freeze()
 
     def _check_fit(self, version: str) -> None:
+        """Raise UserError if tokenizer, tower and arguments do not fit together."""
         config = self.transformer.config
         if self.max_length > config.max_position_embeddings:
             raise UserError(f"text encoder {version!r} takes {config.max_position_embeddings} tokens; "
@@ -78,21 +79,26 @@ class FrozenCLIPEmbedder(ClipWords):
     def token_table(self) -> Tensor:
         return self.transformer.get_input_embeddings().weight
 
-    def _frame(self) -> tuple[int, int, int]:
+    def _special_tokens(self) -> tuple[int, int, int]:
         end = self.tokenizer.eos_token_id
         return self.tokenizer.bos_token_id, end, end
 
     def encode_embedded(self, embedded: Tensor) -> Tensor:
-        """See `PromptEncoder`. `transformers` wants numbers: each token has a row of its own in a table."""
+        """See `PromptEncoder`.
+
+        The tower of `transformers` takes token indices only. So it is called with a table in which every token of the
+        batch has a row of its own.
+        """
         name = next(n for n, parameter in self.transformer.named_parameters() if parameter is self.token_table)
-        rows = embedded.flatten(0, 1)
-        places = torch.arange(len(rows), device=rows.device).view(embedded.shape[:2])
-        output = functional_call(self.transformer, {name: rows}, kwargs={
-            "input_ids": places, "output_hidden_states": self.layer_idx is not None})
+        table = embedded.flatten(0, 1)
+        indices = torch.arange(len(table), device=table.device).view(embedded.shape[:2])
+        output = functional_call(self.transformer, {name: table}, kwargs={
+            "input_ids": indices, "output_hidden_states": self.layer_idx is not None})
         return output.last_hidden_state if self.layer_idx is None else output.hidden_states[self.layer_idx]
 
 
 def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Return the tokenizer and the tower that `version` names: a known tower, a folder, or a model on the hub."""
     folder = Path(version) if Path(version).is_dir() else PROJECT / version
     try:
         if version in KNOWN_TOWERS and not Path(version).is_dir():
@@ -103,7 +109,7 @@ def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
             if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
                 return tokenizer, load_pretrained(CLIPTextModel, folder)
             return tokenizer, CLIPTextModel(CLIPTextConfig.from_pretrained(folder))
-        model = load_pretrained(CLIPTextModel, version)  # first: where there is no network, it asks the fewest times
+        model = load_pretrained(CLIPTextModel, version)  # first, since it retries least without a network
         return CLIPTokenizer.from_pretrained(version), model
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -111,28 +117,30 @@ def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """Where a model's tokenizer lies: with it, or else in the folder of CLIP's own that ships with the project."""
-    own = any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-    return folder if own else TOKENIZER
+    """Return the folder of a model's tokenizer: the model's folder, or else CLIP's tokenizer in this project."""
+    has_tokenizer = any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+    return folder if has_tokenizer else TOKENIZER
 
 
 def special_tokens(tokenizer: CLIPTokenizer) -> dict[str, int]:
-    """What a text tower's config has to know of its tokenizer."""
+    """Return the settings of a text tower's config that depend on its tokenizer."""
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
 
 
-# CompVis's checkpoints spell the tower's keys `transformer.text_model.…`; transformers 5 dropped `text_model.`.
+# CompVis's checkpoints name the tower's keys `transformer.text_model.…`; transformers 5 dropped `text_model.`.
 _COMPVIS, _SHORT = "transformer.text_model.", "transformer."
 
 
-def _spell_as_compvis(module: FrozenCLIPEmbedder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _rename_to_compvis(module: FrozenCLIPEmbedder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Rename the keys of a state dict that is saved, as in CompVis's checkpoints."""
     for key in [key for key in state if key.startswith(prefix + _SHORT)]:
         if not key.startswith(prefix + _COMPVIS):
             state[prefix + _COMPVIS + key.removeprefix(prefix + _SHORT)] = state.pop(key)
 
 
-def _spell_as_installed(module: FrozenCLIPEmbedder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _rename_to_installed(module: FrozenCLIPEmbedder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Rename the keys of a state dict that is loaded, as the installed version of transformers has them."""
     installed = any(name.startswith("text_model.") for name, _ in module.transformer.named_parameters())
     for key in [key for key in state if key.startswith(prefix + _SHORT)]:
         rest = key.removeprefix(prefix + _COMPVIS).removeprefix(prefix + _SHORT)

@@ -1,4 +1,4 @@
-"""Conditions other than text (Rombach et al., CVPR 2022): a class as a token, a map brought to the latents' size."""
+"""Encoders of conditions other than text: class labels, and maps such as segmentations (Rombach et al., CVPR 2022)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ METHODS = ("nearest", "bilinear", "bicubic", "area")
 
 
 class ClassEmbedder(nn.Module):
-    """Class numbers as one token each, for cross-attention: (B,) to (B, 1, embed_dim).
+    """Embed class labels as one token each, for cross-attention: (B,) to (B, 1, embed_dim).
 
     Args:
-        embed_dim: width.
-        n_classes: how many there are; a model for guidance has one more, which stands for none.
-        key: where a batch keeps its class numbers, if a whole batch is given.
+        embed_dim: width of the token.
+        n_classes: number of classes; a model for guidance has one more, which stands for "no class".
+        key: name of the labels in a batch.
     """
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
@@ -27,22 +27,24 @@ class ClassEmbedder(nn.Module):
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
     def forward(self, batch: Tensor | Mapping[str, Tensor], key: str | None = None) -> Tensor:
+        """Embed labels (B,), or those of a batch under `key`; the result is (B, 1, embed_dim)."""
         labels = batch[key or self.key] if isinstance(batch, Mapping) else batch
         return self.embedding(labels.to(self.embedding.weight.device).long()[:, None])
 
 
 class SpatialRescaler(AbstractEncoder):
-    """A map (B, C, H, W) scaled `n_stages` times by `multiplier`, its channels then mixed if `out_channels` is given.
+    """Rescale a map to the size of the latents, and map its channels by a 1x1 convolution if `out_channels` is given.
 
     Args:
-        n_stages: how often.
-        method: how positions between pixels are filled, see `torch.nn.functional.interpolate`.
-        multiplier: by how much each time.
-        in_channels, out_channels: of the 1x1 convolution; None for the second: no convolution.
-        bias: whether that adds a constant.
+        n_stages: number of times to rescale.
+        method: interpolation mode, see `torch.nn.functional.interpolate`.
+        multiplier: scale factor of each stage.
+        in_channels: input channels of the convolution.
+        out_channels: output channels of the convolution; None: no convolution.
+        bias: whether the convolution has a bias.
 
     Raises:
-        UserError: another method, or a negative number of stages.
+        UserError: if the method is unknown, or `n_stages` is negative.
     """
 
     def __init__(self, n_stages: int = 1, method: str = "bilinear", multiplier: float = 0.5, in_channels: int = 3,
@@ -56,6 +58,7 @@ class SpatialRescaler(AbstractEncoder):
         self.channel_mapper = None if out_channels is None else nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rescale a map (B, C, H, W)."""
         for _ in range(self.n_stages):
             x = F.interpolate(x, scale_factor=self.multiplier, mode=self.method)
         return x if self.channel_mapper is None else self.channel_mapper(x)

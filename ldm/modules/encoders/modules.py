@@ -1,4 +1,4 @@
-"""Encoders of conditions, under the names by which CompVis latent-diffusion's configs call them."""
+"""Encoders of conditions, at the path that CompVis latent-diffusion's configs name."""
 from __future__ import annotations
 
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["TOKENIZER", "AbstractEncoder", "BERTEmbedder", "BERTTokenizer", "Cla
 
 
 def __getattr__(name: str) -> Any:
-    """`FrozenOpenCLIPEmbedder` when it is asked for: open_clip takes a second that other encoders need not wait for."""
+    """Import `FrozenOpenCLIPEmbedder` on first use: importing open_clip takes a second, which other encoders save."""
     if name != "FrozenOpenCLIPEmbedder":
         raise AttributeError(f"{__name__} has no {name}")
     from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder

@@ -1,4 +1,22 @@
-"""What all encoders of prompts share: words to numbers, placeholders of concepts among them, and back from vectors."""
+"""The base class of all text encoders: from prompts, with or without learned words in them, to encodings.
+
+How a prompt reaches a layer
+----------------------------
+1. `PromptEncoder.tokenize` splits a prompt into word pieces. A placeholder such as `<teddy>` becomes a token index past
+   the end of the vocabulary: the j-th placeholder is token V + j for a vocabulary of V word pieces.
+2. `PromptEncoder.encode_tokens` looks up the embedding of each token in `token_table`. Where the token is a
+   placeholder, it takes the concept's learned vector instead.
+3. `PromptEncoder.encode_embedded`, the transformer of a subclass, turns embeddings into encodings e, (B, N, d).
+4. `ldm.modules.context.Edit.context` computes what the edit needs of e: the gates and e_perp (Eq. 3 of Perfusion).
+   The result is a `PromptContext`. Prompts without concepts skip this step, or become a `PromptContext.plain`.
+5. `ldm.models.diffusion.wrapper.DiffusionWrapper` passes the context to the U-Net
+   (`ldm.modules.diffusionmodules.openaimodel.UNetModel`), which hands it to every cross-attention layer.
+6. `ldm.modules.attention.PerfusionCrossAttention.keys_values` asks the context for the layer's keys and values:
+   W e_perp + gate * o*.
+
+`ldm.concepts.prompt_encoder.ConceptPromptEncoder` does steps 1 to 4 when images are generated. The methods of
+`ldm.personalization` do them when a concept is trained.
+"""
 from __future__ import annotations
 
 import string
@@ -15,147 +33,187 @@ from ldm.util import has_trainable_parameters, to_device
 
 
 class AbstractEncoder(nn.Module):
-    """Something that turns a batch of conditions into what the U-Net attends to."""
+    """Base class of the modules that turn a batch of conditions into what the U-Net attends to."""
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
 
 
 class PromptEncoder(AbstractEncoder):
-    """Prompts to encodings (B, max_length, d), where words may stand that the vocabulary has not got.
+    """Base class of text encoders. Prompts may hold placeholders, words that the vocabulary does not have.
 
-    A subclass has a `tokenizer` of `transformers`' kind, a `max_length` and a `token_table`, and says how tokens are
-    framed and how their rows of the table become encodings.
+    A subclass sets `tokenizer` and `max_length` and implements `token_table`, `encode_embedded`, `_special_tokens` and
+    `_whole_words`.
 
     Attributes:
-        graphs: what calls `encode_embedded` in its place, see `enable_fast_inference`; None: nothing.
+        tokenizer: a tokenizer of `transformers`.
+        max_length: N, the number of tokens per prompt, start and end tokens included.
+        graphs: runs `encode_embedded` by CUDA graphs; None until `enable_fast_inference` is called.
+
+    Example::
+
+        tokens = encoder.tokenize(["a photo of a <teddy>"], placeholders=["<teddy>"])  # (1, N)
+        encoding = encoder.encode_tokens(tokens, vectors)  # vectors (1, width), the embedding of <teddy>; to (1, N, d)
     """
 
     tokenizer: Any
     max_length: int
     graphs: GraphedEncoder | None = None
 
+    # What a subclass implements.
+
     @property
     def token_table(self) -> Tensor:
-        """(vocabulary, width): the embedding of every word piece."""
-        raise NotImplementedError
-
-    def _frame(self) -> tuple[int, int, int]:
-        """The numbers of the tokens that start, end and fill up a prompt."""
+        """The embedding of every word piece, (V, width)."""
         raise NotImplementedError
 
     def encode_embedded(self, embedded: Tensor) -> Tensor:
-        """Encodings (B, N, d) of tokens whose embeddings (B, N, width) are given."""
+        """Encode tokens whose embeddings are given: (B, N, width) to (B, N, d)."""
+        raise NotImplementedError
+
+    def _special_tokens(self) -> tuple[int, int, int]:
+        """Return the indices of the start, end and padding tokens."""
         raise NotImplementedError
 
     def _whole_words(self) -> dict[str, int]:
-        """Word pieces that are whole words, and their numbers."""
+        """Return the word pieces that are whole words, with their indices."""
         raise NotImplementedError
 
-    def enable_fast_inference(self) -> None:
-        """Makes a frozen encoder on a CUDA device as fast as it can be while vectors are learned, by graphs."""
-        self.graphs = GraphedEncoder(self.encode_embedded)
+    # Prompts to encodings.
 
-    def freeze(self) -> None:
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> PromptEncoder:
-        """A frozen encoder stays in evaluation mode."""
-        return super().train(mode and has_trainable_parameters(self))
-
-    @property
-    def device(self) -> torch.device:
-        return self.token_table.device
-
-    def word_pieces(self, text: str) -> list[int]:
-        """The numbers of the word pieces of `text`, without start and end."""
-        return self.word_pieces_of([text])[0]
-
-    def word_pieces_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same for each of several texts; to ask for them one by one takes three times as long."""
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-
-    def unknown_words(self, text: str) -> list[str]:
-        """The words of `text`, without punctuation, that have no piece with a row that training has touched."""
-        words = dict.fromkeys(bare for word in text.split() if (bare := word.strip(string.punctuation)))
-        untouched = self._untouched_rows()
-        untouched[self.tokenizer.unk_token_id] = True
-        return [word for word in words if bool(untouched[self.word_pieces(word)].all())]
-
-    def known_words(self) -> list[str]:
-        """Every whole word of letters that training has touched, sorted; none where it has touched most of them."""
-        untouched = self._untouched_rows()
-        if not untouched.any():
-            return []
-        return sorted(word for word, number in self._whole_words().items() if word.isalpha() and not untouched[number])
-
-    def _untouched_rows(self) -> Tensor:
-        """(vocabulary,) booleans: rows that equal most others, as in tables that were trained on few words."""
-        table = self.token_table.detach()
-        usual = table[::max(1, len(table) // 255)].median(0).values  # column by column that of a row, if most are equal
-        untouched = (table == usual).all(1)
-        return untouched & (2 * untouched.sum() > len(table))
+    def forward(self, text: Sequence[str] | str) -> Tensor:
+        """Encode prompts without placeholders: B texts, or one, to (B, N, d)."""
+        return self.encode_tokens(self.tokenize([text] if isinstance(text, str) else text))
 
     def tokenize(self, prompts: Sequence[str], placeholders: Sequence[str] = (),
                  counts: Sequence[int] | None = None) -> Tensor:
-        """(B, max_length) numbers of word pieces; placeholders have numbers past the vocabulary's, counted on.
+        """Turn prompts into token indices. Placeholders get indices past the vocabulary, in their order.
 
-        Without `counts` a placeholder is one token, so that the j-th has the number `vocabulary size + j`; with them
-        the j-th is counts[j] tokens in a row.
+        Args:
+            prompts: B prompts.
+            placeholders: the words of concepts, matched as whole words in any case.
+            counts: number of tokens of each placeholder; None: one each. With one each, the j-th placeholder has the
+                index V + j. With `counts`, the j-th is a run of counts[j] tokens.
+
+        Returns:
+            (B, N) integers on the CPU, with start, end and padding tokens.
 
         Raises:
-            UserError: a prompt has more tokens than fit.
+            UserError: if a prompt has more tokens than fit.
         """
-        numbers: list[range] = []
+        # Give each placeholder its range of indices past the vocabulary.
+        indices: list[range] = []
+        start = len(self.token_table)
         for count in counts or [1] * len(placeholders):
-            first = numbers[-1].stop if numbers else len(self.token_table)
-            numbers.append(range(first, first + count))
-        split = [split_at_placeholders(prompt, placeholders) for prompt in prompts]
-        spelt = iter(self.word_pieces_of([part for parts in split for part in parts if isinstance(part, str)]))
-        return torch.stack([
-            self._row(prompt, [piece for part in parts
-                               for piece in (next(spelt) if isinstance(part, str) else numbers[part])])
-            for prompt, parts in zip(prompts, split, strict=True)])
+            indices.append(range(start, start + count))
+            start += count
 
-    def _row(self, prompt: str, pieces: Sequence[int]) -> Tensor:
+        # Tokenize the texts between placeholders, those of all prompts in one call.
+        split = [split_at_placeholders(prompt, placeholders) for prompt in prompts]
+        texts = [part for parts in split for part in parts if isinstance(part, str)]
+        pieces_of_texts = iter(self.word_pieces_of(texts))
+
+        # Join the pieces of each prompt again.
+        rows = []
+        for prompt, parts in zip(prompts, split, strict=True):
+            pieces: list[int] = []
+            for part in parts:
+                pieces += next(pieces_of_texts) if isinstance(part, str) else indices[part]
+            rows.append(self._pad(prompt, pieces))
+        return torch.stack(rows)
+
+    def _pad(self, prompt: str, pieces: Sequence[int]) -> Tensor:
+        """Return the tokens (N,) of a prompt: start, word pieces, end, padding."""
         room = self.max_length - 2
         if len(pieces) > room:
             shown = prompt if len(prompt) <= 80 else f"{prompt[:79]}…"
             raise UserError(f"the prompt {shown!r} has {len(pieces)} tokens, but the text encoder takes {room}; "
                             "shorten it")
-        start, end, padding = self._frame()
+        start, end, padding = self._special_tokens()
         return torch.tensor([start, *pieces, end, *[padding] * (room - len(pieces))])
 
     def encode_tokens(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """Encodings (B, N, d) of tokens (B, N), where numbers past the vocabulary stand for the rows of `vectors`.
+        """Encode tokens, of which some may be placeholders.
 
-        A gradient with respect to `vectors` (J, width) costs no more than they do, and nothing inside the encoder is
-        replaced. Tokens are best on the CPU, where they are looked at: another device would have to finish its work
-        first.
+        Gradients reach `vectors`. They cost no more than the vectors do, and nothing inside the encoder is replaced.
+
+        Args:
+            tokens: (B, N), as `tokenize` returns them. Keep them on the CPU: this method inspects them, and on another
+                device it would have to wait for earlier work.
+            vectors: (J, width), the embeddings of the placeholder tokens V, V + 1, ...; None: there are none.
+
+        Returns:
+            (B, N, d)
         """
         table, tokens = self.token_table, tokens.cpu()
-        new = tokens >= len(table)
-        embedded = nn.functional.embedding(to_device(tokens.masked_fill(new, 0), table.device), table)
+        is_placeholder = tokens >= len(table)
+        known_tokens = tokens.masked_fill(is_placeholder, 0)  # any index will do: the next lines replace its embedding
+        embedded = nn.functional.embedding(to_device(known_tokens, table.device), table)
         if vectors is not None:
-            places = [to_device(place, table.device) for place in new.nonzero(as_tuple=True)]
-            instead = vectors.to(table)[to_device(tokens[new] - len(table), table.device)]
-            embedded = embedded.index_put(places, instead)
+            positions = [to_device(indices, table.device) for indices in is_placeholder.nonzero(as_tuple=True)]
+            replacements = vectors.to(table)[to_device(tokens[is_placeholder] - len(table), table.device)]
+            embedded = embedded.index_put(positions, replacements)
         return (self.graphs or self.encode_embedded)(embedded)
 
-    def forward(self, text: Sequence[str] | str) -> Tensor:
-        return self.encode_tokens(self.tokenize([text] if isinstance(text, str) else text))
+    # Word pieces and the words that the encoder was trained on.
+
+    def word_pieces(self, text: str) -> list[int]:
+        """Return the indices of the word pieces of a text, without start and end tokens."""
+        return self.word_pieces_of([text])[0]
+
+    def word_pieces_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the word pieces of several texts; one call is three times as fast as a call for each text."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Return the words of a text, without punctuation, of which no word piece was trained."""
+        words = dict.fromkeys(bare for word in text.split() if (bare := word.strip(string.punctuation)))
+        untrained = self._untrained_rows()
+        untrained[self.tokenizer.unk_token_id] = True
+        return [word for word in words if bool(untrained[self.word_pieces(word)].all())]
+
+    def known_words(self) -> list[str]:
+        """Return every trained word that consists of letters, sorted; an empty list if most rows were trained."""
+        untrained = self._untrained_rows()
+        if not untrained.any():
+            return []
+        return sorted(word for word, index in self._whole_words().items() if word.isalpha() and not untrained[index])
+
+    def _untrained_rows(self) -> Tensor:
+        """Return a mask (V,) of the rows that equal most others, as in tables that were trained on few words."""
+        table = self.token_table.detach()
+        # If most rows are equal, the median of each column is that row.
+        common_row = table[::max(1, len(table) // 255)].median(0).values
+        is_common = (table == common_row).all(1)
+        return is_common & (2 * is_common.sum() > len(table))
+
+    # State of the module.
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_table.device
+
+    def freeze(self) -> None:
+        """Take all parameters out of training."""
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> PromptEncoder:
+        """Set the training mode; a frozen encoder stays in evaluation mode."""
+        return super().train(mode and has_trainable_parameters(self))
+
+    def enable_fast_inference(self) -> None:
+        """Run a frozen encoder on a CUDA device by CUDA graphs while the vectors of concepts are trained."""
+        self.graphs = GraphedEncoder(self.encode_embedded)
 
 
 def word_vector(encoder: PromptEncoder, word: str) -> Tensor:
-    """(1, width): the embedding of a word; of several word pieces, the mean of theirs, as one virtual token.
+    """Return the embedding (1, width) of a word; the mean of its pieces' embeddings if it has several.
 
     Raises:
-        UserError: the vocabulary has no piece for it.
+        UserError: if the vocabulary has no piece for it.
     """
     pieces = [piece for piece in encoder.word_pieces(word) if piece != encoder.tokenizer.unk_token_id]
     if not pieces:
         raise UserError(f"the super-category {word!r} cannot be expressed in the text encoder's vocabulary; "
                         "give a plain word, such as \"teddy bear\"")
     return encoder.token_table[pieces].mean(0, keepdim=True)
-
-

@@ -1,7 +1,6 @@
-"""Word tables of text encoders that were trained on few words, stored without the rows that training never touched.
+"""Load pretrained text towers whose word table may be packed, that is, stored without the rows never trained.
 
-A table `X.weight` (V, d) is kept in a file as `X.weight.rows` (k, d), `X.weight.row_numbers` (k,), `X.weight.rest`
-(d,), the one row that stands for all other words, and `X.weight.size` (). Whoever reads the file gets a whole table.
+See `ldm.checkpoints.packed_tables` for the format. Readers always get a whole table.
 """
 from __future__ import annotations
 
@@ -20,19 +19,23 @@ from ldm.common.files import load_tensors
 
 
 def load_pretrained(cls: Any, path: str | Path) -> Any:
-    """`cls.from_pretrained(path)` for a folder or a hub name, packed tables unpacked; parameters in float32.
+    """Call `cls.from_pretrained(path)`, with packed tables unpacked and parameters in float32.
+
+    Args:
+        cls: a model class of `transformers`.
+        path: a folder, or the name of a model on the hub.
 
     Raises:
-        UserError: weights are cut off, or some that the model needs are missing.
-        OSError, ValueError: what `transformers` raises where there is no such model.
+        UserError: if the weights are cut off, or some that the model needs are missing.
+        OSError, ValueError: from `transformers`, if there is no such model.
     """
     file = Path(path) / "model.safetensors"
     if file.is_file():
         stored = unpack_tables(load_tensors(file)[0])
-        whole = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
+        state = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
         config = cls.config_class.from_pretrained(path)
-        with _without_bars():
-            model, report = cls.from_pretrained(None, config=config, state_dict=whole, output_loading_info=True)
+        with _no_progress_bar():
+            model, report = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
     else:
         model, report = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     missing = sorted(report["missing_keys"])
@@ -42,10 +45,13 @@ def load_pretrained(cls: Any, path: str | Path) -> Any:
 
 
 def load_packed(model: nn.Module, folder: str | Path, settings: str) -> None:
-    """Gives a model the weights in a folder, packed tables unpacked; `settings` is the file that the model is built by.
+    """Load the weights of a folder into a model, with packed tables unpacked.
+
+    Args:
+        settings: name of the file that the model was built from, for the error message.
 
     Raises:
-        UserError: they are cut off, or are not those of this model.
+        UserError: if the weights are cut off, or do not fit the model.
     """
     try:
         model.load_state_dict(unpack_tables(load_tensors(Path(folder) / "model.safetensors")[0]))
@@ -55,12 +61,12 @@ def load_packed(model: nn.Module, folder: str | Path, settings: str) -> None:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """`transformers` shows no progress bar while this lasts: tensors that are in memory take no time."""
-    shown = logging.is_progress_bar_enabled()
+def _no_progress_bar() -> Iterator[None]:
+    """Hide the progress bar of `transformers`: tensors that are in memory load at once."""
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()
