@@ -1,7 +1,6 @@
-"""Draws pictures from prompts, with learned concepts in them or without."""
+"""Generate images from prompts, with learned concepts in them or without."""
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli import generation as flags  # noqa: E402
 from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.errors import one_line_errors  # noqa: E402
+from ldm.inference.settings import GenerationOptions  # noqa: E402
 
 DESCRIPTION = f"""{__doc__}
 
-Pictures go to OUTDIR/samples, a sheet of them with their prompts to OUTDIR; earlier ones stay.
-The i-th picture of a prompt, from 0, has the seed SEED + i and depends on nothing else of the run.
+Images go to OUTDIR/samples and a sheet of them with their prompts to OUTDIR; earlier ones stay.
+The i-th image of a prompt, from 0, has the seed SEED + i and depends on nothing else of the run.
 """
 EXAMPLES = """examples:
   python scripts/txt2img.py --prompt "a photo of a dog on the beach"
@@ -23,25 +23,25 @@ EXAMPLES = """examples:
   python scripts/txt2img.py --concept teddy.safetensors mug.safetensors --bias 0.7 0.65 \\
       --prompt "a <my-teddy> next to a <my-mug>" "a <my-mug> in the snow"
 
-Which word stands for which concept is printed; of equal words the second becomes <word-2>.
+The word of each concept is printed. If two concepts have the same word, the second becomes <word-2>.
 """
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> GenerationOptions:
+    """Read the command line."""
     parser = Parser(DESCRIPTION, EXAMPLES)
-    flags.add_drawing_options(parser, outdir="outputs/txt2img-samples")
+    flags.add_generation_flags(parser, outdir="outputs/txt2img-samples")
     options = parser.parse_args(arguments)
-    flags.check_drawing(options)
-    return options
+    flags.check_generation_flags(options)
+    return flags.generation_options(options)
 
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    prompts = flags.read_prompts(options.prompt, options.from_file)
-    from ldm.inference import run as drawing  # here, as torch takes its time and --help should not
+    from ldm.inference.run import generate_to_folder  # loads torch, which --help need not wait for
 
-    print(drawing.summary(drawing.draw(drawing.plan(options, prompts))))
+    print(generate_to_folder(options).summary())
 
 
 if __name__ == "__main__":

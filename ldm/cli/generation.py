@@ -1,126 +1,133 @@
-"""Command-line flags that the scripts which draw pictures share, checked as they are read.
+"""Flags of the scripts that generate, and the dataclasses that they become.
 
-Nothing here imports torch, so `--help` and typing mistakes are answered at once.
+Imports no torch, so that `--help` and typing mistakes are answered at once.
 """
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.cli.parser import number, whole
 from ldm.common.errors import UserError
-from ldm.common.paths import check_folder
+from ldm.common.paths import PROJECT_ROOT, check_folder, resolve_path
+from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, ModelSettings, SourceSettings
 from ldm.models.diffusion.samplers import SAMPLERS
 
-DEFAULT_CONFIG = "configs/perfusion.yaml"
+DEFAULT_CONFIG = "models/mini/config.yaml"
 SEED_LIMIT = 2**63
-AUTO = "auto"  # a bias that `ldm.inference.auto_bias` is to find
-TOLD_APART = "of one concept, or one for each in the order in which they are listed"
-FOUND = "; auto finds a balance by a small sweep of its own and says which"
+ONE_OR_EACH = "one for all concepts, or one for each in the order of the files"
+BY_MODEL = "default: what the model's config says, or else"
 
 
-def add_drawing_options(parser: argparse.ArgumentParser, outdir: str) -> None:
-    """All flags that every script which draws has."""
-    add_prompt_options(parser)
-    add_concept_options(parser, automatic=True)
-    add_sampling_options(parser)
-    add_amount_options(parser)
-    add_model_options(parser, outdir)
+def add_generation_flags(parser: argparse.ArgumentParser, outdir: str) -> None:
+    """Add all flags that every script which generates has."""
+    add_prompt_flags(parser)
+    add_concept_flags(parser, automatic=True)
+    add_sampling_flags(parser)
+    add_amount_flags(parser)
+    add_model_flags(parser, outdir)
 
 
-def add_original_options(parser: argparse.ArgumentParser, strength: float, meaning: str) -> argparse._ArgumentGroup:
-    """The flags of a picture that others are made from; `meaning` says what `strength`, its usual value given, does."""
-    group = parser.add_argument_group("what to start from")
+def add_source_flags(parser: argparse.ArgumentParser, strength: float, meaning: str) -> argparse._ArgumentGroup:
+    """Add the flags of an image to start from; return their group, to which a script may add its own.
+
+    Args:
+        strength: the default.
+        meaning: help text of `--strength`.
+    """
+    group = parser.add_argument_group("image to start from")
     group.add_argument("--init-img", "--init_img", dest="init_img", required=True, metavar="FILE",
-                       help="a picture of any size; its middle is used, in the proportions of --W and --H")
+                       help="image of any size; its middle is used, in the proportions of --W and --H")
     group.add_argument("--strength", type=number(above=0, most=1), default=strength, metavar="NUMBER",
                        help=f"{meaning} (default: %(default)s)")
     return group
 
 
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what to draw")
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of prompts."""
+    group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT",
                        help="one prompt or several, each in quotes")
     group.add_argument("--from-file", "--from_file", dest="from_file", metavar="FILE",
-                       help="text file with one prompt per line; added to those of --prompt")
+                       help="text file with one prompt per line; these come after those of --prompt")
     group.add_argument("--negative_prompt", nargs="+", action="extend", default=[], metavar="TEXT",
                        help="what guidance leads away from, in place of the empty prompt; one for all prompts, or one "
                        "for each")
 
 
 def number_or_auto(text: str) -> float | str:
-    """A flag's type: a finite number, or `AUTO`."""
+    """Read a flag's value: a finite number, or `AUTO`."""
     return text if text == AUTO else number()(text)
 
 
-def add_concept_options(parser: argparse.ArgumentParser, automatic: bool = False) -> None:
-    """The flags of concepts; those of --bias auto where that is `automatic`."""
-    group = parser.add_argument_group("learned concepts")
+def add_concept_flags(parser: argparse.ArgumentParser, automatic: bool = False) -> None:
+    """Add the flags of concepts; with those of `--bias auto` if that is `automatic`."""
+    group = parser.add_argument_group("concepts")
     group.add_argument("--concept", "--embedding_path", dest="concept", nargs="+", action="extend", default=[],
-                       metavar="FILE", help="concept files, each of one concept or merged of several; without this "
-                       "flag the base model draws alone")
+                       metavar="FILE", help="concept files, each of one concept or merged from several; without this "
+                       "flag the base model generates alone")
+    auto = "; auto finds a balance by a small sweep and prints it" if automatic else ""
     group.add_argument("--bias", nargs="+", type=number_or_auto if automatic else number(), metavar="NUMBER",
-                       help=f"beta: higher follows the prompt more and the concept less; {TOLD_APART}. 0.6 to 0.75 is "
-                       f"usual, with --global_locking 0.4 to 0.6{FOUND if automatic else ''} (default: that of "
-                       "training)")
+                       help=f"beta: higher follows the prompt more and the concept less; {ONE_OR_EACH}. 0.6 to 0.75 is "
+                       f"usual, with --global_locking 0.4 to 0.6{auto} (default: that of training)")
     group.add_argument("--temperature", nargs="+", type=number(above=0), metavar="NUMBER",
-                       help=f"tau: how softly the concept sets in; {TOLD_APART}. 0.15 is usual (default: that of "
+                       help=f"tau: how softly the concept sets in; {ONE_OR_EACH}. 0.15 is usual (default: that of "
                        "training)")
     group.add_argument("--global_locking", action="store_true",
-                       help="lock the keys of the whole prompt, not only the concept's, to those of its super-category")
+                       help="lock the keys of the whole prompt, not only those of the concept's word, to the "
+                       "super-category")
     group.add_argument("--all_layers", action="store_true",
-                       help="draw with what all layers have learned, of concepts that use some: nearer to the photos, "
-                       "for a thing alone")
+                       help="use what all layers have learned, for concepts that use a few: closer to the photos, for "
+                       "a subject alone")
     if automatic:
-        _add_automatic_bias_options(group)
+        group.add_argument("--clip", metavar="NAME", help="CLIP that --bias auto measures by: a folder of transformers "
+                           "or open_clip, or ARCHITECTURE/WEIGHTS of open_clip such as ViT-B-32/openai (default: the "
+                           "model's)")
+        group.add_argument("--photos", metavar="FOLDER", help="the concept's photos, for --bias auto to compare with "
+                           "(default: images generated with the lowest bias)")
 
 
-def draw_as_trained(parser: argparse.ArgumentParser) -> None:
-    """What a script has in place of `add_concept_options` and negative prompts that leaves concepts as they are."""
+def leave_concepts_as_trained(parser: argparse.ArgumentParser) -> None:
+    """Set what `add_concept_flags` and negative prompts would give, for a script that leaves concepts as they are."""
     parser.set_defaults(bias=None, temperature=None, global_locking=False, all_layers=False, negative_prompt=[])
 
 
-def _add_automatic_bias_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--clip", metavar="NAME", help="what --bias auto measures by: a folder with a CLIP of "
-                       "transformers or open_clip, or ARCHITECTURE/WEIGHTS of open_clip such as ViT-B-32/openai "
-                       "(default: the folder evaluation_clip beside the base model)")
-    group.add_argument("--photos", metavar="FOLDER", help="the concept's photos, for --bias auto to compare with "
-                       "(default: pictures of it that are drawn with the lowest bias)")
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how to draw it")
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of sampling."""
+    group = parser.add_argument_group("sampling")
     which = group.add_mutually_exclusive_group()
-    which.add_argument("--sampler", choices=tuple(SAMPLERS), default="ddim",
+    which.add_argument("--sampler", choices=tuple(SAMPLERS),
                        help="dpm is DPM-Solver++(2M), good from 20 steps on; euler_a, ancestral Euler, adds noise in "
-                       "each step; heun takes twice the time per step (default: ddim)")
+                       f"each step; heun takes twice the time per step ({BY_MODEL} ddim)")
     which.add_argument("--plms", action="store_const", dest="sampler", const="plms", default=argparse.SUPPRESS,
                        help="short for --sampler plms")
-    group.add_argument("--ddim_steps", "--steps", dest="ddim_steps", type=whole(1), default=50, metavar="N",
-                       help="sampling steps, of any sampler (default: 50)")
+    group.add_argument("--ddim_steps", "--steps", dest="ddim_steps", type=whole(1), metavar="N",
+                       help=f"sampling steps, of any sampler ({BY_MODEL} 50)")
     group.add_argument("--ddim_eta", type=number(0, 1), metavar="NUMBER",
                        help="noise added in each step, from 0, none, to 1; for ddim (default: 0) and euler_a "
                        "(default: 1)")
-    group.add_argument("--scale", type=number(0), default=6.0, metavar="NUMBER",
-                       help="guidance: 1 is none, higher follows the prompt more closely (default: 6)")
+    group.add_argument("--scale", type=number(0), metavar="NUMBER",
+                       help=f"guidance: 1 is none, higher follows the prompt more closely ({BY_MODEL} 6)")
     group.add_argument("--seed", type=whole(0, SEED_LIMIT), default=1, metavar="N",
-                       help="of each prompt's first picture; the next ones count up from it (default: 1)")
+                       help="of each prompt's first image; the next ones count up (default: 1)")
 
 
-def add_amount_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how many, how large")
-    group.add_argument("--n_samples", type=whole(1), default=4, metavar="N", help="pictures per prompt (default: 4)")
+def add_amount_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of how many images, and of which size."""
+    group = parser.add_argument_group("amount and size")
+    group.add_argument("--n_samples", type=whole(1), default=4, metavar="N", help="images per prompt (default: 4)")
     group.add_argument("--n_iter", type=whole(1), default=1, metavar="N",
-                       help="so many times as many, with further seeds (default: 1)")
+                       help="multiply that number of images, with further seeds (default: 1)")
     group.add_argument("--batch_size", type=whole(1), metavar="N",
-                       help="pictures drawn at a time; fewer take less memory (default: as --n_samples)")
+                       help="images generated at a time; fewer take less memory (default: as --n_samples)")
     group.add_argument("--H", type=whole(1), metavar="PIXELS", help="height (default: the model's)")
     group.add_argument("--W", type=whole(1), metavar="PIXELS", help="width (default: the model's)")
 
 
-def add_model_options(parser: argparse.ArgumentParser, outdir: str) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, outdir: str) -> None:
+    """Add the flags of the base model, the machine and the output."""
     group = parser.add_argument_group("base model, machine, output")
     group.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE",
                        help="the base model's config (default: %(default)s)")
@@ -129,63 +136,89 @@ def add_model_options(parser: argparse.ArgumentParser, outdir: str) -> None:
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ... (default: the fastest there is)")
     group.add_argument("--precision", choices=("full", "autocast"),
                        help="autocast: sample in 16 bits, full: in 32 (default: autocast on cuda, full elsewhere)")
-    group.add_argument("--outdir", default=outdir, metavar="FOLDER", help="where to write (default: %(default)s)")
+    group.add_argument("--outdir", default=outdir, metavar="FOLDER", help="folder to write to (default: %(default)s)")
 
 
-def check_together(options: argparse.Namespace) -> None:
-    """Raises a UserError where flags contradict each other, or files and folders they name cannot be used."""
+def check_flags(options: argparse.Namespace) -> None:
+    """Raise UserError if flags contradict each other or name files and folders that cannot be used."""
     given = {"--bias": options.bias, "--temperature": options.temperature, "--global_locking": options.global_locking,
              "--all_layers": options.all_layers}
-    idle = [flag for flag, value in given.items() if value]
-    if idle and not options.concept:
-        raise UserError(f"{idle[0]} acts on learned concepts; name a file of one with --concept")
+    unused = [flag for flag, value in given.items() if value]
+    if unused and not options.concept:
+        raise UserError(f"{unused[0]} acts on learned concepts; name a file of one with --concept")
     if options.negative_prompt and options.scale == 1:
         raise UserError("--negative_prompt acts through guidance, and --scale 1 is none; raise --scale")
-    if options.ckpt is not None and not Path(options.ckpt).exists():
+    if options.ckpt is not None and not resolve_path(options.ckpt).exists():
         raise UserError(f"--ckpt {options.ckpt}: no such file or folder")
-    if not Path(options.config).is_file():
-        raise UserError(f"--config {options.config}: no such file; name one, from the project's own folder those in "
-                        "configs/")
+    if not resolve_path(options.config).is_file():
+        raise UserError(f"--config {options.config}: no such file; those of this project are in "
+                        f"{PROJECT_ROOT / 'configs'}")
     check_folder("--outdir", Path(options.outdir))
 
 
-def check_drawing(options: argparse.Namespace) -> None:
-    """`check_together` of the flags of `add_drawing_options`."""
-    check_together(options)
-    found = (options.bias or []).count(AUTO)
+def check_generation_flags(options: argparse.Namespace) -> None:
+    """Check the flags of `add_generation_flags` as `check_flags` does."""
+    check_flags(options)
+    automatic = AUTO in (options.bias or [])
     for flag, value in (("--clip", options.clip), ("--photos", options.photos)):
-        if value is not None and not found:
+        if value is not None and not automatic:
             raise UserError(f"{flag} goes with --bias {AUTO}; add that, or leave the flag out")
     if options.photos is not None and not Path(options.photos).is_dir():
         raise UserError(f"--photos {options.photos}: no such folder; give the one that holds the concept's photos")
 
 
+def generation_options(options: argparse.Namespace, source: SourceSettings | None = None) -> GenerationOptions:
+    """Turn the flags of `add_generation_flags` into a dataclass, with the prompts of all files read.
+
+    Raises:
+        UserError: there is no prompt, its file cannot be read, or the negative prompts do not fit.
+    """
+    prompts = read_prompts(options.prompt, options.from_file)
+    negatives = tuple(prompt.strip() for prompt in options.negative_prompt)
+    if len(negatives) not in (0, 1, len(prompts)):
+        raise UserError(f"--negative_prompt: {len(negatives)} of them for {len(prompts)} prompts; give one for all or "
+                        "one for each")
+    return GenerationOptions(
+        prompts=tuple(prompts), negative_prompts=negatives, model=model_settings(options), outdir=options.outdir,
+        concepts=tuple(options.concept), settings=generation_settings(options), seed=options.seed,
+        num_images=options.n_iter * options.n_samples, columns=options.n_samples,
+        batch_size=options.batch_size or options.n_samples, source=source, clip=options.clip, photos=options.photos)
+
+
+def generation_settings(options: argparse.Namespace) -> GenerationSettings:
+    """Return what the flags of sampling, size and concepts say, as far as a script has them."""
+
+    def flag(name: str, default: Any = None) -> Any:
+        return getattr(options, name, default)
+
+    def several(name: str) -> tuple[Any, ...] | None:
+        return None if flag(name) is None else tuple(flag(name))
+
+    return GenerationSettings(
+        num_inference_steps=options.ddim_steps, guidance_scale=options.scale, sampler=options.sampler,
+        eta=options.ddim_eta, height=flag("H"), width=flag("W"), bias=several("bias"),
+        temperature=several("temperature"), global_locking=flag("global_locking", False),
+        all_layers=flag("all_layers", False))
+
+
+def model_settings(options: argparse.Namespace) -> ModelSettings:
+    """Return what the flags of `add_model_flags` say of the base model."""
+    return ModelSettings(options.config, options.ckpt, options.device, options.precision)
+
+
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """The prompts given one by one and, after them, those of a text file; at least one.
+    """Return the prompts given one by one and, after them, those of a text file.
 
     Raises:
         UserError: the file is missing, no text or empty, or there is no prompt at all.
     """
-    lines = [] if file is None else _lines(Path(file))
+    lines = [] if file is None else _read_lines(Path(file))
     if not prompts and not lines:
-        raise UserError('nothing to draw; give --prompt "a photo of a dog" or --from-file FILE')
+        raise UserError('no prompt; give --prompt "a photo of a dog" or --from-file FILE')
     return [*(prompt.strip() for prompt in prompts), *lines]
 
 
-def negative_for_each(negative_prompts: Sequence[str], prompts: Sequence[str]) -> list[str]:
-    """The negative prompt of each prompt: the only one, its own, or where there are none the empty one.
-
-    Raises:
-        UserError: there are several, but not one for each prompt.
-    """
-    given = [prompt.strip() for prompt in negative_prompts] or [""]
-    if len(given) not in (1, len(prompts)):
-        raise UserError(f"--negative_prompt: {len(given)} of them for {len(prompts)} prompts; give one for all or one "
-                        "for each")
-    return given * len(prompts) if len(given) == 1 else given
-
-
-def _lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"--from-file {path}: no such file; give a text file with one prompt per line")
     try:

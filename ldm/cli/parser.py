@@ -6,21 +6,33 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, show_tracebacks
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, and that takes no flag by half of its name."""
+    """A parser that reports errors in one line, accepts no abbreviated flags, and knows `--debug`."""
 
     def __init__(self, description: str, epilog: str | None = None, prog: str | None = None) -> None:
         super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("-d", "--debug", action=ShowTracebacks, help="print the full traceback of an error "
+                          "(the same as PERFUSION_DEBUG=1)")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+class ShowTracebacks(argparse.Action):
+    """The action of `--debug`. It leaves nothing in the namespace."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, *_: Any) -> None:
+        show_tracebacks()
 
 
 def whole(least: int = 0, below: int | None = None) -> Callable[[str], int]:

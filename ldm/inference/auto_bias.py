@@ -1,90 +1,114 @@
-"""A balanced bias for a concept, found by a small sweep: what `--bias auto` does.
+"""Find a balanced bias for a concept by a small sweep: what `bias="auto"` and `--bias auto` do.
 
-The bias beta trades the prompt against the concept: the higher it is, the more of the prompt and the less of the
-concept there is in a picture, and every value is a point on a curve of text- against image-similarity (Tewel et al.,
-"Key-Locked Rank One Editing for Text-to-Image Personalization", 2023). Where its middle lies differs from concept to
-concept, so a few pictures are drawn at each of some biases and measured by a CLIP.
+The bias beta trades the prompt against the concept. The higher it is, the more an image follows its prompt and the less
+it shows the concept, so every value is a point on a curve of text similarity against image similarity (Tewel et al.,
+"Key-Locked Rank One Editing for Text-to-Image Personalization", 2023). Where the middle of that curve lies differs from
+concept to concept. So a few images are generated at each of several biases and measured by a CLIP.
 
-The rule of `balanced`: text similarity and likeness are each rescaled to 0 at their lowest and 1 at their highest in
-the sweep, as their cosines are of different size and spread; the bias of the highest harmonic mean of the two is taken.
-That mean is close to the smaller of both, so that neither is bought by giving up the other, and it is 0 where one of
-them is lowest, as they are at the two ends of the sweep.
+The rule (`balanced`). Text similarity and likeness are each rescaled to 0 at their lowest value and 1 at their highest
+value in the sweep, because their cosines differ in size and spread. The bias with the highest harmonic mean of the two
+wins. The harmonic mean is close to the smaller of the two, so neither is bought by giving up the other.
 
-A measure is flat where it does not change as it should from the lowest bias to the highest, text similarity upwards and
-likeness downwards, by `FLAT` and by twice the standard error of that change over prompts: rescaled, it would be chance
-made large. These two biases are compared as they are known beforehand: between the best and the worst of several, noise
-alone makes a difference. Pictures of one prompt, from the same noise at every bias, count as one. Where text similarity
-is flat, no bias loses anything of the prompt, and of those with the most likeness, to within `FLAT`, the one closest to
-the concept's own is taken. Where likeness is flat, the CLIP does not see how much of the concept there is; what a bias
-would cost is unknown then, and the concept keeps its own.
+Flat measures. A measure is flat if between the lowest and the highest bias it does not change in the expected direction
+(text similarity up, likeness down) by at least `FLAT` and by twice the standard error of that change over prompts.
+Rescaling a flat measure would blow up noise. The two outermost biases are compared because they are known beforehand:
+between the best and the worst of several values, noise alone makes a difference. Images of one prompt start from the
+same noise at every bias and count as one sample. If text similarity is flat, no bias loses anything of the prompt:
+among those with the most likeness, to within `FLAT`, the one closest to the concept's own wins. If likeness is flat, the CLIP
+does not see how much of the concept there is, so the concept keeps its own bias.
 """
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm.common.errors import UserError
+from ldm.common.paths import resolve_path
 from ldm.common.words import replace_word, replace_words, split_at_placeholders
 from ldm.concepts.concept import Concept
-from ldm.data.images import square, to_tensor
+from ldm.concepts.finetuned_concept import AnyConcept
+from ldm.concepts.settings import override_settings
+from ldm.data.images import crop_square, to_tensor
 from ldm.data.templates import SLOT
-from ldm.inference import sampling as inference
-from ldm.inference.sampling import Job, Sampling
+from ldm.inference.model_config import InferenceDefaults
+from ldm.inference.requests import GenerationRequest, requests_for
+from ldm.inference.settings import AUTO, GenerationSettings
 from ldm.models.clip_encoder import ClipEncoder, check_clip_name
-from ldm.models.diffusion.samplers import sampler_class
 
 log = logging.getLogger(__name__)
 
 BIASES = (0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 1.05)
-GLOBAL_BIASES = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # with global locking the paper's usual range is 0.2 lower
-SAMPLER, STEPS = "dpm", 10  # enough to see what is in a picture, and nearer to the limit of many steps than DDIM's 15
-PROMPTS = 4  # of two, the standard error of a change over prompts would say little
+GLOBAL_BIASES = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # the paper's usual range is 0.2 lower with global locking
+SAMPLER, STEPS = "dpm", 10  # enough to see what is in an image, and closer to the converged sample than 15 DDIM steps
+MAX_PROMPTS = 4  # with two, the standard error of a change over prompts would say little
 NEUTRAL = tuple(f"a photo of a {SLOT}{where}" for where in ("", " on the beach", " in the snow", " in a garden"))
-SEEDS = range(2)  # the same in every run, so that the bias does not hang on the pictures' own seeds
-REFERENCE_SEEDS = range(4, 8)  # others: pictures from the same noise are alike by that alone
-FLAT = 1.0  # cosines x 100: nobody sees a smaller difference
-TINY = 1e-12  # for the harmonic mean of two zeros
+SEEDS = range(2)  # the same in every run, so that the bias does not depend on the seeds of the user's images
+REFERENCE_SEEDS = range(4, 8)  # others than SEEDS: images from the same noise are alike for that reason alone
+FLAT = 1.0  # in cosines x 100; smaller differences are invisible
+TINY = 1e-12  # keeps the harmonic mean of two zeros defined
 TEXT, LIKENESS = "text", "likeness"
 
 
+class ImagePipeline(Protocol):
+    """What the search needs of a `PerfusionPipeline`."""
+
+    concepts: Sequence[AnyConcept]
+    defaults: InferenceDefaults
+    checkpoint: str | Path | None
+    device: torch.device
+    image_size: tuple[int, int]
+
+    def complete(self, settings: GenerationSettings) -> GenerationSettings: ...
+
+    def generate(self, requests: Sequence[GenerationRequest], settings: GenerationSettings,
+                 concepts: Sequence[AnyConcept]) -> Iterator[Image.Image]: ...
+
+
 @dataclass(frozen=True, eq=False)
-class Tried:
-    """What pictures at one bias reach: cosines x 100, (P,) each, means of the prompts, which are the same at all."""
+class BiasTrial:
+    """What images at one bias reach.
+
+    Attributes:
+        bias: beta.
+        texts: (P,) cosines x 100 of images and their prompts, means per prompt.
+        likenesses: (P,) cosines x 100 of images and references, means per prompt.
+    """
 
     bias: float
     texts: np.ndarray
     likenesses: np.ndarray
 
     @classmethod
-    def of_pictures(cls, bias: float, texts: np.ndarray, likenesses: np.ndarray, prompts: int) -> Tried:
-        """From the cosines of pictures (n,), as many of each prompt, prompt by prompt."""
+    def of_images(cls, bias: float, texts: np.ndarray, likenesses: np.ndarray, prompts: int) -> BiasTrial:
+        """Average the cosines (n,) of images, equally many per prompt and ordered by prompt, over each prompt."""
         return cls(bias, *(values.reshape(prompts, -1).mean(1) for values in (texts, likenesses)))
 
     @property
     def text(self) -> float:
+        """Mean text similarity."""
         return float(self.texts.mean())
 
     @property
     def likeness(self) -> float:
+        """Mean likeness."""
         return float(self.likenesses.mean())
 
 
-def balanced(tried: Sequence[Tried], usual: float) -> Tried:
-    """The bias of the best balance, as the module says; of equally good ones that closest to `usual`."""
-    texts, likenesses = _measures(tried)
-    flat = flat_measures(tried)
+def balanced(trials: Sequence[BiasTrial], own_bias: float) -> BiasTrial:
+    """Return the trial with the best balance (see the module); among equals, the one closest to `own_bias`."""
+    texts, likenesses = _measures(trials)
+    flat = flat_measures(trials)
     if LIKENESS in flat:
-        good = np.ones(len(tried), dtype=bool)
+        good = np.ones(len(trials), dtype=bool)
     elif TEXT in flat:
         means = likenesses.mean(1)
         good = means > means.max() - FLAT
@@ -92,128 +116,158 @@ def balanced(tried: Sequence[Tried], usual: float) -> Tried:
         text, likeness = _rescaled(texts), _rescaled(likenesses)
         scores = 2 * text * likeness / np.maximum(text + likeness, TINY)
         good = scores == scores.max()
-    return min((one for one, chosen in zip(tried, good, strict=True) if chosen), key=lambda one: abs(one.bias - usual))
+    candidates = [trial for trial, is_good in zip(trials, good, strict=True) if is_good]
+    return min(candidates, key=lambda trial: abs(trial.bias - own_bias))
 
 
-def said(concept: Concept, chosen: Tried, tried: Sequence[Tried]) -> str:
-    """The choice in one line, with what makes it doubtful."""
-    flat = flat_measures(tried)
+def describe_choice(concept: Concept, chosen: BiasTrial, trials: Sequence[BiasTrial]) -> str:
+    """Return the choice in one line, with what makes it doubtful."""
+    flat = flat_measures(trials)
     doubt = f"; {' and '.join(flat)} hardly change{'' if len(flat) > 1 else 's'}" if flat else ""
-    kept = ", so it keeps its own" if LIKENESS in flat else ""
-    biases = [one.bias for one in tried]
+    unchanged = ", so it keeps its own" if LIKENESS in flat else ""
+    biases = [trial.bias for trial in trials]
     return (f"bias of {concept.placeholder}: {chosen.bias:g} (text {chosen.text:.1f}, likeness {chosen.likeness:.1f}; "
-            f"tried {min(biases):g} to {max(biases):g}{doubt}{kept})")
+            f"tried {min(biases):g} to {max(biases):g}{doubt}{unchanged})")
 
 
-def about(concept: Concept, others: Iterable[Concept], prompts: Iterable[str]) -> list[str]:
-    """What to draw of a concept alone: the first prompts that name it, with plain words for other concepts, and neutral
-    ones where those are too few."""
-    words = {concept.placeholder: None, **{other.placeholder: other.super_category for other in others
-                                           if other is not concept}}
-    own = [prompt for prompt in prompts if 0 in split_at_placeholders(prompt, list(words))]
+def prompts_about(concept: Concept, concepts: Iterable[Concept], prompts: Iterable[str]) -> list[str]:
+    """Return up to `MAX_PROMPTS` prompts that show a concept alone.
+
+    These are the first of `prompts` that name it, with plain words in place of other concepts, and then neutral ones.
+    """
+    words = {concept.placeholder: None}
+    words |= {other.placeholder: other.super_category for other in concepts if other is not concept}
+    naming = [prompt for prompt in prompts if 0 in split_at_placeholders(prompt, list(words))]
     neutral = [replace_word(concept.placeholder, SLOT, prompt) for prompt in NEUTRAL]
-    return [replace_words(words, prompt) for prompt in list(dict.fromkeys([*own, *neutral]))[:PROMPTS]]
+    return [replace_words(words, prompt) for prompt in list(dict.fromkeys([*naming, *neutral]))[:MAX_PROMPTS]]
 
 
-def clip_for(name: str | None, config: DictConfig, checkpoint: str | Path | None) -> str:
-    """The CLIP of --clip, or else the folder evaluation_clip beside the base model; nothing is loaded.
+def find_biases(pipeline: ImagePipeline, settings: GenerationSettings, prompts: Sequence[str],
+                clip: str | None = None, photos: Sequence[Image.Image] | None = None) -> tuple[float | None, ...]:
+    """Return a bias for each loaded concept, with every "auto" in the settings replaced by a balanced one.
+
+    Args:
+        pipeline: with the concepts loaded.
+        settings: how images are going to be generated; `biases` holds "auto" once for all concepts or for some.
+        prompts: what is going to be generated.
+        clip: folder or name of the CLIP to measure by; None: the model's.
+        photos: of the concept; None: likeness is measured against generated images.
 
     Raises:
-        UserError: there is neither.
+        UserError: photos were given and several biases are open, or there is no CLIP, or it cannot be used.
+    """
+    concepts = override_settings(pipeline.concepts, None, settings.temperatures, settings.all_layers)
+    biases = settings.biases if len(settings.biases) > 1 else settings.biases * len(concepts)
+    open_biases = biases.count(AUTO)
+    if photos is not None and open_biases > 1:
+        raise UserError(f"the photos can be of one concept only, and bias auto is asked for {open_biases}; leave the "
+                        "photos out, or give numbers for the other biases")
+    name = clip_for(clip, pipeline.defaults, pipeline.checkpoint)
+    finder = BiasFinder(pipeline, ClipEncoder.from_path(name, pipeline.device), settings, photos)
+    return tuple(finder.find(concept, prompts_about(concept, concepts, prompts)).bias if bias == AUTO else bias
+                 for concept, bias in zip(concepts, biases, strict=True))
+
+
+def clip_for(name: str | None, defaults: InferenceDefaults, checkpoint: str | Path | None = None) -> str:
+    """Return the CLIP to measure by, without loading it.
+
+    It is `name`, or the one in the model's config, or the folder evaluation_clip beside the model's weights.
+
+    Raises:
+        UserError: there is none.
     """
     if name is not None:
-        if not Path(name).is_dir():
+        if not resolve_path(name).is_dir():
             check_clip_name(name)
-        return name
-    weights = checkpoint or OmegaConf.select(config, "model.params.ckpt_path")
-    beside = Path(weights).parent / "evaluation_clip" if weights else None
+        return str(resolve_path(name))
+    if defaults.evaluation_clip is not None:
+        return str(resolve_path(defaults.evaluation_clip))
+    beside = resolve_path(checkpoint).parent / "evaluation_clip" if checkpoint else None
     if beside is None or not beside.is_dir():
         where = f" at {beside}" if beside else ""
-        raise UserError(f"--bias auto measures pictures by a CLIP, and there is none{where}; name a folder of one with "
+        raise UserError(f"bias auto measures images by a CLIP, and there is none{where}; name a folder of one with "
                         "--clip, or one to download such as ViT-B-32/openai")
     return str(beside)
 
 
 class BiasFinder:
-    """Finds balanced biases with one base model and one CLIP.
+    """Find balanced biases with one pipeline and one CLIP.
 
     Args:
-        model: as `inference.load_base` gives it.
-        config: the model's.
-        sampling: how pictures are going to be drawn; sampler, steps and size are replaced by quick ones.
-        recogniser: the CLIP.
-        photos: pictures of the concept; None: likeness is that to pictures drawn with the lowest bias, of "a photo of"
-            the concept.
-        global_locking: as for `ConceptPromptEncoder.encode`.
+        pipeline: with any concepts loaded.
+        clip: the CLIP.
+        settings: how images are going to be generated; sampler, steps and size are replaced by quick ones.
+        photos: images of the concept; None: likeness is measured against images generated with the lowest bias, of
+            "a photo of" the concept.
     """
 
-    def __init__(self, model: Any, config: DictConfig, sampling: Sampling, recogniser: ClipEncoder,
-                 photos: Sequence[Image.Image] | None = None, global_locking: bool = False) -> None:
-        size = inference.latent_size(config)
-        self.model, self.recogniser, self.photos, self.global_locking = model, recogniser, photos, global_locking
-        self.side = min(inference.picture_size(config, size))
-        self.sampling = replace(sampling, latent_size=size, sampler=SAMPLER, steps=STEPS,
-                                eta=sampler_class(SAMPLER).resolve_eta(None))
-        self.biases = GLOBAL_BIASES if global_locking else BIASES
+    def __init__(self, pipeline: ImagePipeline, clip: ClipEncoder, settings: GenerationSettings,
+                 photos: Sequence[Image.Image] | None = None) -> None:
+        self.pipeline, self.clip, self.photos = pipeline, clip, photos
+        self.side = min(pipeline.image_size)
+        self.settings = replace(settings.without_concept_settings(), height=None, width=None, sampler=SAMPLER,
+                                num_inference_steps=STEPS, eta=None)
+        self.biases = GLOBAL_BIASES if settings.global_locking else BIASES
+        pipeline.complete(self.settings)
 
-    def find(self, concept: Concept, prompts: Sequence[str]) -> Tried:
-        """The balanced bias of a concept for prompts that name no other; logs it.
+    def find(self, concept: Concept, prompts: Sequence[str]) -> BiasTrial:
+        """Return the balanced bias of a concept for prompts that name no other concept; log it.
 
         Raises:
             UserError: the concept is of another base model, or a prompt is too long.
         """
-        tried = self.sweep(concept, prompts)
-        chosen = balanced(tried, concept.bias)
-        log.info("%s", said(concept, chosen, tried))
+        trials = self.sweep(concept, prompts)
+        chosen = balanced(trials, concept.bias)
+        log.info("%s", describe_choice(concept, chosen, trials))
         return chosen
 
-    def sweep(self, concept: Concept, prompts: Sequence[str]) -> list[Tried]:
-        """What pictures of the prompts reach at each bias, from the lowest up, the concept's own among them."""
-        jobs = [Job(prompt, seed) for prompt in prompts for seed in SEEDS]
-        texts = self.recogniser.embed_texts([replace_word(concept.super_category, concept.placeholder, job.prompt)
-                                             for job in jobs])
-        encoder = inference.prompt_encoder(self.model, [concept])
-        alike = self._shown(self.photos or self._drawn(encoder, _reference_jobs(concept), self.biases[0]))
-        tried = []
+    def sweep(self, concept: Concept, prompts: Sequence[str]) -> list[BiasTrial]:
+        """Return what images of the prompts reach at each bias, in rising order, the concept's own bias included."""
+        requests = requests_for(prompts, SEEDS)
+        texts = self.clip.embed_texts([replace_word(concept.super_category, concept.placeholder, request.prompt)
+                                       for request in requests])
+        references = self._embed(self.photos or self._generate(concept, _reference_requests(concept), self.biases[0]))
+        trials = []
         biases = sorted({*self.biases, concept.bias})
         for bias in tqdm(biases, desc=f"bias of {concept.placeholder}", leave=False, disable=None):
-            seen = self._shown(self._drawn(encoder, jobs, bias))
-            cosines = (seen * texts).sum(1), (seen @ alike.T).mean(1)
-            tried.append(Tried.of_pictures(bias, *(100 * each.double().numpy() for each in cosines), len(prompts)))
-        return tried
+            images = self._embed(self._generate(concept, requests, bias))
+            # Cosines of each image with its own prompt, and with all references in the mean.
+            cosines = (images * texts).sum(1), (images @ references.T).mean(1)
+            trials.append(BiasTrial.of_images(bias, *(100 * each.double().numpy() for each in cosines), len(prompts)))
+        return trials
 
-    def _drawn(self, encoder: Any, jobs: Sequence[Job], bias: float) -> list[Image.Image]:
-        encoded = inference.encode_once(encoder, [job.prompt for job in jobs], bias, self.global_locking)
-        return list(inference.draw_pictures(self.model, encoded, jobs, self.sampling))
+    def _generate(self, concept: Concept, requests: Sequence[GenerationRequest], bias: float) -> list[Image.Image]:
+        return list(self.pipeline.generate(requests, replace(self.settings, bias=bias), [concept]))
 
-    def _shown(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """(n, d): what the CLIP sees in the middle square of each."""
-        return self.recogniser.embed_images(torch.stack([to_tensor(square(one, self.side)) for one in pictures]))
-
-
-def _reference_jobs(concept: Concept) -> list[Job]:
-    return [Job(replace_word(concept.placeholder, SLOT, NEUTRAL[0]), seed) for seed in REFERENCE_SEEDS]
+    def _embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return (n, d): the CLIP's embedding of the middle square of each image."""
+        return self.clip.embed_images(torch.stack([to_tensor(crop_square(image, self.side)) for image in images]))
 
 
-def _measures(tried: Sequence[Tried]) -> tuple[np.ndarray, np.ndarray]:
-    """Text similarity and likeness, (biases, P) each."""
-    return np.stack([one.texts for one in tried]), np.stack([one.likenesses for one in tried])
+def _reference_requests(concept: Concept) -> list[GenerationRequest]:
+    return requests_for([replace_word(concept.placeholder, SLOT, NEUTRAL[0])], REFERENCE_SEEDS)
 
 
-def flat_measures(tried: Sequence[Tried]) -> list[str]:
-    """Which of `TEXT` and `LIKENESS` are flat, as the module says."""
-    lowest, highest = (end(tried, key=lambda one: one.bias) for end in (min, max))
+def _measures(trials: Sequence[BiasTrial]) -> tuple[np.ndarray, np.ndarray]:
+    """Return text similarity and likeness, (biases, P) each."""
+    return np.stack([trial.texts for trial in trials]), np.stack([trial.likenesses for trial in trials])
+
+
+def flat_measures(trials: Sequence[BiasTrial]) -> list[str]:
+    """Return which of `TEXT` and `LIKENESS` are flat (see the module)."""
+    lowest = min(trials, key=lambda trial: trial.bias)
+    highest = max(trials, key=lambda trial: trial.bias)
     changes = {TEXT: highest.texts - lowest.texts, LIKENESS: lowest.likenesses - highest.likenesses}
-    return [name for name, change in changes.items() if not _is_sure(change)]
+    return [name for name, change in changes.items() if not _is_certain(change)]
 
 
-def _is_sure(change: np.ndarray) -> bool:
-    """Whether changes (P,) of prompts are more in the mean than nobody would see, and than chance makes of nothing."""
+def _is_certain(change: np.ndarray) -> bool:
+    """Return whether changes (P,) of prompts are visible in the mean, and more than chance makes of nothing."""
     error = change.std(ddof=1) / len(change)**0.5 if len(change) > 1 else 0.0
     return bool(change.mean() >= max(FLAT, 2 * error))
 
 
 def _rescaled(values: np.ndarray) -> np.ndarray:
-    """The means of (biases, P), 0 at the lowest and 1 at the highest."""
+    """Return the means of (biases, P), rescaled to 0 at the lowest and 1 at the highest."""
     means = values.mean(1)
     return (means - means.min()) / np.ptp(means)

@@ -1,4 +1,4 @@
-"""Pictures in numbered files beside those of earlier runs, each with a note of how it was made, and contact sheets."""
+"""Numbered image files beside those of earlier runs, each with its settings inside, and contact sheets."""
 from __future__ import annotations
 
 import itertools
@@ -13,64 +13,74 @@ from PIL import Image, PngImagePlugin
 from ldm.common.files import write_atomically
 from ldm.data.images import save_grid
 
-NOTE = "perfusion"  # the text chunk of a PNG that says, as JSON, how the picture was made
-MOST_COLUMNS = 8
-ROWS = 16  # of one contact sheet; more of them go on further sheets, so that memory does not grow with the run
+METADATA_CHUNK = "perfusion"  # the text chunk of a PNG that holds, as JSON, how the image was made
+MAX_COLUMNS = 8
+ROWS = 16  # of one contact sheet; more rows go on further sheets, so that memory does not grow with the run
 
 
-class Album:
-    """A folder with `samples/00000.png`, ... and `grid-0000.png`, ...; numbers go on where earlier runs ended.
+class OutputFolder:
+    """A folder with `samples/00000.png`, ... and `grid-0000.png`, ...; numbers continue those of earlier runs.
 
     Args:
-        folder: made as soon as there is a picture to put there.
-        columns: pictures in a row of the contact sheets, at most `MOST_COLUMNS`.
+        folder: created when the first image is written.
+        columns: images in a row of the contact sheets, at most `MAX_COLUMNS`.
+
+    Attributes:
+        images: paths of the images written so far.
+        sheets: paths of the contact sheets written so far.
     """
 
     def __init__(self, folder: str | Path, columns: int) -> None:
-        self.folder, self.columns = Path(folder), min(columns, MOST_COLUMNS)
-        self.pictures: list[Path] = []
+        self.folder, self.columns = Path(folder), min(columns, MAX_COLUMNS)
+        self.images: list[Path] = []
         self.sheets: list[Path] = []
-        self._waiting: list[tuple[Image.Image, str]] = []
-        self._free_pictures = _free(self.folder / "samples", "", 5)
-        self._free_sheets = _free(self.folder, "grid-", 4)
+        self._pending: list[tuple[Image.Image, str]] = []
+        self._free_images = _free_paths(self.folder / "samples", "", 5)
+        self._free_sheets = _free_paths(self.folder, "grid-", 4)
 
-    def add(self, picture: Image.Image, title: str, note: Mapping[str, Any]) -> Path:
-        """Writes a picture as PNG with `note` in it and puts it on the contact sheet under `title`."""
+    def add(self, image: Image.Image, title: str, metadata: Mapping[str, Any]) -> Path:
+        """Write an image as PNG with `metadata` inside, and put it on the contact sheet under `title`."""
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_text(NOTE, json.dumps(note))
-        path = next(self._free_pictures)
-        write_atomically(path, lambda aside: picture.save(aside, format="PNG", pnginfo=chunks))
-        self.pictures.append(path)
-        self._waiting.append((picture, title))
-        if len(self._waiting) == self.columns * ROWS:
+        chunks.add_text(METADATA_CHUNK, json.dumps(metadata))
+        path = next(self._free_images)
+        write_atomically(path, lambda aside: image.save(aside, format="PNG", pnginfo=chunks))
+        self.images.append(path)
+        self._pending.append((image, title))
+        if len(self._pending) == self.columns * ROWS:
             self.finish_sheet()
         return path
 
-    def add_beside(self, name: str, picture: Image.Image) -> Path:
-        """Writes a picture that belongs to the run but was not drawn, such as a mask, as `<name>-0000.png`."""
-        path = next(_free(self.folder, f"{name}-", 4))
-        return write_atomically(path, lambda aside: picture.save(aside, format="PNG"))
+    def add_extra(self, name: str, image: Image.Image) -> Path:
+        """Write an image that belongs to the run but was not generated, such as a mask, as `<name>-0000.png`."""
+        path = next(_free_paths(self.folder, f"{name}-", 4))
+        return write_atomically(path, lambda aside: image.save(aside, format="PNG"))
 
     def finish_sheet(self) -> None:
-        """Writes the contact sheet of what was added since the last one, if anything was."""
-        if self._waiting:
-            pictures, titles = zip(*self._waiting, strict=True)
-            self.sheets.append(save_grid(pictures, next(self._free_sheets), self.columns, titles))
-            self._waiting.clear()
+        """Write the contact sheet of the images added since the last one, if there are any."""
+        if self._pending:
+            images, titles = zip(*self._pending, strict=True)
+            self.sheets.append(save_grid(images, next(self._free_sheets), self.columns, titles))
+            self._pending.clear()
+
+    def summary(self) -> str:
+        """Return what was written, for the end of a run."""
+        first, last = self.images[0], self.images[-1]
+        return (f"{len(self.images)} images: {first}" + (f" to {last.name}" if last != first else "")
+                + f"\nwith their prompts: {', '.join(map(str, self.sheets))}")
 
 
-def read_note(path: str | Path) -> dict[str, Any]:
-    """How a picture of an album was made; empty for any other picture."""
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Return how an image of an `OutputFolder` was made; empty for any other image."""
     with Image.open(path) as opened:
-        return json.loads(opened.info.get(NOTE, "{}"))
+        return json.loads(opened.info.get(METADATA_CHUNK, "{}"))
 
 
-def _free(folder: Path, prefix: str, digits: int) -> Iterator[Path]:
-    """Numbered paths that no file has, from one past the highest number in the folder on."""
+def _free_paths(folder: Path, prefix: str, digits: int) -> Iterator[Path]:
+    """Yield numbered paths that do not exist, starting after the highest number in the folder."""
     numbered = re.compile(rf"{re.escape(prefix)}(\d+)\.png")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     taken = [int(match[1]) for match in map(numbered.fullmatch, names) if match]
-    for place in itertools.count(max(taken, default=-1) + 1):
-        path = folder / f"{prefix}{place:0{digits}d}.png"
+    for number in itertools.count(max(taken, default=-1) + 1):
+        path = folder / f"{prefix}{number:0{digits}d}.png"
         if not path.exists():
             yield path

@@ -20,15 +20,14 @@ from torch import Tensor
 
 from ldm.checkpoints.load import load_model
 from ldm.common.errors import MemoryShortage, UserError
-from ldm.concepts.concept import base_fingerprint
-from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept, load_concepts, merge_concepts
+from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
 from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
-from ldm.concepts.prompt_encoder import (
-    ConceptPromptEncoder,
-    override_settings,
-    warn_unknown_words,
-    warn_unused_concepts,
-)
+from ldm.concepts.fingerprint import base_fingerprint
+from ldm.concepts.merging import merge_concepts
+from ldm.concepts.prompt_checks import warn_unknown_words, warn_unused_concepts
+from ldm.concepts.prompt_encoder import ConceptPromptEncoder
+from ldm.concepts.settings import override_settings
+from ldm.concepts.storage import load_concepts
 from ldm.data.images import from_tensor
 from ldm.models.diffusion.samplers import sampler_class
 from ldm.modules.attention import name_text_layers

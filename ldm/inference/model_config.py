@@ -1,0 +1,166 @@
+"""What a model's config says about generating with it. Loads no weights and imports no torch."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.common.errors import UserError
+from ldm.common.paths import resolve_path
+from ldm.inference.settings import GenerationSettings
+from ldm.models.diffusion.samplers import sampler_class
+from ldm.util import check_param_types
+
+# What UNetModel, Encoder and DDPM take if a config does not say.
+DEFAULT_CHANNEL_MULT = (1, 2, 4, 8)
+DEFAULT_IMAGE_SIZE = 256
+DEFAULT_TIMESTEPS = 1000
+DEFAULT_SEGMENTER = "CIDAS/clipseg-rd64-refined"
+MODEL_CONFIG = "config.yaml"  # beside a model's weights
+
+
+@dataclass(frozen=True)
+class InferenceDefaults:
+    """What suits a model, and what it needs beside its weights: the section `inference` of its config.
+
+    Attributes:
+        guidance_scale: 1 is none.
+        sampler: a name in `ldm.models.diffusion.samplers.SAMPLERS`.
+        num_inference_steps: sampling steps.
+        evaluation_clip: folder or name of the CLIP that measures its images.
+        segmenter: folder or hub name of a CLIPSeg that finds things in its images.
+        covariance: file of the covariance C of its text encoder; None: computed from default captions and cached.
+    """
+
+    guidance_scale: float = 6.0
+    sampler: str = "ddim"
+    num_inference_steps: int = 50
+    evaluation_clip: str | None = None
+    segmenter: str | None = None
+    covariance: str | None = None
+
+
+def read_model_config(path: str | Path) -> DictConfig:
+    """Read a config that describes a model. A relative path may count from the project's root.
+
+    Raises:
+        UserError: the file is missing, no YAML, or describes no model.
+    """
+    try:
+        config = OmegaConf.load(resolve_path(path))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as a config ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(config, DictConfig) or model_setting(config, "target") is None:
+        raise UserError(f"{path}: describes no model (it has no model.target); name the base model's config")
+    return config
+
+
+def inference_defaults(config: Mapping[str, Any] | None, checkpoint: str | Path | None = None) -> InferenceDefaults:
+    """Return the section `inference` of a config, or that of the `config.yaml` beside the model's weights.
+
+    Args:
+        config: a model's or a training run's; None: nothing is known.
+        checkpoint: the weights in use; None: those that the config names.
+
+    Raises:
+        UserError: the section has an unknown key or a value of the wrong kind.
+    """
+    if config is None:
+        return InferenceDefaults()
+    section = OmegaConf.select(config, "inference")
+    if section is None:
+        section = _section_beside(checkpoint or model_setting(config, "params.ckpt_path"))
+    values = {} if section is None else OmegaConf.to_container(section, resolve=True)
+    known = [field.name for field in fields(InferenceDefaults)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError(f"config section inference: unknown key {', '.join(unknown)}; it has {', '.join(known)}")
+    check_param_types("config section inference", InferenceDefaults, values)
+    return InferenceDefaults(**values)
+
+
+def _section_beside(checkpoint: str | Path | None) -> DictConfig | None:
+    beside = None if checkpoint is None else resolve_path(checkpoint).parent / MODEL_CONFIG
+    return None if beside is None or not beside.is_file() else OmegaConf.select(OmegaConf.load(beside), "inference")
+
+
+def latent_size(config: DictConfig, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """Return (h, w) of the latents of images with this height and width in pixels; None: the model's own.
+
+    Raises:
+        UserError: a side is not a multiple of what the first stage and the U-Net halve it to.
+    """
+    default = model_setting(config, "params.image_size", DEFAULT_IMAGE_SIZE)
+    rows, columns = (default, default) if isinstance(default, int) else default
+    factor = _first_stage_factor(config)
+    levels = len(model_setting(config, "params.unet_config.params.channel_mult", DEFAULT_CHANNEL_MULT))
+    step = factor * 2 ** (levels - 1)
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (side < step or side % step):
+            nearest = max(1, round(side / step)) * step
+            raise UserError(f"{name} {side}: this model generates multiples of {step} pixels; the nearest is {nearest}")
+    return rows if height is None else height // factor, columns if width is None else width // factor
+
+
+def image_size(config: DictConfig, latents: tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) in pixels of the images that latents of (h, w) decode to."""
+    factor = _first_stage_factor(config)
+    return latents[0] * factor, latents[1] * factor
+
+
+def segmenter_of(config: DictConfig) -> str:
+    """Return the folder or hub name of the segmenter that a config names, or else the public CLIPSeg."""
+    return model_setting(config, "params.segmenter") or inference_defaults(config).segmenter or DEFAULT_SEGMENTER
+
+
+def check_steps(config: DictConfig, steps: int) -> None:
+    """Raise UserError if the model cannot be sampled in that many steps."""
+    timesteps = model_setting(config, "params.timesteps", DEFAULT_TIMESTEPS)
+    if not 1 <= steps <= timesteps:
+        raise UserError(f"{steps} sampling steps: this model has {timesteps}; give 1 to {timesteps}")
+
+
+def complete_settings(settings: GenerationSettings, config: DictConfig | None, defaults: InferenceDefaults
+                      ) -> GenerationSettings:
+    """Fill in what `settings` leave open, and check them before any weights are loaded.
+
+    Raises:
+        UserError: the model or the sampler cannot generate like this.
+    """
+    def either(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    sampler = either(settings.sampler, defaults.sampler)
+    steps = either(settings.num_inference_steps, defaults.num_inference_steps)
+    scale = either(settings.guidance_scale, defaults.guidance_scale)
+    eta = sampler_class(sampler).resolve_eta(settings.eta)
+    if config is not None:
+        check_steps(config, steps)
+        latent_size(config, settings.height, settings.width)
+    return replace(settings, sampler=sampler, num_inference_steps=steps, guidance_scale=scale, eta=eta)
+
+
+def model_setting(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
+    """Return `config.model.<path>`, or `default` if there is none.
+
+    Raises:
+        UserError: the config is damaged at that key.
+    """
+    try:
+        value = OmegaConf.select(config, f"model.{path}")
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: model.{path} cannot be read ({str(error).splitlines()[0]})") from None
+    return default if value is None else value
+
+
+def _first_stage_factor(config: DictConfig) -> int:
+    """Return how many pixels on a side one position of the latents stands for."""
+    settings = model_setting(config, "params.first_stage_config.params.ddconfig")
+    if settings is None:
+        return 1
+    return settings.get("patch_size", 1) * 2 ** (len(settings.get("ch_mult", DEFAULT_CHANNEL_MULT)) - 1)

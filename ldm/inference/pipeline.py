@@ -1,0 +1,406 @@
+"""The path from prompts to images that every script, training preview, benchmark and evaluation shares."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Generator, Tensor
+
+from ldm.checkpoints.load import load_model
+from ldm.common.errors import MemoryShortage, UserError
+from ldm.common.paths import resolve_path
+from ldm.concepts.finetuned_concept import AnyConcept
+from ldm.concepts.fingerprint import base_fingerprint, check_base
+from ldm.concepts.merging import merge_concepts
+from ldm.concepts.prompt_checks import check_placeholders, warn_unknown_words, warn_unused_concepts
+from ldm.concepts.settings import override_settings
+from ldm.concepts.storage import load_concepts
+from ldm.data.images import from_tensor
+from ldm.inference.encoding import AnyPromptEncoder, EncodedPrompts, build_prompt_encoder, encode_prompts
+from ldm.inference.model_config import (
+    MODEL_CONFIG,
+    InferenceDefaults,
+    complete_settings,
+    image_size,
+    inference_defaults,
+    latent_size,
+    model_setting,
+    read_model_config,
+)
+from ldm.inference.precision import sixteen_bit_type, uses_sixteen_bits
+from ldm.inference.requests import GenerationRequest, requests_for, seeds_for
+from ldm.inference.settings import AUTO, GenerationSettings, as_tuple
+from ldm.inference.source_image import ImageLike, SourceImage, StartingLatents
+from ldm.models.diffusion.samplers import sampler_class
+from ldm.modules.attention import name_text_layers
+from ldm.util import pick_device
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"  # in a model's folder
+IMG2IMG_STRENGTH, INPAINT_STRENGTH = 0.75, 1.0
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a call of the pipeline returns.
+
+    Attributes:
+        images: prompt by prompt, `num_images` of each.
+        requests: prompt, seed and negative prompt of each image.
+        settings: the settings in use, with nothing left open.
+    """
+
+    images: list[Image.Image]
+    requests: list[GenerationRequest]
+    settings: GenerationSettings
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each image."""
+        return [request.seed for request in self.requests]
+
+
+class PerfusionPipeline:
+    """Generate images with one base model and any number of learned concepts.
+
+        pipe = PerfusionPipeline.from_pretrained("models/mini")
+        pipe.load_concepts("teddy.safetensors", "teapot.safetensors")
+        images = pipe("a <teddy> next to a <teapot>", seed=1, num_images=4, bias=0.5).images
+
+    Concepts never change the base model: they come and go between calls.
+
+    Args:
+        model: a text-to-image `LatentDiffusion`; it may be in training.
+        config: its config, for image sizes and for what suits it; None: only its own size can be generated.
+        precision: "full", "autocast" (the U-Net runs in 16 bits), or None: autocast on CUDA, full elsewhere.
+        accelerate: on CUDA with autocast, convert the U-Net for good into the fastest form that inference allows.
+
+    Attributes:
+        defaults: guidance, sampler and helpers that suit the model, by its config.
+        checkpoint: where its weights come from; None: unknown.
+        concepts: those that are loaded.
+        batch_size: images generated at a time unless a call says otherwise.
+    """
+
+    def __init__(self, model: Any, config: DictConfig | None = None, precision: str | None = None,
+                 accelerate: bool = False) -> None:
+        if not hasattr(getattr(model, "cond_stage_model", None), "encode_tokens"):
+            target = type(model).__name__ if config is None else model_setting(config, "target")
+            raise UserError(f"{target} of this config reads no prompts; choose the config of a text-to-image model")
+        self.model, self.config = model, config
+        self.defaults: InferenceDefaults = inference_defaults(config)
+        self.autocast = uses_sixteen_bits(precision, self.device)
+        self.accelerate = accelerate
+        self.checkpoint: str | Path | None = None if config is None else model_setting(config, "params.ckpt_path")
+        self.concepts: list[AnyConcept] = []
+        self.batch_size = 4
+        self._cached_encoder: tuple[list[AnyConcept], AnyPromptEncoder] | None = None
+
+    # Loading
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, config: str | Path | DictConfig | None = None,
+                        device: str | torch.device | None = None, precision: str | None = None) -> PerfusionPipeline:
+        """Load a base model.
+
+        Args:
+            path: a folder with `config.yaml` and weights (such as models/mini), a config with a `ckpt_path`, or, with
+                `config`, a .ckpt, a .safetensors or a diffusers folder. A relative path may count from the project's
+                root.
+            config: the model's config, such as configs/stable-diffusion/v1-inference.yaml.
+            device: such as "cuda:1"; None: cuda, then mps, then cpu.
+            precision: see the class.
+
+        Raises:
+            UserError: a file is missing or damaged, or does not fit the config.
+        """
+        found = resolve_path(path)
+        if config is not None:
+            return cls.from_config(config, found, device, precision)
+        if (found / MODEL_CONFIG).is_file():
+            weights = found / WEIGHTS
+            return cls.from_config(found / MODEL_CONFIG, weights if weights.is_file() else None, device, precision)
+        if found.suffix in (".yaml", ".yml"):
+            return cls.from_config(found, None, device, precision)
+        raise UserError(f"{path}: {'holds' if found.exists() else 'is not there and names'} no {MODEL_CONFIG}; give "
+                        "the model's config too, such as config=\"configs/stable-diffusion/v1-inference.yaml\"")
+
+    @classmethod
+    def from_config(cls, config: str | Path | DictConfig, checkpoint: str | Path | None = None,
+                    device: str | torch.device | None = None, precision: str | None = None) -> PerfusionPipeline:
+        """Load the model that a config describes, with the weights of `checkpoint` or of its own `ckpt_path`.
+
+        Raises:
+            UserError: the config, the weights or the device cannot be used.
+        """
+        described = config if isinstance(config, DictConfig) else read_model_config(config)
+        where = device if isinstance(device, torch.device) else pick_device(device)
+        pipeline = cls(load_model(described, checkpoint, where), described, precision, accelerate=True)
+        if checkpoint is not None:
+            pipeline.checkpoint, pipeline.defaults = checkpoint, inference_defaults(described, checkpoint)
+        return pipeline
+
+    def load_concepts(self, *concepts: str | Path | AnyConcept) -> list[AnyConcept]:
+        """Load concept files, or take concepts, beside those that are loaded already.
+
+        If two have the same placeholder, the later one is renamed to `<name-2>`; a log line says so.
+
+        Returns:
+            All concepts that are loaded now.
+
+        Raises:
+            UserError: a file is no concept file, or a concept belongs to another base model or method.
+        """
+        base = getattr(self.model, "base", "") or base_fingerprint(name_text_layers(self.model.model.diffusion_model))
+        merged = read_concepts(concepts, self.concepts)
+        for concept in merged:
+            check_base(concept, base)
+        self.concepts = merged
+        return list(merged)
+
+    def unload_concepts(self, *placeholders: str) -> None:
+        """Unload the concepts with these placeholders, or all of them.
+
+        Raises:
+            UserError: no loaded concept has one of them.
+        """
+        for word in placeholders:
+            if word.lower() not in (concept.placeholder.lower() for concept in self.concepts):
+                raise UserError(f"no loaded concept is called {word}; loaded are "
+                                f"{', '.join(concept.placeholder for concept in self.concepts) or 'none'}")
+        gone = {word.lower() for word in placeholders}
+        self.concepts = [concept for concept in self.concepts if gone and concept.placeholder.lower() not in gone]
+
+    # Generating
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.betas.device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images that the model generates by default."""
+        return image_size(self._known_config(), latent_size(self._known_config()))
+
+    def __call__(self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] = "", *,
+                 num_images: int = 1, seed: int | None = None,
+                 generator: Generator | Sequence[Generator] | None = None, num_inference_steps: int | None = None,
+                 guidance_scale: float | None = None, sampler: str | None = None, eta: float | None = None,
+                 height: int | None = None, width: int | None = None,
+                 bias: float | str | Sequence[float | str | None] | Mapping[str, float | str] | None = None,
+                 temperature: float | Sequence[float | None] | Mapping[str, float] | None = None,
+                 global_locking: bool = False, all_layers: bool = False, image: ImageLike | None = None,
+                 strength: float | None = None, mask_image: ImageLike | None = None, mask_border: int | None = None,
+                 batch_size: int | None = None, progress: bool = False) -> PipelineOutput:
+        """Generate images of prompts, in which loaded concepts stand by their placeholders.
+
+        Args:
+            prompt: one or several.
+            negative_prompt: what guidance leads away from; one for all prompts, or one for each.
+            num_images: of each prompt.
+            seed: of each prompt's first image; the next ones count up. The same seed gives the same image, whatever
+                the batch size and the device. None: a random one, which the output tells.
+            generator: where seeds come from instead; one, or one for each image.
+            num_inference_steps: sampling steps; None: what suits the model.
+            guidance_scale: 1 is none; None: what suits the model.
+            sampler: a name in `ldm.models.diffusion.samplers.SAMPLERS`; None: what suits the model.
+            eta: 0..1, share of noise that each step adds; None: the sampler's own.
+            height, width: in pixels; None: the model's own.
+            bias: beta of all concepts, of each in order, or by placeholder; higher follows the prompt more and the
+                concept less. "auto" chooses one that balances the two. None: that of training.
+            temperature: tau, likewise: how softly the gate opens.
+            global_locking: lock the keys of the whole prompt to the super-category.
+            all_layers: use the target outputs of all layers.
+            image: an image or a file to start from (img2img).
+            strength: above 0 and up to 1, how far to go from `image`; None: 0.75, or 1 with a mask.
+            mask_image: white where `image` is regenerated (inpainting).
+            mask_border: width in pixels of the blend around the mask; None: 1/32 of the shorter side.
+            batch_size: images generated at a time; None: `self.batch_size`.
+            progress: show a progress bar of the sampling steps.
+
+        Raises:
+            UserError: a prompt is too long or names a concept that is not loaded, or a setting cannot be used.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        requests = requests_for(prompts, seeds_for(len(prompts), num_images, seed, generator), negative_prompt)
+        settings = self.complete(GenerationSettings(
+            num_inference_steps, guidance_scale, sampler, eta, height, width, self._for_each(bias),
+            self._for_each(temperature), global_locking, all_layers))
+        settings = self.resolve_auto_bias(settings, prompts)
+        self.warn_about(requests)
+        source = self._source(image, strength, mask_image, mask_border, settings)
+        images = list(self.generate(requests, settings, source=source, batch_size=batch_size, progress=progress))
+        return PipelineOutput(images, requests, settings)
+
+    def generate(self, requests: Sequence[GenerationRequest], settings: GenerationSettings | None = None,
+                 concepts: Sequence[AnyConcept] | None = None, source: SourceImage | None = None,
+                 batch_size: int | None = None, progress: bool = False) -> Iterator[Image.Image]:
+        """Check everything, then yield the image of each request in turn, as soon as its batch is done.
+
+        Each image has its own generator, on the CPU: up to rounding, the same request gives the same image whatever the
+        batch size, the other requests and the device are.
+
+        Args:
+            requests: one for each image.
+            settings: how; None: what suits the model.
+            concepts: those to use in place of the loaded ones.
+            source: an image to start from.
+            batch_size, progress: as for a call.
+
+        Raises:
+            UserError: a prompt is too long or names an unknown concept, or a setting cannot be used.
+            MemoryShortage: while iterating, if the device has no room for a batch.
+        """
+        settings = self.complete(settings or GenerationSettings())
+        chosen = override_settings(self.concepts if concepts is None else concepts, settings.biases,
+                                   settings.temperatures, settings.all_layers)
+        prompts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
+        check_placeholders(prompts, [concept.placeholder for concept in chosen])
+        encoded = self.encode(prompts, chosen, settings.global_locking)
+        self._accelerate_for(chosen)
+        start = None if source is None else source.encode(self.model, self.latent_size(settings))
+        images = self._images(encoded, requests, settings, start, batch_size or self.batch_size, progress)
+        return images if source is None else map(source.composite, images)
+
+    def complete(self, settings: GenerationSettings) -> GenerationSettings:
+        """Return the settings with everything that they leave to the model or the sampler filled in.
+
+        Raises:
+            UserError: the model or the sampler cannot generate like this.
+        """
+        return complete_settings(settings, self.config, self.defaults)
+
+    def encode(self, prompts: Sequence[str], concepts: Sequence[AnyConcept], global_locking: bool = False
+               ) -> EncodedPrompts:
+        """Encode prompts under the edit of concepts, which keep their own settings; see `encode_prompts`."""
+        return encode_prompts(self.prompt_encoder(concepts), prompts, global_locking)
+
+    def prompt_encoder(self, concepts: Sequence[AnyConcept]) -> AnyPromptEncoder:
+        """Return the encoder of prompts with these concepts; that of the last call is kept."""
+        wanted = list(concepts)
+        if self._cached_encoder is None or not _are_same(self._cached_encoder[0], wanted):
+            encoder = build_prompt_encoder(self.model, wanted, self.defaults.covariance)
+            self._cached_encoder = wanted, encoder
+        return self._cached_encoder[1]
+
+    def latents(self, encoded: EncodedPrompts, requests: Sequence[GenerationRequest], settings: GenerationSettings,
+                start: StartingLatents | None = None, progress: bool = False) -> Tensor:
+        """Sample the scaled latents (B, C, h, w), float32, of B requests as one batch; `settings` are complete."""
+        sampler = sampler_class(settings.sampler)(self.model)
+        conditional, unconditional = encoded.for_requests(requests)
+        options = {} if start is None else {
+            "x0": start.latents.expand(len(requests), -1, -1, -1), "mask": start.mask, "strength": start.strength}
+        with torch.autocast(self.device.type, sixteen_bit_type(self.device), enabled=self.autocast):
+            latents, _ = sampler.sample(
+                settings.num_inference_steps, len(requests), (self.model.channels, *self.latent_size(settings)),
+                conditional, eta=settings.eta, verbose=progress,
+                generators=[Generator().manual_seed(request.seed) for request in requests],
+                unconditional_guidance_scale=settings.guidance_scale,
+                unconditional_conditioning=None if settings.guidance_scale == 1 else unconditional, **options)
+        return latents.float()
+
+    def latent_size(self, settings: GenerationSettings) -> tuple[int, int]:
+        """Return (h, w) of the latents of images with these settings."""
+        if self.config is None and settings.height is None and settings.width is None:
+            return tuple(self.model.latent_shape[1:])
+        return latent_size(self._known_config(), settings.height, settings.width)
+
+    # Concepts in prompts
+
+    def resolve_auto_bias(self, settings: GenerationSettings, prompts: Sequence[str], clip: str | None = None,
+                          photos: Sequence[Image.Image] | None = None) -> GenerationSettings:
+        """Return the settings with every bias "auto" replaced by the one that `ldm.inference.auto_bias` finds.
+
+        Args:
+            prompts: what is going to be generated.
+            clip: folder or name of the CLIP to measure by; None: the model's.
+            photos: of the concept, if only one bias is to be found.
+        """
+        if AUTO not in (settings.biases or ()):
+            return settings
+        from ldm.inference.auto_bias import find_biases  # the CLIPs' library takes seconds to load
+
+        return replace(settings, bias=find_biases(self, settings, prompts, clip, photos))
+
+    def warn_about(self, requests: Sequence[GenerationRequest]) -> None:
+        """Warn of loaded concepts that no prompt names, and of words that the text encoder does not know."""
+        placeholders = [concept.placeholder for concept in self.concepts]
+        prompts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
+        warn_unused_concepts(prompts, placeholders)
+        warn_unknown_words(self.model.cond_stage_model, prompts, placeholders)
+
+    def _for_each(self, values: Any) -> Any:
+        """Return values by placeholder as a tuple with one for each loaded concept, any others as a tuple."""
+        if not isinstance(values, Mapping):
+            return as_tuple(values)
+        by_word = {word.lower(): value for word, value in values.items()}
+        words = [concept.placeholder.lower() for concept in self.concepts]
+        for word in by_word:
+            if word not in words:
+                raise UserError(f"no loaded concept is called {word}; loaded are {', '.join(words) or 'none'}")
+        return tuple(by_word.get(word) for word in words)
+
+    # Steps of `generate`
+
+    def _images(self, encoded: EncodedPrompts, requests: Sequence[GenerationRequest], settings: GenerationSettings,
+                start: StartingLatents | None, batch_size: int, progress: bool) -> Iterator[Image.Image]:
+        try:
+            for first in range(0, len(requests), batch_size):
+                batch = requests[first:first + batch_size]
+                # Decode one image at a time: that takes more memory than sampling it.
+                for latent in self.latents(encoded, batch, settings, start, progress):
+                    yield from_tensor(self.model.decode_first_stage(latent[None])[0])
+        except torch.OutOfMemoryError:
+            remedy = "lower the batch size (--batch_size), or generate" if batch_size > 1 else "generate"
+            raise MemoryShortage(f"{self.device} has no memory for {batch_size} such images at a time; {remedy} "
+                                 "smaller images") from None
+
+    def _accelerate_for(self, concepts: Sequence[AnyConcept]) -> None:
+        """Convert the U-Net, once, unless concepts bring weights for it, which have 32 bits."""
+        finetuned = any(getattr(concept, "weights", None) for concept in concepts)
+        if self.accelerate and self.autocast and self.device.type == "cuda" and not finetuned:
+            self.model.model.enable_fast_inference(sixteen_bit_type(self.device))
+            self.accelerate = False
+
+    def _source(self, image: ImageLike | None, strength: float | None, mask_image: ImageLike | None,
+                mask_border: int | None, settings: GenerationSettings) -> SourceImage | None:
+        if image is None:
+            if strength is not None or mask_image is not None:
+                raise UserError("strength and mask_image act on an image; give one to start from")
+            return None
+        default = IMG2IMG_STRENGTH if mask_image is None else INPAINT_STRENGTH
+        height, width = image_size(self._known_config(), self.latent_size(settings))
+        source = SourceImage.load(image, (width, height), default if strength is None else strength)
+        return source if mask_image is None else source.with_mask(source.read_mask(mask_image), border=mask_border)
+
+    def _known_config(self) -> DictConfig:
+        if self.config is None:
+            raise ValueError("the pipeline was built without the model's config, so it knows no size in pixels")
+        return self.config
+
+
+def read_concepts(concepts: Sequence[str | Path | AnyConcept], loaded: Sequence[AnyConcept] = ()) -> list[AnyConcept]:
+    """Return `loaded` and the concepts of all files, renamed where placeholders are equal; log the new names.
+
+    Raises:
+        UserError: a file is no concept file, or the concepts are of different methods or base models.
+    """
+    given = list(loaded)
+    for concept in concepts:
+        given += load_concepts(concept) if isinstance(concept, str | Path) else [concept]
+    merged = merge_concepts(given) if given else []
+    for concept, before in zip(merged, given, strict=True):
+        if concept.placeholder != before.placeholder:
+            log.info("%s stands for the %s of %s", concept.placeholder, before.placeholder, concept.source)
+    return merged
+
+
+def _are_same(some: Sequence[AnyConcept], others: Sequence[AnyConcept]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))

@@ -1,0 +1,89 @@
+"""One request for each image: its prompt, its negative prompt and its seed. Imports no torch at start-up."""
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ldm.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Generator
+
+SEED_LIMIT = 2**32  # of seeds that are chosen at random
+
+
+class GenerationRequest(NamedTuple):
+    """One image to generate.
+
+    The image depends on this and on the `GenerationSettings`, not on what else is in its batch.
+
+    Attributes:
+        prompt: names concepts by their placeholders.
+        seed: of the image's own noise.
+        negative_prompt: what guidance leads away from.
+    """
+
+    prompt: str
+    seed: int
+    negative_prompt: str = ""
+
+
+def requests_for(prompts: Sequence[str], seeds: Sequence[Sequence[int]] | Sequence[int],
+                 negative_prompts: str | Sequence[str] = "") -> list[GenerationRequest]:
+    """Return one request for each prompt and each of its seeds, prompt by prompt.
+
+    Args:
+        seeds: the same ones for every prompt, or a sequence for each prompt.
+        negative_prompts: none, one for all prompts, or one for each.
+
+    Raises:
+        UserError: there are several negative prompts, but not one for each prompt.
+    """
+    requests = []
+    for number, (prompt, negative) in enumerate(zip(prompts, _negatives(prompts, negative_prompts), strict=True)):
+        own = seeds if not seeds or isinstance(seeds[0], int) else seeds[number]
+        requests += [GenerationRequest(prompt, seed, negative) for seed in own]
+    return requests
+
+
+def _negatives(prompts: Sequence[str], negative_prompts: str | Sequence[str]) -> list[str]:
+    """Return the negative prompt of each prompt."""
+    given = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts) or [""]
+    if len(given) not in (1, len(prompts)):
+        raise UserError(f"{len(given)} negative prompts for {len(prompts)} prompts; give one for all or one for each")
+    return given * len(prompts) if len(given) == 1 else given
+
+
+def seeds_for(prompts: int, num_images: int, seed: int | None = None,
+              generator: Generator | Sequence[Generator] | None = None) -> list[list[int]]:
+    """Return the seeds of the images of each prompt.
+
+    Args:
+        prompts: how many there are.
+        num_images: of each prompt.
+        seed: of each prompt's first image; the next ones count up. None: a random one, unless there is a generator.
+        generator: where the seeds come from instead; one, or one for each image.
+
+    Raises:
+        UserError: there are no images, both sources are given, or there are too many or too few generators.
+    """
+    if num_images < 1:
+        raise UserError(f"num_images {num_images} must be 1 or more")
+    if seed is not None and generator is not None:
+        raise UserError("seed and generator both say where noise comes from; give one of them")
+    if generator is None:
+        first = secrets.randbelow(SEED_LIMIT) if seed is None else seed
+        return [[first + number for number in range(num_images)]] * prompts
+    return _seeds_from(generator, prompts, num_images)
+
+
+def _seeds_from(generator: Generator | Sequence[Generator], prompts: int, num_images: int) -> list[list[int]]:
+    import torch
+
+    total = prompts * num_images
+    sources = [generator] * total if isinstance(generator, torch.Generator) else list(generator)
+    if len(sources) != total:
+        raise UserError(f"{len(sources)} generators for {total} images; give one, or one for each image")
+    numbers = [int(torch.randint(SEED_LIMIT, (), generator=source, device=source.device)) for source in sources]
+    return [numbers[first:first + num_images] for first in range(0, total, num_images)]

@@ -1,0 +1,138 @@
+"""What to generate, how, and with which model, as plain values. Imports no torch."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+AUTO = "auto"  # a bias that `ldm.inference.auto_bias` chooses
+
+Number = TypeVar("Number", bound=float | str | None)
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How images are generated. None leaves a setting to the model's config, the sampler or the concept.
+
+    Attributes:
+        num_inference_steps: 1 up to the model's timesteps.
+        guidance_scale: 1 is no guidance; higher follows the prompt more closely.
+        sampler: a name in `ldm.models.diffusion.samplers.SAMPLERS`.
+        eta: 0..1, share of DDPM's noise that each step adds.
+        height, width: of the images in pixels.
+        bias, temperature: beta and tau, one value for all concepts or a tuple with one for each. A bias may be "auto".
+        global_locking: lock the keys of the whole prompt to the super-category, not only those of the concept's word.
+        all_layers: use the target outputs of all layers, even of concepts that name a few.
+    """
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    height: int | None = None
+    width: int | None = None
+    bias: float | str | tuple[float | str | None, ...] | None = None
+    temperature: float | tuple[float | None, ...] | None = None
+    global_locking: bool = False
+    all_layers: bool = False
+
+    @property
+    def biases(self) -> tuple[float | str | None, ...] | None:
+        """The biases as a tuple; None if concepts keep their own."""
+        return as_tuple(self.bias)
+
+    @property
+    def temperatures(self) -> tuple[float | None, ...] | None:
+        """The temperatures as a tuple; None if concepts keep their own."""
+        return as_tuple(self.temperature)
+
+    def without_concept_settings(self) -> GenerationSettings:
+        """Return a copy that leaves concepts as they are: their bias, temperature and layers."""
+        return replace(self, bias=None, temperature=None, all_layers=False)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which base model to load, and where.
+
+    Attributes:
+        config: YAML file that describes the model.
+        checkpoint: .ckpt, .safetensors or diffusers folder; None: the one that the config names.
+        device: such as "cuda:1"; None: the fastest there is.
+        precision: "full", "autocast" (sample in 16 bits), or None: autocast on CUDA, full elsewhere.
+    """
+
+    config: str
+    checkpoint: str | None = None
+    device: str | None = None
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """An image to start from, and the part of it to regenerate.
+
+    Attributes:
+        image: its file.
+        strength: above 0 and up to 1, how far to go from it; 1 ignores it.
+        mask: image file, white where the image is regenerated.
+        mask_prompt: words that a segmenter finds that part by.
+        segmenter: folder or hub name of that CLIPSeg; None: the model's.
+        grow: pixels by which the mask is spread first.
+        border: width in pixels of the blend around the mask; None: a share of the shorter side.
+    """
+
+    image: str
+    strength: float
+    mask: str | None = None
+    mask_prompt: str | None = None
+    segmenter: str | None = None
+    grow: int = 0
+    border: int | None = None
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether only a part of the image is regenerated."""
+        return self.mask is not None or self.mask_prompt is not None
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Everything that a command line asks of a script that generates.
+
+    Attributes:
+        prompts: one or more.
+        negative_prompts: none, one for all prompts, or one for each.
+        model: the base model.
+        outdir: folder to write to.
+        concepts: concept files.
+        settings: how to generate.
+        seed: of the first image of each prompt; the next ones count up.
+        num_images: images of each prompt.
+        columns: images in a row of a contact sheet.
+        batch_size: images generated at a time.
+        source: an image to start from.
+        clip: what `bias="auto"` measures by: folder or name of a CLIP; None: the model's.
+        photos: folder of the concept's photos, for `bias="auto"`.
+    """
+
+    prompts: tuple[str, ...]
+    model: ModelSettings
+    outdir: str
+    negative_prompts: tuple[str, ...] = ()
+    concepts: tuple[str, ...] = ()
+    settings: GenerationSettings = GenerationSettings()
+    seed: int = 1
+    num_images: int = 4
+    columns: int = 4
+    batch_size: int = 4
+    source: SourceSettings | None = None
+    clip: str | None = None
+    photos: str | None = None
+
+
+def as_tuple(value: Number | Sequence[Number] | None) -> tuple[Number, ...] | None:
+    """Return one value as a tuple of one, several as a tuple, and None as None."""
+    if value is None or isinstance(value, tuple):
+        return value
+    return tuple(value) if isinstance(value, list) else (value,)
