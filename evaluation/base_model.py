@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.cli.generation import add_model_options  # noqa: E402
+from ldm.cli.generation import add_model_flags  # noqa: E402
 from ldm.cli.parser import Parser, number, whole  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.paths import check_folder
@@ -53,7 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parts.add_argument("--evaluation_clip", type=Path, default=MINI / "evaluation_clip", metavar="FOLDER",
                        help="or a name, as for --clip")
     parts.add_argument("--weights", type=Path, default=MINI, metavar="FOLDER", help="whose size is measured")
-    add_model_options(parser, outdir="outputs/base_model")
+    add_model_flags(parser, outdir="outputs/base_model")
     options = parser.parse_args(arguments)
     for name, value in QUICK.items() if options.quick else ():
         setattr(options, name, min(value, getattr(options, name)))
@@ -81,18 +81,18 @@ def check(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     from evaluation.mini.model_quality import Subject, measured
-    from evaluation.output import table  # here, as torch takes its time and --help should not
+    from evaluation.output import goals  # here, as torch takes its time and --help should not
     from ldm.training.run_record import describe_machine
 
     subject, folder = Subject(options), Path(options.outdir)
     settings = {"machine": describe_machine(subject.device), **{key: str(value) if isinstance(value, Path) else value
                                                                 for key, value in vars(options).items()}}
-    rows: list[table.Row] = []
-    print(table.heading(), flush=True)
+    rows: list[goals.GoalRow] = []
+    print(goals.GOAL_TABLE.header(), flush=True)
     for row in measured(subject, options.only):
-        print(table.line(row.cells()), flush=True)
+        print(goals.GOAL_TABLE.line(row.cells()), flush=True)
         rows.append(row)
-        table.write_results(folder, rows, settings)
+        goals.write_results(folder, rows, settings)
     missed = [row.what for row in rows if not row.met]
     print(f"not reached: {'; '.join(missed)}" if missed else "every goal is reached")
     print(f"written to {folder}")

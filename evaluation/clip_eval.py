@@ -42,10 +42,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     drawn = parser.add_argument_group("or pictures that are drawn here, of a concept")
     add_list_options(drawn)
     drawn.add_argument("--save", action="store_true", help="keep the pictures, and sheets of them, in OUTDIR")
-    flags.add_concept_options(parser)
-    flags.add_sampling_options(parser)
+    flags.add_concept_flags(parser)
+    flags.add_sampling_flags(parser)
     add_comparison_options(parser)
-    flags.add_model_options(parser, outdir="outputs/clip_eval")
+    flags.add_model_flags(parser, outdir="outputs/clip_eval")
     parser.set_defaults(negative_prompt=[])
     options = parser.parse_args(arguments)
     check(options)
@@ -92,7 +92,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--captions and --prompt both say what the pictures were drawn from; give one of them")
     check_folder_is_there("--images", options.images)
     check_comparison(options)
-    flags.check_together(options)
+    flags.check_flags(options)
 
 
 def check_comparison(options: argparse.Namespace) -> None:

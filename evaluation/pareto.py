@@ -49,10 +49,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     swept.add_argument("--scales", nargs="+", type=number(0), default=(), metavar="NUMBER",
                        help="guidance, beside --scale")
     add_list_options(parser.add_argument_group("what is drawn"))
-    flags.add_sampling_options(parser)
+    flags.add_sampling_flags(parser)
     add_comparison_options(parser)
-    flags.add_model_options(parser, outdir="outputs/pareto")
-    flags.draw_as_trained(parser)
+    flags.add_model_flags(parser, outdir="outputs/pareto")
+    flags.leave_concepts_as_trained(parser)
     options = parser.parse_args(arguments)
     check(options)
     return options
@@ -70,7 +70,7 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {' '.join(map(str, values))}: one stands there twice; leave one out")
     options.biases = sorted(options.biases)
     check_comparison(options)
-    flags.check_together(options)
+    flags.check_flags(options)
 
 
 @one_line_errors

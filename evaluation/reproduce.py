@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.cli.generation import add_model_options  # noqa: E402
+from ldm.cli.generation import add_model_flags  # noqa: E402
 from ldm.cli.parser import Parser, number, whole  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.paths import check_folder
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from evaluation.paper.measurements import Grading, Subject
     from evaluation.paper.studies import Setting, Study
     from evaluation.paper.training_runs import Example, School
-    from evaluation.stats.intervals import Figure
+    from evaluation.stats.intervals import Estimate
 
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
 STUDIES = ("baselines", "locking", "projection", "values", "masks", "one_photo", "training_bias", "temperature",
@@ -80,7 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                         help="the CLIP that grades, or its name (default: models/mini/evaluation_clip)")
     parser.add_argument("--jobs", type=whole(1), metavar="N",
                         help="trainings side by side, which share the cores (default: one for each core, up to 4)")
-    add_model_options(parser, outdir="outputs/reproduce")
+    add_model_flags(parser, outdir="outputs/reproduce")
     options = parser.parse_args(arguments)
     if options.quick:
         shorten(options)
@@ -162,8 +162,7 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], l
     from evaluation.paper.measurements import Graders, Grading, Wanted
     from evaluation.paper.studies import studies
     from evaluation.paper.training_runs import Example, School, cores
-    from evaluation.prompt_sets import MINI as MINI_PROMPTS
-    from evaluation.prompt_sets import read_prompts, spread
+    from evaluation.prompts.prompt_sets import MINI_PROMPTS, read_prompts, select_prompts
     from evaluation.sweeps.samples import Manner
     from ldm.data.mini.example_concepts import CONCEPTS
     from ldm.inference.sampling import read_model_config
@@ -175,7 +174,7 @@ def set_up(options: argparse.Namespace) -> tuple[School, Grading, list[Study], l
     machine = describe_machine(pick_device(options.device))
     school = School(options.config, folder, options.ckpt, accelerator(options.device), options.train_steps, at_once,
                     ", ".join(f"{name} {value}" for name, value in machine.items()))
-    prompts = spread(read_prompts(options.prompts or MINI_PROMPTS), options.prompts_limit)
+    prompts = select_prompts(read_prompts(options.prompts or MINI_PROMPTS), options.prompts_limit)
     wanted = Wanted(prompts, FREE_PLACES[:options.pair_places], options.seeds,
                     Manner(scale=options.scale, steps=options.steps, sampler=options.sampler))
     graders = Graders(options.config, options.evaluation_clip, options.ckpt, options.device, options.batch_size)
@@ -250,11 +249,11 @@ def to_do(chosen: Sequence[Study], school: School, grading: Grading, examples: S
     return Progress(trainings, pictures)
 
 
-def ceilings_of(grading: Grading) -> dict[str, Figure]:
+def ceilings_of(grading: Grading) -> dict[str, Estimate]:
     """What the recogniser of marks reaches on real scenes."""
-    from evaluation.stats.intervals import bootstrapped
+    from evaluation.stats.intervals import bootstrap_mean
 
-    return {name: bootstrapped(hits) for name, hits in grading.graders.marks.ceilings().items()}
+    return {name: bootstrap_mean(hits) for name, hits in grading.graders.marks.ceilings().items()}
 
 
 def stop(*_: object) -> None:

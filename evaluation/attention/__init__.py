@@ -1,0 +1,7 @@
+"""Where in the image the cross-attention to a word goes, for `scripts/attention_maps.py`.
+
+- `cases`: generates one prompt with several concept files, and records the maps.
+- `masked_attention`: how much of the attention lies inside a mask.
+- `figure`: all maps in one figure.
+- `report`: the figure, the CSV and the JSON of a run.
+"""

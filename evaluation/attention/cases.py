@@ -11,21 +11,28 @@ from typing import Any
 
 from torch import Tensor
 
-from evaluation.attention.figure import Row, attention_figure
-from evaluation.attention.inside import COLUMNS, STEPS, Inside, figures, measure, records
+from evaluation.attention.figure import AttentionRow, attention_figure
+from evaluation.attention.masked_attention import (
+    COLUMNS,
+    STEP_GROUPS,
+    MaskedAttention,
+    attention_records,
+    estimate_attention,
+    measure_attention,
+)
 from evaluation.output.table import write_csv
 from ldm.common.errors import UserError
 from ldm.common.files import write_atomically
 from ldm.common.words import replace_words, split_at_placeholders
-from ldm.concepts.finetuned_concept import METHODS, AnyConcept, FinetunedConcept
-from ldm.concepts.prompt_encoder import word_positions
+from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
+from ldm.concepts.word_positions import word_positions
 from ldm.data.images import read_mask
-from ldm.data.masks import read_part
+from ldm.data.masks import read_binary_mask
 from ldm.inference import run as drawing
 from ldm.inference import sampling as inference
 from ldm.inference.output_folder import Album
-from ldm.modules.attention_maps import recorded_attention
-from ldm.modules.segmentation import ZeroShotSegmenter, clear_mask
+from ldm.modules.attention_maps import record_attention
+from ldm.modules.segmentation import ZeroShotSegmenter, threshold_mask
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +101,8 @@ def _reference(options: argparse.Namespace, case: Case) -> Case:
 
 def _method(concept: AnyConcept) -> str:
     if isinstance(concept, FinetunedConcept):
-        return METHODS[concept.method]
-    return "Perfusion,\n" + ("trained keys" if concept.target_output_k else "local lock")
+        return concept.method_label
+    return "Perfusion,\n" + ("trained keys" if concept.target_outputs_k else "local lock")
 
 
 class Masks:
@@ -108,24 +115,24 @@ class Masks:
     def __init__(self, options: argparse.Namespace, plan: drawing.Plan) -> None:
         self.size, self.painted = plan.size[::-1], None
         if options.mask is not None:
-            self.painted = read_part(options.mask, read_mask(options.mask).size, *plan.size)[0, 0]
+            self.painted = read_binary_mask(options.mask, read_mask(options.mask).size, *plan.size)[0, 0]
             return
         name = options.segmenter or inference.segmenter_of(plan.config)
         self.segmenter = ZeroShotSegmenter.from_path(name, plan.device)
 
-    def of(self, row: Row, case: Case, seed: int) -> Tensor | None:
+    def of(self, row: AttentionRow, case: Case, seed: int) -> Tensor | None:
         """(H, W) of ones and zeros; None, and a warning, where the thing is not found."""
         if self.painted is not None:
             return self.painted
         try:
-            likely = self.segmenter.segment([row.picture], case.thing, self.size)[0]
-            return clear_mask(likely, case.thing, f"{case.name}, seed {seed}")
+            likely = self.segmenter.segment([row.image], case.thing, self.size)[0]
+            return threshold_mask(likely, case.thing, f"{case.name}, seed {seed}")
         except UserError as error:
             log.warning("warning: %s; it does not count", str(error).partition(";")[0])
             return None
 
 
-def look(case: Case, model: Any) -> list[Row]:
+def look(case: Case, model: Any) -> list[AttentionRow]:
     """Draws the pictures of a case with what the layers attend to; masks and figures are still missing.
 
     Raises:
@@ -138,28 +145,28 @@ def look(case: Case, model: Any) -> list[Row]:
     unet, size, rows = model.model.diffusion_model, plan.sampling.latent_size, []
     for first in range(0, len(jobs), plan.sampling.batch_size):
         batch = jobs[first:first + plan.sampling.batch_size]
-        with recorded_attention(unet, words.expand(len(batch), -1), size) as maps:
+        with record_attention(unet, words.expand(len(batch), -1), size) as maps:
             pictures = list(inference.draw_pictures(model, encoded, batch, plan.sampling))
-        grouped = maps.grouped(len(STEPS))
-        rows += [Row(case.label, f"seed {job.seed}", picture, {name: groups[n] for name, groups in grouped.items()})
+        grouped = maps.grouped(len(STEP_GROUPS))
+        rows += [AttentionRow(case.label, f"seed {job.seed}", picture, {name: groups[n] for name, groups in grouped.items()})
                  for n, (job, picture) in enumerate(zip(batch, pictures, strict=True))]
     return rows
 
 
-def measured(case: Case, rows: Sequence[Row], masks: Masks) -> list[Row]:
+def measured(case: Case, rows: Sequence[AttentionRow], masks: Masks) -> list[AttentionRow]:
     """The rows of a case with masks and figures, where the thing is found."""
     found = [masks.of(row, case, job.seed) for row, job in zip(rows, case.plan.jobs, strict=True)]
-    return [row if mask is None else replace(row, mask=mask, inside=measure(row.maps, mask))
+    return [row if mask is None else replace(row, mask=mask, measured=measure_attention(row.maps, mask))
             for row, mask in zip(rows, found, strict=True)]
 
 
-def write(options: argparse.Namespace, cases: Sequence[Case], found: Sequence[Sequence[Row]]) -> list[Path]:
+def write(options: argparse.Namespace, cases: Sequence[Case], found: Sequence[Sequence[AttentionRow]]) -> list[Path]:
     """The picture of the first rows of each case, and the figures of all rows as CSV and JSON, numbered alike."""
     shown = [replace(row, notes=_notes(row, rows)) for rows in found for row in rows[:options.shown]]
     title = f"Attention to “{cases[-1].word}” in “{options.prompt}”"
     picture = Album(options.outdir, columns=1).add_beside("attention_maps", attention_figure(shown, title))
     pairs = list(zip(cases, found, strict=True))
-    table = [record for case, rows in pairs for record in records(case.name, insides(rows))]
+    table = [record for case, rows in pairs for record in attention_records(case.name, insides(rows))]
     csv, summary = picture.with_suffix(".csv"), picture.with_suffix(".json")
     write_csv(csv, table, COLUMNS)
     noted = {"mask": options.mask, "cases": [_note_of(case, rows) for case, rows in pairs], "rows": table}
@@ -168,15 +175,15 @@ def write(options: argparse.Namespace, cases: Sequence[Case], found: Sequence[Se
     return [picture, csv, summary]
 
 
-def insides(rows: Sequence[Row]) -> list[Inside]:
+def insides(rows: Sequence[AttentionRow]) -> list[MaskedAttention]:
     """The figures of those pictures in which the thing was found."""
-    return [row.inside for row in rows if row.inside is not None]
+    return [row.measured for row in rows if row.measured is not None]
 
 
-def _note_of(case: Case, rows: Sequence[Row]) -> dict[str, Any]:
+def _note_of(case: Case, rows: Sequence[AttentionRow]) -> dict[str, Any]:
     """How the pictures of a case were drawn, and what each of them shows over all layers and steps, in %."""
     pictures = []
-    for job, inside in zip(case.plan.jobs, [row.inside for row in rows], strict=True):
+    for job, inside in zip(case.plan.jobs, [row.measured for row in rows], strict=True):
         shown = {} if inside is None else {"area": inside.area, "attention": inside.attention(),
                                            "share": inside.share()}
         pictures.append({"seed": job.seed, **{name: 100 * value for name, value in shown.items()}})
@@ -184,23 +191,23 @@ def _note_of(case: Case, rows: Sequence[Row]) -> dict[str, Any]:
             **case.plan.note, "pictures": pictures}
 
 
-def _notes(row: Row, rows: Sequence[Row]) -> str:
+def _notes(row: AttentionRow, rows: Sequence[AttentionRow]) -> str:
     """What stands beside a shown picture: the figures of all pictures of its case below its own note."""
     inside = insides(rows)
     if not inside:
         return row.notes
-    _, attention, share, ratio = figures(inside)
+    _, attention, share, ratio = estimate_attention(inside)
     spread = f" ({share.low:.0f} to {share.high:.0f}), {len(inside)} seeds" if len(inside) > 1 else ""
     return (f"{row.notes}\n{attention.mean:.1f} % of all attention\n{share.mean:.0f} % inside{spread}\n"
             f"{ratio.mean:.1f} × an even spread")
 
 
-def said(case: Case, rows: Sequence[Row]) -> str:
+def said(case: Case, rows: Sequence[AttentionRow]) -> str:
     """The figures of a case, for the end of a run."""
     inside = insides(rows)
     if not inside:
         return f"{case.name}: no {case.thing} was found in any picture, so nothing is measured"
-    area, attention, share, ratio = figures(inside)
+    area, attention, share, ratio = estimate_attention(inside)
     return (f"{case.name}: {case.word} gets {attention.text('%')} of all attention, and of that {share.text('%')} lies "
             f"inside the mask, which is {area.mean:.1f} % of the picture: {ratio.mean:.2f} times an even spread; "
             f"{len(inside)} of {len(rows)} pictures")

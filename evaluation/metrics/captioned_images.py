@@ -14,12 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.metrics.similarity import Similarity, SimilarityMeter
-from evaluation.prompt_sets import UNSORTED
+from evaluation.prompts.prompt_sets import UNCATEGORIZED
 from evaluation.sweeps.samples import as_batch
 from ldm.common.errors import UserError
 from ldm.common.words import replace_words
-from ldm.concepts.prompt_encoder import PLACEHOLDER
-from ldm.data.images import list_images, read_image, square
+from ldm.concepts.placeholders import PLACEHOLDER
+from ldm.data.images import crop_square, list_images, read_image
 from ldm.data.templates import SLOT
 from ldm.inference.output_folder import read_note
 
@@ -43,7 +43,7 @@ class Caption:
 
     prompt: str
     words: Mapping[str, str] = field(default_factory=dict)
-    category: str = UNSORTED
+    category: str = UNCATEGORIZED
     seed: int | None = None
     file: Path | None = None
 
@@ -86,7 +86,7 @@ def _noted(path: Path) -> Caption:
     if not isinstance(note.get("prompt"), str):
         raise UserError(f"{path}: nothing says what it was drawn from; give --captions FILE.csv, or --prompt for all")
     words = {one["placeholder"]: one["super_category"] for one in note.get("concepts", ())}
-    return Caption(note["prompt"], words, note.get("category", UNSORTED), note.get("seed"), path)
+    return Caption(note["prompt"], words, note.get("category", UNCATEGORIZED), note.get("seed"), path)
 
 
 def _listed(folder: Path, listed: Path) -> list[Caption]:
@@ -116,7 +116,7 @@ def _of_row(folder: Path, listed: Path, number: int, row: Mapping[str, str | Non
     if not name or not prompt or not (folder / name).is_file():
         missing = f"there is no {folder / name}" if name and prompt else f"it lacks a {'prompt' if name else 'file'}"
         raise UserError(f"--captions {listed}, line {number}: {missing}; correct the line or leave it out")
-    return Caption(prompt, category=(row.get("category") or "").strip() or UNSORTED,
+    return Caption(prompt, category=(row.get("category") or "").strip() or UNCATEGORIZED,
                    seed=int(seed) if seed.isdigit() else None, file=folder / name)
 
 
@@ -131,7 +131,7 @@ def common_side(captions: Sequence[Caption], most: int) -> int:
 
 def squares(captions: Iterable[Caption], side: int) -> Iterator[Image.Image]:
     """The middle of each picture, read when it is its turn."""
-    return (square(read_image(caption.file), side) for caption in captions)
+    return (crop_square(read_image(caption.file), side) for caption in captions)
 
 
 def measured(meter: SimilarityMeter, pictures: Iterable[Image.Image], texts: Sequence[str]) -> list[Similarity]:

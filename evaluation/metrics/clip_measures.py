@@ -22,12 +22,12 @@ from evaluation.metrics.captioned_images import (
 )
 from evaluation.metrics.similarity import KINDS, Similarity, SimilarityMeter, figures_of
 from evaluation.output import table
-from evaluation.prompt_sets import MINI, read_prompts
-from evaluation.stats.intervals import Figure
+from evaluation.prompts.prompt_sets import MINI_PROMPTS, read_prompts
+from evaluation.stats.intervals import Estimate
 from evaluation.sweeps.samples import Manner, Painter, as_batch, jobs_of, keep, sampling_of
 from ldm.common.errors import UserError
 from ldm.concepts.finetuned_concept import AnyConcept
-from ldm.data.images import square
+from ldm.data.images import crop_square
 from ldm.data.personalized import PersonalizedBase
 from ldm.inference import sampling as inference
 from ldm.models.clip_encoder import ClipEncoder
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 MOST_PIXELS = 512  # on a side, of what is measured
 HEADINGS = ("prompts", "pictures", *(f"{kind} similarity" for kind in KINDS))
 WIDTHS = (20, 8, 22, 22, 22)
+TABLE = table.MarkdownTable(HEADINGS, WIDTHS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Result:
     found: Sequence[Similarity]
     meter: SimilarityMeter
 
-    def figures(self) -> dict[str, dict[str, Figure]]:
+    def figures(self) -> dict[str, dict[str, Estimate]]:
         """Category of prompts, at last all of them -> kind of similarity -> its mean, the interval by resampling texts:
         pictures of one text belong together."""
         measured = by_category(self.captions, list(zip(self.found, self.texts, strict=True)))
@@ -63,12 +64,12 @@ class Result:
 
     def lines(self) -> Iterator[str]:
         """The table of means, and below it what the photos themselves reach."""
-        yield table.heading(HEADINGS, WIDTHS)
+        yield TABLE.header()
         for category, means in self.figures().items():
             cells = [means[kind].text() if kind in means else "-" for kind in KINDS]
-            yield table.line([category, str(means["text"].count), *cells], WIDTHS)
+            yield TABLE.line([category, str(means["text"].count), *cells])
         photos = ["-" if value is None else f"{value:.1f}" for value in self.meter.among_photos()]
-        yield table.line(["photos to each other", str(len(self.meter.photos)), "-", *photos], WIDTHS)
+        yield TABLE.line(["photos to each other", str(len(self.meter.photos)), "-", *photos])
         hidden = sum(one.object is None for one in self.found)
         if self.meter.objects is not None and hidden:
             yield (f"objects: the segmenter finds no {self.meter.super_category} in {hidden} of {len(self.found)} "
@@ -104,7 +105,7 @@ def of_concept(options: argparse.Namespace) -> Result:
     Raises:
         UserError: it is not one concept, or it, the prompts, the models or the photos cannot be used.
     """
-    prompts, concept = read_prompts(options.prompts or MINI), _only_concept(options)
+    prompts, concept = read_prompts(options.prompts or MINI_PROMPTS), _only_concept(options)
     super_category = options.super_category or concept.super_category
     config, manner = inference.read_model_config(options.config), _manner(options)
     side = min(inference.picture_size(config, sampling_of(config, manner).latent_size))
@@ -113,7 +114,7 @@ def of_concept(options: argparse.Namespace) -> Result:
     seeds = range(options.seed, options.seed + (options.seeds or USUAL_SEEDS))
     log.info("%s, a %s, %s: %d prompts, %d seeds", concept.placeholder, concept.super_category, concept.summary,
              len(prompts), len(seeds))
-    jobs = jobs_of([prompt.about(concept.placeholder) for prompt in prompts], seeds)
+    jobs = jobs_of([prompt.fill(concept.placeholder) for prompt in prompts], seeds)
     categories = [prompt.category for prompt in prompts for _ in seeds]
     pictures = painter.draw(jobs, [concept], manner)
     files: Sequence[Path | None] = [None] * len(jobs)
@@ -124,7 +125,7 @@ def of_concept(options: argparse.Namespace) -> Result:
     captions = [Caption(job.prompt, {concept.placeholder: super_category}, category, job.seed, file)
                 for job, category, file in zip(jobs, categories, files, strict=True)]
     texts = [caption.text(None) for caption in captions]
-    return _result(captions, texts, (square(picture, side) for picture in pictures), meter)
+    return _result(captions, texts, (crop_square(picture, side) for picture in pictures), meter)
 
 
 def meter_of(options: argparse.Namespace, side: int, super_category: str | None) -> SimilarityMeter:

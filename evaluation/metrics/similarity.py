@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from evaluation.stats.intervals import Figure, clustered
+from evaluation.stats.intervals import Estimate, cluster_bootstrap_mean
 from ldm.data.images import from_tensor
 from ldm.models.clip_encoder import ClipEncoder
-from ldm.modules.segmentation import FAINTEST, ZeroShotSegmenter
+from ldm.modules.segmentation import MIN_CONFIDENCE, ZeroShotSegmenter
 
 SEGMENTED_AT_A_TIME = 32
 
@@ -33,7 +33,7 @@ class Similarity:
 KINDS = tuple(one.name for one in fields(Similarity))
 
 
-def figures_of(found: Sequence[Similarity], prompts: Sequence[Hashable]) -> dict[str, Figure]:
+def figures_of(found: Sequence[Similarity], prompts: Sequence[Hashable]) -> dict[str, Estimate]:
     """The mean of each kind of similarity that there is, its interval by resampling prompts.
 
     Args:
@@ -41,7 +41,7 @@ def figures_of(found: Sequence[Similarity], prompts: Sequence[Hashable]) -> dict
     """
     values = {kind: [(value, prompt) for one, prompt in zip(found, prompts, strict=True)
                      if (value := getattr(one, kind)) is not None] for kind in KINDS}
-    return {kind: clustered(*map(list, zip(*pairs, strict=True))) for kind, pairs in values.items() if pairs}
+    return {kind: cluster_bootstrap_mean(*map(list, zip(*pairs, strict=True))) for kind, pairs in values.items() if pairs}
 
 
 class SimilarityMeter:
@@ -107,7 +107,7 @@ def cut_out(pictures: Tensor, likely: Tensor) -> tuple[Tensor, Tensor]:
     """
     surest = likely.amax((1, 2, 3), keepdim=True)
     shown = pictures.cpu() * (likely >= surest / 2)
-    return shown, surest.flatten() > FAINTEST
+    return shown, surest.flatten() > MIN_CONFIDENCE
 
 
 def _among(embeddings: Tensor) -> float | None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from evaluation.mini import parts
 from evaluation.mini.world_prompts import FIRST_SEED, Answers, Asked, WorldRecogniser, asked, real_pictures
-from evaluation.output.table import Row, write_csv
-from evaluation.stats.intervals import Figure, bootstrapped
+from evaluation.output.goals import GoalRow
+from evaluation.output.table import write_csv
+from evaluation.stats.intervals import Estimate, bootstrap_mean
 from evaluation.sweeps.samples import Manner, Painter, as_batch
 from ldm.checkpoints.load import load_model
 from ldm.data.images import save_grid
@@ -89,55 +90,55 @@ class Subject:
         return drawn, real
 
 
-def autoencoder(subject: Subject) -> Iterator[Row]:
+def autoencoder(subject: Subject) -> Iterator[GoalRow]:
     found = parts.reconstruction(subject.first_stage, subject.held_out, subject.options.scenes)
-    yield Row("autoencoder: PSNR on held-out scenes", bootstrapped(found), "dB", 30)
+    yield GoalRow("autoencoder: PSNR on held-out scenes", bootstrap_mean(found), "dB", 30)
 
 
-def clip(subject: Subject) -> Iterator[Row]:
+def clip(subject: Subject) -> Iterator[GoalRow]:
     hits = parts.caption_hits(ClipEncoder.from_path(subject.options.clip, subject.device), subject.held_out,
                               subject.options.scenes)
-    yield Row("CLIP: top-1 of 64 captions for a held-out scene", bootstrapped(hits), "%", 90)
+    yield GoalRow("CLIP: top-1 of 64 captions for a held-out scene", bootstrap_mean(hits), "%", 90)
 
 
-def segmenter(subject: Subject) -> Iterator[Row]:
+def segmenter(subject: Subject) -> Iterator[GoalRow]:
     found = parts.overlaps(ZeroShotSegmenter.from_path(subject.options.segmenter, subject.device), subject.held_out,
                            subject.options.scenes)
-    yield Row("segmenter: mean IoU on held-out drawings", bootstrapped([100 * value for value in found]), "%", 80)
+    yield GoalRow("segmenter: mean IoU on held-out drawings", bootstrap_mean([100 * value for value in found]), "%", 80)
 
 
-def one_thing(subject: Subject) -> Iterator[Row]:
+def one_thing(subject: Subject) -> Iterator[GoalRow]:
     (wanted, answers), real = subject.graded(1, "one_thing")
-    yield Row("text-to-image, one thing: its kind recognised", bootstrapped(answers.kind_hits(wanted)), "%", 90,
-              ceilings={label: bootstrapped(found.kind_hits(scenes)) for label, (scenes, found) in real.items()})
-    yield Row("text-to-image, one thing: its place recognised", bootstrapped(answers.place_hits(wanted)), "%", 95,
-              ceilings={label: bootstrapped(found.place_hits(scenes)) for label, (scenes, found) in real.items()})
+    yield GoalRow("text-to-image, one thing: its kind recognised", bootstrap_mean(answers.kind_hits(wanted)), "%", 90,
+              ceilings={label: bootstrap_mean(found.kind_hits(scenes)) for label, (scenes, found) in real.items()})
+    yield GoalRow("text-to-image, one thing: its place recognised", bootstrap_mean(answers.place_hits(wanted)), "%", 95,
+              ceilings={label: bootstrap_mean(found.place_hits(scenes)) for label, (scenes, found) in real.items()})
 
 
-def two_things(subject: Subject) -> Iterator[Row]:
+def two_things(subject: Subject) -> Iterator[GoalRow]:
     (wanted, answers), real = subject.graded(2, "two_things")
-    yield Row("text-to-image, two things: both recognised", bootstrapped(answers.kind_hits(wanted)), "%", 70,
-              ceilings={label: bootstrapped(found.kind_hits(scenes)) for label, (scenes, found) in real.items()})
+    yield GoalRow("text-to-image, two things: both recognised", bootstrap_mean(answers.kind_hits(wanted)), "%", 70,
+              ceilings={label: bootstrap_mean(found.kind_hits(scenes)) for label, (scenes, found) in real.items()})
 
 
-def speed(subject: Subject) -> Iterator[Row]:
+def speed(subject: Subject) -> Iterator[GoalRow]:
     options = subject.options
     with tempfile.TemporaryDirectory() as folder:
         command = parts.drawing_command(options.config, options.ckpt, options.scale, folder)
-        seconds = Figure(parts.seconds_of(command))
-    yield Row("4 images, 50 DDIM steps, guidance, CPU, 2 threads, start-up", seconds, "s", 15, at_most=True)
+        seconds = Estimate(parts.seconds_of(command))
+    yield GoalRow("4 images, 50 DDIM steps, guidance, CPU, 2 threads, start-up", seconds, "s", 15, at_most=True)
 
 
-def size(subject: Subject) -> Iterator[Row]:
-    yield Row("all weights", Figure(parts.megabytes(subject.options.weights)), "MB", 40, at_most=True)
+def size(subject: Subject) -> Iterator[GoalRow]:
+    yield GoalRow("all weights", Estimate(parts.megabytes(subject.options.weights)), "MB", 40, at_most=True)
 
 
-MEASURES: dict[str, Callable[[Subject], Iterator[Row]]] = {
+MEASURES: dict[str, Callable[[Subject], Iterator[GoalRow]]] = {
     "autoencoder": autoencoder, "clip": clip, "segmenter": segmenter, "one_thing": one_thing,
     "two_things": two_things, "speed": speed, "size": size}
 
 
-def measured(subject: Subject, names: Sequence[str]) -> Iterator[Row]:
+def measured(subject: Subject, names: Sequence[str]) -> Iterator[GoalRow]:
     """The rows of these measures, in the table's order, each as soon as it is known."""
     for name, measure in MEASURES.items():
         if name in names:

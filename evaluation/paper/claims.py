@@ -36,7 +36,7 @@ from evaluation.paper.measurements import Row
 from evaluation.paper.studies import Curve, Setting, Study
 from evaluation.paper.training_runs import Cost
 from evaluation.stats.crossed import Cell, figure_of, means
-from evaluation.stats.intervals import CONFIDENCE, Figure
+from evaluation.stats.intervals import CONFIDENCE, Estimate
 from evaluation.stats.tradeoff import Gap, Traced, gap, steps, traced
 
 SEEN, NOT_SEEN, UNDECIDED = "seen", "not seen", "not decidable here"
@@ -85,7 +85,7 @@ class Found:
         return traced(*([self.cells(setting, measure) for setting in curve.settings] for measure in ("text", "image")))
 
 
-def verdict_of(figure: Figure, margin: float = MARGIN) -> str:
+def verdict_of(figure: Estimate, margin: float = MARGIN) -> str:
     """By the rule above."""
     if figure.low > 0:
         return SEEN
@@ -295,5 +295,5 @@ def _at_biases_of(other: Curve, curve: Curve) -> Curve:
     return Curve(curve.name, tuple(setting for setting in curve.settings if setting.bias in biases))
 
 
-def _signed(figure: Figure) -> str:
+def _signed(figure: Estimate) -> str:
     return f"{figure.mean:+.2f} ({figure.low:+.2f} to {figure.high:+.2f})"

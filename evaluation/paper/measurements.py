@@ -19,14 +19,14 @@ from torch import Tensor
 from evaluation.metrics.similarity import SimilarityMeter
 from evaluation.mini.fidelity import Identity, Marks, leaves_marks, spot_of
 from evaluation.mini.world_prompts import WorldRecogniser
-from evaluation.output.table import write_csv
+from evaluation.output.table import slug, write_csv
 from evaluation.paper.source_digest import GRADING, TEACHING, code_of
-from evaluation.paper.studies import Setting, slug
+from evaluation.paper.studies import Setting
 from evaluation.paper.training_runs import Example, School, contents, digest, key_of
-from evaluation.prompt_sets import EvaluationPrompt
+from evaluation.prompts.prompt_sets import EvaluationPrompt
 from evaluation.sweeps.samples import Manner, Painter, as_batch, jobs_of
 from ldm.concepts.finetuned_concept import AnyConcept
-from ldm.data.images import load_folder, save_grid, square
+from ldm.data.images import crop_square, load_folder, save_grid
 from ldm.data.mini.backgrounds import PLACES
 from ldm.data.mini.scenes import with_article
 from ldm.inference import sampling as inference
@@ -91,8 +91,8 @@ def questions(setting: Setting, subject: Subject, wanted: Wanted) -> list[Questi
         asked, plain = (" next to ".join(map(with_article, each)) for each in zip(*words, strict=True))
         return [Question(f"a photo of {asked} {where}", f"a photo of {plain} {where}", where, place)
                 for place in wanted.places for where in PLACES[place][1][:1]]
-    texts = [prompt.about(subject.super_category) for prompt in wanted.prompts]
-    asked = [prompt.about(subject.placeholder) for prompt in wanted.prompts] if setting.method.taught else texts
+    texts = [prompt.fill(subject.super_category) for prompt in wanted.prompts]
+    asked = [prompt.fill(subject.placeholder) for prompt in wanted.prompts] if setting.method.taught else texts
     return [Question(prompt, text, given.text, place_of(text))
             for prompt, text, given in zip(asked, texts, wanted.prompts, strict=True)]
 
@@ -153,7 +153,7 @@ class Graders:
 
     @functools.cache  # noqa: B019 - there is one of these, for the whole run
     def meter(self, example: Example) -> SimilarityMeter:
-        photos = [square(photo, self.painter.size[0]) for _, photo in load_folder(example.folder)]
+        photos = [crop_square(photo, self.painter.size[0]) for _, photo in load_folder(example.folder)]
         return SimilarityMeter(self.recogniser, as_batch(photos), example.super_category, self.segmenter)
 
 

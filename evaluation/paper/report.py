@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from evaluation.output.plots import Series, draw_bars, draw_curves
+from evaluation.output.plots import Series, plot_bars, plot_curves
 from evaluation.paper.claims import FEWEST_CONCEPTS, MARGIN, TOGETHER, Found, Verdict, verdicts
 from evaluation.paper.studies import Setting, Study
 from evaluation.stats.crossed import figures, paired
-from evaluation.stats.intervals import Figure
+from evaluation.stats.intervals import Estimate
 from ldm.common.files import write_atomically
 
 MEASURES = {  # column -> its heading and its unit
@@ -40,7 +40,7 @@ class Line:
 
     name: str
     setting: str
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Estimate]
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Report:
 
     folder: Path
     settings: Mapping[str, Any]
-    ceilings: Mapping[str, Figure] = field(default_factory=dict)
+    ceilings: Mapping[str, Estimate] = field(default_factory=dict)
     sections: dict[str, str] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     lines: dict[str, list[Line]] = field(default_factory=dict)
@@ -93,10 +93,10 @@ class Report:
 def lines_of(study: Study, found: Found) -> list[Line]:
     """A line for each setting, curve by curve."""
     if study.kind == "cost":
-        return [Line(method.name, "", {name: Figure(factor * median(getattr(cost, name) for cost in costs),
+        return [Line(method.name, "", {name: Estimate(factor * median(getattr(cost, name) for cost in costs),
                                                     count=len(costs)) for name, factor in SCALES.items()})
                 for method, costs in found.costs.items()]
-    measured: dict[Setting, dict[str, Figure]] = {setting: {} for setting in study.settings}
+    measured: dict[Setting, dict[str, Estimate]] = {setting: {} for setting in study.settings}
     for measure, (_, unit) in MEASURES[study.kind].items():
         there = {setting: cells for setting in study.settings if (cells := found.cells(setting, measure))}
         made = figures if unit else paired  # shares have to stay in 0 to 100
@@ -133,12 +133,12 @@ def draw(study: Study, lines: Sequence[Line], path: Path) -> Path:
             biases = [f"{setting.bias:g}" for setting in curve.settings if setting.bias is not None]
             series.append(Series(curve.name, [line.figures["image"] for line in own],
                                  [line.figures["text"] for line in own], biases))
-        return draw_curves(path, series, "image similarity", "text similarity", study.title)
+        return plot_curves(path, series, "image similarity", "text similarity", study.title)
     if study.kind == "pairs":
         bars = {line.name: {measures[name][0]: figure for name, figure in line.figures.items()} for line in lines}
-        return draw_bars(path, bars, "% of pictures", study.title, lines=[TOGETHER])
+        return plot_bars(path, bars, "% of pictures", study.title, lines=[TOGETHER])
     bars = {", ".join(measures[name]): {line.name: line.figures[name] for line in lines} for name in measures}
-    return draw_bars(path, bars, "", study.title, logarithmic=True)
+    return plot_bars(path, bars, "", study.title, logarithmic=True)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -7,12 +7,12 @@ alone. Settings that several studies share are drawn once.
 """
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from evaluation.output.table import slug
 from evaluation.sweeps.samples import Manner
 
 BASELINES = Path(__file__).resolve().parents[2] / "configs" / "baselines"
@@ -196,8 +196,3 @@ def studies(biases: Sequence[float], others: Sequence[float], pair_biases: Seque
 def curve(name: str, method: Method, biases: Iterable[float], global_locking: bool = False,
           all_layers: bool = False) -> Curve:
     return Curve(name, tuple(Setting(method, bias, None, global_locking, all_layers) for bias in biases))
-
-
-def slug(text: str) -> str:
-    """Lower case, and dashes for all that is neither letter, digit nor point: a name for files."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

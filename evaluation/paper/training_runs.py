@@ -28,7 +28,7 @@ from evaluation.paper.source_digest import ROOT, TEACHING, code_of
 from evaluation.paper.studies import Method
 from ldm.common.errors import UserError
 from ldm.common.files import write_atomically
-from ldm.concepts.finetuned_concept import load_concepts
+from ldm.concepts.storage import load_concepts
 from ldm.data.images import list_images
 from ldm.training.config import get_parser, read_config
 

@@ -1,10 +1,10 @@
-"""Curves of text- against image-similarity over a sweep, and how far one lies above another, with paired intervals.
+"""Trade-off curves of text similarity against image similarity, and paired comparisons of two such curves.
 
-Compared are fronts: of a sweep only the points count that no other point of it exceeds in both similarities. Nobody who
-can turn a dial would leave it where another place gives more of both.
+Curves are compared by their Pareto fronts: a point counts only if no other point of the same sweep is higher in both
+similarities. Whoever can choose the bias would never choose such a point.
 
-All points of a comparison are drawn of the same concepts, from the same prompts and seeds. So each resample of the
-bootstrap draws the same concepts and prompts for all of them, and what varies between these cancels in differences.
+All points of a comparison use the same concepts, prompts and seeds. Each bootstrap resample draws the same concepts and
+prompts for all points, so their common variation cancels in differences.
 """
 from __future__ import annotations
 
@@ -14,88 +14,105 @@ from functools import cached_property
 
 import numpy as np
 
-from evaluation.stats.crossed import Cells, figure_of, means
-from evaluation.stats.intervals import CONFIDENCE, RESAMPLES, Figure
+from evaluation.stats.crossed import CellValues, percentile_estimate, resampled_means
+from evaluation.stats.intervals import CONFIDENCE, RESAMPLES, Estimate
 
-GRID = 21  # places at which two curves are compared
+GRID_POINTS = 21  # image similarities at which two curves are compared
 
 
 @dataclass(frozen=True)
-class Traced:
+class TradeoffCurve:
     """A curve of P points: means over concepts and prompts, and over R resamples of them.
 
     Attributes:
-        text, image: (P, 1 + R), the first column the means over all.
+        text: (P, 1 + R) text similarity; the first column is the mean over all concepts and prompts.
+        image: (P, 1 + R) image similarity, in the same way.
     """
 
     text: np.ndarray
     image: np.ndarray
 
     @property
-    def transposed(self) -> Traced:
-        """The same with text and image similarity in each other's place."""
-        return Traced(self.image, self.text)
+    def transposed(self) -> TradeoffCurve:
+        """The same curve with text and image similarity exchanged."""
+        return TradeoffCurve(self.image, self.text)
 
     @property
-    def range(self) -> tuple[np.ndarray, np.ndarray]:
-        """The lowest and the highest image similarity of its front, (1 + R,) each."""
-        return tuple(np.array([ends[place] for ends, _ in self._fronts]) for place in (0, -1))
+    def image_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest image similarity on the Pareto front, (1 + R,) each."""
+        lowest = np.array([image[0] for image, _ in self._fronts])
+        highest = np.array([image[-1] for image, _ in self._fronts])
+        return lowest, highest
 
-    def text_at(self, places: np.ndarray) -> np.ndarray:
-        """(G, 1 + R): text similarity of the front at image similarities (G, 1 + R), linear between points, constant
-        beyond."""
-        found = [np.interp(places[:, r], *front) for r, front in enumerate(self._fronts)]
-        return np.stack(found, axis=1)
+    def text_at(self, image: np.ndarray) -> np.ndarray:
+        """Return the text similarity of the front at given image similarities.
+
+        The front is linear between its points and constant beyond its ends.
+
+        Args:
+            image: (G, 1 + R) image similarities.
+
+        Returns:
+            (G, 1 + R) text similarities.
+        """
+        columns = [np.interp(image[:, r], *front) for r, front in enumerate(self._fronts)]
+        return np.stack(columns, axis=1)
 
     @cached_property
     def _fronts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Image and text similarity of the front of each resample, by rising image similarity."""
+        """Image and text similarity of the Pareto front of each resample, sorted by image similarity."""
         fronts = []
         for text, image in zip(self.text.T, self.image.T, strict=True):
-            order = np.lexsort((text, image))[::-1]  # of equal images the highest text comes first
-            best = np.maximum.accumulate(text[order])
-            kept = order[np.insert(best[1:] > best[:-1], 0, True)][::-1]
-            fronts.append((image[kept], text[kept]))
+            # Walk from the highest image similarity down; of equal ones the highest text similarity comes first.
+            order = np.lexsort((text, image))[::-1]
+            highest_text = np.maximum.accumulate(text[order])
+            is_on_front = np.insert(highest_text[1:] > highest_text[:-1], 0, True)
+            front = order[is_on_front][::-1]
+            fronts.append((image[front], text[front]))
         return fronts
 
 
 @dataclass(frozen=True)
-class Gap:
+class CurveGap:
     """How much more text similarity the first curve has than the second at equal image similarity.
 
     Attributes:
-        figure: the mean difference over the image similarities that both reach; in resamples in which there are none,
-            the difference of the ends that are next to each other.
-        beyond, below: shares of resamples, 0..1, in which there are none as the second has more image similarity than
-            the first reaches anywhere, or less than it has anywhere.
+        difference: mean difference over the image similarities that both curves reach. In resamples without a common
+            range, the nearest ends of the curves are compared.
+        beyond: share of resamples, 0 to 1, in which the whole second curve has more image similarity than the first.
+        below: share of resamples, 0 to 1, in which the whole second curve has less image similarity than the first.
     """
 
-    figure: Figure
+    difference: Estimate
     beyond: float = 0.0
     below: float = 0.0
 
-    def turned(self) -> Gap:
-        """How much more the second has than the first."""
-        figure = self.figure
-        return Gap(Figure(-figure.mean, -figure.high, -figure.low, figure.count), self.below, self.beyond)
+    def swapped(self) -> CurveGap:
+        """Return how much more the second curve has than the first."""
+        difference = self.difference
+        negated = Estimate(-difference.mean, -difference.high, -difference.low, difference.count)
+        return CurveGap(negated, self.below, self.beyond)
 
 
-def traced(text: Sequence[Cells], image: Sequence[Cells], resamples: int = RESAMPLES, seed: int = 0) -> Traced:
-    """A curve from the values of its points; those of all curves have the same cells."""
-    return Traced(means(text, resamples, seed), means(image, resamples, seed))
+def build_curve(text: Sequence[CellValues], image: Sequence[CellValues], resamples: int = RESAMPLES, seed: int = 0
+                ) -> TradeoffCurve:
+    """Build a curve from the values of its points; all curves of a comparison need the same cells."""
+    return TradeoffCurve(resampled_means(text, resamples, seed), resampled_means(image, resamples, seed))
 
 
-def gap(first: Traced, second: Traced) -> Gap:
-    """The first curve above the second; either may be a single point."""
-    (low, high), (other_low, other_high) = first.range, second.range
-    ends = np.maximum(low, other_low), np.minimum(high, other_high)
-    places = np.linspace(*ends, GRID)
-    difference = (first.text_at(places) - second.text_at(places)).mean(0)
-    beyond, below = (float(outside[1:].mean()) for outside in (other_low > high, other_high < low))
-    return Gap(figure_of(difference), beyond, below)
+def compare_curves(first: TradeoffCurve, second: TradeoffCurve) -> CurveGap:
+    """Compare two curves, each of which may be a single point."""
+    (first_low, first_high), (second_low, second_high) = first.image_range, second.image_range
+    # Compare at equal steps over the common range of image similarities.
+    grid = np.linspace(np.maximum(first_low, second_low), np.minimum(first_high, second_high), GRID_POINTS)
+    difference = (first.text_at(grid) - second.text_at(grid)).mean(0)
+    # The first column is the original sample, not a resample.
+    beyond = float((second_low > first_high)[1:].mean())
+    below = float((second_high < first_low)[1:].mean())
+    return CurveGap(percentile_estimate(difference), beyond, below)
 
 
-def steps(values: np.ndarray, confidence: float = CONFIDENCE) -> list[Figure]:
-    """How much each point has more than the one before it, of (P, 1 + R)."""
-    return [figure_of(later - earlier, confidence=confidence)
+def neighbor_differences(values: np.ndarray, confidence: float = CONFIDENCE) -> list[Estimate]:
+    """Return the difference of each point to the previous one, given values (P, 1 + R) of P points."""
+    return [percentile_estimate(later - earlier, confidence=confidence)
             for earlier, later in zip(values, values[1:], strict=False)]

@@ -13,11 +13,11 @@ from evaluation.clip_eval import USUAL_SEEDS
 from evaluation.metrics.clip_measures import meter_of
 from evaluation.metrics.similarity import KINDS
 from evaluation.output import table
-from evaluation.output.image_grid import draw_grid
-from evaluation.output.plots import Series, draw_curves
-from evaluation.paper.studies import slug
-from evaluation.prompt_sets import MINI, EvaluationPrompt, read_prompts, spread
-from evaluation.stats.intervals import Figure
+from evaluation.output.image_grid import ColumnHeading, save_image_grid
+from evaluation.output.plots import Series, plot_curves
+from evaluation.output.table import MarkdownTable, slug
+from evaluation.prompts.prompt_sets import MINI_PROMPTS, EvaluationPrompt, read_prompts, select_prompts
+from evaluation.stats.intervals import Estimate
 from evaluation.sweeps.samples import Manner, Painter, sampling_of
 from evaluation.sweeps.sweep import Drawn, Point, Source, Sweep, Sweeper, balance_of, points_of, sweeps_of
 from ldm.common.errors import UserError
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 GRID_ROWS = 6
 HEADINGS = ("curve", "bias", *(f"{kind} similarity" for kind in KINDS))
 WIDTHS = (30, 8, 22, 22, 22)
+TABLE = MarkdownTable(HEADINGS, WIDTHS)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Line:
     curve: str
     point: Point
     drawn: Drawn
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Estimate]
     balance: bool
 
     def cells(self) -> list[str]:
@@ -79,7 +80,7 @@ def set_up(options: argparse.Namespace) -> tuple[list[Sweep], Sweeper]:
     Raises:
         UserError: the concepts, the prompts, the models or the photos cannot be used.
     """
-    prompts, sources = read_prompts(options.prompts or MINI), sources_of(options)
+    prompts, sources = read_prompts(options.prompts or MINI_PROMPTS), sources_of(options)
     config = inference.read_model_config(options.config)
     manner = Manner(scale=options.scale, steps=options.ddim_steps, sampler=options.sampler, eta=options.ddim_eta)
     side = min(inference.picture_size(config, sampling_of(config, manner).latent_size))
@@ -112,7 +113,7 @@ def lines_of(sweep: Sweep, drawn: Mapping[Point, Drawn]) -> list[Line]:
 
 def table_of(lines: Sequence[Line]) -> str:
     """To be printed."""
-    return "\n".join([table.heading(HEADINGS, WIDTHS), *(table.line(line.cells(), WIDTHS) for line in lines)])
+    return "\n".join([TABLE.header(), *(TABLE.line(line.cells()) for line in lines)])
 
 
 def write_sweep(folder: Path, sweep: Sweep, lines: Sequence[Line], prompts: Sequence[EvaluationPrompt]) -> list[Path]:
@@ -126,7 +127,7 @@ def write_sweep(folder: Path, sweep: Sweep, lines: Sequence[Line], prompts: Sequ
             series = [Series(name, [line.figures[kind] for line in own], [line.figures["text"] for line in own],
                              [line.point.label.removeprefix("bias ") for line in own])
                       for name, own in curves.items()]
-            written.append(draw_curves(folder / f"{sweep.key}_{kind}.png", series, f"{kind} similarity",
+            written.append(plot_curves(folder / f"{sweep.key}_{kind}.png", series, f"{kind} similarity",
                                        "text similarity", f"{sweep.title} (numbers are biases, bars 95 % intervals)"))
     return written + [write_grid(folder / f"{sweep.key}-{slug(name)}.png", name, own, prompts)
                       for name, own in curves.items()]
@@ -134,14 +135,14 @@ def write_sweep(folder: Path, sweep: Sweep, lines: Sequence[Line], prompts: Sequ
 
 def write_grid(path: Path, name: str, lines: Sequence[Line], prompts: Sequence[EvaluationPrompt]) -> Path:
     """The first seed's pictures along a curve: a row for each of some prompts, of all categories."""
-    rows = [prompts.index(prompt) for prompt in spread(prompts, GRID_ROWS)]
-    headings = [(line.point.label, f"text {line.figures['text'].mean:.0f}, image {line.figures['image'].mean:.0f}")
-                for line in lines]
+    rows = [prompts.index(prompt) for prompt in select_prompts(prompts, GRID_ROWS)]
+    headings = [ColumnHeading(line.point.label, f"text {line.figures['text'].mean:.0f}, image {line.figures['image'].mean:.0f}",
+                              line.balance) for line in lines]
     pictures = [[line.drawn.pictures[row] for line in lines] for row in rows]
-    labels = [prompts[row].about(lines[0].point.source.concept.placeholder) for row in rows]
+    labels = [prompts[row].fill(lines[0].point.source.concept.placeholder) for row in rows]
     marked = next((place for place, line in enumerate(lines) if line.balance), None)
     title = name if marked is None else f"{name} (bold: the bias that balances text and image)"
-    return draw_grid(path, pictures, labels, headings, title, marked)
+    return save_image_grid(path, pictures, labels, headings, title)
 
 
 def write_every(folder: Path, sweeper: Sweeper, drawn: Mapping[Point, Drawn]) -> Path:

@@ -15,12 +15,12 @@ from PIL import Image
 
 from evaluation.metrics.captioned_images import measured
 from evaluation.metrics.similarity import Similarity, SimilarityMeter, figures_of
-from evaluation.prompt_sets import EvaluationPrompt
-from evaluation.stats.intervals import Figure
+from evaluation.prompts.prompt_sets import EvaluationPrompt
+from evaluation.stats.intervals import Estimate
 from evaluation.sweeps.samples import Manner, Painter, jobs_of
 from ldm.concepts.concept import Concept
 from ldm.concepts.finetuned_concept import AnyConcept
-from ldm.data.images import square
+from ldm.data.images import crop_square
 from ldm.inference.auto_bias import Tried, balanced
 
 LOCKS = {"local": False, "global": True}
@@ -42,7 +42,7 @@ class Source:
     @property
     def lock(self) -> str | None:
         """What its keys are, unless those of the whole prompt are locked: "local" or "trained"."""
-        return ("trained" if self.concept.target_output_k else "local") if self.has_gate else None
+        return ("trained" if self.concept.target_outputs_k else "local") if self.has_gate else None
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Drawn:
     found: Sequence[Similarity]
     pictures: Sequence[Image.Image]
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, Estimate]:
         """The mean of each kind of similarity, its interval by resampling prompts: seeds of one belong together."""
         prompts = np.repeat(np.arange(len(self.pictures)), len(self.found) // len(self.pictures))
         return figures_of(self.found, prompts.tolist())
@@ -155,14 +155,14 @@ class Sweeper:
     @property
     def texts(self) -> list[str]:
         """Of each picture of a point, in plain words."""
-        return [prompt.about(self.super_category) for prompt in self.prompts for _ in self.seeds]
+        return [prompt.fill(self.super_category) for prompt in self.prompts for _ in self.seeds]
 
     def draw(self, point: Point) -> Drawn:
         """All pictures of a point; raises as `Painter.draw` does."""
         word = point.source.concept.placeholder
-        jobs = jobs_of([prompt.about(word) for prompt in self.prompts], self.seeds)
+        jobs = jobs_of([prompt.fill(word) for prompt in self.prompts], self.seeds)
         pictures = self.painter.draw(jobs, [point.source.concept], point.manner, point.label or point.source.label)
-        found = measured(self.meter, (square(one, self.side) for one in pictures), self.texts)
+        found = measured(self.meter, (crop_square(one, self.side) for one in pictures), self.texts)
         return Drawn(found, pictures[::len(self.seeds)])
 
     def records(self, drawn: Mapping[Point, Drawn]) -> Iterator[dict[str, Any]]:

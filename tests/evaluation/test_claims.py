@@ -22,7 +22,7 @@ from evaluation.paper.studies import (
     studies,
 )
 from evaluation.paper.training_runs import Cost
-from evaluation.stats.intervals import Figure
+from evaluation.stats.intervals import Estimate
 from evaluation.stats.tradeoff import Gap
 
 BIASES = (0.4, 0.75, 1.1)
@@ -60,18 +60,18 @@ def said(key: str, row: Made, **settings: float) -> dict[str, str]:
     (0.1, 3.0, SEEN), (-3.0, -0.1, NOT_SEEN), (-1.0, 1.0, UNDECIDED), (-0.2, 0.2, NOT_SEEN), (-0.1, 0.8, UNDECIDED),
     (0.05, 0.2, SEEN)])
 def test_the_rule(low: float, high: float, verdict: str) -> None:
-    assert verdict_of(Figure((low + high) / 2, low, high)) == verdict
+    assert verdict_of(Estimate((low + high) / 2, low, high)) == verdict
 
 
 @pytest.mark.parametrize(("beyond", "below", "sign", "verdict"), [
     (0.02, 0, 1, SEEN), (0, 0.02, -1, NOT_SEEN), (0.03, 0, 1, UNDECIDED), (0.03, 0, -1, NOT_SEEN),
     (0, 0.03, 1, SEEN), (0, 0.03, -1, UNDECIDED), (0.5, 0.5, 1, UNDECIDED), (0.5, 0.5, -1, UNDECIDED)])
 def test_outside_of_a_curve_only_one_verdict_is_possible(beyond: float, below: float, sign: int, verdict: str) -> None:
-    assert verdict_of_gap(Gap(Figure(sign * 2.0, sign * 2.0 - 1, sign * 2.0 + 1), beyond, below)) == verdict
+    assert verdict_of_gap(Gap(Estimate(sign * 2.0, sign * 2.0 - 1, sign * 2.0 + 1), beyond, below)) == verdict
 
 
 def test_outside_of_a_curve_a_small_difference_decides_nothing() -> None:
-    small = Figure(0.0, -0.2, 0.2)
+    small = Estimate(0.0, -0.2, 0.2)
     assert (verdict_of_gap(Gap(small)), verdict_of_gap(Gap(small, beyond=0.1))) == (NOT_SEEN, UNDECIDED)
 
 

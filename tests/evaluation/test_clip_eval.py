@@ -18,8 +18,8 @@ from PIL import Image
 from evaluation import clip_eval
 from evaluation.metrics import clip_measures
 from evaluation.metrics.captioned_images import Caption, captions_of
-from evaluation.prompt_sets import UNSORTED
-from evaluation.stats.intervals import clustered
+from evaluation.prompts.prompt_sets import UNCATEGORIZED
+from evaluation.stats.intervals import cluster_bootstrap_mean
 from ldm.common.errors import UserError
 from ldm.inference.output_folder import read_note
 
@@ -114,7 +114,7 @@ def test_intervals_are_by_prompts(measure: Measure, files: Path, model_files: Mo
     drawn = measure(*draws(files, model_files), segmenter="none")
     means = {row["category"]: row for row in rows(tmp_path / "out" / "means.csv") if row["similarity"] == "text"}
     assert means["style"]["low"] == means["style"]["high"] == "" and means["style"]["count"] == "2"
-    by_prompt = clustered([float(row["text_similarity"]) for row in drawn], [row["prompt"] for row in drawn])
+    by_prompt = cluster_bootstrap_mean([float(row["text_similarity"]) for row in drawn], [row["prompt"] for row in drawn])
     assert float(means["all"]["low"]) == pytest.approx(by_prompt.low, abs=1e-3)
     assert float(means["all"]["high"]) == pytest.approx(by_prompt.high, abs=1e-3)
 
@@ -149,7 +149,7 @@ def test_settings_reach_the_pictures(measure: Measure, model_files: ModelFiles, 
                      "--bias", 2, "--scale", 1.5, "--sampler", "heun", "--seed", 7, "--global_locking", "--save",
                      segmenter="none")
     note = read_note(row["file"])
-    assert (row["category"], row["seed"], note["seed"]) == (UNSORTED, "7", 7)
+    assert (row["category"], row["seed"], note["seed"]) == (UNCATEGORIZED, "7", 7)
     assert (note["scale"], note["sampler"], note["steps"], note["global_locking"]) == (1.5, "heun", 2, True)
     assert note["concepts"][0]["bias"] == 2
 

@@ -16,11 +16,12 @@ from PIL import Image
 
 from evaluation import pareto
 from evaluation.metrics.similarity import Similarity
-from evaluation.output.image_grid import draw_grid
 from evaluation.sweeps.samples import Manner
 from evaluation.sweeps.sweep import Curve, Drawn, Point, Source, balance_of, points_of, sweeps_of
-from ldm.concepts.concept import Concept, load_perfusion_concepts, save_perfusion_concepts
-from ldm.concepts.finetuned_concept import FinetunedConcept, save_concepts
+from ldm.concepts.concept import Concept
+from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
+from ldm.concepts.finetuned_concept import FinetunedConcept
+from ldm.concepts.storage import save_concepts
 
 PROMPTS = "[place]\na photo of a {} outside\n[style]\na sketch of a {}\n"
 BIASES = (0.4, 0.8)
@@ -37,7 +38,7 @@ def locked() -> Source:
 
 @pytest.fixture
 def trained() -> Source:
-    return Source("toy-2", concept(target_output_k={"layer": torch.zeros(2)}))
+    return Source("toy-2", concept(target_outputs_k={"layer": torch.zeros(2)}))
 
 
 @pytest.fixture
@@ -104,22 +105,6 @@ def test_a_curves_balance_is_that_of_bias_auto(locked: Source) -> None:
     assert balance_of(Curve("", points[:2]), drawn) is None
 
 
-def test_a_grid_has_a_tile_for_every_row_and_column(tmp_path: Path) -> None:
-    colours = [["red", "lime"], ["blue", "yellow"], ["cyan", "magenta"]]
-    pictures = [[Image.new("RGB", (16, 8), colour) for colour in line] for line in colours]
-    path = draw_grid(tmp_path / "grid.png", pictures, ["a", "b", "a prompt that is longer than a line"],
-                     [("x", "1"), ("y", "2")], "title", marked=1)
-    shown = np.asarray(Image.open(path).convert("RGB"))
-    tiles = {colour: np.argwhere((shown == np.array(Image.new("RGB", (1, 1), colour))[0]).all(2))
-             for line in colours for colour in line}
-    height, width = np.ptp(tiles["red"], axis=0) + 1
-    middles = {colour: places.mean(0) for colour, places in tiles.items()}
-    for line in colours:
-        assert middles[line[0]][0] == pytest.approx(middles[line[1]][0], abs=1)
-        assert middles[line[1]][1] - middles[line[0]][1] > width
-    assert width == pytest.approx(2 * height, abs=2) and len(tiles["red"]) == height * width
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with photos, a CLIP, a segmenter and a list of prompts."""
@@ -173,8 +158,8 @@ def test_the_script_draws_curves_and_grids_and_tells_what_they_are_made_of(
 
 def test_trained_keys_and_other_methods_come_as_further_files(files: Path, model_files: ModelFiles, tmp_path: Path) -> None:
     (teddy,) = load_perfusion_concepts(model_files.teddy)
-    keys = {name: value + 1 for name, value in teddy.target_output_v.items()}
-    save_perfusion_concepts(tmp_path / "keys.safetensors", [replace(teddy, placeholder="<bear>", target_output_k=keys)])
+    keys = {name: value + 1 for name, value in teddy.target_outputs_v.items()}
+    save_perfusion_concepts(tmp_path / "keys.safetensors", [replace(teddy, placeholder="<bear>", target_outputs_k=keys)])
     save_concepts(tmp_path / "toy.safetensors", [FinetunedConcept("textual-inversion", "<toy>", "teddy bear",
                                                              torch.ones(1, WIDTH), base=teddy.base)])
     pareto.main([*flags(files, model_files, tmp_path / "out", seeds=1), "--concept", str(model_files.teddy),

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.prompt_sets import MINI, PHOTOS, UNSORTED, EvaluationPrompt, read_prompts, replace_word
+from evaluation.prompts.prompt_sets import (
+    MINI_PROMPTS,
+    PHOTO_PROMPTS,
+    UNCATEGORIZED,
+    EvaluationPrompt,
+    read_prompts,
+    replace_word,
+)
 from ldm.common.errors import UserError
 from ldm.data.mini.backgrounds import PLACES
 from ldm.data.mini.scenes import PLAIN_TEMPLATES, RELATIONS, SIZES
@@ -15,7 +22,7 @@ from ldm.data.mini.world import COLOURS, KINDS, PATTERNS
 CATEGORIES = ["recontextualisation", "property change", "style", "accessorisation"]
 
 
-@pytest.mark.parametrize(("path", "least", "most"), [(MINI, 16, 20), (PHOTOS, 20, 25)])
+@pytest.mark.parametrize(("path", "least", "most"), [(MINI_PROMPTS, 16, 20), (PHOTO_PROMPTS, 20, 25)])
 def test_the_projects_own_lists_ask_for_all_that_the_fields_sets_do(path: Path, least: int, most: int) -> None:
     prompts = read_prompts(path)
     assert list(dict.fromkeys(prompt.category for prompt in prompts)) == CATEGORIES
@@ -27,16 +34,16 @@ def test_the_bundled_models_list_is_in_the_words_of_its_captions() -> None:
     phrases = [*PLAIN_TEMPLATES, *STYLES, *wheres, *RELATIONS, *SIZES, *COLOURS, *PATTERNS,
                *(word for kind in KINDS for word in kind.words)]
     known = {"{}", "a", "an"} | {word for phrase in phrases for word in phrase.split()}
-    for prompt in read_prompts(MINI):
+    for prompt in read_prompts(MINI_PROMPTS):
         assert set(prompt.text.split()) <= known
         assert prompt.text.endswith(tuple(wheres))
 
 
 def test_the_word_goes_where_the_braces_are_and_its_article_with_it() -> None:
     prompt = EvaluationPrompt("style", "A {} and a dog")
-    assert [prompt.about(words) for words in ("<my-owl>", "owl", "teddy bear")] == [
+    assert [prompt.fill(words) for words in ("<my-owl>", "owl", "teddy bear")] == [
         "A <my-owl> and a dog", "An owl and a dog", "A teddy bear and a dog"]
-    assert EvaluationPrompt("", "a red {}").about("owl") == "a red owl"
+    assert EvaluationPrompt("", "a red {}").fill("owl") == "a red owl"
 
 
 @pytest.mark.parametrize(("text", "placeholder", "expected"), [
@@ -49,7 +56,7 @@ def test_placeholders_of_any_kind_are_put_into_words(text: str, placeholder: str
 def test_files_have_headings_comments_and_plain_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeff# mine\na {} first\n\n[ my style ]\n  a {} second  \n", encoding="utf-8")
-    assert read_prompts(path) == [EvaluationPrompt(UNSORTED, "a {} first"), EvaluationPrompt("my style", "a {} second")]
+    assert read_prompts(path) == [EvaluationPrompt(UNCATEGORIZED, "a {} first"), EvaluationPrompt("my style", "a {} second")]
 
 
 @pytest.mark.parametrize(("content", "said"), [

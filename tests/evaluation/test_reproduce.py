@@ -24,11 +24,12 @@ from evaluation.paper.claims import UNDECIDED
 from evaluation.paper.measurements import Graders, Pair, Subject, Wanted, questions, seeds_of
 from evaluation.paper.studies import BASE, PERFUSION, STUDY_KEYS, Method, Setting
 from evaluation.paper.training_runs import Example, School, digest
-from evaluation.prompt_sets import EvaluationPrompt, spread
+from evaluation.prompts.prompt_sets import EvaluationPrompt, select_prompts
 from evaluation.reproduce import Progress, parse_arguments
 from evaluation.sweeps.samples import Manner
-from ldm.concepts.concept import load_perfusion_concepts
-from ldm.concepts.finetuned_concept import FinetunedConcept, save_concepts
+from ldm.concepts.concept_file import load_perfusion_concepts
+from ldm.concepts.finetuned_concept import FinetunedConcept
+from ldm.concepts.storage import save_concepts
 from ldm.data.mini import example_concepts, scenes
 from ldm.data.mini.scenes import BACKGROUNDS_PER_PLACE
 
@@ -266,8 +267,8 @@ def test_what_is_all_there_is_reported_whatever_was_asked_for(run: Run, tmp_path
 
 def test_prompts_are_of_all_categories_in_turn() -> None:
     prompts = [EvaluationPrompt(category, f"{number}") for number, category in enumerate("aaabbc")]
-    assert [prompt.text for prompt in spread(prompts, 4)] == ["0", "1", "3", "5"]
-    assert spread(prompts, 99) == prompts
+    assert [prompt.text for prompt in select_prompts(prompts, 4)] == ["0", "1", "3", "5"]
+    assert select_prompts(prompts, 99) == prompts
 
 
 def test_what_remains_is_told_once_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:

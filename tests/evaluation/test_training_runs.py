@@ -15,7 +15,8 @@ from evaluation.paper.source_digest import TEACHING, code_of
 from evaluation.paper.studies import NO_MASKS, ONE_PHOTO, PERFUSION, TEXTUAL_INVERSION, TRAINED_KEYS, Method
 from evaluation.paper.training_runs import Cost, Example, School, digest, key_of
 from ldm.common.errors import UserError
-from ldm.concepts.concept import Concept, save_perfusion_concepts
+from ldm.concepts.concept import Concept
+from ldm.concepts.concept_file import save_perfusion_concepts
 
 STAND_IN = """
 import pathlib, shutil, sys

@@ -14,8 +14,9 @@ from helpers.model_files import PROMPT, QUICK, WIDTH, Main, ModelFiles, error_li
 from PIL import Image
 
 from evaluation.attention.cases import cases_of, look
-from evaluation.attention.inside import COLUMNS, STEPS
-from ldm.concepts.finetuned_concept import FinetunedConcept, load_concepts, save_concepts
+from evaluation.attention.masked_attention import COLUMNS, STEP_GROUPS
+from ldm.concepts.finetuned_concept import FinetunedConcept
+from ldm.concepts.storage import load_concepts, save_concepts
 from ldm.inference import sampling as inference
 from ldm.modules.segmentation import ZeroShotSegmenter
 
@@ -121,14 +122,14 @@ def test_the_pictures_are_those_that_are_drawn_without_maps(main: Main, model_fi
     encoded = inference.encode_once(encoder, case.plan.prompts)
     drawn = inference.draw_pictures(model, encoded, case.plan.jobs, case.plan.sampling)
     assert all(np.array_equal(one.picture, other) for one, other in zip(seen, drawn, strict=True))
-    assert all(maps.shape[0] == len(STEPS) for one in seen for maps in one.maps.values())
+    assert all(maps.shape[0] == len(STEP_GROUPS) for one in seen for maps in one.maps.values())
 
 
 MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("a cat",), "nothing to look at; give a concept file"),
     (("a cat", "--word", "cat", "--reference"), "--reference stands beside concepts"),
     (("a cat", "--word", "dog"), "--word dog: does not stand in the prompt 'a cat'"),
-    (("a cat", "--word", "ca", "--mask", "{mask}"), "word 'ca' does not stand in the prompt"),
+    (("a cat", "--word", "ca", "--mask", "{mask}"), "word 'ca' does not occur in the prompt"),
     (("a cat", "--word", "cat", "--ddim_steps", "2"), "--steps 2: maps are of early, middle and late steps"),
     (("a cat", "--concepts", "{model_files}/teddy.safetensors"), "names no concept of .*, which has <teddy>"),
     (("a <mug>", "--concepts", "{model_files}/teddy.safetensors"), "names <mug>, but no loaded concept"),

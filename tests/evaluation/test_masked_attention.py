@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from evaluation.attention import cases as attention_cases
-from evaluation.attention.figure import Row, attention_figure
-from evaluation.attention.inside import ALL, COLUMNS, STEPS, Inside, figures, measure, records
-from evaluation.stats.intervals import bootstrapped
+from evaluation.attention.figure import AttentionRow, attention_figure
+from evaluation.attention.masked_attention import ALL, COLUMNS, STEP_GROUPS, MaskedAttention, estimate_attention, measure_attention, attention_records
+from evaluation.stats.intervals import bootstrap_mean
 from ldm.concepts.finetuned_concept import FinetunedConcept
 
 SMALL, LARGE = "input_blocks.1.1.transformer_blocks.0.attn2", "middle_block.1.transformer_blocks.0.attn2"
@@ -49,7 +49,7 @@ def made(peak: float = 3.0) -> dict[str, torch.Tensor]:
 
 
 def test_shares_are_those_of_the_closed_form() -> None:
-    one = measure(made(), left_half())
+    one = measure_attention(made(), left_half())
     assert one.area == 0.5
     for layer, steps, share, attention in (
         (SMALL, ALL, 0.5, 0.1), (LARGE, "early", 0.75, 0.2), (LARGE, "late", 0.5, 0.2),
@@ -62,36 +62,36 @@ def test_shares_are_those_of_the_closed_form() -> None:
 
 def test_an_even_map_has_the_share_of_the_area_and_all_of_a_whole_mask_is_inside() -> None:
     mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)).round()
-    even = measure({SMALL: torch.full((3, 4, 4), 0.3)}, mask)
+    even = measure_attention({SMALL: torch.full((3, 4, 4), 0.3)}, mask)
     assert even.share() == pytest.approx(even.area) == pytest.approx(float(mask.mean()))
-    assert figures([even]).ratio.mean == pytest.approx(1)
-    assert measure(made(), torch.ones(8, 8)).share() == pytest.approx(1)
+    assert estimate_attention([even]).ratio.mean == pytest.approx(1)
+    assert measure_attention(made(), torch.ones(8, 8)).share() == pytest.approx(1)
     spot = torch.zeros(3, 4, 4)
     spot[:, 1, 2] = 1
     there = torch.zeros(16, 16)
     there[4:8, 8:10] = 1  # half of that cell
-    assert measure({SMALL: spot}, there).share() == pytest.approx(0.5)
+    assert measure_attention({SMALL: spot}, there).share() == pytest.approx(0.5)
     with pytest.raises(ValueError, match="mask is empty"):
-        measure(made(), torch.zeros(8, 8))
+        measure_attention(made(), torch.zeros(8, 8))
 
 
 def test_a_row_for_each_layer_and_group_of_steps_with_intervals_over_pictures() -> None:
-    pictures = [measure(made(peak), left_half()) for peak in (1.0, 3.0, 7.0)]
-    rows = list(records("locked", pictures))
+    pictures = [measure_attention(made(peak), left_half()) for peak in (1.0, 3.0, 7.0)]
+    rows = list(attention_records("locked", pictures))
     assert [(row["layer"], row["steps"]) for row in rows] == [
-        (layer, steps) for layer in (ALL, SMALL, LARGE) for steps in (ALL, *STEPS)]
+        (layer, steps) for layer in (ALL, SMALL, LARGE) for steps in (ALL, *STEP_GROUPS)]
     assert all(tuple(sorted(row)) == tuple(sorted(COLUMNS)) for row in rows)
     early = next(row for row in rows if (row["layer"], row["steps"]) == (LARGE, "early"))
-    expected = bootstrapped([50, 75, 87.5])
+    expected = bootstrap_mean([50, 75, 87.5])
     assert early["share"] == pytest.approx(expected.mean) and early["share_low"] == pytest.approx(expected.low)
     assert early["ratio"] == pytest.approx(2 * expected.mean / 100) and early["area"] == 50 and early["pictures"] == 3
-    assert list(records("locked", [])) == []
+    assert list(attention_records("locked", [])) == []
 
 
-def row(mask: torch.Tensor | None, size: tuple[int, int] = (8, 8)) -> Row:
+def row(mask: torch.Tensor | None, size: tuple[int, int] = (8, 8)) -> AttentionRow:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
-    inside: Inside | None = None if mask is None else measure(made(), mask)
-    return Row("Perfusion,\nlocal lock", "seed 1", picture, made(), mask, inside)
+    inside: MaskedAttention | None = None if mask is None else measure_attention(made(), mask)
+    return AttentionRow("Perfusion,\nlocal lock", "seed 1", picture, made(), mask, inside)
 
 
 def test_the_picture_grows_with_its_rows_and_shows_what_was_found() -> None:

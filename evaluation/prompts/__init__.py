@@ -1,0 +1,1 @@
+"""Evaluation prompts: the bundled lists and the code that reads them."""
