@@ -1,9 +1,9 @@
-"""A segmenter asked by text, on a CLIP with a residual image tower.
+"""A text-prompted segmenter on a CLIP with a residual image tower, for the mini world.
 
-The idea is CLIPSeg's (Lüddecke & Ecker, "Image Segmentation Using Text and Image Prompts", CVPR 2022): a light decoder
-reads several layers of a CLIP's image tower, and the text says what to look for. Their image tower is a transformer,
-which has to see millions of pictures before it tells things apart; with a residual tower the decoder is a pyramid, from
-the coarsest stage to the finest, as in Wang et al., "CRIS: CLIP-Driven Referring Image Segmentation", CVPR 2022.
+The idea is CLIPSeg's (Lüddecke & Ecker, "Image Segmentation Using Text and Image Prompts", CVPR 2022): a small decoder
+reads several layers of a CLIP's image tower, and the text tells it what to segment. CLIPSeg's image tower is a
+transformer, which needs millions of training images. A residual tower needs fewer. The decoder is then a pyramid from
+the coarsest stage to the finest (Wang et al., "CRIS: CLIP-Driven Referring Image Segmentation", CVPR 2022).
 """
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ldm.modules.encoders.openclip import text_features
 from ldm.modules.encoders.vocabulary import load_packed
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-SUBPIXELS = 2  # the finest level of the decoder has half the picture's side
+SUBPIXELS = 2  # the finest level of the decoder has half the image's side
 
 
 class ResidualSegmenter(nn.Module):
-    """How likely each pixel of a picture shows what a text names.
+    """Compute how likely each pixel of an image shows what a text names.
 
     Args:
-        embed_dim, vision_cfg, text_cfg: of the CLIP, as `open_clip` names them; its `layers` are a list.
-        widths: channels of the decoder's five levels, from the finest at half the picture's side to that of the tower's
-            last stage; multiples of 32.
+        embed_dim, vision_cfg, text_cfg: settings of the CLIP, in `open_clip`'s names; `vision_cfg["layers"]` is a list.
+        widths: channels of the decoder's five levels, multiples of 32. The first level has half the image's side, the
+            last one the size of the tower's last stage.
     """
 
     model_type = "residual-segmenter"
@@ -41,7 +41,7 @@ class ResidualSegmenter(nn.Module):
         self.config = {"embed_dim": embed_dim, "vision_cfg": dict(vision_cfg), "text_cfg": dict(text_cfg),
                        "widths": list(widths)}
         self.clip = open_clip.CLIP(embed_dim, dict(vision_cfg), dict(text_cfg))
-        del self.clip.visual.attnpool  # it sums up the picture; where things are is gone after it
+        del self.clip.visual.attnpool  # it pools over positions, which a segmenter needs
         self.edges = nn.Conv2d(3, widths[0], 5, stride=SUBPIXELS, padding=2)
         stages = [getattr(self.clip.visual, name)[-1].bn3.num_features for name in STAGES]
         self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1)
@@ -53,40 +53,51 @@ class ResidualSegmenter(nn.Module):
         self.out = nn.Conv2d(widths[0], SUBPIXELS**2, 1)
 
     @property
-    def longest_text(self) -> int:
-        """In tokens, the marks for start and end included."""
+    def max_text_length(self) -> int:
+        """Number of tokens that the model reads, start and end tokens included."""
         return self.config["text_cfg"]["context_length"]
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(B, embed_dim) for the word-piece numbers of B texts, (B, N)."""
+        """Embed the tokens (B, N) of B texts, to (B, embed_dim)."""
         return text_features(self.clip, tokens)
 
-    def forward(self, pixels: Tensor, meaning: Tensor) -> Tensor:
-        """Logits (B, H, W) for pictures (B, 3, H, W) as CLIP wants them, sides multiples of 32, and a text for each,
-        (B, embed_dim)."""
+    def forward(self, pixels: Tensor, text_embedding: Tensor) -> Tensor:
+        """Compute logits.
+
+        Args:
+            pixels: images (B, 3, H, W), normalized as CLIP expects them; H and W multiples of 32.
+            text_embedding: (B, embed_dim), what to look for in each image.
+
+        Returns:
+            (B, H, W)
+        """
+        # Run the tower and project the features of each stage to the decoder's widths.
         tower = self.clip.visual
         levels, features = [self.edges(pixels)], tower.stem(pixels)
         for name, lateral in zip(STAGES, self.lateral, strict=True):
             features = getattr(tower, name)(features)
             levels.append(lateral(features))
-        found = self.blocks[-1](levels[-1], meaning)
+
+        # Decode from the coarsest level to the finest; each block is conditioned on the text.
+        decoded = self.blocks[-1](levels[-1], text_embedding)
         for level, down, block in zip(levels[-2::-1], self.down[::-1], self.blocks[-2::-1], strict=True):
-            found = block(level + F.interpolate(down(found), size=level.shape[-2:]), meaning)
-        return F.pixel_shuffle(self.out(found), SUBPIXELS)[:, 0]
+            upsampled = F.interpolate(down(decoded), size=level.shape[-2:])
+            decoded = block(level + upsampled, text_embedding)
+        return F.pixel_shuffle(self.out(decoded), SUBPIXELS)[:, 0]
 
 
 def is_residual(folder: Path) -> bool:
-    """Whether there is a `ResidualSegmenter` in a folder."""
+    """Return whether a folder holds a `ResidualSegmenter`."""
     file = folder / "config.json"
     return file.is_file() and json.loads(file.read_text()).get("model_type") == ResidualSegmenter.model_type
 
 
 def load_residual_segmenter(folder: Path) -> ResidualSegmenter:
-    """The one in a folder, packed word tables unpacked; parameters in float32.
+    """Load the segmenter of a folder, with packed word tables unpacked and parameters in float32.
 
     Raises:
-        UserError: its weights are cut off, or are not those of the model that its settings describe.
-        ValueError, TypeError, KeyError: its settings are not those of a segmenter.
+        UserError: if the weights are cut off, or do not fit the model that config.json describes.
+        ValueError, TypeError, KeyError: if config.json does not describe a segmenter.
     """
     settings = json.loads((folder / "config.json").read_text())
     settings.pop("model_type")

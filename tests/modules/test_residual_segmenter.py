@@ -1,4 +1,4 @@
-"""The segmenter with a residual tower: what depends on what, and folders of it."""
+"""The segmenter with a residual image tower: its receptive field, its folder, and damaged folders."""
 from __future__ import annotations
 
 import json
@@ -32,46 +32,52 @@ def model() -> ResidualSegmenter:
 
 @pytest.fixture(scope="module")
 def folder(model: ResidualSegmenter, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("segmenter")
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, place / "model.safetensors")
-    (place / "config.json").write_text(json.dumps({"model_type": ResidualSegmenter.model_type, **model.config}))
-    (place / "preprocessor_config.json").write_text(json.dumps(
+    folder = tmp_path_factory.mktemp("segmenter")
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": ResidualSegmenter.model_type, **model.config}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(
         {"size": {"height": 32, "width": 32}, "image_mean": MEAN, "image_std": STD, "resample": 2}))
-    return place
+    return folder
 
 
 def noise(seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
 
-def test_every_pixel_gets_an_answer_and_each_picture_its_own(model: ResidualSegmenter) -> None:
-    pixels, meaning = torch.randn(3, 3, 64, 32), torch.randn(3, 8)
+def test_logits_have_the_size_of_the_images_and_do_not_depend_on_the_batch(model: ResidualSegmenter) -> None:
+    pixels, text_embedding = torch.randn(3, 3, 64, 32), torch.randn(3, 8)
     with torch.no_grad():
-        together = model(pixels, meaning)
-        alone = model(pixels[1:2], meaning[1:2])
-        other = model(pixels[1:2], meaning[2:])
+        together = model(pixels, text_embedding)
+        alone = model(pixels[1:2], text_embedding[1:2])
+        other = model(pixels[1:2], text_embedding[2:])
     assert together.shape == (3, 64, 32)
     torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
     assert (alone - other).abs().max() > 1e-2
 
 
-def test_a_detail_changes_what_is_found_around_it(model: ResidualSegmenter) -> None:
+def test_receptive_field_covers_near_and_far_pixels(model: ResidualSegmenter) -> None:
     pixels = torch.zeros(1, 3, 64, 64, requires_grad=True)
     model(pixels, torch.randn(1, 8))[0, 20, 30].backward()
     reach = pixels.grad[0].abs().sum(0)
     assert reach[20, 30] > 0 and reach[60, 60] > 0  # by the finest level, and by the coarsest
 
 
-def test_a_folder_is_read_back(model: ResidualSegmenter, folder: Path) -> None:
+def test_loaded_segmenter_equals_the_saved_one(model: ResidualSegmenter, folder: Path) -> None:
     assert is_residual(folder) and not is_residual(folder.parent)
     segmenter = ZeroShotSegmenter.from_path(folder)
     tokens = segmenter.tokenizer(["a cat"], return_tensors="pt").input_ids
     with torch.no_grad():
-        pixels, meaning = segmenter.preprocessing([noise()]), model.encode_text(tokens)
-        expected = ((model(pixels, meaning) + model(pixels.flip(-1), meaning).flip(-1)) / 2).sigmoid()
+        pixels, text_embedding = segmenter.preprocessing([noise()]), model.encode_text(tokens)
+        expected = ((model(pixels, text_embedding) + model(pixels.flip(-1), text_embedding).flip(-1)) / 2).sigmoid()
     torch.testing.assert_close(segmenter.segment([noise()], "a cat"), expected, atol=1e-5, rtol=0)
-    assert segmenter.segment([noise(), noise(1)], "a cat " * 30, 20).shape == (2, 20, 20)  # cut to what it reads
+    assert segmenter.segment([noise(), noise(1)], "a cat " * 30, 20).shape == (2, 20, 20)  # truncated
     assert load_residual_segmenter(folder).config == model.config
+
+
+def test_bundled_segmenter_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    segmenter = ZeroShotSegmenter.from_path("models/mini/segmenter")
+    assert segmenter.segment([noise()], "a cat", 8).shape == (1, 8, 8)
 
 
 def test_a_mirror_image_has_the_mirror_image_of_the_mask(folder: Path) -> None:
@@ -86,12 +92,12 @@ def test_other_weights_have_another_fingerprint(folder: Path, tmp_path: Path) ->
     shutil.copytree(folder, tmp_path / "other")
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "out.bias": weights["out.bias"] + 1}, tmp_path / "other" / "model.safetensors")
-    places = folder, folder, tmp_path / "other"
-    one, same, other = (ZeroShotSegmenter.from_path(place).fingerprint for place in places)
+    folders = folder, folder, tmp_path / "other"
+    one, same, other = (ZeroShotSegmenter.from_path(path).fingerprint for path in folders)
     assert one == same != other
 
 
-def spoil(folder: Path, what: str) -> None:
+def damage(folder: Path, what: str) -> None:
     weights, settings = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
     if what == "weights cut off":
         weights.write_bytes(weights.read_bytes()[:5000])
@@ -113,9 +119,9 @@ def spoil(folder: Path, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["weights cut off", "no weights", "no preprocessing", "another width",
                                   "another vocabulary", "no settings", "settings cut off"])
-def test_incomplete_ones_are_refused_in_one_line(folder: Path, tmp_path: Path, what: str) -> None:
+def test_damaged_folders_are_refused_in_one_line(folder: Path, tmp_path: Path, what: str) -> None:
     shutil.copytree(folder, tmp_path / "copy")
-    spoil(tmp_path / "copy", what)
+    damage(tmp_path / "copy", what)
     with pytest.raises(UserError, match="give a folder with a CLIPSeg model") as refused:
         ZeroShotSegmenter.from_path(tmp_path / "copy")
     assert "copy" in str(refused.value) and "\n" not in str(refused.value)

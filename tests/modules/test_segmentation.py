@@ -1,4 +1,4 @@
-"""Zero-shot masks with a tiny random CLIPSeg, compared with transformers' own processor and a closed form."""
+"""Zero-shot masks of a tiny random CLIPSeg, against transformers' own model and closed forms."""
 from __future__ import annotations
 
 import logging
@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 
 from ldm.common.errors import UserError
-from ldm.data.images import square
+from ldm.data.images import crop_square
 from ldm.modules.segmentation import (
     Preprocessing,
     ZeroShotSegmenter,
     cached_masks,
-    clear_mask,
     mask_overlay,
     soft_mask,
+    threshold_mask,
 )
 
 
@@ -51,7 +51,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 
 class CountingSegmenter:
-    """Answers with brightness, and notes how often it is asked."""
+    """Returns the brightness as probabilities, and counts the images."""
 
     def __init__(self, fingerprint: str = "one") -> None:
         self.fingerprint = fingerprint
@@ -70,7 +70,7 @@ def test_probabilities_have_the_requested_size(segmenter: ZeroShotSegmenter) -> 
         assert 0 <= found.min() < found.max() <= 1
 
 
-def test_agrees_with_the_model_fed_by_hand(segmenter: ZeroShotSegmenter, folder: Path) -> None:
+def test_agrees_with_the_plain_model(segmenter: ZeroShotSegmenter, folder: Path) -> None:
     pixels = (torch.from_numpy(np.array(noise(3))) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     tokens = CLIPTokenizer.from_pretrained(folder)(["a toy teddy"], return_tensors="pt")
     model = CLIPSegForImageSegmentation.from_pretrained(folder).eval()
@@ -80,14 +80,14 @@ def test_agrees_with_the_model_fed_by_hand(segmenter: ZeroShotSegmenter, folder:
     assert torch.allclose(segmenter.segment([noise(3)], "a toy teddy")[0], expected, atol=1e-5)
 
 
-def test_text_and_picture_both_matter_and_the_batch_does_not(segmenter: ZeroShotSegmenter) -> None:
+def test_result_depends_on_text_and_image_but_not_on_the_batch(segmenter: ZeroShotSegmenter) -> None:
     together = segmenter.segment([noise(0), noise(1)], "teddy")
     assert torch.allclose(together[1], segmenter.segment([noise(1)], "teddy")[0], atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
     assert not torch.allclose(together, segmenter.segment([noise(0), noise(1)], "clock"), atol=1e-4)
 
 
-def test_long_texts_are_cut_to_what_the_model_reads(segmenter: ZeroShotSegmenter) -> None:
+def test_long_texts_are_truncated(segmenter: ZeroShotSegmenter) -> None:
     assert segmenter.segment([noise(0)], "a very large green teddy bear " * 5).isfinite().all()
 
 
@@ -100,18 +100,20 @@ def test_sizes_of_preprocessing(size: object, expected: tuple[int, int]) -> None
     assert Preprocessing.from_config(config, 224)([noise(0)]).shape == (1, 3, *expected)
 
 
-def spoiled(folder: Path, place: Path, name: str) -> Path:
-    shutil.copytree(folder, place / "copy")
+def copy_without(folder: Path, parent: Path, name: str) -> Path:
+    """Copy a segmenter and remove or damage one part of it."""
+    copy = parent / "copy"
+    shutil.copytree(folder, copy)
     if name == "a weight":
         weights = load_file(folder / "model.safetensors")
         weights.pop("decoder.film_mul.weight")
-        save_file(weights, place / "copy" / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     elif name == "half":
         content = (folder / "model.safetensors").read_bytes()
-        (place / "copy" / "model.safetensors").write_bytes(content[: len(content) // 2])
+        (copy / "model.safetensors").write_bytes(content[: len(content) // 2])
     else:
-        (place / "copy" / name).unlink()
-    return place / "copy"
+        (copy / name).unlink()
+    return copy
 
 
 @pytest.mark.parametrize(
@@ -119,11 +121,11 @@ def spoiled(folder: Path, place: Path, name: str) -> Path:
 )
 def test_incomplete_segmenters_are_refused(folder: Path, tmp_path: Path, missing: str) -> None:
     with pytest.raises(UserError, match="give a folder with a CLIPSeg model, or do something else") as refused:
-        ZeroShotSegmenter.from_path(spoiled(folder, tmp_path, missing), instead="do something else")
+        ZeroShotSegmenter.from_path(copy_without(folder, tmp_path, missing), instead="do something else")
     assert "copy" in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_folders_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none", "no/such/folder"):
         with pytest.raises(UserError, match="no such folder"):
             ZeroShotSegmenter.from_path(path)
@@ -147,17 +149,18 @@ def test_a_soft_mask_peaks_at_one(side: int, peak: float, seed: int) -> None:
     assert torch.allclose(mask, raw / raw.max(), atol=1e-5)
 
 
-@pytest.mark.parametrize("useless", [torch.zeros(4, 4), torch.full((4, 4), 0.03), torch.full((4, 4), torch.nan)])
-def test_a_useless_mask_hides_nothing(useless: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("probabilities", [torch.zeros(4, 4), torch.full((4, 4), 0.03), torch.full((4, 4), torch.nan)])
+def test_an_empty_segmentation_gives_a_mask_of_ones(probabilities: torch.Tensor,
+                                                         caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert soft_mask(useless, "cat.jpg").eq(1).all()
+        assert soft_mask(probabilities, "cat.jpg").eq(1).all()
     assert "cat.jpg" in caplog.text
 
 
 @pytest.mark.parametrize("read_as", ["I;16", "I"])
 def test_masks_are_computed_once(paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_as: str
                                  ) -> None:
-    """Whether PNGs of 16 bits are read as such or, as Pillow did before 10.3, as numbers of 32."""
+    """Pillow reads PNG files of 16 bits as such, or, before 10.3, as integers of 32 bits."""
     segmenter, opened = CountingSegmenter(), Image.open
     first = cached_masks(paths, segmenter, "teddy", tmp_path / "cache", 24)
     assert segmenter.calls == 3 and len(list((tmp_path / "cache").iterdir())) == 3
@@ -167,13 +170,13 @@ def test_masks_are_computed_once(paths: list[Path], tmp_path: Path, monkeypatch:
     assert segmenter.calls == 3
     for seed, (mask, again) in enumerate(zip(first, second, strict=True)):
         assert mask.shape == (1, 24, 24) and mask.max() == 1 and torch.equal(mask, again)
-        expected = torch.from_numpy(np.array(square(noise(seed, 64, 40), 24).convert("L"))).float()
+        expected = torch.from_numpy(np.array(crop_square(noise(seed, 64, 40), 24).convert("L"))).float()
         assert torch.allclose(mask[0], expected / expected.max(), atol=1e-4)
 
 
-@pytest.mark.parametrize("at_a_time", [1, 2, 8])
-def test_masks_do_not_depend_on_how_many_are_made_at_a_time(
-    segmenter: ZeroShotSegmenter, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_masks_do_not_depend_on_the_batch_size(
+    segmenter: ZeroShotSegmenter, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     batches: list[int] = []
 
@@ -181,17 +184,17 @@ def test_masks_do_not_depend_on_how_many_are_made_at_a_time(
         batches.append(len(images))
         return ZeroShotSegmenter.segment(segmenter, images, text, size)
 
-    monkeypatch.setattr("ldm.modules.segmentation.AT_A_TIME", at_a_time)
+    monkeypatch.setattr("ldm.modules.segmentation.BATCH_SIZE", batch_size)
     monkeypatch.setattr(segmenter, "segment", counted)
-    masks = cached_masks(paths, segmenter, "teddy", tmp_path / str(at_a_time), 40)
+    masks = cached_masks(paths, segmenter, "teddy", tmp_path / str(batch_size), 40)
     monkeypatch.undo()
-    assert batches == {1: [1, 1, 1], 2: [2, 1], 8: [3]}[at_a_time]
+    assert batches == {1: [1, 1, 1], 2: [2, 1], 8: [3]}[batch_size]
     for seed, mask in enumerate(masks):
-        raw = segmenter.segment([square(noise(seed, 64, 40), 40)], "teddy", 40)[0]
+        raw = segmenter.segment([crop_square(noise(seed, 64, 40), 40)], "teddy", 40)[0]
         assert torch.allclose(mask[0], raw / raw.max(), atol=1e-3)
 
 
-def test_the_cache_key_covers_all_that_matters(paths: list[Path], tmp_path: Path) -> None:
+def test_the_cache_key_covers_photo_text_segmenter_and_size(paths: list[Path], tmp_path: Path) -> None:
     cache, segmenter = tmp_path / "cache", CountingSegmenter()
     cached_masks(paths, segmenter, "teddy", cache, 24)
     cached_masks(paths, segmenter, "clock", cache, 24)
@@ -224,7 +227,7 @@ def test_broken_cache_entries_are_made_again(paths: list[Path], tmp_path: Path) 
 
 def test_a_real_segmenter_fills_the_cache(segmenter: ZeroShotSegmenter, paths: list[Path], tmp_path: Path) -> None:
     masks = cached_masks(paths, segmenter, "teddy", tmp_path / "cache", 40)
-    raw = segmenter.segment([square(noise(0, 64, 40), 40)], "teddy", 40)[0]
+    raw = segmenter.segment([crop_square(noise(0, 64, 40), 40)], "teddy", 40)[0]
     assert torch.allclose(masks[0][0], raw / raw.max(), atol=1e-3)
 
 
@@ -237,9 +240,9 @@ def test_the_overlay_darkens_what_is_hidden() -> None:
     assert (pair[:, 32:48] == 0).all() and (pair[:, 48:] == [100, 150, 200]).all()
 
 
-def test_a_clear_mask_is_where_the_segmenter_is_half_as_sure_as_at_best() -> None:
+def test_threshold_is_half_of_the_maximum() -> None:
     found = torch.tensor([[0.8, 0.41, 0.39], [0.1, 0.5, 0.0]])
-    assert clear_mask(found, "cat", "a.png").tolist() == [[1, 1, 0], [0, 1, 0]]
+    assert threshold_mask(found, "cat", "a.png").tolist() == [[1, 1, 0], [0, 1, 0]]
     for nothing in (torch.full((2, 2), 0.5), torch.full((2, 2), float("nan"))):
         with pytest.raises(UserError, match="a.png: the segmenter finds no cat"):
-            clear_mask(nothing, "cat", "a.png")
+            threshold_mask(nothing, "cat", "a.png")
