@@ -1,0 +1,31 @@
+"""Learned concepts: the values, their files, the parameters in training, and prompts that contain them.
+
+What a concept is:
+    concept.py                  `Concept`, what Perfusion learned about one subject, and its base `NamedConcept`
+    finetuned_concept.py        `FinetunedConcept`, what any other method learned: word vectors and U-Net weights
+    placeholders.py             the words that stand for concepts in prompts
+    fingerprint.py              identifies the base model that a concept was trained on
+
+Files:
+    storage.py                  `load_concepts` and `save_concepts`, for files of any method; start here
+    concept_file.py             the file format of Perfusion's concepts, and its checks
+    finetuned_concept_file.py   the file format of other methods' concepts
+    file_tensors.py             what both formats share
+
+Several concepts:
+    merging.py                  makes concepts usable together: one method, one base model, distinct placeholders
+    weight_merging.py           merges U-Net weights in closed form (Custom Diffusion)
+    settings.py                 replaces bias, temperature and used layers for one run
+
+Training:
+    trainable_concept.py        the parameters of a Perfusion concept
+    trainable_word.py           the word vectors of other methods
+    embedding_manager.py        Textual Inversion as the original LDM configs run it
+
+Generation:
+    stacking.py                 turns concepts into the `Edit` that cross-attention layers apply
+    prompt_encoder.py           encodes prompts under the edit of Perfusion concepts
+    finetuned_prompt_encoder.py encodes prompts with the vectors and weights of other methods' concepts
+    prompt_checks.py            errors and warnings about prompts, words and concepts
+    word_positions.py           finds the tokens of a word in a prompt
+"""

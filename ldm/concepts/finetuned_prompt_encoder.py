@@ -1,4 +1,4 @@
-"""Prompts with concepts of Textual Inversion, Custom Diffusion and DreamBooth: their words, and weights they bring."""
+"""Encode prompts that contain concepts of methods other than Perfusion: word vectors, and weights for the U-Net."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -7,59 +7,71 @@ import torch
 from torch import Tensor, nn
 
 from ldm.common.errors import UserError
-from ldm.concepts.concept import check_base
 from ldm.concepts.finetuned_concept import FinetunedConcept
-from ldm.concepts.prompt_encoder import TextEncoder, check_distinct, check_width
+from ldm.concepts.fingerprint import check_base
+from ldm.concepts.placeholders import check_distinct
+from ldm.concepts.prompt_checks import check_width
+from ldm.concepts.weight_merging import merge_weights
 from ldm.modules.context import PromptContext
-
-SMALLEST = 1e-4  # eigenvalue, relative to the largest, up to which words of two concepts count as the same word
+from ldm.modules.encoders.prompts import PromptEncoder
 
 
 class FinetunedPromptEncoder:
-    """Encodes prompts with the words of such concepts, for a U-Net that their weights stand in.
+    """Encodes prompts with the words of such concepts, and adds the weights that replace those of the U-Net.
 
-    The U-Net itself stays as it is: the weights go with the encoded prompts.
+    The U-Net itself is not modified: the weights travel with the encoded prompts (`PromptContext.weights`).
 
     Args:
-        encoder: the base model's text encoder.
-        unet: the base model's U-Net.
+        encoder: the text encoder of the base model.
+        unet: the U-Net of the base model.
         concepts: one or more of one method, with different placeholders.
-        base: fingerprint of the base model.
-        inverse_covariance: what gives C^-1 of the text encoder, (d, d); called only to merge weights.
+        base: `base_fingerprint` of the base model.
+        inverse_covariance: returns C^-1 of the text encoder, (d, d); called only to merge weights.
+
+    Attributes:
+        placeholders: those of the concepts, in their order.
+        weights: name in the U-Net -> weight that replaces it.
 
     Raises:
-        UserError: a concept belongs to another base model, or two have the same placeholder.
+        UserError: a concept belongs to another base model, two have the same placeholder, or their weights cannot be
+            merged.
     """
 
-    def __init__(self, encoder: TextEncoder, unet: nn.Module, concepts: Sequence[FinetunedConcept], base: str,
+    def __init__(self, encoder: PromptEncoder, unet: nn.Module, concepts: Sequence[FinetunedConcept], base: str,
                  inverse_covariance: Callable[[], Tensor]) -> None:
-        self.encoder, self.concepts = encoder, list(concepts)
+        self.encoder = encoder
+        self.concepts = list(concepts)
         self.placeholders = [concept.placeholder for concept in self.concepts]
         check_distinct(self.placeholders)
-        own = dict(unet.named_parameters())
+        unet_weights = dict(unet.named_parameters())
         for concept in self.concepts:
             check_base(concept, base)
             check_width(concept.label, concept.vectors, encoder.token_table)
-            _check_weights(concept, own)
+            _check_weights(concept, unet_weights)
         weights = self.concepts[0].weights
         if weights and len(self.concepts) > 1:
-            weights = merged_weights(own, self.concepts, inverse_covariance())
-        self.weights = {name: _like(weight, own[name]) for name, weight in weights.items()}
+            weights = merge_weights(unet_weights, self.concepts, inverse_covariance())
+        self.weights = {name: _like(weight, unet_weights[name]) for name, weight in weights.items()}
 
     def subset_for(self, texts: Sequence[str]) -> FinetunedPromptEncoder:
-        """Itself: beside words, these concepts have weights, which act whatever the texts name."""
+        """Return self: the weights of these concepts act on every prompt, whatever the texts contain."""
         return self
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """(B, N) numbers of word pieces, those of placeholders past the vocabulary's; raises as `encode` does."""
-        return self.encoder.tokenize(prompts, self.placeholders, [len(concept.vectors) for concept in self.concepts])
+        """Return the token ids of the prompts, (B, N); those of placeholders are past the vocabulary.
+
+        Raises:
+            UserError: a prompt is too long.
+        """
+        counts = [len(concept.vectors) for concept in self.concepts]
+        return self.encoder.tokenize(prompts, self.placeholders, counts)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], global_locking: bool = False) -> PromptContext:
-        """What the U-Net needs of the prompts, for use at every timestep.
+        """Encode prompts for use at every timestep: keys and values are cached in the result.
 
         Raises:
-            UserError: a prompt is too long, or keys are to be locked, which these methods do not do.
+            UserError: a prompt is too long, or `global_locking` is set, which only Perfusion has.
         """
         if global_locking:
             raise UserError(f"--global_locking: concept {self.concepts[0].label} was learned "
@@ -69,53 +81,18 @@ class FinetunedPromptEncoder:
         return PromptContext.plain(encoding, cache=True, weights=self.weights)
 
     def mask_concepts(self, context: PromptContext, texts: Sequence[str]) -> PromptContext:
-        """What `encode` gave: beside words, these concepts have only weights, which act on every prompt."""
+        """Return the context unchanged: the weights of these concepts act on every prompt."""
         return context
 
 
-def _check_weights(concept: FinetunedConcept, own: Mapping[str, Tensor]) -> None:
-    odd = [name for name, weight in concept.weights.items() if name not in own or own[name].shape != weight.shape]
-    if odd:
-        raise UserError(f"concept {concept.label} does not fit this model: they differ in {odd[0]}; train it again")
+def _check_weights(concept: FinetunedConcept, unet_weights: Mapping[str, Tensor]) -> None:
+    """Raise UserError if the concept replaces a weight that the U-Net does not have in that shape."""
+    for name, weight in concept.weights.items():
+        if name not in unet_weights or unet_weights[name].shape != weight.shape:
+            raise UserError(f"concept {concept.label} does not fit this model: they differ in {name}; train it again")
 
 
-def _like(weight: Tensor, own: Tensor) -> Tensor:
-    """`weight` where and as the U-Net keeps its own; convolutions in the memory format that models here have."""
-    weight = weight.to(own)
+def _like(weight: Tensor, original: Tensor) -> Tensor:
+    """Return `weight` with the device and dtype of the original; convolutions in channels-last memory format."""
+    weight = weight.to(original)
     return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
-
-
-@torch.no_grad()
-def merged_weights(base: Mapping[str, Tensor], concepts: Sequence[FinetunedConcept], inverse_covariance: Tensor
-                   ) -> dict[str, Tensor]:
-    """Weights of Custom Diffusion concepts that were learned apart (Kumari et al. 2023, Sec. 3.2).
-
-    Of all W that map the encodings c_j of each concept's word to what that concept's own weights W_j make of them, the
-    one that changes what is made of other encodings, whose covariance is C, the least, in closed form:
-
-        W = W_0 + (V - W_0 E^T) (E C^-1 E^T)^+ E C^-1    with E the rows c_j, and V the columns W_j c_j
-
-    The pseudo-inverse gives encodings that are nearly the same, of two teddy bears say, the mean of what they ask for,
-    where the inverse would give W without bounds.
-
-    Args:
-        base: name -> W_0, (p, d).
-        concepts: two or more, whose `inputs` are the c_j: one row for each token of the word.
-        inverse_covariance: C^-1, (d, d); its scale cancels.
-
-    Raises:
-        UserError: a concept whose file has no `inputs`.
-    """
-    lacking = [concept.label for concept in concepts if not len(concept.inputs)]
-    if lacking:
-        raise UserError(f"concept {lacking[0]}: its file lacks what merging needs; use it alone, or train it again")
-    targets = torch.cat([concept.inputs for concept in concepts]).cpu().double()  # E
-    dual = targets @ inverse_covariance.cpu().double()
-    gram = dual @ targets.mT
-    push = torch.linalg.pinv(gram, rtol=SMALLEST, hermitian=True) @ dual
-    merged = {}
-    for name in concepts[0].weights:
-        start = base[name].cpu().double()
-        wanted = [concept.weights[name].cpu().double() @ concept.inputs.cpu().double().mT for concept in concepts]
-        merged[name] = (start + (torch.cat(wanted, 1) - start @ targets.mT) @ push).float()
-    return merged

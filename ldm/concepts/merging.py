@@ -1,31 +1,59 @@
-"""Concepts from several files, learned apart, as ones that can be used together in one prompt."""
+"""Make concepts that were trained separately usable together in one prompt.
+
+Nothing is computed here: concepts are checked, and renamed if their placeholders collide. The prompt encoders then
+combine Perfusion's concepts (`ldm.concepts.stacking`) and merge the weights of others (`ldm.concepts.weight_merging`).
+"""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ldm.common.errors import UserError
-from ldm.concepts.concept import Concept, first_duplicate, is_placeholder, short
+from ldm.concepts.finetuned_concept import AnyConcept
+from ldm.concepts.fingerprint import short_fingerprint
+from ldm.concepts.placeholders import find_duplicate, is_placeholder
+from ldm.concepts.weight_merging import check_weights_merge
 
 
-def rename_duplicates(concepts: Sequence[Concept], placeholders: Sequence[str] | None = None) -> list[Concept]:
-    """Concepts that can be used together: all of one base model, each with a placeholder of its own.
+def merge_concepts(concepts: Sequence[AnyConcept], placeholders: Sequence[str] | None = None) -> list[AnyConcept]:
+    """Return concepts that can be used together, renamed as `rename_duplicates` does.
 
     Args:
-        concepts: of one file or of several, in order; they stay as they are, copies are renamed.
-        placeholders: a name for each. None: they keep theirs, and where several have the same the first keeps it
-            and the others become `<name-2>`, `<name-3>`, ...
+        concepts: of one file or of several, in order.
+        placeholders: see `rename_duplicates`.
 
     Raises:
-        UserError: concepts of different base models, or placeholders that are too few, too many, equal or no words.
+        UserError: the concepts are of different methods or base models, or replace weights that cannot be merged.
+    """
+    for concept in concepts[1:]:
+        first = concepts[0]
+        if concept.method != first.method:
+            raise UserError(f"{first.label} was learned by {first.method_label}, {concept.label} by "
+                            f"{concept.method_label}; only concepts of one method can be used together")
+        check_weights_merge(first, concept)
+    return rename_duplicates(concepts, placeholders)
+
+
+def rename_duplicates(concepts: Sequence[AnyConcept], placeholders: Sequence[str] | None = None) -> list[AnyConcept]:
+    """Return copies of the concepts, each with its own placeholder.
+
+    Args:
+        concepts: of one base model, in order; they are not modified.
+        placeholders: a new placeholder for each. None: concepts keep theirs; if several have the same, the first keeps
+            it and the others become `<name-2>`, `<name-3>`, ...
+
+    Raises:
+        UserError: the base models differ, or the number of placeholders is wrong, or placeholders are equal or invalid.
     """
     for concept in concepts:
         if concept.base != concepts[0].base:
             raise UserError(
-                f"{concept.label} was trained on base model {short(concept.base)}, but {concepts[0].label} on "
-                f"{short(concepts[0].base)}; only concepts of one base model can be merged"
+                f"{concept.label} was trained on base model {short_fingerprint(concept.base)}, but {concepts[0].label} "
+                f"on {short_fingerprint(concepts[0].base)}; only concepts of one base model can be merged"
             )
-    names = _distinct([c.placeholder for c in concepts]) if placeholders is None else list(placeholders)
+    names = list(placeholders or ())
+    if placeholders is None:
+        names = _number_duplicates([concept.placeholder for concept in concepts])
     _check_placeholders(names, len(concepts))
     return [replace(concept, placeholder=name) for concept, name in zip(concepts, names, strict=True)]
 
@@ -36,24 +64,27 @@ def _check_placeholders(names: Sequence[str], count: int) -> None:
     for name in names:
         if not is_placeholder(name):
             raise UserError(f"placeholder {name!r}: must be a word without white space, such as <my-teddy>")
-    repeated = first_duplicate(names)
-    if repeated is not None:
-        raise UserError(f"placeholder {repeated} is given twice, where case does not count; give each concept its own")
+    duplicate = find_duplicate(names)
+    if duplicate is not None:
+        raise UserError(f"placeholder {duplicate} is given twice (case is ignored); give each concept its own")
 
 
-def _distinct(words: Sequence[str]) -> list[str]:
-    """The words, later equal ones (in any case, as prompts read them) numbered from 2 without taking another's name."""
+def _number_duplicates(words: Sequence[str]) -> list[str]:
+    """Return the words, with repeated ones numbered from 2. No numbered word equals another word, ignoring case."""
     taken = {word.lower() for word in words}
+    seen: set[str] = set()
     result: list[str] = []
     for word in words:
-        if word.lower() in (earlier.lower() for earlier in result):
+        if word.lower() in seen:
             word = next(name for name in _numbered(word) if name.lower() not in taken)
             taken.add(word.lower())
+        seen.add(word.lower())
         result.append(word)
     return result
 
 
 def _numbered(word: str) -> Iterator[str]:
+    """Yield `<name-2>`, `<name-3>`, ... for `<name>`."""
     stem, end = (word[:-1], ">") if word.endswith(">") else (word, "")
     number = 2
     while True:

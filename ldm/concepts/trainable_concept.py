@@ -1,4 +1,4 @@
-"""The numbers of one concept while they are being learned."""
+"""The parameters of one Perfusion concept during training."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -7,20 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from ldm.concepts.concept import Concept
-from ldm.modules.context import Edit, TextLayer, locked_keys, outputs_of
+from ldm.modules.context import Edit, TextLayer, locked_keys, project_inputs
 
 LOCKINGS = ("local", "trained")
 
 
 class TrainableConcept(nn.Module):
-    """A concept's word embedding v and target outputs as parameters, its target input i* as a moving average.
+    """Word embedding v and target outputs o* as parameters, and target input i* as a moving average.
 
     Args:
-        embedding: (1, width), the super-category's word embedding, where v starts.
-        super_input: i_super (d,): the encoding at the concept's place with the super-category in its stead, averaged
+        embedding: (1, width), the word embedding of the super-category; v starts there.
+        super_input: i_super (d,), the encoding at the concept's position with the super-category in its place, averaged
             over the training prompts. i* starts there, too.
-        text_layers: layer name -> layer; values start at o*_V = W_V i_super.
-        locking: "local" locks keys at o*_K = W_K i_super (derived, never stored); "trained" learns them like values.
+        text_layers: layer name -> layer; o*_V starts at W_V i_super.
+        locking: "local" locks keys to o*_K = W_K i_super, which is derived and never stored; "trained" trains o*_K
+            like o*_V.
+
+    Raises:
+        ValueError: the locking is unknown.
     """
 
     def __init__(self, embedding: Tensor, super_input: Tensor, text_layers: Mapping[str, TextLayer],
@@ -28,46 +32,79 @@ class TrainableConcept(nn.Module):
         super().__init__()
         if locking not in LOCKINGS:
             raise ValueError(f"locking {locking!r} is not one of {', '.join(LOCKINGS)}")
-        self.layer_names = list(text_layers)
-        self.embedding = nn.Parameter(embedding.detach().float().clone())
         super_input = super_input.detach().float()
-        self.target_outputs_v = nn.ParameterList(outputs_of(text_layers, super_input[None], "to_v").values())
         keys = locked_keys(text_layers, super_input[None])
+        self.layer_names = list(text_layers)
+
+        # Trained: v and o*_V, and o*_K if keys are not locked.
+        self.embedding = nn.Parameter(embedding.detach().float().clone())
+        self.target_outputs_v = nn.ParameterList(project_inputs(text_layers, super_input[None], "to_v").values())
         self.target_outputs_k = nn.ParameterList(keys.values()) if locking == "trained" else None
+
+        # Not trained: i_super, and i*, which `move_target_input` updates.
         self.register_buffer("super_input", super_input.clone())
         self.register_buffer("target_input", super_input.clone())
         self.register_buffer("start", self.embedding.detach().clone(), persistent=False)
-        self._locked = None if locking == "trained" else keys
+        self._locked_keys = None if locking == "trained" else keys
 
     def values(self) -> list[nn.Parameter]:
-        """Every target output that is learned."""
+        """Return every target output that is trained."""
         return [*self.target_outputs_v, *(self.target_outputs_k or ())]
 
     def edit(self, bias: float, temperature: float, projection: str = "full") -> Edit:
-        """The edit that this concept makes now; gradients reach the target outputs."""
-        device = self.target_input.device
-        keys = self._by_layer(self.target_outputs_k) or {name: key.to(device) for name, key in self._locked.items()}
-        return Edit(self.target_input[None], torch.full((1,), bias, device=device),
-                    torch.full((1,), temperature, device=device),
-                    self._by_layer(self.target_outputs_v), keys, (projection,))
+        """Return the edit that this concept makes at the moment; gradients flow to the target outputs.
 
-    def _by_layer(self, learned: nn.ParameterList | None) -> dict[str, Tensor]:
-        return {} if learned is None else dict(zip(self.layer_names, learned, strict=True))
+        Args:
+            bias: beta.
+            temperature: tau.
+            projection: one of `ldm.modules.rank_one.PROJECTIONS`.
+        """
+        device = self.target_input.device
+        if self.target_outputs_k is None:
+            keys = {name: key.to(device) for name, key in self._locked_keys.items()}
+        else:
+            keys = self._by_layer(self.target_outputs_k)
+        return Edit(
+            target_inputs=self.target_input[None],
+            biases=torch.full((1,), bias, device=device),
+            temperatures=torch.full((1,), temperature, device=device),
+            target_outputs_v=self._by_layer(self.target_outputs_v),
+            target_outputs_k=keys,
+            projections=(projection,),
+        )
+
+    def _by_layer(self, target_outputs: nn.ParameterList) -> dict[str, Tensor]:
+        return dict(zip(self.layer_names, target_outputs, strict=True))
 
     @torch.no_grad()
     def move_target_input(self, encodings: Tensor, decay: float) -> None:
-        """i* <- decay i* + (1 - decay) times the mean of the concept token's encodings (n, d)."""
+        """Update the moving average: i* <- decay i* + (1 - decay) mean(encodings).
+
+        Args:
+            encodings: (n, d), encodings of the concept's token in the prompts of a batch.
+            decay: at least 0 and below 1.
+        """
         self.target_input.lerp_(encodings.detach().float().mean(0), 1.0 - decay)
 
     def distance(self) -> Tensor:
-        """How far v has strayed from the super-category's embedding, in units of that one's norm."""
+        """Return the distance of v from its start, relative to the norm of the start."""
         return (self.embedding.detach() - self.start).norm() / self.start.norm()
 
     def to_concept(self, **settings: object) -> Concept:
-        """The concept as a value; settings are the fields of `Concept` that are not tensors."""
-        def kept(learned: nn.ParameterList | None) -> dict[str, Tensor]:
-            return {name: output[0].detach().clone() for name, output in self._by_layer(learned).items()}
+        """Return a copy of the concept as a value.
 
-        return Concept(embedding=self.embedding.detach().clone(), target_input=self.target_input.clone(),
-                       super_input=self.super_input.clone(), target_output_v=kept(self.target_outputs_v),
-                       target_output_k=kept(self.target_outputs_k), **settings)
+        Args:
+            settings: the attributes of `Concept` that are not tensors.
+        """
+        return Concept(
+            embedding=self.embedding.detach().clone(),
+            target_input=self.target_input.clone(),
+            super_input=self.super_input.clone(),
+            target_outputs_v=self._copy_outputs(self.target_outputs_v),
+            target_outputs_k={} if self.target_outputs_k is None else self._copy_outputs(self.target_outputs_k),
+            **settings,
+        )
+
+    def _copy_outputs(self, target_outputs: nn.ParameterList) -> dict[str, Tensor]:
+        """Return layer name -> (p,)."""
+        return {name: output[0].detach().clone() for name, output in self._by_layer(target_outputs).items()}

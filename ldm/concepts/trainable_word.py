@@ -1,4 +1,4 @@
-"""The vectors that a placeholder stands for while they are being learned."""
+"""The vectors of a placeholder during training, for methods other than Perfusion."""
 from __future__ import annotations
 
 import torch
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class TrainableWord(nn.Module):
-    """Vectors that are learned and, after them, vectors that stay.
+    """Trained vectors, followed by fixed ones.
 
     Args:
-        learned: (n, width), where the learned ones start; n may be 0.
-        fixed: (m, width), such as those of the super-category's own word pieces; m may be 0.
+        learned: (n, width), where the trained vectors start; n may be 0.
+        fixed: (m, width), vectors that stay, such as the word pieces of the super-category; m may be 0.
     """
 
     def __init__(self, learned: Tensor, fixed: Tensor) -> None:
@@ -20,9 +20,9 @@ class TrainableWord(nn.Module):
         self.register_buffer("start", self.vectors.detach().clone(), persistent=False)
 
     def forward(self) -> Tensor:
-        """(n + m, width): the rows of the placeholder's tokens."""
+        """Return the embeddings of the placeholder's tokens, (n + m, width)."""
         return torch.cat([self.vectors, self.fixed])
 
     def distance(self) -> Tensor:
-        """How far the learned vectors have strayed from their start, in units of its norm; 0 where there are none."""
+        """Return the distance of the trained vectors from their start, relative to the start's norm; 0 for none."""
         return (self.vectors.detach() - self.start).norm() / self.start.norm().clamp(min=1e-12)

@@ -1,0 +1,48 @@
+"""Replace the settings of concepts for one run: bias, temperature and used layers."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ldm.common.errors import UserError
+from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
+
+
+def override_settings(concepts: Sequence[AnyConcept], biases: Sequence[float | None] | None = None,
+                      temperatures: Sequence[float | None] | None = None, all_layers: bool = False
+                      ) -> list[AnyConcept]:
+    """Return copies of the concepts with other settings. The given concepts are not modified.
+
+    Args:
+        concepts: of any method; only Perfusion's have these settings.
+        biases: beta, one value for all concepts or one for each; None in the list keeps a concept's own.
+        temperatures: tau, likewise.
+        all_layers: use the learned target outputs of all layers, whatever the concepts' `used_layers` are.
+
+    Raises:
+        UserError: the number of values is wrong, or a concept does not have the setting.
+    """
+    changed = list(concepts)
+    if biases is not None:
+        changed = _replace_setting(changed, "bias", biases, flag="--bias")
+    if temperatures is not None:
+        changed = _replace_setting(changed, "temperature", temperatures, flag="--temperature")
+    if all_layers:
+        changed = _replace_setting(changed, "used_layers", [[]], flag="--all_layers")
+    return changed
+
+
+def _replace_setting(concepts: Sequence[AnyConcept], name: str, values: Sequence[object], flag: str
+                     ) -> list[AnyConcept]:
+    """Return copies of the concepts with attribute `name` set to the one value, or to one value each."""
+    for concept in concepts:
+        if isinstance(concept, FinetunedConcept):
+            raise UserError(f"{flag}: concept {concept.label} was learned {concept.summary} and has none; "
+                            "leave the flag out")
+    if len(values) not in (1, len(concepts)):
+        raise UserError(f"{len(values)} values of {name} for {len(concepts)} concepts; give one, or one each")
+    one_each = values if len(values) == len(concepts) else [values[0]] * len(concepts)
+    changed = []
+    for concept, value in zip(concepts, one_each, strict=True):
+        changed.append(concept if value is None else replace(concept, **{name: value}))
+    return changed

@@ -1,0 +1,42 @@
+"""Load and save concept files of any method."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ldm.common.files import load_metadata
+from ldm.concepts import finetuned_concept_file
+from ldm.concepts.concept import Concept
+from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
+from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
+from ldm.concepts.finetuned_concept_file import load_finetuned_concepts, save_finetuned_concepts
+
+
+def load_concepts(path: str | Path) -> list[Concept] | list[FinetunedConcept]:
+    """Load the concepts of a file, in its order, as float32 on the CPU.
+
+    Raises:
+        UserError: the file is missing, or is not a valid concept file of this version or an earlier one.
+    """
+    if finetuned_concept_file.METADATA_KEY in load_metadata(path):
+        return load_finetuned_concepts(path)
+    return load_perfusion_concepts(path)
+
+
+def save_concepts(path: str | Path, concepts: Sequence[AnyConcept],
+                  precision: torch.dtype | None = torch.float16) -> Path:
+    """Write concepts of one method to one file. The file is complete or not written at all.
+
+    Args:
+        path: the file; an existing one is replaced.
+        concepts: at least one.
+        precision: as for `ldm.concepts.concept_file.save_perfusion_concepts`.
+
+    Raises:
+        UserError: the training of a concept diverged, or the file cannot be written.
+    """
+    if concepts and isinstance(concepts[0], FinetunedConcept):
+        return save_finetuned_concepts(path, concepts, precision)
+    return save_perfusion_concepts(path, concepts, precision)
