@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +49,3 @@ def write_csv(path: Path, records: Sequence[Mapping[str, Any]], columns: Sequenc
     write_atomically(path, write)
 
 
-def slug(text: str) -> str:
-    """Return text as a part of a file's name: lower-case letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

@@ -13,9 +13,10 @@ from evaluation.clip_eval import USUAL_SEEDS
 from evaluation.metrics.clip_measures import meter_of
 from evaluation.metrics.similarity import KINDS
 from evaluation.output import table
+from evaluation.output.file_names import slug
 from evaluation.output.image_grid import ColumnHeading, save_image_grid
 from evaluation.output.plots import Series, plot_curves
-from evaluation.output.table import MarkdownTable, slug
+from evaluation.output.table import MarkdownTable
 from evaluation.prompts.prompt_sets import MINI_PROMPTS, EvaluationPrompt, read_prompts, select_prompts
 from evaluation.stats.intervals import Estimate
 from evaluation.sweeps.samples import Manner, Painter, sampling_of
