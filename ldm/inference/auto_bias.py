@@ -14,8 +14,8 @@ Flat measures. A measure is flat if between the lowest and the highest bias it d
 Rescaling a flat measure would blow up noise. The two outermost biases are compared because they are known beforehand:
 between the best and the worst of several values, noise alone makes a difference. Images of one prompt start from the
 same noise at every bias and count as one sample. If text similarity is flat, no bias loses anything of the prompt:
-among those with the most likeness, to within `FLAT`, the one closest to the concept's own wins. If likeness is flat, the CLIP
-does not see how much of the concept there is, so the concept keeps its own bias.
+among those with the most likeness, to within `FLAT`, the one closest to the concept's own wins. If likeness is flat,
+the CLIP does not see how much of the concept there is, so the concept keeps its own bias.
 """
 from __future__ import annotations
 

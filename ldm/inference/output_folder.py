@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ldm.common.files import write_atomically
-from ldm.data.images import save_grid
+from ldm.data.contact_sheet import save_grid
 
 METADATA_CHUNK = "perfusion"  # the text chunk of a PNG that holds, as JSON, how the image was made
 MAX_COLUMNS = 8
@@ -65,8 +65,9 @@ class OutputFolder:
     def summary(self) -> str:
         """Return what was written, for the end of a run."""
         first, last = self.images[0], self.images[-1]
-        return (f"{len(self.images)} images: {first}" + (f" to {last.name}" if last != first else "")
-                + f"\nwith their prompts: {', '.join(map(str, self.sheets))}")
+        counted = f"{len(self.images)} images" if len(self.images) > 1 else "1 image"
+        files = f"{first} to {last.name}" if last != first else str(first)
+        return f"{counted}: {files}\nwith their prompts: {', '.join(map(str, self.sheets))}"
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures made from a picture, as a user makes them, on a tiny model."""
+"""scripts/img2img.py on a tiny model, as a user runs it."""
 from __future__ import annotations
 
 import re
@@ -25,15 +25,15 @@ from helpers.model_files import (
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.data.images import cut_to, from_tensor, read_image, to_tensor
-from ldm.inference.output_folder import read_note
+from ldm.data.images import crop_and_resize, from_tensor, read_image, to_tensor
+from ldm.inference.output_folder import read_metadata
 from ldm.util import instantiate_from_config
 
 CAT = ("--prompt", "a cat", "--n_samples", 1)
 
 
 def landscape(width: int, height: int) -> Image.Image:
-    """Smooth, and no two parts of it alike."""
+    """Return a smooth image in which no two parts are alike."""
     y, x = np.mgrid[:height, :width]
     channels = (x * 255 / width, y * 255 / height, 128 + 127 * np.sin(x / 9))
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
@@ -41,7 +41,7 @@ def landscape(width: int, height: int) -> Image.Image:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """Of the model's size, so that nothing is cut."""
+    """Return an image file of the model's size, so that nothing is cropped."""
     landscape(16, 16).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
@@ -51,27 +51,30 @@ def main() -> Main:
     return load_main("img2img")
 
 
-def test_as_a_process_it_draws_from_a_phones_photo_and_says_what_it_did(model_files: ModelFiles, tmp_path: Path) -> None:
+def test_as_a_process_it_starts_from_a_rotated_jpeg_and_reports_what_it_did(
+    model_files: ModelFiles, tmp_path: Path
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     landscape(80, 48).save(tmp_path / "phone.jpg", exif=exif.tobytes())
-    done = run_script(
-        "img2img", "--config", model_files.config, "--init-img", tmp_path / "phone.jpg", "--concept", model_files.teddy, "--prompt",
-        PROMPT, "a dog", "--negative_prompt", "a mug", "--n_samples", 2, "--strength", 0.6, "--sampler", "euler_a",
-        *QUICK, "--outdir", tmp_path / "out", cache=model_files.folder / "cache")
-    assert done.returncode == 0, done.stderr
+    process = run_script(
+        "img2img", "--config", model_files.config, "--init-img", tmp_path / "phone.jpg", "--concept",
+        model_files.teddy, "--prompt", PROMPT, "a dog", "--negative_prompt", "a mug", "--n_samples", 2, "--strength",
+        0.6, "--sampler", "euler_a", *QUICK, "--outdir", tmp_path / "out", cache=model_files.folder / "cache")
+    assert process.returncode == 0, process.stderr
     written = image_paths(tmp_path / "out")
     assert len(written) == 4 and len({read_pixels(path).tobytes() for path in written}) == 4
-    assert f"4 pictures: {written[0]} to 00003.png\n" in done.stdout
-    assert f"{tmp_path / 'phone.jpg'}, 48x80: its middle, 48x48, is used, at 16x16\n" in done.stderr
-    assert f"<teddy>: the teddy bear of {model_files.teddy}" in done.stderr
-    note = read_note(written[3])
-    assert (note["prompt"], note["seed"], note["negative_prompt"]) == ("a dog", 2, "a mug")
-    assert (note["init_img"], note["strength"], note["sampler"]) == (str(tmp_path / "phone.jpg"), 0.6, "euler_a")
-    assert note["concepts"][0]["placeholder"] == "<teddy>" and note["ddim_eta"] == 1
+    assert f"4 images: {written[0]} to 00003.png\n" in process.stdout
+    assert f"{tmp_path / 'phone.jpg'}, 48x80: its middle, 48x48, is used, at 16x16\n" in process.stderr
+    assert f"<teddy>: the teddy bear of {model_files.teddy}" in process.stderr
+    metadata = read_metadata(written[3])
+    assert (metadata["prompt"], metadata["seed"], metadata["negative_prompt"]) == ("a dog", 2, "a mug")
+    assert (metadata["init_img"], metadata["strength"]) == (str(tmp_path / "phone.jpg"), 0.6)
+    assert (metadata["sampler"], metadata["eta"]) == ("euler_a", 1)
+    assert metadata["concepts"][0]["placeholder"] == "<teddy>"
 
 
-def test_strength_leads_from_the_reconstruction_to_what_txt2img_draws(
+def test_strength_leads_from_the_reconstruction_to_the_image_of_txt2img(
     generate: Generate, model_files: ModelFiles, photo: Path, tmp_path: Path
 ) -> None:
     stage = instantiate_from_config(OmegaConf.load(model_files.config).model).eval().first_stage_model
@@ -81,15 +84,15 @@ def test_strength_leads_from_the_reconstruction_to_what_txt2img_draws(
     near, middle, far = (np.abs(generate(*base, "--strength", strength)[0] - reconstruction).mean()
                          for strength in (0.01, 0.5, 1))
     assert near < 12 and 2 * near < middle and 2 * near < far
-    drawn = script_generator(load_main("txt2img"), model_files.config, tmp_path)(*CAT, "--steps", 10, outdir="other")
-    assert max_difference(generate(*base, "--strength", 1), drawn) == 0
-    assert max_difference(generate(*base, "--strength", 0.9), drawn) > ROUNDING
+    txt2img = script_generator(load_main("txt2img"), model_files.config, tmp_path)(*CAT, "--steps", 10, outdir="other")
+    assert max_difference(generate(*base, "--strength", 1), txt2img) == 0
+    assert max_difference(generate(*base, "--strength", 0.9), txt2img) > ROUNDING
 
 
-def test_the_middle_of_any_picture_is_used(generate: Generate, tmp_path: Path) -> None:
+def test_the_middle_of_an_image_of_any_size_and_mode_is_used(generate: Generate, tmp_path: Path) -> None:
     wide = landscape(96, 64)
     wide.save(tmp_path / "wide.bmp")
-    cut_to(wide, 16, 16).save(tmp_path / "middle.png")
+    crop_and_resize(wide, 16, 16).save(tmp_path / "middle.png")
     base = (*CAT, "--strength", 0.3, "--init-img")
     assert max_difference(generate(*base, tmp_path / "wide.bmp"), generate(*base, tmp_path / "middle.png")) == 0
     tall = generate(*base, tmp_path / "wide.bmp", "--H", 32, "--W", 20)
@@ -100,7 +103,9 @@ def test_the_middle_of_any_picture_is_used(generate: Generate, tmp_path: Path) -
         assert generate(*base, path).shape == (1, 16, 16, 3)
 
 
-def test_pictures_depend_on_concept_and_seed_but_not_on_the_batch(generate: Generate, model_files: ModelFiles, photo: Path) -> None:
+def test_images_depend_on_concept_and_seed_but_not_on_the_batch(
+    generate: Generate, model_files: ModelFiles, photo: Path
+) -> None:
     base = ("--init-img", photo, "--concept", model_files.teddy, "--strength", 0.8, "--prompt", PROMPT)
     four = generate(*base, "--n_samples", 4)
     assert max_difference(four[2:3], generate(*base, "--n_samples", 1, "--seed", 3)) <= ROUNDING
@@ -114,17 +119,17 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--strength", "half"), "'half' is no number"),
     (("--init-img", "nowhere.png"), "nowhere.png: no such file"),
     (("--init-img", "{model_files}"), "no such file"),
-    (("--init-img", "{model_files}/base.yaml"), r"base.yaml: cannot be read \(not a picture\); .* JPEG or PNG"),
+    (("--init-img", "{model_files}/base.yaml"), r"base.yaml: cannot be read \(not an image\); .* JPEG or PNG"),
     (("--init-img", "{here}/cut.png"), "cut.png: cannot be read"),
     (("--init-img", "{here}/tiny.png"), "3x3 is too small"),
-    (("--H", "30"), "height 30: this model draws multiples of 4"),
+    (("--H", "30"), "height 30: this model generates multiples of 4"),
     (("--prompt", "a <mug>"), "names <mug>, but no loaded concept"),
     (("--mask", "mask.png"), "unrecognized arguments: --mask"),
 )
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(mistake[0]) for mistake in MISTAKES])
-def test_mistakes_are_one_line_and_nothing_is_written(
+def test_mistakes_are_reported_in_one_line_before_anything_is_written(
     main: Main, model_files: ModelFiles, photo: Path, tmp_path: Path, arguments: tuple[str, ...], message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -138,5 +143,5 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_is_needed(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_is_required(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the following arguments are required: --init-img" in error_line(main, ["--prompt", "a cat"], capsys)

@@ -1,4 +1,4 @@
-"""Parts of a picture drawn anew, as a user does it, on a tiny model."""
+"""scripts/inpaint.py on a tiny model, as a user runs it."""
 from __future__ import annotations
 
 import re
@@ -24,42 +24,42 @@ from helpers.model_files import (
 )
 from PIL import Image
 
-from ldm.data.images import cut_to
-from ldm.inference.output_folder import read_note
+from ldm.data.images import crop_and_resize
+from ldm.inference.output_folder import read_metadata
 from ldm.modules.segmentation import ZeroShotSegmenter
 
 CAT = ("--prompt", "a cat", "--n_samples", 2)
 HARD = ("--border", 0)
 
 
-class BrightPlaces:
-    """Stands in for a segmenter: takes what is bright for what was asked for, and keeps what it was asked."""
+class BrightnessSegmenter:
+    """Stand-in for a segmenter: finds what is bright and records how it was called."""
 
     def __init__(self) -> None:
-        self.asked: list[object] = []
+        self.calls: list[object] = []
 
-    def load(self, name: str, device: object, instead: str) -> BrightPlaces:
+    def load(self, name: str, device: object, instead: str) -> BrightnessSegmenter:
         assert "--mask FILE" in instead
-        self.asked.append(name)
+        self.calls.append(name)
         return self
 
     def segment(self, images: Sequence[Image.Image], text: str, size: tuple[int, int]) -> torch.Tensor:
-        (picture,) = images
-        assert picture.size == size[::-1]
-        self.asked.append(text)
-        return torch.from_numpy(np.array(picture.convert("L"))).float()[None] / 300
+        (image,) = images
+        assert image.size == size[::-1]
+        self.calls.append(text)
+        return torch.from_numpy(np.array(image.convert("L"))).float()[None] / 300
 
 
 @pytest.fixture
-def segmenter(monkeypatch: pytest.MonkeyPatch) -> BrightPlaces:
-    stand_in = BrightPlaces()
+def segmenter(monkeypatch: pytest.MonkeyPatch) -> BrightnessSegmenter:
+    stand_in = BrightnessSegmenter()
     monkeypatch.setattr(ZeroShotSegmenter, "from_path", stand_in.load)
     return stand_in
 
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """Of the model's size: dark noise, and a white square at (8..12, 4..8) of it."""
+    """Return an image file of the model's size: dark noise with a white square at x 8..12, y 4..8."""
     pixels = np.random.default_rng(0).integers(0, 90, (16, 16, 3), dtype=np.uint8)
     pixels[4:8, 8:12] = 255
     Image.fromarray(pixels).save(tmp_path / "photo.png")
@@ -68,7 +68,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mask(tmp_path: Path) -> Path:
-    """Twice as large as the photo; white at (4..12, 8..16) of it."""
+    """Return a mask file twice as large as the photo, white at the photo's x 4..12, y 8..16."""
     painted = Image.new("L", (32, 32))
     painted.paste(255, (8, 16, 24, 32))
     painted.save(tmp_path / "mask.png")
@@ -81,86 +81,91 @@ def main() -> Main:
 
 
 def inside(left: int, top: int, right: int, bottom: int) -> np.ndarray:
-    """True in a box of the tiny model's pictures."""
+    """Return a boolean mask of the tiny model's image size, True in a box."""
     box = np.zeros((16, 16), dtype=bool)
     box[top:bottom, left:right] = True
     return box
 
 
-def test_as_a_process_it_keeps_what_is_not_masked(model_files: ModelFiles, photo: Path, mask: Path, tmp_path: Path) -> None:
-    done = run_script(
-        "inpaint", "--config", model_files.config, "--init-img", photo, "--mask", mask, "--concept", model_files.teddy, "--prompt",
-        PROMPT, "a dog", "--n_samples", 2, "--border", 1, *QUICK, "--outdir", tmp_path / "out",
+def test_as_a_process_it_keeps_what_is_not_masked(
+    model_files: ModelFiles, photo: Path, mask: Path, tmp_path: Path
+) -> None:
+    process = run_script(
+        "inpaint", "--config", model_files.config, "--init-img", photo, "--mask", mask, "--concept", model_files.teddy,
+        "--prompt", PROMPT, "a dog", "--n_samples", 2, "--border", 1, *QUICK, "--outdir", tmp_path / "out",
         cache=model_files.folder / "cache")
-    assert done.returncode == 0, done.stderr
-    used = tmp_path / "out" / "mask-0000.png"
-    assert f"drawn anew is what is white in {used}, over a border of 1 pixels\n" in done.stderr
-    assert np.array_equal(read_pixels(used), 255 * inside(4, 8, 12, 16))
+    assert process.returncode == 0, process.stderr
+    used_mask = tmp_path / "out" / "mask-0000.png"
+    assert f"the white part of {used_mask} is regenerated, with a border of 1 pixels\n" in process.stderr
+    assert np.array_equal(read_pixels(used_mask), 255 * inside(4, 8, 12, 16))
     written = image_paths(tmp_path / "out")
     assert len(written) == 4 and len({read_pixels(path).tobytes() for path in written}) == 4
-    kept = ~inside(3, 7, 13, 16)
-    assert all(np.array_equal(read_pixels(path)[kept], read_pixels(photo)[kept]) for path in written)
-    note = read_note(written[0])
-    assert (note["init_img"], note["mask"], note["border"], note["strength"]) == (str(photo), str(used), 1, 1.0)
-    assert note["concepts"][0]["placeholder"] == "<teddy>"
+    outside = ~inside(3, 7, 13, 16)
+    assert all(np.array_equal(read_pixels(path)[outside], read_pixels(photo)[outside]) for path in written)
+    metadata = read_metadata(written[0])
+    assert (metadata["init_img"], metadata["mask"]) == (str(photo), str(used_mask))
+    assert (metadata["border"], metadata["strength"]) == (1, 1.0)
+    assert metadata["concepts"][0]["placeholder"] == "<teddy>"
 
 
 def test_the_border_lies_outside_of_the_grown_mask(generate: Generate, photo: Path, mask: Path) -> None:
     original = read_pixels(photo)
     base = ("--init-img", photo, "--mask", mask, *CAT)
     hard, soft, grown = generate(*base, *HARD), generate(*base, "--border", 2), generate(*base, *HARD, "--grow", 3)
-    for drawn, box in ((hard, (4, 8, 12, 16)), (soft, (2, 6, 14, 16)), (grown, (1, 5, 15, 16))):
-        assert np.array_equal(drawn[:, ~inside(*box)], np.stack([original[~inside(*box)]] * 2))
+    for images, box in ((hard, (4, 8, 12, 16)), (soft, (2, 6, 14, 16)), (grown, (1, 5, 15, 16))):
+        assert np.array_equal(images[:, ~inside(*box)], np.stack([original[~inside(*box)]] * 2))
     changed = np.abs(grown - original).max(axis=(0, 3))
     assert (changed[inside(1, 5, 15, 16)] > 0).mean() > 0.9
     assert max_difference(generate(*base, *HARD), hard) == 0
-    usual = generate(*base)  # the border of a picture this small has no width
-    assert max_difference(usual, hard) == 0
+    default = generate(*base)  # the default border of such a small image has no width
+    assert max_difference(default, hard) == 0
 
 
-def test_all_white_is_what_txt2img_draws_and_strength_leads_there(
+def test_a_white_mask_gives_the_image_of_txt2img_and_strength_leads_there(
     generate: Generate, model_files: ModelFiles, photo: Path, tmp_path: Path
 ) -> None:
     Image.new("L", (16, 16), "white").save(tmp_path / "white.png")
     base = ("--init-img", photo, "--mask", tmp_path / "white.png", *CAT)
-    drawn = script_generator(load_main("txt2img"), model_files.config, tmp_path)(*CAT, outdir="other")
-    assert max_difference(generate(*base), drawn) == 0
-    assert max_difference(generate(*base, "--strength", 0.5), drawn) > 10
+    txt2img = script_generator(load_main("txt2img"), model_files.config, tmp_path)(*CAT, outdir="other")
+    assert max_difference(generate(*base), txt2img) == 0
+    assert max_difference(generate(*base, "--strength", 0.5), txt2img) > 10
 
 
-def test_a_mask_comes_from_a_word_and_can_be_given_again(
-    generate: Generate, photo: Path, segmenter: BrightPlaces, tmp_path: Path
+def test_a_mask_found_by_a_word_can_be_given_again(
+    generate: Generate, photo: Path, segmenter: BrightnessSegmenter, tmp_path: Path
 ) -> None:
     wide = Image.new("RGB", (48, 32))
     wide.paste(Image.open(photo).resize((32, 32), Image.Resampling.NEAREST), (8, 0))
     wide.save(tmp_path / "wide.png")
     base = ("--init-img", tmp_path / "wide.png", *CAT, *HARD)
     by_word = generate(*base, "--mask_word", "snow man", "--grow", 1)
-    used = tmp_path / "out" / "mask-0000.png"
-    assert segmenter.asked == ["CIDAS/clipseg-rd64-refined", "snow man"]
-    assert np.array_equal(read_pixels(used) == 255, inside(7, 3, 13, 9))
-    assert np.array_equal(by_word[:, ~inside(7, 3, 13, 9)],
-                          np.stack([np.asarray(cut_to(wide, 16, 16), dtype=int)[~inside(7, 3, 13, 9)]] * 2))
-    assert max_difference(generate(*base, "--mask", used), by_word) == 0
-    assert (tmp_path / "out" / "mask-0001.png").read_bytes() == used.read_bytes()
+    used_mask = tmp_path / "out" / "mask-0000.png"
+    assert segmenter.calls == ["CIDAS/clipseg-rd64-refined", "snow man"]
+    box = inside(7, 3, 13, 9)
+    assert np.array_equal(read_pixels(used_mask) == 255, box)
+    cropped = np.asarray(crop_and_resize(wide, 16, 16), dtype=int)
+    assert np.array_equal(by_word[:, ~box], np.stack([cropped[~box]] * 2))
+    assert max_difference(generate(*base, "--mask", used_mask), by_word) == 0
+    assert (tmp_path / "out" / "mask-0001.png").read_bytes() == used_mask.read_bytes()
     generate(*base, "--mask-word", "snow man", "--segmenter", "my/own")
-    assert segmenter.asked[2:] == ["my/own", "snow man"]
+    assert segmenter.calls[2:] == ["my/own", "snow man"]
 
 
-def test_a_cut_out_is_a_mask_of_its_opaque_part(generate: Generate, photo: Path, tmp_path: Path) -> None:
-    cut_out = Image.new("RGBA", (16, 16))
-    cut_out.paste("black", (0, 0, 8, 16))
-    cut_out.save(tmp_path / "cut_out.png")
-    generate("--init-img", photo, "--mask", tmp_path / "cut_out.png", *CAT)
+def test_the_opaque_part_of_a_transparent_image_is_the_mask(generate: Generate, photo: Path, tmp_path: Path) -> None:
+    cutout = Image.new("RGBA", (16, 16))
+    cutout.paste("black", (0, 0, 8, 16))
+    cutout.save(tmp_path / "cutout.png")
+    generate("--init-img", photo, "--mask", tmp_path / "cutout.png", *CAT)
     assert np.array_equal(read_pixels(tmp_path / "out" / "mask-0000.png") == 255, inside(0, 0, 8, 16))
 
 
-def test_a_thing_that_is_not_there_is_an_error(
-    main: Main, model_files: ModelFiles, segmenter: BrightPlaces, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_word_that_the_segmenter_does_not_find_is_an_error(
+    main: Main, model_files: ModelFiles, segmenter: BrightnessSegmenter, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     Image.new("RGB", (16, 16), (60, 60, 60)).save(tmp_path / "grey.png")
     error = error_line(main, ["--init-img", str(tmp_path / "grey.png"), "--mask-word", "cat", "--prompt", "a dog",
-                             "--config", str(model_files.config), "--outdir", str(tmp_path / "out")], capsys)
+                              "--config", str(model_files.config), "--outdir", str(tmp_path / "out")], capsys)
     assert f"{tmp_path / 'grey.png'}: the segmenter finds no cat in it (20 % likely at most); choose another" in error
     assert not (tmp_path / "out").exists()
 
@@ -185,9 +190,9 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(mistake[0]) for mistake in MISTAKES])
-def test_mistakes_are_one_line_and_nothing_is_written(
-    main: Main, model_files: ModelFiles, photo: Path, mask: Path, tmp_path: Path, arguments: tuple[str, ...], message: str,
-    capsys: pytest.CaptureFixture[str],
+def test_mistakes_are_reported_in_one_line_before_anything_is_written(
+    main: Main, model_files: ModelFiles, photo: Path, mask: Path, tmp_path: Path, arguments: tuple[str, ...],
+    message: str, capsys: pytest.CaptureFixture[str],
 ) -> None:
     Image.new("L", (32, 16), "white").save(tmp_path / "wide.png")
     Image.new("L", (16, 16)).save(tmp_path / "black.png")
