@@ -1,4 +1,4 @@
-"""Masks of things, and of what is drawn anew in a picture: read, grown, softened, and brought to a coarser grid."""
+"""Masks of subjects and of the parts to inpaint: read, dilate, feather, and reduce to the latent grid."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,51 +10,70 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d, max_pool2d
 
 from ldm.common.errors import UserError
-from ldm.data.images import cut_to, read_mask, refuse_other_proportions
+from ldm.data.images import check_aspect_ratio, crop_and_resize, read_mask
 
-HALF = 127  # of 255 levels: what is lighter counts as white
+THRESHOLD = 127  # of 255 levels: what is brighter counts as white
 
 
-def read_part(path: str | Path, photo_size: tuple[int, int], width: int, height: int) -> Tensor:
-    """A painted mask as (1, 1, height, width) of ones, where it is white, and zeros.
+def read_binary_mask(path: str | Path, photo_size: tuple[int, int], width: int, height: int) -> Tensor:
+    """Read a painted mask and crop it as `crop_and_resize` crops its photo, unless it has the final size already.
 
-    It is cut as `cut_to` cuts its photo of `photo_size` (width, height), unless it has the final size already.
+    Args:
+        path: the mask's file.
+        photo_size: (width, height) of the photo's file.
+        width: of the result.
+        height: of the result.
+
+    Returns:
+        (1, 1, height, width), 1 where the mask is white and 0 elsewhere.
 
     Raises:
-        UserError: as `read_mask`, it has not the photo's proportions, or is black wherever the photo is used.
+        UserError: as for `read_mask`, the mask does not have the photo's aspect ratio, or it is black wherever the
+            photo is used.
     """
     mask = read_mask(path)
     if mask.size != (width, height):
-        refuse_other_proportions(path, mask.size, photo_size)
-        mask = cut_to(mask, width, height)
-    part = torch.from_numpy(np.array(mask) > HALF).float()[None, None]
-    if not part.any():
-        raise UserError(f"{path}: black where the photo is used, so nothing would change; paint white what is to be "
-                        "drawn anew")
-    return part
+        check_aspect_ratio(path, mask.size, photo_size)
+        mask = crop_and_resize(mask, width, height)
+    binary = torch.from_numpy(np.array(mask) > THRESHOLD).float()[None, None]
+    if not binary.any():
+        raise UserError(f"{path}: black where the photo is used, so nothing would change; paint the part to generate "
+                        "white")
+    return binary
 
 
-def as_picture(mask: Tensor) -> Image.Image:
-    """(1, 1, H, W) in [0, 1] as a picture in mode "L", 1 white."""
+def mask_to_image(mask: Tensor) -> Image.Image:
+    """Convert a mask (1, 1, H, W) in [0, 1] to an image of mode "L", with 1 as white."""
     return Image.fromarray(mask[0, 0].mul(255).round().to(torch.uint8).numpy())
 
 
-def grown(mask: Tensor, pixels: int) -> Tensor:
-    """`mask` (B, 1, H, W) with its ones spread by so many pixels to all sides, corners included."""
+def dilate_mask(mask: Tensor, pixels: int) -> Tensor:
+    """Return `mask` (B, 1, H, W) with its ones extended by `pixels` to all sides, diagonals included."""
     for _ in range(pixels):
         mask = max_pool2d(mask, kernel_size=3, stride=1, padding=1)
     return mask
 
 
-def softened(mask: Tensor, border: int) -> Tensor:
-    """`mask` (B, 1, H, W) with a slope outside of its ones: they stay 1, beyond `border` pixels it is exactly 0."""
+def feather_mask(mask: Tensor, border: int) -> Tensor:
+    """Return `mask` (B, 1, H, W) with a linear slope around its ones, which is 0 from `border` + 1 pixels on."""
     total = step = mask
     for _ in range(border):
-        step = grown(step, 1)
+        step = dilate_mask(step, 1)
         total = total + step
     return total / (border + 1)
 
 
-def untouched_cells(weights: Tensor, size: tuple[int, int]) -> Tensor:
-    """Of `weights` (1, 1, H, W), the cells (1, 1, h, w) of a grid of `size`: 1 where all of a cell is 0, else 0."""
+def unmasked_cells(weights: Tensor, size: tuple[int, int]) -> Tensor:
+    """Find the cells of a coarser grid in which all weights are 0.
+
+    Args:
+        weights: (1, 1, H, W)
+        size: (h, w) of the grid.
+
+    Returns:
+        (1, 1, h, w), 1 in these cells and 0 in the others.
+    """
     return (adaptive_max_pool2d(weights, size) == 0).float()
+
+
+as_picture, softened, untouched_cells, read_part, grown = mask_to_image, feather_mask, unmasked_cells, read_binary_mask, dilate_mask

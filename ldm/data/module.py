@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +14,17 @@ from lightning_fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.common.errors import UserError
-from ldm.data.personalized import one_config_each
+from ldm.data.personalized import split_concept_configs
 from ldm.util import default, instantiate_from_config
+
+COUNT = "drawn"  # name of the count of batches in checkpoints
 
 
 class ResumableSampler(Sampler[int]):
-    """The order of an epoch's items, a function of (`seed`, `epoch`) alone, from the item at `start` on.
+    """The order of an epoch's items, from item `start` on. It depends on (`seed`, `epoch`) alone.
 
     Args:
-        length: how many items there are.
+        length: number of items.
         shuffle: whether their order is random.
         seed: of the order.
     """
@@ -42,96 +45,110 @@ class ResumableSampler(Sampler[int]):
 
 
 class ResumableLoader(DataLoader):
-    """Batches that go on where a checkpoint's run stopped; Lightning keeps and restores their count."""
+    """A loader that continues at the batch where a checkpoint's run stopped. Lightning saves and restores the count.
 
-    drawn = 0  # batches so far, over all epochs
+    A dataset with a method `set_epoch`, such as `PersonalizedBase`, is told the epoch before its first batch.
+    """
+
+    batches_done = 0  # over all epochs
 
     def __iter__(self) -> Iterator[Any]:
-        epoch, done = divmod(self.drawn, len(self))
-        if isinstance(self.sampler, ResumableSampler):  # on several devices Lightning puts its own in place
+        epoch, done = divmod(self.batches_done, len(self))
+        if isinstance(self.sampler, ResumableSampler):  # on several devices Lightning replaces it by its own
             self.sampler.epoch, self.sampler.start = epoch, done * self.batch_size
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
         for batch in super().__iter__():
-            self.drawn += 1
+            self.batches_done += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"drawn": self.drawn}
+        return {COUNT: self.batches_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.drawn = state["drawn"]
+        self.batches_done = state[COUNT]
 
 
-class SideBySide:
-    """Batches of several loaders at once: each is a dict, the number of a loader -> its next batch.
+class MultiConceptLoader:
+    """Batches of several concepts at once. Each is a dict: index of a concept's loader -> that loader's next batch.
 
-    Every loader goes through its items as it would alone, whatever the lengths of the others are.
+    Every loader goes through its own epochs, in the order that it would have alone.
 
     Args:
-        loaders: two or more.
-        at_a_time: so many of them take part in a batch, the others in the next ones; None: all.
-        rank, world: of so many processes each draws from its own share of the loaders.
+        loaders: one per concept, two or more.
+        concepts_per_batch: number of concepts in a batch; the others are in the next ones. None: all.
+        rank: of this process. Process r reads loaders r, r + world_size, ...
+        world_size: number of processes.
     """
 
-    def __init__(self, loaders: Sequence[ResumableLoader], at_a_time: int | None = None, rank: int = 0,
-                 world: int = 1) -> None:
-        own = list(enumerate(loaders))[rank::world]
-        size = default(at_a_time, len(own))
+    def __init__(self, loaders: Sequence[ResumableLoader], concepts_per_batch: int | None = None, rank: int = 0,
+                 world_size: int = 1) -> None:
+        own = list(enumerate(loaders))[rank::world_size]
+        size = default(concepts_per_batch, len(own))
         self.groups = [own[first:first + size] for first in range(0, len(own), size)]
-        self.rounds = min(map(len, loaders))  # in an epoch, the same for every process
-        self.drawn = 0  # batches so far, over all epochs
+        self.rounds = min(map(len, loaders))  # per epoch, the same for every process
+        self.batches_done = 0  # over all epochs
 
     def __len__(self) -> int:
         return len(self.groups) * self.rounds
 
     def __iter__(self) -> Iterator[dict[int, Any]]:
-        turns = len(self.groups)
-        streams = [{number: _from(loader, -((place - self.drawn) // turns)) for number, loader in group}
-                   for place, group in enumerate(self.groups)]
-        for _ in range(len(self) - self.drawn % len(self)):
-            group = streams[self.drawn % turns]
-            self.drawn += 1
-            yield {number: next(stream) for number, stream in group.items()}
+        count = len(self.groups)
+        streams: list[dict[int, Iterator[Any]]] = []
+        for group_index, group in enumerate(self.groups):
+            group_done = math.ceil((self.batches_done - group_index) / count)
+            streams.append({index: _batches_from(loader, group_done) for index, loader in group})
+        for _ in range(len(self) - self.batches_done % len(self)):
+            group_streams = streams[self.batches_done % count]
+            self.batches_done += 1
+            yield {index: next(stream) for index, stream in group_streams.items()}
 
     def state_dict(self) -> dict[str, int]:
-        return {"drawn": self.drawn}
+        return {COUNT: self.batches_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.drawn = state["drawn"]
+        self.batches_done = state[COUNT]
 
 
-def _from(loader: ResumableLoader, drawn: int) -> Iterator[Any]:
-    """The loader's batches from that number on, one epoch after another."""
-    loader.drawn = drawn
+def _batches_from(loader: ResumableLoader, batches_done: int) -> Iterator[Any]:
+    """Yield the loader's batches after the first `batches_done`, one epoch after another, without end."""
+    loader.batches_done = batches_done
     while True:
         yield from loader
 
 
-def prepare_worker(number: int, rank: int) -> None:
-    """Prepares a loader's process: Ctrl-C, which the terminal sends to every process, is for the main one to answer.
+def prepare_worker(worker_id: int, rank: int) -> None:
+    """Initialize a loader's worker process.
 
-    Random numbers are those that Lightning gives to workers, after `seed_everything` with `workers`, if they are
-    prepared by nobody else.
+    The worker ignores Ctrl-C, which the terminal sends to every process: the main one handles it. Its random numbers
+    are those that Lightning gives to workers after `seed_everything(workers=True)`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.environ.get("PL_SEED_WORKERS") == "1":
-        pl_worker_init_function(number, rank)
+        pl_worker_init_function(worker_id, rank)
 
 
 class DataModuleFromConfig(pl.LightningDataModule):
     """Loaders for the datasets that `train`, `validation`, `test` and `predict` describe.
 
-    Where the param `data_root` of `train` lists several folders, there is a training set for each (see
-    `one_config_each`), and their batches come side by side.
+    If the param `data_root` of `train` lists several folders, there is one training set per folder (see
+    `split_concept_configs`). Their batches come together, in a `MultiConceptLoader`, and each device of a run has its
+    own share of the concepts.
 
     Args:
-        batch_size: items per batch; of several training sets, of each.
-        concepts_per_batch: so many training sets have a batch in one pass through the model, to bound the memory it
-            takes, and a step goes through all of them; None: all at once.
-
-    Several training sets are dealt out to the devices of a run, to each its own.
-        num_workers: loader processes; None or 0 loads in the main process.
+        batch_size: items per batch; with several training sets, of each.
+        train: config of the training set, with `target` and `params`.
+        validation: likewise; its batches are in order and complete.
+        test: as `validation`.
+        predict: as `validation`.
         wrap: kept for the public configs; datasets here have a length of their own.
-        shuffle: whether training batches come in random order (of `seed_everything`'s seed).
+        num_workers: loader processes; None or 0 loads in the main process.
+        shuffle: whether training batches come in random order (with the seed of `seed_everything`).
+        concepts_per_batch: number of training sets that have a batch in one pass through the model. This bounds the
+            memory; a step still goes through all of them. None: all at once.
+
+    Raises:
+        UserError: a number is out of its range, or a training set does not fill one batch.
     """
 
     def __init__(self, batch_size: int, train: Mapping[str, Any] | None = None,
@@ -145,9 +162,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise UserError(f"concepts_per_batch {concepts_per_batch}: give 1 or more, or leave it out")
         self.concepts_per_batch = concepts_per_batch
         self.batch_size, self.num_workers, self.shuffle = batch_size, default(num_workers, 0), shuffle
-        given = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.dataset_configs = {name: config for name, config in given.items() if config is not None}
+        configs = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.dataset_configs = {name: config for name, config in configs.items() if config is not None}
         self.datasets: dict[str, Dataset | list[Dataset]] = {}
+        # Lightning looks for these methods, so define only those that have a dataset.
         for name, method in (("train", "train_dataloader"), ("validation", "val_dataloader"),
                              ("test", "test_dataloader"), ("predict", "predict_dataloader")):
             if name in self.dataset_configs:
@@ -156,49 +174,50 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         for name, config in self.dataset_configs.items():
             if name not in self.datasets:
-                sets = [instantiate_from_config(one) for one in (one_config_each(config) if name == "train"
-                                                                 else [config])]
+                configs = split_concept_configs(config) if name == "train" else [config]
+                sets = [instantiate_from_config(one) for one in configs]
                 self.datasets[name] = sets if len(sets) > 1 else sets[0]
         for dataset in self.training_sets:
-            if len(dataset) < self.batch_size:  # the last, incomplete batch is left out: there would be none
+            if len(dataset) < self.batch_size:  # an incomplete batch is left out, so there would be none
                 raise UserError(f"{len(dataset)} training items do not fill a batch of {self.batch_size}; "
                                 "lower data.params.batch_size")
 
     @property
     def training_sets(self) -> list[Dataset]:
-        """None, one, or one for each concept."""
-        found = self.datasets.get("train", [])
-        return found if isinstance(found, list) else [found]
+        """The training sets: none, one, or one per concept."""
+        sets = self.datasets.get("train", [])
+        return sets if isinstance(sets, list) else [sets]
 
     @property
-    def turns(self) -> int:
-        """How many batches a device takes until each of its training sets has had one."""
-        share = -(-len(self.training_sets) // self._place["world"])
-        return -(-share // default(self.concepts_per_batch, share))
+    def num_groups(self) -> int:
+        """Number of batches in which each training set of this device has one."""
+        share = math.ceil(len(self.training_sets) / self._process["world_size"])
+        return math.ceil(share / default(self.concepts_per_batch, share))
 
     @property
-    def _place(self) -> dict[str, int]:
-        """Which of how many devices this is."""
+    def _process(self) -> dict[str, int]:
+        """Rank of this process and number of processes."""
         trainer = self.trainer
-        return {"rank": 0, "world": 1} if trainer is None else {"rank": trainer.global_rank,
-                                                                "world": trainer.world_size}
+        if trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
-    def _loader(self, name: str) -> DataLoader | SideBySide:
+    def _loader(self, name: str) -> DataLoader | MultiConceptLoader:
         if name != "train":
-            return DataLoader(self.datasets[name], self.batch_size, **self._workers)
+            return DataLoader(self.datasets[name], self.batch_size, **self._worker_options)
         loaders = [self._training_loader(dataset) for dataset in self.training_sets]
         if len(loaders) == 1:
             return loaders[0]
-        if self.turns > 1 and len(loaders) % self._place["world"]:
+        if self.num_groups > 1 and len(loaders) % self._process["world_size"]:
             raise UserError(f"concepts_per_batch {self.concepts_per_batch}: {len(loaders)} concepts cannot be shared "
-                            f"evenly by {self._place['world']} devices; leave it out")
-        return SideBySide(loaders, self.concepts_per_batch, **self._place)
+                            f"evenly by {self._process['world_size']} devices; leave it out")
+        return MultiConceptLoader(loaders, self.concepts_per_batch, **self._process)
 
     def _training_loader(self, dataset: Dataset) -> ResumableLoader:
         sampler = ResumableSampler(len(dataset), self.shuffle, torch.initial_seed())
-        return ResumableLoader(dataset, self.batch_size, sampler=sampler, drop_last=True, **self._workers)
+        return ResumableLoader(dataset, self.batch_size, sampler=sampler, drop_last=True, **self._worker_options)
 
     @property
-    def _workers(self) -> dict[str, Any]:
+    def _worker_options(self) -> dict[str, Any]:
         return {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0,
-                "worker_init_fn": functools.partial(prepare_worker, rank=self._place["rank"])}
+                "worker_init_fn": functools.partial(prepare_worker, rank=self._process["rank"])}

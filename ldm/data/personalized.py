@@ -12,40 +12,40 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.common.errors import UserError
-from ldm.data.images import list_images, read_folder, read_mask, refuse_other_proportions, square, to_tensor
-from ldm.data.templates import fill, get_templates
+from ldm.data.images import check_aspect_ratio, crop_square, list_images, read_folder, read_mask, to_tensor
+from ldm.data.templates import fill_template, get_templates
 
-OF_ONE_CONCEPT = ("data_root", "placeholder_token", "mask_root")
+PER_CONCEPT_PARAMS = ("data_root", "placeholder_token", "mask_root")
 
 
 class PersonalizedBase(Dataset):
-    """A few photos (three to twenty or so; more only cost memory), each seen `repeats` times an epoch.
+    """A few photos of a concept (about 3 to 20; more only cost memory), each used `repeats` times per epoch.
 
-    Photos are decoded, cropped to their centred square and resized once, and kept in memory as bytes. An item depends
-    on (`seed`, its index, the epoch) alone, so neither the number of workers nor the global generators change a run.
+    Photos are decoded, cropped to their center square and resized once, and kept in memory as bytes. An item depends
+    only on (`seed`, its index, the epoch). So neither the number of workers nor the global generators change a run.
 
     Items are dicts:
         image:   (3, size, size) float32 in [-1, 1]
-        caption: str, a template with the placeholder in it
-        mask:    (1, size, size) float32 in [0, 1]; all ones until `mask_root` or `set_masks` say otherwise
+        caption: str, a template filled with the placeholder
+        mask:    (1, size, size) float32 in [0, 1]; all ones unless `mask_root` or `set_masks` give masks
         flipped: bool, whether image and mask are mirrored
-        index:   int, the photo's place in `paths`
+        index:   int, the photo's index in `paths`
 
-    Image and mask are left out while `with_pixels` is false: a model that has encoded every photo needs neither, and
-    they take longer than all the rest.
+    If `with_pixels` is false, items have neither image nor mask: a model that has encoded every photo needs neither,
+    and they take longer than all the rest.
 
     Args:
-        data_root: folder of photos (jpg, jpeg, png, webp, bmp); files that cannot be read are left out with a warning.
-        size: side of the square pictures, in pixels.
-        repeats: how often each photo comes up in one epoch.
+        data_root: folder of photos (jpg, jpeg, png, webp, bmp). A warning names files that cannot be read.
+        size: side of the square images, in pixels.
+        repeats: how often each photo is used per epoch.
         flip_p: probability of a horizontal flip; 0 for a concept that must not be mirrored (asymmetric, lettering).
         placeholder_token: the word that stands for the concept in prompts, e.g. `<my-teddy>`.
         templates: name of a set in `ldm.data.templates`, or sentences with one `{}` each.
-        mask_root: folder with one mask per photo, of the photo's name and aspect (any picture format; white counts).
+        mask_root: folder with one mask per photo, of the same name and aspect ratio (any image format; white counts).
         seed: of templates and flips.
 
     Raises:
-        UserError: no usable photo, a photo without mask, or a param out of its range.
+        UserError: no usable photo, a photo without a mask, or a param out of its range.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class PersonalizedBase(Dataset):
         mask_root: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        _refuse_params(size, repeats, flip_p, placeholder_token)
+        _check_params(size, repeats, flip_p, placeholder_token)
         self.size = size
         self.repeats = repeats
         self.flip_p = flip_p
@@ -72,10 +72,10 @@ class PersonalizedBase(Dataset):
         sizes: list[tuple[int, int]] = []
         for path, photo in read_folder(data_root):
             self.paths.append(path)
-            self.images.append(square(photo, size))
+            self.images.append(crop_square(photo, size))
             sizes.append(photo.size)
         self._masks = None if mask_root is None else _read_masks(mask_root, self.paths, sizes, size)
-        # shared memory, so that workers which live through several epochs see the change
+        # In shared memory, so that workers that live through several epochs see the change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -85,11 +85,11 @@ class PersonalizedBase(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         photo = index % len(self.paths)
-        # text seeds are hashed by `random` itself: the same on every machine and in every process
-        chance = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
-        template = chance.choice(self.templates)
-        flipped = chance.random() < self.flip_p
-        item = {"caption": fill(template, self.placeholder_token), "flipped": flipped, "index": photo}
+        # `random` hashes a text seed itself, so it gives the same numbers on every machine and in every process.
+        rng = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
+        template = rng.choice(self.templates)
+        flipped = rng.random() < self.flip_p
+        item = {"caption": fill_template(template, self.placeholder_token), "flipped": flipped, "index": photo}
         if self.with_pixels:
             pixels = {"image": to_tensor(self.images[photo]), "mask": self.mask(photo)}
             item |= {name: tensor.flip(-1) if flipped else tensor for name, tensor in pixels.items()}
@@ -97,18 +97,21 @@ class PersonalizedBase(Dataset):
 
     @property
     def has_masks(self) -> bool:
-        """Whether masks were given, by `mask_root` or `set_masks`."""
+        """Whether `mask_root` or `set_masks` gave masks."""
         return self._masks is not None
 
     def mask(self, photo: int) -> torch.Tensor:
-        """The mask (1, size, size) of a photo, unflipped; ones where there are no masks."""
+        """Return the mask (1, size, size) of a photo, not flipped; all ones if there are no masks."""
         return torch.ones(1, self.size, self.size) if self._masks is None else self._masks[photo].clone()
 
     def set_masks(self, masks: Sequence[torch.Tensor]) -> None:
-        """Gives each photo its mask, (1, size, size) in [0, 1], in the order of `paths`. Call before workers start.
+        """Set the photos' masks. Call this before workers start.
+
+        Args:
+            masks: one per photo, in the order of `paths`: (1, size, size) in [0, 1].
 
         Raises:
-            ValueError: not one mask per photo, or one of another shape or range.
+            ValueError: not one mask per photo, or a mask has another shape or range.
         """
         if len(masks) != len(self.paths):
             raise ValueError(f"{len(masks)} masks for {len(self.paths)} photos")
@@ -118,58 +121,66 @@ class PersonalizedBase(Dataset):
         self._masks = [mask.detach().cpu().float().clone() for mask in masks]
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws other templates and flips from here on, the same ones whenever this epoch is set."""
+        """Choose the templates and flips of `epoch` from now on. Loaders call it when an epoch starts."""
         self._epoch.fill_(epoch)
 
 
-def one_config_each(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The configs of the sets that `config` describes: one for each folder where its param `data_root` lists several.
+def split_concept_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Split the config of a training set into one per concept, if its param `data_root` lists several folders.
 
-    Each set then has its own of the folders, and of `placeholder_token` and `mask_root`; the other params are shared.
+    Each of these has one of the folders, and one of the values of `placeholder_token` and `mask_root`. The other params
+    are shared.
 
     Raises:
-        UserError: there are not as many of those as folders.
+        UserError: there are not as many placeholders or mask folders as folders.
     """
     params = config.get("params") or {}
-    if not any(isinstance(params.get(name), list) for name in OF_ONE_CONCEPT):
+    if not any(isinstance(params.get(name), list) for name in PER_CONCEPT_PARAMS):
         return [config]
-    own = {name: params[name] if isinstance(params[name], list) else [params[name]]
-           for name in OF_ONE_CONCEPT if params.get(name) is not None}
-    count = len(own.get("data_root", ()))
-    for name, values in own.items():
+    lists: dict[str, list[Any]] = {}
+    for name in PER_CONCEPT_PARAMS:
+        if params.get(name) is not None:
+            lists[name] = params[name] if isinstance(params[name], list) else [params[name]]
+    count = len(lists.get("data_root", ()))
+    for name, values in lists.items():
         if len(values) != count:
             raise UserError(f"{name}: {len(values)} of them ({', '.join(map(str, values))}) for {count} folders of "
                             "photos (data_root); give one for each")
-    return [{**config, "params": {**params, **{name: values[place] for name, values in own.items()}}}
-            for place in range(count)]
+    configs = []
+    for index in range(count):
+        own = {name: values[index] for name, values in lists.items()}
+        configs.append({**config, "params": {**params, **own}})
+    return configs
 
 
-def _refuse_params(size: int, repeats: int, flip_p: float, placeholder_token: str) -> None:
+def _check_params(size: int, repeats: int, flip_p: float, placeholder_token: str) -> None:
     if size < 8:
-        raise UserError(f"size: {size} pixels is no picture; give the size that the base model works at, e.g. 512")
+        raise UserError(f"size: {size} pixels make no image; give the size that the base model works at, e.g. 512")
     if repeats < 1:
         raise UserError(f"repeats: {repeats} leaves no training data; give 1 or more")
     if not 0 <= flip_p <= 1:
-        raise UserError(f"flip_p: {flip_p} is no probability; give a number from 0 to 1")
+        raise UserError(f"flip_p: {flip_p} is not a probability; give a number from 0 to 1")
     if not placeholder_token.strip():
-        raise UserError("placeholder_token: is empty; give the concept a word such as <my-teddy>")
+        raise UserError("placeholder_token is empty; give the concept a word such as <my-teddy>")
 
 
 def _read_masks(
-    folder: str | Path, photos: Sequence[Path], sizes: Sequence[tuple[int, int]], size: int
+    folder: str | Path, photos: Sequence[Path], photo_sizes: Sequence[tuple[int, int]], size: int
 ) -> list[torch.Tensor]:
+    """Read one mask (1, size, size) per photo, found by the name of the photo's file."""
     by_name = {path.stem: path for path in list_images(folder)}
     missing = [photo.name for photo in photos if photo.stem not in by_name]
     if missing:
         raise UserError(f"{folder}: no mask for {', '.join(missing)}; add one of the same name, or drop mask_root")
-    return [_read_mask(by_name[photo.stem], shape, size) for photo, shape in zip(photos, sizes, strict=True)]
+    return [_read_mask(by_name[photo.stem], photo_size, size)
+            for photo, photo_size in zip(photos, photo_sizes, strict=True)]
 
 
 def _read_mask(path: Path, photo_size: tuple[int, int], size: int) -> torch.Tensor:
-    """One user-made mask (1, size, size), cropped as its photo is, its brightest point 1."""
-    drawn = read_mask(path)
-    refuse_other_proportions(path, drawn.size, photo_size)
-    levels = torch.from_numpy(np.array(square(drawn, size))).float()
+    """Read a mask, crop it as its photo is cropped, and scale its maximum to 1. Returns (1, size, size)."""
+    mask = read_mask(path)
+    check_aspect_ratio(path, mask.size, photo_size)
+    levels = torch.from_numpy(np.array(crop_square(mask, size))).float()
     if not levels.max() > 0:
-        raise UserError(f"{path}: black where the photo is used (its centred square); paint the concept white")
+        raise UserError(f"{path}: black where the photo is used (its center square); paint the concept white")
     return (levels / levels.max())[None]

@@ -1,6 +1,6 @@
-"""Sentences in which a concept is trained: short and neutral, so that the word alone has to carry the concept.
+"""Caption templates for training: short and neutral, so that only the placeholder can describe the concept.
 
-Each has one `{}` for the placeholder word, and fits well into the 32 tokens of the bundled model's text encoder.
+Each has one `{}` for the placeholder. All fit into the 32 tokens of the bundled model's text encoder.
 """
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ PHOTO = (
 )
 
 PHOTO_SMALL = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a {}")
-"""For small base models, which know few words beyond those of their own captions."""
+"""For small base models, which know few words that are not in their own captions."""
 
 TEMPLATES = {"photo": PHOTO, "photo_small": PHOTO_SMALL}
 
 
 def get_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
-    """The set of that name, or the given sentences themselves.
+    """Return the templates of the set named `choice`, or `choice` itself if it is a list of sentences.
 
     Raises:
-        UserError: there is no such set, the list is empty, or a sentence has not exactly one `{}`.
+        UserError: there is no such set, the list is empty, or a sentence does not have exactly one `{}`.
     """
     if isinstance(choice, str):
         if choice not in TEMPLATES:
@@ -44,10 +44,11 @@ def get_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
         raise UserError(f"templates: the list is empty; give at least one sentence such as {PHOTO[0]!r}")
     for sentence in choice:
         if not isinstance(sentence, str) or sentence.count(SLOT) != 1:
-            raise UserError(f"templates: {sentence!r} needs exactly one {{}}, where the concept's word goes")
+            raise UserError(f"templates: {sentence!r} needs exactly one {{}}, in place of the concept's word")
     return tuple(choice)
 
 
-def fill(template: str, word: str) -> str:
-    """The sentence with `word` in its slot; other braces in either stay as they are."""
+def fill_template(template: str, word: str) -> str:
+    """Replace the `{}` of a template by `word`. Other braces in either stay as they are."""
     return template.replace(SLOT, word)
+fill = fill_template

@@ -1,4 +1,4 @@
-"""Pictures: every kind that people have, good and bad."""
+"""Image files of every kind that people have, good and bad."""
 from __future__ import annotations
 
 import logging
@@ -15,21 +15,20 @@ from PIL import Image, ImageOps
 
 from ldm.common.errors import UserError
 from ldm.data.images import (
-    cut_to,
+    crop_and_resize,
+    crop_square,
     from_tensor,
+    largest_crop_size,
     list_images,
     load_folder,
-    part_in_proportion,
     read_image,
     read_mask,
-    save_grid,
-    square,
     to_tensor,
 )
 
 
 def gradient(width: int = 40, height: int = 24) -> Image.Image:
-    """No two rows and no two columns alike, so that every wrong turn shows."""
+    """An image whose rows and columns all differ, so that every wrong rotation shows."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([x * 255 // width, y * 255 // height, (x + y) * 2], axis=-1).astype(np.uint8))
 
@@ -53,13 +52,13 @@ def test_photos_are_turned_upright(tmp_path: Path, orientation: int) -> None:
 def test_a_rotated_jpeg_shows_the_scene_upright(tmp_path: Path) -> None:
     scene = gradient()
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the stored rows run down the scene
+    exif[0x0112] = 6  # the stored rows run down the scene
     scene.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif.tobytes(), quality=98, subsampling=0)
     assert np.abs(values(read_image(tmp_path / "a.jpg")) - values(scene)).mean() < 2
 
 
 @pytest.mark.parametrize("block", [b"", b"Exif\x00\x00", b"Exif\x00\x00garbage that is no TIFF", b"\xff" * 64])
-def test_a_damaged_exif_block_does_not_cost_the_photo(tmp_path: Path, block: bytes) -> None:
+def test_a_damaged_exif_block_is_ignored(tmp_path: Path, block: bytes) -> None:
     gradient().save(tmp_path / "a.jpg", exif=block)
     assert read_image(tmp_path / "a.jpg").size == (40, 24)
 
@@ -68,15 +67,15 @@ def test_a_damaged_exif_block_does_not_cost_the_photo(tmp_path: Path, block: byt
 def test_transparency_becomes_white(tmp_path: Path, mode: str) -> None:
     opacity = Image.new("L", (40, 24), 255)
     opacity.paste(0, (0, 0, 20, 24))
-    picture = Image.new("RGB", (40, 24), (60, 60, 60))
-    picture.putalpha(opacity)
-    picture.convert(mode).save(tmp_path / "cut.png")
+    image = Image.new("RGB", (40, 24), (60, 60, 60))
+    image.putalpha(opacity)
+    image.convert(mode).save(tmp_path / "cut.png")
     read = values(read_image(tmp_path / "cut.png"))
     assert (read[:, :20] == 255).all()
     assert np.abs(read[:, 20:] - 60).max() <= 3  # a palette may be off by a little
 
 
-def test_half_transparent_is_half_white(tmp_path: Path) -> None:
+def test_a_transparent_color_is_blended_with_white(tmp_path: Path) -> None:
     Image.new("RGBA", (20, 20), (0, 100, 200, 51)).save(tmp_path / "a.png")  # 51/255 = 1/5
     assert np.abs(values(read_image(tmp_path / "a.png"))[0, 0] - [204, 224, 244]).max() <= 1
 
@@ -88,12 +87,12 @@ def test_other_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
     assert (read.mode, read.size) == ("RGB", (40, 24))
 
 
-def test_cmyk_keeps_its_colours(tmp_path: Path) -> None:
+def test_cmyk_keeps_its_colors(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), (200, 40, 90)).convert("CMYK").save(tmp_path / "print.jpg", quality=98)
     assert np.abs(values(read_image(tmp_path / "print.jpg"))[16, 16] - [200, 40, 90]).max() < 6
 
 
-def test_sixteen_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     levels = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(levels).save(tmp_path / "a.png")
     assert np.array_equal(values(read_image(tmp_path / "a.png"))[..., 0].ravel(), np.arange(256))
@@ -112,7 +111,7 @@ def bad_files(folder: Path) -> dict[str, Path]:
     kinds = ("empty", "text", "truncated", "headless", "tiny", "wide", "bomb", "bigger")
     paths = {kind: folder / f"{kind}.png" for kind in kinds}
     paths["empty"].write_bytes(b"")
-    paths["text"].write_text("not a picture at all")
+    paths["text"].write_text("not an image at all")
     gradient(200, 200).save(paths["truncated"], format="JPEG")
     whole = paths["truncated"].read_bytes()
     paths["truncated"].write_bytes(whole[: len(whole) // 2])
@@ -135,7 +134,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_damaged_files_raise_nothing_else(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_damaged_files_raise_only_user_errors(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "damaged"
     folder.mkdir(exist_ok=True)
     path = folder / f"a.{data.draw(st.sampled_from(['png', 'jpg', 'webp', 'bmp']))}"
@@ -157,6 +156,14 @@ def test_list_images_sorts_and_skips(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.WebP", "d.bmp", "e.jpeg"]
     assert "x.HEIC" in caplog.text and "notes.txt" not in caplog.text
+
+
+def test_relative_folders_are_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(list_images("models/mini/examples/teddy")) == 5
+    (tmp_path / "models" / "mini" / "examples" / "teddy").mkdir(parents=True)  # the working directory comes first
+    gradient().save(tmp_path / "models" / "mini" / "examples" / "teddy" / "mine.png")
+    assert [path.name for path in list_images("models/mini/examples/teddy")] == ["mine.png"]
 
 
 def test_list_images_names_the_folder(tmp_path: Path) -> None:
@@ -193,94 +200,57 @@ def test_a_mask_is_its_brightness_or_its_opacity(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_a_mask_whose_opacity_says_nothing_is_told_by_its_colours(tmp_path: Path, mode: str) -> None:
+def test_an_opaque_mask_is_its_brightness(tmp_path: Path, mode: str) -> None:
     drawn = Image.new("L", (32, 32))
     drawn.paste(255, (8, 8, 16, 16))
     drawn.convert(mode).save(tmp_path / "mask.png", **({"transparency": 7} if mode == "P" else {}))
     assert np.array_equal(values(read_mask(tmp_path / "mask.png")), values(drawn))
 
 
-def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_permission_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", refuse)  # to root nothing is unreadable
+    monkeypatch.setattr(Path, "iterdir", refuse)  # the tests may run as root, who may read everything
     with pytest.raises(UserError, match="cannot be read .Permission denied.; allow it"):
         list_images(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (33, 33)])
-def test_square_is_centred(shape: tuple[int, int]) -> None:
+def test_crop_square_is_centered(shape: tuple[int, int]) -> None:
     side = min(shape)
     expected = ImageOps.fit(gradient(*shape), (side, side))
-    assert np.array_equal(values(square(gradient(*shape), side)), values(expected))
+    assert np.array_equal(values(crop_square(gradient(*shape), side)), values(expected))
 
 
-def test_square_averages_fine_detail() -> None:
+def test_crop_square_averages_fine_detail() -> None:
     board = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
-    small = values(square(board, 32))[2:-2, 2:-2]  # nearest-neighbour sampling would give 0 or 255
+    small = values(crop_square(board, 32))[2:-2, 2:-2]  # nearest-neighbour sampling would give 0 or 255
     assert np.abs(small - 127.5).max() < 4
 
 
 def test_tensors_and_back() -> None:
-    picture = gradient()
-    tensor = to_tensor(picture)
+    image = gradient()
+    tensor = to_tensor(image)
     assert (tensor.shape, tensor.dtype) == ((3, 24, 40), torch.float32)
-    expected = values(picture)[5, 7] / 255 * 2 - 1
+    expected = values(image)[5, 7] / 255 * 2 - 1
     assert np.allclose(tensor[:, 5, 7].numpy(), expected, atol=1e-6)
     assert to_tensor(Image.new("RGB", (4, 4), "white")).eq(1).all()
     assert to_tensor(Image.new("RGB", (4, 4), "black")).eq(-1).all()
-    assert np.array_equal(values(from_tensor(tensor)), values(picture))
+    assert np.array_equal(values(from_tensor(tensor)), values(image))
     assert np.array_equal(values(from_tensor(tensor * 1000)), np.where(tensor.numpy() > 0, 255, 0).transpose(1, 2, 0))
 
 
-def test_a_grid_shows_every_picture_enlarged(tmp_path: Path) -> None:
-    colours = ["red", "lime", "blue", "yellow", "magenta"]
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in colours]
-    with Image.open(save_grid(pictures, tmp_path / "deep" / "grid.png", columns=2)) as sheet:
-        assert (sheet.format, sheet.mode) == ("PNG", "RGB")
-        counts = {colour: number for number, colour in sheet.getcolors()}
-        assert sheet.width >= 2 * 128 and sheet.height >= 3 * 128
-    for picture in pictures:
-        assert counts[picture.getpixel((0, 0))] == 128 * 128
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["grid.png"]
-
-
-def test_grid_titles_are_written_above_and_wrapped(tmp_path: Path) -> None:
-    pictures = [Image.new("RGB", (128, 128), "red")] * 2
-
-    def band(title: str) -> np.ndarray:
-        with Image.open(save_grid(pictures, tmp_path / "g.png", 2, [title, ""])) as sheet:
-            pixels = values(sheet.convert("RGB"))
-        red = (pixels == [255, 0, 0]).all(-1)
-        assert red.sum() == 2 * 128 * 128  # no letter stands on a picture
-        ink = (pixels.sum(-1) < 200) & ~red
-        assert not ink[:, 6 + 128 + 2 :].any()  # nor runs out of its column
-        return ink[: red.any(1).argmax()]
-
-    short, long = band("teddy"), band("a photo of a teddy in a field of very many flowers")
-    assert short.any() and long.shape[0] > short.shape[0]
-    assert band("w" * 60).shape[0] > short.shape[0]
-    assert not band("").any()
-
-
-@pytest.mark.parametrize(("count", "columns", "titles"), [(0, 1, None), (2, 0, None), (2, 1, ["one"])])
-def test_grids_that_cannot_be(tmp_path: Path, count: int, columns: int, titles: list[str] | None) -> None:
-    with pytest.raises(ValueError, match="no sheet"):
-        save_grid([gradient()] * count, tmp_path / "g.png", columns, titles)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("size", "proportions", "part"), [
+@pytest.mark.parametrize(("size", "target", "crop"), [
     ((640, 480), (64, 64), (480, 480)), ((640, 480), (96, 64), (640, 427)), ((640, 480), (64, 96), (320, 480)),
     ((48, 64), (96, 64), (48, 32)), ((64, 64), (512, 512), (64, 64)), ((16, 4000), (4096, 8), (16, 1)),
 ])
-def test_the_largest_centred_part_is_cut(
-    size: tuple[int, int], proportions: tuple[int, int], part: tuple[int, int]
+def test_the_largest_center_crop_is_used(
+    size: tuple[int, int], target: tuple[int, int], crop: tuple[int, int]
 ) -> None:
-    assert part_in_proportion(size, *proportions) == part
-    picture = gradient(*size)
-    left, top = (size[0] - part[0]) // 2, (size[1] - part[1]) // 2
-    expected = picture.crop((left, top, left + part[0], top + part[1]))
-    assert np.array_equal(values(cut_to(picture, *part)), values(expected))  # nothing to resample
-    assert cut_to(picture, *proportions).size == proportions
+    assert largest_crop_size(size, *target) == crop
+    image = gradient(*size)
+    left, top = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2
+    expected = image.crop((left, top, left + crop[0], top + crop[1]))
+    assert np.array_equal(values(crop_and_resize(image, *crop)), values(expected))  # nothing to resample
+    assert crop_and_resize(image, *target).size == target

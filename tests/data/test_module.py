@@ -1,18 +1,22 @@
+"""Loaders: batches, their order, epochs and resumption."""
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Sized
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.data import _auto_add_worker_init_fn
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.common.errors import UserError
 from ldm.data.module import DataModuleFromConfig
+from ldm.data.personalized import PersonalizedBase
 
 
 class Numbers(Dataset):
@@ -27,14 +31,14 @@ class Numbers(Dataset):
 
 
 class Seeds(Numbers):
-    """Items are seeds of the process that loads them."""
+    """Each item is the random seed of the process that loads it."""
 
     def __getitem__(self, index: int) -> int:
         return torch.initial_seed()
 
 
 class Interrupted(Seeds):
-    """Meanwhile the process gets Ctrl-C."""
+    """The process gets Ctrl-C while it loads an item."""
 
     def __getitem__(self, index: int) -> int:
         os.kill(os.getpid(), signal.SIGINT)
@@ -74,7 +78,7 @@ def test_the_seed_decides_the_order() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("before", [0, 1, 2, 3])
-def test_a_loader_goes_on_where_another_stopped(before: int, workers: int) -> None:
+def test_a_loader_continues_where_another_stopped(before: int, workers: int) -> None:
     torch.manual_seed(0)
     straight = prepared(train=numbers(count=9)).train_dataloader()
     expected = [batch for _ in range(3) for batch in batches(straight)]
@@ -94,7 +98,7 @@ def test_a_loader_goes_on_where_another_stopped(before: int, workers: int) -> No
 
 
 @pytest.mark.parametrize(("start", "seeded"), [("fork", "0"), ("fork", "1"), ("spawn", "1")])
-def test_workers_leave_ctrl_c_to_the_main_process(start: str, seeded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_ignore_ctrl_c(start: str, seeded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_SEED_WORKERS", seeded)
     own = {"target": "test_module.Interrupted", "params": {"count": 8}}
     loader = prepared(train=own, num_workers=1).train_dataloader()
@@ -117,7 +121,7 @@ def test_other_batches_are_in_order_and_complete(name: str, loader: str) -> None
     assert batches(getattr(module, loader)()) == [[100, 101, 102, 103], [104, 105]]
 
 
-def test_lightning_sees_only_the_loaders_there_are() -> None:
+def test_lightning_sees_only_the_loaders_that_have_a_dataset() -> None:
     class Counter(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -149,7 +153,7 @@ def test_lightning_sees_only_the_loaders_there_are() -> None:
         assert model.seen == {"train": 8, "val": expected}
 
 
-def test_fewer_items_than_a_batch() -> None:
+def test_training_sets_smaller_than_a_batch_are_refused() -> None:
     with pytest.raises(UserError, match="3 training items do not fill a batch of 4"):
         prepared(train=numbers(count=3)).train_dataloader()
     assert len(prepared(validation=numbers(count=3)).val_dataloader()) == 1
@@ -160,3 +164,57 @@ def test_setting_up_twice_keeps_the_datasets() -> None:
     dataset = module.datasets["train"]
     module.setup("test")
     assert module.datasets["train"] is dataset
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> dict[str, Any]:
+    """The config of a training set of five photos, whose epoch has three batches."""
+    for index in range(5):
+        Image.effect_noise((16, 16), 20 + index).save(tmp_path / f"{index}.png")
+    return {"target": "ldm.data.personalized.PersonalizedBase",
+            "params": {"data_root": str(tmp_path), "size": 16, "repeats": 3, "seed": 3}}
+
+
+def captions_and_flips(batch: dict[str, Any]) -> list[tuple[str, bool, int]]:
+    return list(zip(batch["caption"], batch["flipped"].tolist(), batch["index"].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_epoch_has_its_own_captions_and_flips(photos: dict[str, Any], workers: int) -> None:
+    module = prepared(train=photos, num_workers=workers, shuffle=False)
+    loader, dataset = module.train_dataloader(), PersonalizedBase(**photos["params"])
+    epochs = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        expected = [(item["caption"], item["flipped"], item["index"]) for item in (dataset[i] for i in range(12))]
+        epochs.append([row for batch in loader for row in captions_and_flips(batch)])
+        assert epochs[-1] == expected
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_has_the_captions_of_its_epoch(photos: dict[str, Any], workers: int) -> None:
+    torch.manual_seed(0)
+    straight = prepared(train=photos).train_dataloader()
+    expected = [captions_and_flips(batch) for _ in range(3) for batch in straight]
+    resumed = prepared(train=photos, num_workers=workers).train_dataloader()
+    resumed.load_state_dict({"drawn": 4})
+    assert [captions_and_flips(batch) for _ in range(2) for batch in resumed] == expected[4:]
+
+
+def test_each_of_several_concepts_has_its_own_epochs(photos: dict[str, Any], tmp_path: Path) -> None:
+    """The second folder has twice the photos, so its epochs are twice as long."""
+    (tmp_path / "more").mkdir()
+    for index in range(10):
+        Image.effect_noise((16, 16), 20 + index).save(tmp_path / "more" / f"{index}.png")
+    folders = [str(tmp_path), str(tmp_path / "more")]
+    both = {**photos, "params": {**photos["params"], "data_root": folders, "placeholder_token": ["<a>", "<b>"]}}
+    torch.manual_seed(0)
+    loader = prepared(train=both).train_dataloader()
+    together = [batch for _ in range(4) for batch in loader]
+    for index, (folder, word) in enumerate(zip(folders, ("<a>", "<b>"), strict=True)):
+        one = {**photos, "params": {**photos["params"], "data_root": folder, "placeholder_token": word}}
+        torch.manual_seed(0)
+        alone = prepared(train=one).train_dataloader()
+        expected = [captions_and_flips(batch) for _ in range(4) for batch in alone][:len(together)]
+        assert [captions_and_flips(batch[index]) for batch in together] == expected

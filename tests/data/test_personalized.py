@@ -1,4 +1,4 @@
-"""The concept's training set: what an item holds, and that a seed decides all of it."""
+"""The training set of a concept: the contents of its items, and that they depend only on seed, index and epoch."""
 from __future__ import annotations
 
 import random
@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ldm.common.errors import UserError
-from ldm.data.images import read_image, square, to_tensor
+from ldm.data.images import crop_square, read_image, to_tensor
 from ldm.data.personalized import PersonalizedBase
 from ldm.data.templates import PHOTO, TEMPLATES, get_templates
 
@@ -35,7 +35,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def masks(tmp_path: Path, photos: Path) -> Path:
-    """For each photo its own red channel, at double size: aligned with it in every pixel."""
+    """Each photo's mask is its own red channel at twice the size, so that both are aligned in every pixel."""
     folder = tmp_path / "masks"
     folder.mkdir()
     for path in photos.iterdir():
@@ -54,7 +54,7 @@ def test_items(photos: Path) -> None:
         assert (item["image"].shape, item["image"].dtype) == ((3, SIZE, SIZE), torch.float32)
         assert item["caption"] in {template.replace("{}", "<my-teddy>") for template in PHOTO}
         assert item["mask"].shape == (1, SIZE, SIZE) and item["mask"].eq(1).all()
-        expected = to_tensor(square(read_image(data.paths[item["index"]]), SIZE))
+        expected = to_tensor(crop_square(read_image(data.paths[item["index"]]), SIZE))
         assert torch.equal(item["image"], expected.flip(-1) if item["flipped"] else expected)
     assert [data[index]["index"] for index in range(6)] == [0, 1, 2, 0, 1, 2]
     with pytest.raises(IndexError):
@@ -71,7 +71,7 @@ def rows_of(batch: dict) -> list[tuple[str, bool, int, float]]:
     return list(zip(batch["caption"], batch["flipped"].tolist(), batch["index"].tolist(), totals, strict=True))
 
 
-def test_workers_and_global_generators_change_nothing(photos: Path) -> None:
+def test_items_do_not_depend_on_workers_or_global_generators(photos: Path) -> None:
     def build() -> PersonalizedBase:
         return PersonalizedBase(photos, size=SIZE, repeats=5, seed=7)
 
@@ -82,7 +82,7 @@ def test_workers_and_global_generators_change_nothing(photos: Path) -> None:
     assert [row[:3] for row in alone] != [row[:3] for row in collected(PersonalizedBase(photos, SIZE, 5, seed=8), 0)]
 
 
-def test_epochs_differ_and_come_again(photos: Path) -> None:
+def test_epochs_differ_and_are_reproducible(photos: Path) -> None:
     data = PersonalizedBase(photos, size=SIZE, repeats=5)
     epochs = []
     for epoch in (0, 1, 0):
@@ -91,7 +91,7 @@ def test_epochs_differ_and_come_again(photos: Path) -> None:
     assert epochs[0] == epochs[2] != epochs[1]
 
 
-def test_the_epoch_reaches_workers_that_are_already_running(photos: Path) -> None:
+def test_running_workers_see_a_new_epoch(photos: Path) -> None:
     data = PersonalizedBase(photos, size=SIZE, repeats=4)
     loader = DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True)
     first = [row for batch in loader for row in rows_of(batch)]
@@ -101,12 +101,12 @@ def test_the_epoch_reaches_workers_that_are_already_running(photos: Path) -> Non
 
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (1.0, 60)])
-def test_flips_can_be_ruled_out_or_forced(photos: Path, probability: float, expected: int) -> None:
+def test_flips_never_or_always(photos: Path, probability: float, expected: int) -> None:
     data = PersonalizedBase(photos, size=SIZE, repeats=20, flip_p=probability)
     assert sum(data[index]["flipped"] for index in range(60)) == expected
 
 
-def test_flips_and_templates_are_drawn_evenly(photos: Path) -> None:
+def test_flips_and_templates_are_uniform(photos: Path) -> None:
     data = PersonalizedBase(photos, size=8, repeats=200)
     items = [data[index] for index in range(600)]
     assert abs(sum(item["flipped"] for item in items) - 300) < 5 * (600 * 0.25) ** 0.5
@@ -183,7 +183,7 @@ def test_params_out_of_range_are_named(photos: Path, name: str, value: object) -
         PersonalizedBase(photos, **{name: value})
 
 
-def test_own_templates(photos: Path) -> None:
+def test_templates_of_a_list(photos: Path) -> None:
     data = PersonalizedBase(photos, size=SIZE, repeats=1, templates=["{odd} {}"], placeholder_token="<{}>")
     assert data[0]["caption"] == "{odd} <{}>"
 

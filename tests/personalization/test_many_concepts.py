@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ldm.common.errors import UserError
-from ldm.concepts.concept import Concept, load_perfusion_concepts
+from ldm.concepts.concept import Concept
+from ldm.concepts.concept_file import load_perfusion_concepts
 from ldm.data.images import to_tensor
 from ldm.data.module import DataModuleFromConfig
-from ldm.data.personalized import one_config_each
+from ldm.data.personalized import split_concept_configs
 from ldm.inference.sampling import Job, Sampling, draw_pictures, encode_once, prompt_encoder
-from ldm.personalization.base import PersonalizationMethod, file_names_for
+from ldm.personalization.base import PersonalizationMethod
+from ldm.personalization.concept_names import file_names_for
 from ldm.util import instantiate_from_config
 
 THINGS = {"<toy>": "cat", "<mug>": "mug", "<hat>": "red hat"}  # the word of each concept -> its super-category
@@ -193,14 +195,14 @@ def test_names_for_files() -> None:
 
 def test_a_config_for_each_folder() -> None:
     shared = {"target": "some.Dataset", "params": {"size": 8, "templates": ["a {}", "the {}"]}}
-    assert one_config_each(shared) == [shared]
+    assert split_concept_configs(shared) == [shared]
     several = {"target": "some.Dataset", "params": {**shared["params"], "data_root": ["a", "b"], "mask_root": None,
                                                     "placeholder_token": ["<a>", "<b>"]}}
-    assert [one["params"] for one in one_config_each(several)] == [
+    assert [one["params"] for one in split_concept_configs(several)] == [
         {**shared["params"], "data_root": name, "placeholder_token": f"<{name}>", "mask_root": None} for name in "ab"]
     for name, values in (("placeholder_token", "<a>"), ("mask_root", ["x", "y", "z"]), ("data_root", ["a"])):
         with pytest.raises(UserError, match="folders of photos"):
-            one_config_each({**several, "params": {**several["params"], name: values}})
+            split_concept_configs({**several, "params": {**several["params"], name: values}})
 
 
 @pytest.mark.parametrize(("at_a_time", "turns"), [(None, 1), (2, 2), (1, 3)])
@@ -208,7 +210,7 @@ def test_a_config_for_each_folder() -> None:
 def test_photos_come_as_they_would_alone_also_after_a_pause(folder: Path, at_a_time: int | None, turns: int,
                                                             before: int) -> None:
     module = data_of(folder, WORDS, concepts_per_batch=at_a_time)
-    assert module.turns == turns
+    assert module.num_groups == turns
     loader = module.train_dataloader()
     assert len(loader) == 8 * turns  # the shortest epoch: 2 photos 8 times, 2 at a time
     loader.load_state_dict({"drawn": before})
