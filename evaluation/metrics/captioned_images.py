@@ -1,8 +1,7 @@
-"""Pictures with the prompts that they were drawn from: as a folder has them, and what is measured in them."""
+"""Images with the prompts that they were generated from, as a folder has them."""
 from __future__ import annotations
 
 import csv
-import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,50 +10,55 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
-from tqdm import tqdm
 
-from evaluation.metrics.similarity import Similarity, SimilarityMeter
+from evaluation.metrics.registry import METRICS, Scores
 from evaluation.prompts.prompt_sets import UNCATEGORIZED
-from evaluation.sweeps.samples import as_batch
 from ldm.common.errors import UserError
 from ldm.common.words import replace_words
 from ldm.concepts.placeholders import PLACEHOLDER
 from ldm.data.images import crop_square, list_images, read_image
 from ldm.data.templates import SLOT
-from ldm.inference.output_folder import read_note
+from ldm.inference.output_folder import read_metadata
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("file", "prompt")  # that a list of captions has to have; it may also have "category" and "seed"
-AT_A_TIME = 64  # pictures in memory
-ALL = "all"  # the row of all categories
+COLUMNS = ("file", "prompt")  # a list of captions must have these; it may also have "category" and "seed"
+ALL = "all"  # the name of all categories together
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What is known of a picture.
+    """What is known of an image.
 
     Attributes:
-        prompt: what it was drawn from; concepts stand in it by their placeholders, or as `{}`.
-        words: placeholder -> super-category, of the concepts it was drawn with.
-        file: where it is; None of one that was not kept.
+        prompt: what it was generated from, with a placeholder or `{}` for each concept.
+        super_categories: placeholder -> super-category, of the concepts that it was generated with.
+        category: what the prompt asks of the concept, such as "style".
+        seed: of the image's noise, if known.
+        file: the image's file; None if it was not saved.
     """
 
     prompt: str
-    words: Mapping[str, str] = field(default_factory=dict)
+    super_categories: Mapping[str, str] = field(default_factory=dict)
     category: str = UNCATEGORIZED
     seed: int | None = None
     file: Path | None = None
 
     def text(self, super_category: str | None) -> str:
-        """The prompt in plain words; `super_category` stands for its concept, of several for those not known.
+        """Return the prompt in plain words, with super-categories in place of concepts.
+
+        Args:
+            super_category: replaces that of the image's concept if there is only one; if there are several, it stands
+                for those that are not known.
 
         Raises:
             UserError: nothing says what a placeholder stands for.
         """
-        only = super_category if len(self.words) == 1 else None
-        text = replace_words({placeholder: only or words for placeholder, words in self.words.items()}, self.prompt)
+        words = dict(self.super_categories)
+        if len(words) == 1 and super_category:
+            words = dict.fromkeys(words, super_category)
+        text = replace_words(words, self.prompt)
         unknown = [word for word in (SLOT, *re.findall(PLACEHOLDER, text)) if word in text]
         if unknown and super_category is None:
             raise UserError(f"--super_category: nothing says what {unknown[0]} is in the prompt {self.prompt!r}; give "
@@ -62,97 +66,102 @@ class Caption:
         return replace_words(dict.fromkeys(unknown, super_category), text)
 
 
-def captions_of(folder: str | Path, listed: str | Path | None = None, prompt: str | None = None) -> list[Caption]:
-    """The pictures of a folder with their prompts, in the order of the list or of the files' names.
+def read_captions(folder: str | Path, list_file: str | Path | None = None, prompt: str | None = None) -> list[Caption]:
+    """Return the captions of the images in a folder, in the order of the list or of the file names.
 
     Args:
-        listed: a CSV file with the columns "file", relative to the folder, and "prompt", and perhaps "category" and
-            "seed". None: `prompt` is that of all of them, or else they have notes, as those that this project draws.
+        folder: holds the images.
+        list_file: CSV file with the columns "file" (relative to the folder) and "prompt", and optionally "category" and
+            "seed". None: the captions come from `prompt` or from the images' own metadata.
+        prompt: the prompt of all images. None: the images hold metadata, as those that this project generates.
 
     Raises:
-        UserError: the folder or the list cannot be used, or the prompt of a picture is not known.
+        UserError: the folder or the list cannot be used, or the prompt of an image is not known.
     """
-    if listed is not None:
-        return _listed(Path(folder), Path(listed))
+    if list_file is not None:
+        return _read_list(Path(folder), Path(list_file))
     paths = list_images(folder)
-    return [Caption(prompt, file=path) if prompt else _noted(path) for path in paths]
+    return [Caption(prompt, file=path) if prompt else _from_metadata(path) for path in paths]
 
 
-def _noted(path: Path) -> Caption:
+def _from_metadata(path: Path) -> Caption:
     try:
-        note = read_note(path)
-    except (OSError, ValueError):  # no picture, or a note of someone else's
-        note = {}
-    if not isinstance(note.get("prompt"), str):
-        raise UserError(f"{path}: nothing says what it was drawn from; give --captions FILE.csv, or --prompt for all")
-    words = {one["placeholder"]: one["super_category"] for one in note.get("concepts", ())}
-    return Caption(note["prompt"], words, note.get("category", UNCATEGORIZED), note.get("seed"), path)
+        metadata = read_metadata(path)
+    except (OSError, ValueError):  # not an image, or metadata of another program
+        metadata = {}
+    if not isinstance(metadata.get("prompt"), str):
+        raise UserError(f"{path}: nothing says what it was generated from; give --captions FILE.csv, or --prompt for "
+                        "all images")
+    concepts = metadata.get("concepts", ())
+    super_categories = {concept["placeholder"]: concept["super_category"] for concept in concepts}
+    category, seed = metadata.get("category", UNCATEGORIZED), metadata.get("seed")
+    return Caption(metadata["prompt"], super_categories, category, seed, path)
 
 
-def _listed(folder: Path, listed: Path) -> list[Caption]:
-    there = {path.name for path in list_images(folder)}
-    captions = [_of_row(folder, listed, number, row) for number, row in enumerate(_rows(listed), start=2)]
-    left_out = len(there - {caption.file.name for caption in captions})
-    if left_out:
-        log.warning("warning: %d pictures of %s are not in %s; left out", left_out, folder, listed)
+def _read_list(folder: Path, list_file: Path) -> list[Caption]:
+    captions = [_from_row(folder, list_file, number, row)
+                for number, row in enumerate(_read_rows(list_file), start=2)]  # line 1 holds the column names
+    present = {path.name for path in list_images(folder)}
+    unlisted = len(present - {caption.file.name for caption in captions})
+    if unlisted:
+        log.warning("warning: %d images of %s are not in %s; left out", unlisted, folder, list_file)
     return captions
 
 
-def _rows(listed: Path) -> list[dict[str, str]]:
+def _read_rows(list_file: Path) -> list[dict[str, str]]:
     try:
-        with listed.open(newline="", encoding="utf-8-sig") as opened:
-            rows = list(csv.DictReader(opened))
+        with list_file.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error):
-        raise UserError(f"--captions {listed}: not readable as CSV in UTF-8; give a file whose first line is "
+        raise UserError(f"--captions {list_file}: not readable as CSV in UTF-8; give a file whose first line is "
                         f"{','.join(COLUMNS)}") from None
     if not rows or not set(COLUMNS) <= set(rows[0]):
-        raise UserError(f"--captions {listed}: its first line has to be {','.join(COLUMNS)}, with a line for each "
-                        "picture below it")
+        raise UserError(f"--captions {list_file}: its first line must be {','.join(COLUMNS)}, with a line for each "
+                        "image below it")
     return rows
 
 
-def _of_row(folder: Path, listed: Path, number: int, row: Mapping[str, str | None]) -> Caption:
-    name, prompt, seed = ((row.get(column) or "").strip() for column in (*COLUMNS, "seed"))
-    if not name or not prompt or not (folder / name).is_file():
-        missing = f"there is no {folder / name}" if name and prompt else f"it lacks a {'prompt' if name else 'file'}"
-        raise UserError(f"--captions {listed}, line {number}: {missing}; correct the line or leave it out")
-    return Caption(prompt, category=(row.get("category") or "").strip() or UNCATEGORIZED,
-                   seed=int(seed) if seed.isdigit() else None, file=folder / name)
+def _from_row(folder: Path, list_file: Path, number: int, row: Mapping[str, str | None]) -> Caption:
+    name, prompt, category, seed = ((row.get(column) or "").strip() for column in (*COLUMNS, "category", "seed"))
+    if not name:
+        problem = "it lacks a file"
+    elif not prompt:
+        problem = "it lacks a prompt"
+    elif not (folder / name).is_file():
+        problem = f"there is no {folder / name}"
+    else:
+        return Caption(prompt, category=category or UNCATEGORIZED, seed=int(seed) if seed.isdigit() else None,
+                       file=folder / name)
+    raise UserError(f"--captions {list_file}, line {number}: {problem}; correct the line or leave it out")
 
 
-def common_side(captions: Sequence[Caption], most: int) -> int:
-    """The shortest side of all pictures, in pixels, or `most`: as large as all of them can be shown without blowing up.
+def common_side(captions: Sequence[Caption], maximum: int) -> int:
+    """Return the side in pixels of squares that all images can be cropped to without enlarging one, up to `maximum`.
 
     Raises:
-        UserError: one of them cannot be read.
+        UserError: an image cannot be read.
     """
-    return min(most, *(min(read_image(caption.file).size) for caption in captions))
+    return min(maximum, *(min(read_image(caption.file).size) for caption in captions))
 
 
-def squares(captions: Iterable[Caption], side: int) -> Iterator[Image.Image]:
-    """The middle of each picture, read when it is its turn."""
+def read_squares(captions: Iterable[Caption], side: int) -> Iterator[Image.Image]:
+    """Yield the central square of each image, which is read only then."""
     return (crop_square(read_image(caption.file), side) for caption in captions)
 
 
-def measured(meter: SimilarityMeter, pictures: Iterable[Image.Image], texts: Sequence[str]) -> list[Similarity]:
-    """How similar each picture is to its text and to the photos; `pictures` are all of one size."""
-    found: list[Similarity] = []
-    waiting = iter(tqdm(pictures, desc="measuring", total=len(texts), leave=False, disable=None))
-    while some := list(itertools.islice(waiting, AT_A_TIME)):
-        found += meter(as_batch(some), texts[len(found):len(found) + len(some)])
-    return found
+def score_records(captions: Sequence[Caption], texts: Sequence[str], scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    """Return a record for each image, for a CSV file."""
+    records = []
+    for caption, text, score in zip(captions, texts, scores, strict=True):
+        values = {metric.column: score[metric.name] for metric in METRICS}
+        records.append({"category": caption.category, "prompt": caption.prompt, "seed": caption.seed, "text": text,
+                        **values, "file": caption.file})
+    return records
 
 
-def records(captions: Sequence[Caption], texts: Sequence[str], found: Sequence[Similarity]) -> list[dict[str, Any]]:
-    """A line for a CSV file for each picture."""
-    return [{"category": caption.category, "prompt": caption.prompt, "seed": caption.seed, "text": text,
-             "text_similarity": one.text, "image_similarity": one.image, "object_similarity": one.object,
-             "file": caption.file} for caption, text, one in zip(captions, texts, found, strict=True)]
-
-
-def by_category(captions: Sequence[Caption], found: Sequence[T]) -> dict[str, list[T]]:
-    """What was found in the pictures of each category, in the order of the prompts, and at the end in all."""
+def group_by_category(captions: Sequence[Caption], values: Sequence[T]) -> dict[str, list[T]]:
+    """Return the values of the images of each category, in the order of the prompts, and then those of all images."""
     groups: dict[str, list[T]] = {}
-    for caption, one in zip(captions, found, strict=True):
-        groups.setdefault(caption.category, []).append(one)
-    return {**(groups if len(groups) > 1 else {}), ALL: list(found)}
+    for caption, value in zip(captions, values, strict=True):
+        groups.setdefault(caption.category, []).append(value)
+    return {**(groups if len(groups) > 1 else {}), ALL: list(values)}

@@ -1,118 +1,135 @@
-"""How like its prompt and how like the concept a picture is, by the embeddings of a CLIP.
+"""How similar an image is to its prompt and to the photos of a concept, by the embeddings of a CLIP.
 
-Text similarity is the cosine of a picture and its prompt with the super-category in the concept's stead; image
-similarity the mean cosine of a picture and the concept's photos (as Gal et al. 2022, arXiv 2208.01618, and Perfusion
-measure). A picture that copies the photos' background gains by the latter, so that it is also measured with nothing but
-the object in sight: cut out by a segmenter, on grey, in photos and pictures alike.
+Text similarity is the cosine of an image and its prompt, with the super-category in place of the concept's word. Image
+similarity is the mean cosine of an image and the concept's photos. Both are defined as in Gal et al., "An Image is
+Worth One Word" (2022), arXiv 2208.01618, and in Perfusion. An image that copies the background of the photos gains
+image similarity by that. Object similarity therefore compares the objects alone: a segmenter cuts them out of photos
+and images, and everything else becomes gray.
+
+All cosines are multiplied by 100.
 """
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from evaluation.stats.intervals import Estimate, cluster_bootstrap_mean
 from ldm.data.images import from_tensor
 from ldm.models.clip_encoder import ClipEncoder
 from ldm.modules.segmentation import MIN_CONFIDENCE, ZeroShotSegmenter
 
-SEGMENTED_AT_A_TIME = 32
+SEGMENTER_BATCH_SIZE = 32
 
 
-@dataclass(frozen=True)
-class Similarity:
-    """Cosines x 100, each from -100 to 100; `object` is None where nothing was segmented."""
-
-    text: float
-    image: float
-    object: float | None = None
-
-
-KINDS = tuple(one.name for one in fields(Similarity))
-
-
-def figures_of(found: Sequence[Similarity], prompts: Sequence[Hashable]) -> dict[str, Estimate]:
-    """The mean of each kind of similarity that there is, its interval by resampling prompts.
+class References:
+    """What the images of one concept are compared with.
 
     Args:
-        prompts: of each picture, whatever names it: pictures of one prompt belong together.
-    """
-    values = {kind: [(value, prompt) for one, prompt in zip(found, prompts, strict=True)
-                     if (value := getattr(one, kind)) is not None] for kind in KINDS}
-    return {kind: cluster_bootstrap_mean(*map(list, zip(*pairs, strict=True))) for kind, pairs in values.items() if pairs}
-
-
-class SimilarityMeter:
-    """Measures pictures against their texts and one concept's photos.
-
-    Args:
-        recogniser: the CLIP.
-        photos: (N, 3, H, W) in [-1, 1]; best of the pictures' own size, as CLIPs see how sharp a picture is.
+        clip: embeds images and texts.
+        photos: (N, 3, H, W) in [-1, 1]. They should have the images' size, because a CLIP sees how sharp an image is.
         super_category: what the segmenter looks for.
-        segmenter: None: objects are not measured.
-        masks: (N, 1, H, W) in [0, 1], where the concept is in its photos; None: the segmenter says.
+        segmenter: cuts out objects; None: objects are not compared.
+        masks: (N, 1, H, W) in [0, 1], where the concept is in its photos; None: the segmenter finds it.
+
+    Attributes:
+        photo_embeddings: (N, d), of unit length.
+        object_embeddings: (M, d), of the objects found in the photos; None if there are none or no segmenter.
     """
 
-    def __init__(self, recogniser: ClipEncoder, photos: Tensor, super_category: str,
+    def __init__(self, clip: ClipEncoder, photos: Tensor, super_category: str,
                  segmenter: ZeroShotSegmenter | None = None, masks: Tensor | None = None) -> None:
-        self.recogniser, self.super_category, self.segmenter = recogniser, super_category, segmenter
-        self.photos = recogniser.embed_images(photos)
-        self.objects = None
+        self.clip, self.super_category, self.segmenter = clip, super_category, segmenter
+        self.photo_embeddings = clip.embed_images(photos)
+        self.object_embeddings: Tensor | None = None
         if segmenter is not None:
-            shown, found = cut_out(photos, self._segmented(photos) if masks is None else masks)
-            self.objects = recogniser.embed_images(shown[found]) if found.any() else None
+            objects, found = cut_out_objects(photos, self.segment(photos) if masks is None else masks)
+            if found.any():
+                self.object_embeddings = clip.embed_images(objects[found])
 
-    def __call__(self, pictures: Tensor, texts: Sequence[str]) -> list[Similarity]:
-        """Of each picture (M, 3, H, W) in [-1, 1] and its text, a prompt with the super-category for the concept.
-
-        Raises:
-            ValueError: there is not one text for each picture.
-        """
-        if len(pictures) != len(texts):
-            raise ValueError(f"{len(texts)} texts for {len(pictures)} pictures")
-        if not texts:
-            return []
-        seen = self.recogniser.embed_images(pictures)
-        alike = (seen * self.recogniser.embed_texts(texts)).sum(1), (seen @ self.photos.T).mean(1)
-        rows = zip(*(100 * cosines for cosines in alike), self._of_objects(pictures), strict=True)
-        return [Similarity(float(text), float(image), of_object) for text, image, of_object in rows]
-
-    def among_photos(self) -> tuple[float | None, float | None]:
-        """Image and object similarity of each photo to the others, in the mean; None where there are not two."""
-        return _among(self.photos), None if self.objects is None else _among(self.objects)
-
-    def _of_objects(self, pictures: Tensor) -> list[float | None]:
-        if self.objects is None:
-            return [None] * len(pictures)
-        shown, found = cut_out(pictures, self._segmented(pictures))
-        cosines = 100 * (self.recogniser.embed_images(shown) @ self.objects.T).mean(1)
-        return [float(cosine) if there else None for cosine, there in zip(cosines, found, strict=True)]
-
-    def _segmented(self, pictures: Tensor) -> Tensor:
-        """(M, 1, H, W) in [0, 1]: how likely each pixel shows the super-category."""
-        size = tuple(pictures.shape[-2:])
-        parts = [self.segmenter.segment([from_tensor(picture) for picture in part], self.super_category, size)
-                 for part in pictures.split(SEGMENTED_AT_A_TIME)]
-        return torch.cat(parts)[:, None]
+    def segment(self, images: Tensor) -> Tensor:
+        """Return (M, 1, H, W) in [0, 1]: how likely each pixel of the images shows the super-category."""
+        size = tuple(images.shape[-2:])
+        batches = images.split(SEGMENTER_BATCH_SIZE)
+        probabilities = [self.segmenter.segment([from_tensor(image) for image in batch], self.super_category, size)
+                         for batch in batches]
+        return torch.cat(probabilities)[:, None]
 
 
-def cut_out(pictures: Tensor, likely: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures (M, 3, H, W) in [-1, 1], grey but for the object, and whether there is one in each, (M,) of bool.
+class ImageBatch:
+    """Images with their texts, and what several metrics need of them, computed once.
 
-    The object is where `likely` (M, 1, H, W) is at least half of its maximum in that picture: segmenters differ in how
-    sure they are. There is none where they find nothing but noise; a faint one counts, as leaving out the pictures in
-    which a concept is hard to make out would flatter the others' mean.
+    Args:
+        images: (M, 3, H, W) in [-1, 1].
+        texts: M prompts in plain words, with the super-category in place of the concept's word.
+        references: what the images are compared with.
     """
-    surest = likely.amax((1, 2, 3), keepdim=True)
-    shown = pictures.cpu() * (likely >= surest / 2)
-    return shown, surest.flatten() > MIN_CONFIDENCE
+
+    def __init__(self, images: Tensor, texts: Sequence[str], references: References) -> None:
+        self.images, self.texts, self.references = images, texts, references
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """(M, d), of unit length."""
+        return self.references.clip.embed_images(self.images)
 
 
-def _among(embeddings: Tensor) -> float | None:
+def text_similarity(batch: ImageBatch) -> list[float]:
+    """Return 100 times the cosine of each image and its text."""
+    return (100 * (batch.embeddings * batch.references.clip.embed_texts(batch.texts)).sum(1)).tolist()
+
+
+def image_similarity(batch: ImageBatch) -> list[float]:
+    """Return 100 times the mean cosine of each image and the concept's photos."""
+    return (100 * (batch.embeddings @ batch.references.photo_embeddings.T).mean(1)).tolist()
+
+
+def object_similarity(batch: ImageBatch) -> list[float | None]:
+    """Return 100 times the mean cosine of the object in each image and the photos' objects; None if none is found."""
+    references = batch.references
+    if references.object_embeddings is None:
+        return [None] * len(batch.images)
+    objects, found = cut_out_objects(batch.images, references.segment(batch.images))
+    cosines = 100 * (references.clip.embed_images(objects) @ references.object_embeddings.T).mean(1)
+    return [cosine if is_found else None
+            for cosine, is_found in zip(cosines.tolist(), found.tolist(), strict=True)]
+
+
+def photo_similarity(references: References) -> float | None:
+    """Return the image similarity that the photos have to each other."""
+    return _mean_similarity(references.photo_embeddings)
+
+
+def photo_object_similarity(references: References) -> float | None:
+    """Return the object similarity that the photos have to each other."""
+    embeddings = references.object_embeddings
+    return None if embeddings is None else _mean_similarity(embeddings)
+
+
+def cut_out_objects(images: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Make everything but the object gray.
+
+    The object is where the segmenter's probability is at least half of its maximum in that image, because segmenters
+    differ in how confident they are. There is no object if the maximum is mere noise. A faint object counts: images in
+    which the concept is hard to recognize would otherwise be left out, and the mean would be too good.
+
+    Args:
+        images: (M, 3, H, W) in [-1, 1].
+        probabilities: (M, 1, H, W) in [0, 1].
+
+    Returns:
+        The objects, (M, 3, H, W) on gray, and whether there is one in each image, (M,) of bool.
+    """
+    maximum = probabilities.amax((1, 2, 3), keepdim=True)
+    objects = images.cpu() * (probabilities >= maximum / 2)
+    return objects, maximum.flatten() > MIN_CONFIDENCE
+
+
+def _mean_similarity(embeddings: Tensor) -> float | None:
+    """Return 100 times the mean cosine of all pairs of different rows; None for fewer than two rows."""
     count = len(embeddings)
     if count < 2:
         return None
-    others = (embeddings @ embeddings.T).sum() - embeddings.square().sum()
-    return 100 * float(others) / (count * (count - 1))
+    sum_of_pairs = (embeddings @ embeddings.T).sum() - embeddings.square().sum()  # without each row with itself
+    return 100 * float(sum_of_pairs) / (count * (count - 1))

@@ -1,7 +1,6 @@
-"""What `evaluation/pareto.py` does: sweeps drawn and measured, and their tables, curves and grids of pictures."""
+"""What `evaluation/pareto.py` does: run the points of sweeps, and write tables, plots and grids of images."""
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -9,159 +8,196 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.clip_eval import USUAL_SEEDS
-from evaluation.metrics.clip_measures import meter_of
-from evaluation.metrics.similarity import KINDS
-from evaluation.output import table
+from evaluation.metrics.registry import METRICS
+from evaluation.metrics.scoring import load_scorer
 from evaluation.output.file_names import slug
 from evaluation.output.image_grid import ColumnHeading, save_image_grid
 from evaluation.output.plots import Series, plot_curves
-from evaluation.output.table import MarkdownTable
-from evaluation.prompts.prompt_sets import MINI_PROMPTS, EvaluationPrompt, read_prompts, select_prompts
+from evaluation.output.table import MarkdownTable, write_csv
+from evaluation.prompts.prompt_sets import EvaluationPrompt, read_prompts, select_prompts
 from evaluation.stats.intervals import Estimate
-from evaluation.sweeps.samples import Manner, Painter, sampling_of
-from evaluation.sweeps.sweep import Drawn, Point, Source, Sweep, Sweeper, balance_of, points_of, sweeps_of
+from evaluation.sweeps.samples import read_single_concept
+from evaluation.sweeps.settings import ParetoOptions
+from evaluation.sweeps.sweep import (
+    Curve,
+    Point,
+    PointResult,
+    Source,
+    Sweep,
+    SweepRunner,
+    balanced_point,
+    build_sweeps,
+    distinct_points,
+)
 from ldm.common.errors import UserError
-from ldm.inference import sampling as inference
+from ldm.inference.model_config import (
+    complete_settings,
+    image_size,
+    inference_defaults,
+    latent_size,
+    read_model_config,
+)
+from ldm.inference.pipeline import PerfusionPipeline
+from ldm.util import pick_device
 
 log = logging.getLogger(__name__)
 
 GRID_ROWS = 6
-HEADINGS = ("curve", "bias", *(f"{kind} similarity" for kind in KINDS))
-WIDTHS = (30, 8, 22, 22, 22)
-TABLE = MarkdownTable(HEADINGS, WIDTHS)
+TEXT = METRICS[0]  # text similarity, which the other metrics are plotted against
+TABLE = MarkdownTable(("curve", "bias", *(metric.heading for metric in METRICS)), (30, 8, *[22] * len(METRICS)))
 
 
 @dataclass(frozen=True)
-class Line:
-    """A point on a curve: what it reaches, by the kind of similarity, and whether it is the curve's balance."""
+class CurveRow:
+    """A point on a curve and what it reaches.
+
+    Attributes:
+        curve: name of the curve.
+        point: the point.
+        result: its images and their scores.
+        estimates: the mean of each metric.
+        is_balanced: whether `--bias auto` would choose this point of the curve.
+    """
 
     curve: str
     point: Point
-    drawn: Drawn
-    figures: Mapping[str, Estimate]
-    balance: bool
+    result: PointResult
+    estimates: Mapping[str, Estimate]
+    is_balanced: bool
 
     def cells(self) -> list[str]:
-        bias = self.point.manner.bias
-        mark = "-" if bias is None else f"{bias:g}{' *' if self.balance else ''}"
-        return [self.curve, mark, *(self.figures[kind].text() if kind in self.figures else "-" for kind in KINDS)]
+        """Return the cells of the row in `TABLE`."""
+        bias = self.point.settings.bias
+        mark = "-" if bias is None else f"{bias:g}{' *' if self.is_balanced else ''}"
+        return [self.curve, mark, *(metric.cell(self.estimates) for metric in METRICS)]
 
     def record(self) -> dict[str, Any]:
-        """Its columns in a CSV file."""
-        ends = {"": "mean", "_low": "low", "_high": "high"}
-        means = {f"{kind}{end}": getattr(self.figures.get(kind), name, None) for kind in KINDS
-                 for end, name in ends.items()}
-        return {"curve": self.curve, **self.point.record(), **means, "pictures": len(self.drawn.found),
-                "balance": self.balance}
+        """Return the row for a CSV file; metrics without values stay empty."""
+        record = {"curve": self.curve, **self.point.record()}
+        for metric in METRICS:
+            estimate = self.estimates.get(metric.name)
+            for suffix, field in (("", "mean"), ("_low", "low"), ("_high", "high")):
+                record[f"{metric.name}{suffix}"] = None if estimate is None else getattr(estimate, field)
+        return {**record, "images": len(self.result.scores), "balance": self.is_balanced}
 
 
-def sources_of(options: argparse.Namespace) -> list[Source]:
-    """The concept of each file.
+def read_sources(options: ParetoOptions) -> list[Source]:
+    """Return the concept of each file.
 
     Raises:
-        UserError: a file holds several, they are of different things, or none has what is to be swept.
+        UserError: a file holds several concepts, they are of different subjects, or none has what is to be swept.
     """
-    labels = options.labels or _names(options.concept)
-    sources = [Source(label, _only_concept(file)) for file, label in zip(options.concept, labels, strict=True)]
-    kinds = list(dict.fromkeys(source.concept.super_category for source in sources))
-    if len(kinds) > 1 and options.super_category is None:
-        raise UserError(f"--concept: a {kinds[0]} and a {kinds[1]}, but the photos are of one thing; name files of "
-                        "that, or say by --super_category what it is")
+    labels = options.labels or _file_labels(options.concepts)
+    sources = [Source(label, read_single_concept([file]))
+               for file, label in zip(options.concepts, labels, strict=True)]
+    super_categories = list(dict.fromkeys(source.concept.super_category for source in sources))
+    if len(super_categories) > 1 and options.references.super_category is None:
+        first, second, *_ = super_categories
+        raise UserError(f"--concept: a {first} and a {second}, but the photos are of one subject; name files of one "
+                        "subject, or give its words with --super_category")
     if options.temperatures and not any(source.has_gate for source in sources):
         concept = sources[0].concept
-        raise UserError(f"--temperatures: concept {concept.label} was learned {concept.summary} and has none; leave "
+        raise UserError(f"--temperatures: concept {concept.label} was trained {concept.summary} and has none; leave "
                         "the flag out")
     return sources
 
 
-def set_up(options: argparse.Namespace) -> tuple[list[Sweep], Sweeper]:
-    """What is to be drawn, and what draws it.
+def prepare(options: ParetoOptions) -> tuple[list[Sweep], SweepRunner]:
+    """Return what is to be generated, and what generates and scores it.
 
     Raises:
         UserError: the concepts, the prompts, the models or the photos cannot be used.
     """
-    prompts, sources = read_prompts(options.prompts or MINI_PROMPTS), sources_of(options)
-    config = inference.read_model_config(options.config)
-    manner = Manner(scale=options.scale, steps=options.ddim_steps, sampler=options.sampler, eta=options.ddim_eta)
-    side = min(inference.picture_size(config, sampling_of(config, manner).latent_size))
-    super_category = options.super_category or sources[0].concept.super_category
-    meter = meter_of(options, side, super_category)
-    painter = Painter.load(options.config, options.ckpt, options.device, options.batch_size, options.precision)
-    seeds = range(options.seed, options.seed + (options.seeds or USUAL_SEEDS))
-    sweeps = sweeps_of(sources, manner, options.biases, options.locks, options.temperatures, options.scales)
-    return sweeps, Sweeper(painter, meter, prompts, seeds, side, super_category)
+    prompts, sources = read_prompts(options.samples.prompts), read_sources(options)
+    model = options.model
+    config, device = read_model_config(model.config), pick_device(model.device)
+    settings = complete_settings(options.settings, config, inference_defaults(config, model.checkpoint))
+    side = min(image_size(config, latent_size(config)))
+    super_category = options.references.super_category or sources[0].concept.super_category
+    scorer = load_scorer(options.references, config, model.checkpoint, device, side, super_category)
+    pipeline = PerfusionPipeline.from_config(config, model.checkpoint, device, model.precision)
+    sweeps = build_sweeps(sources, settings, options.biases, options.locks, options.temperatures,
+                          options.guidance_scales)
+    return sweeps, SweepRunner(pipeline, scorer, prompts, options.samples.seeds, side, super_category,
+                               options.samples.batch_size)
 
 
-def drawn_points(sweeps: Sequence[Sweep], sweeper: Sweeper) -> dict[Point, Drawn]:
-    """All points of all sweeps; says how far it is."""
-    points, drawn = points_of(sweeps), {}
-    log.info("%d settings, %d prompts, %d seeds: %d pictures", len(points), len(sweeper.prompts), len(sweeper.seeds),
-             len(points) * len(sweeper.texts))
-    for place, point in enumerate(points, start=1):
-        began = time.perf_counter()
-        drawn[point] = sweeper.draw(point)
-        log.info("%d of %d, %s: %.0f s", place, len(points), point.summary, time.perf_counter() - began)
-    return drawn
+def run_points(sweeps: Sequence[Sweep], runner: SweepRunner) -> dict[Point, PointResult]:
+    """Generate and score all points of all sweeps, with a log line for each."""
+    points, results = distinct_points(sweeps), {}
+    log.info("%d settings, %d prompts, %d seeds: %d images", len(points), len(runner.prompts), len(runner.seeds),
+             len(points) * len(runner.texts))
+    for number, point in enumerate(points, start=1):
+        start = time.perf_counter()
+        results[point] = runner.run(point)
+        log.info("%d of %d, %s: %.0f s", number, len(points), point.summary, time.perf_counter() - start)
+    return results
 
 
-def lines_of(sweep: Sweep, drawn: Mapping[Point, Drawn]) -> list[Line]:
-    """Every point of every curve, in order."""
-    balances = [balance_of(curve, drawn) for curve in sweep.curves]
-    return [Line(curve.name, point, drawn[point], drawn[point].figures(), point is balance)
-            for curve, balance in zip(sweep.curves, balances, strict=True) for point in curve.points]
+def curve_rows(curve: Curve, results: Mapping[Point, PointResult]) -> list[CurveRow]:
+    """Return a row for each point of a curve."""
+    balance = balanced_point(curve, results)
+    return [CurveRow(curve.name, point, results[point], results[point].estimates(), point is balance)
+            for point in curve.points]
 
 
-def table_of(lines: Sequence[Line]) -> str:
-    """To be printed."""
-    return "\n".join([TABLE.header(), *(TABLE.line(line.cells()) for line in lines)])
+def format_table(rows: Sequence[CurveRow]) -> str:
+    """Return the rows as a Markdown table."""
+    return "\n".join([TABLE.header(), *(TABLE.line(row.cells()) for row in rows)])
 
 
-def write_sweep(folder: Path, sweep: Sweep, lines: Sequence[Line], prompts: Sequence[EvaluationPrompt]) -> list[Path]:
-    """The means as CSV, the curves, and a grid of pictures for each of them; returns their paths."""
-    rows = [line.record() for line in lines]
+def write_sweep(folder: Path, sweep: Sweep, curves: Mapping[str, Sequence[CurveRow]],
+                prompts: Sequence[EvaluationPrompt]) -> list[Path]:
+    """Write the means as CSV, the plots, and a grid of images for each curve; return the paths.
+
+    Args:
+        folder: gets the files.
+        sweep: names them.
+        curves: name of the curve -> its rows.
+        prompts: of the images.
+    """
+    rows = [row for curve in curves.values() for row in curve]
+    records = [row.record() for row in rows]
     written = [folder / f"{sweep.key}.csv"]
-    table.write_csv(written[0], rows, list(rows[0]))
-    curves = {curve.name: [line for line in lines if line.curve == curve.name] for curve in sweep.curves}
-    for kind in ("image", "object"):
-        if all(kind in line.figures for line in lines):
-            series = [Series(name, [line.figures[kind] for line in own], [line.figures["text"] for line in own],
-                             [line.point.label.removeprefix("bias ") for line in own])
-                      for name, own in curves.items()]
-            written.append(plot_curves(folder / f"{sweep.key}_{kind}.png", series, f"{kind} similarity",
-                                       "text similarity", f"{sweep.title} (numbers are biases, bars 95 % intervals)"))
-    return written + [write_grid(folder / f"{sweep.key}-{slug(name)}.png", name, own, prompts)
-                      for name, own in curves.items()]
+    write_csv(written[0], records, list(records[0]))
+    for metric in METRICS:
+        if metric is not TEXT and all(metric.name in row.estimates for row in rows):
+            series = [_series(name, curve, metric.name) for name, curve in curves.items()]
+            written.append(plot_curves(folder / f"{sweep.key}_{metric.name}.png", series, metric.heading, TEXT.heading,
+                                       f"{sweep.title} (numbers are biases, bars 95 % intervals)"))
+    for name, curve in curves.items():
+        written.append(write_grid(folder / f"{sweep.key}-{slug(name)}.png", name, curve, prompts))
+    return written
 
 
-def write_grid(path: Path, name: str, lines: Sequence[Line], prompts: Sequence[EvaluationPrompt]) -> Path:
-    """The first seed's pictures along a curve: a row for each of some prompts, of all categories."""
-    rows = [prompts.index(prompt) for prompt in select_prompts(prompts, GRID_ROWS)]
-    headings = [ColumnHeading(line.point.label, f"text {line.figures['text'].mean:.0f}, image {line.figures['image'].mean:.0f}",
-                              line.balance) for line in lines]
-    pictures = [[line.drawn.pictures[row] for line in lines] for row in rows]
-    labels = [prompts[row].fill(lines[0].point.source.concept.placeholder) for row in rows]
-    marked = next((place for place, line in enumerate(lines) if line.balance), None)
-    title = name if marked is None else f"{name} (bold: the bias that balances text and image)"
-    return save_image_grid(path, pictures, labels, headings, title)
+def write_grid(path: Path, name: str, rows: Sequence[CurveRow], prompts: Sequence[EvaluationPrompt]) -> Path:
+    """Write the first seed's images along a curve: a row for each of some prompts, a column for each point."""
+    indices = [prompts.index(prompt) for prompt in select_prompts(prompts, GRID_ROWS)]
+    images = [[row.result.images[index] for row in rows] for index in indices]
+    placeholder = rows[0].point.source.concept.placeholder
+    labels = [prompts[index].fill(placeholder) for index in indices]
+    headings = []
+    for row in rows:
+        note = f"text {row.estimates['text'].mean:.0f}, image {row.estimates['image'].mean:.0f}"
+        headings.append(ColumnHeading(row.point.label, note, row.is_balanced))
+    has_balance = any(row.is_balanced for row in rows)
+    title = f"{name} (bold: the bias that balances text and image)" if has_balance else name
+    return save_image_grid(path, images, labels, headings, title)
 
 
-def write_every(folder: Path, sweeper: Sweeper, drawn: Mapping[Point, Drawn]) -> Path:
-    """What every picture reaches, as CSV; returns its path."""
-    rows = list(sweeper.records(drawn))
-    table.write_csv(folder / "similarities.csv", rows, list(rows[0]))
-    return folder / "similarities.csv"
+def write_scores(folder: Path, runner: SweepRunner, results: Mapping[Point, PointResult]) -> Path:
+    """Write the scores of every image as CSV; return its path."""
+    path, records = folder / "similarities.csv", list(runner.records(results))
+    write_csv(path, records, list(records[0]))
+    return path
 
 
-def _only_concept(file: str) -> Any:
-    concepts = inference.ready_concepts([file])
-    if len(concepts) > 1:
-        raise UserError(f"{file}: holds {', '.join(concept.placeholder for concept in concepts)}, but the photos are "
-                        "of one thing; name a file that holds one")
-    return concepts[0]
+def _series(name: str, rows: Sequence[CurveRow], metric: str) -> Series:
+    labels = [row.point.label.removeprefix("bias ") for row in rows]
+    return Series(name, [row.estimates[metric] for row in rows], [row.estimates["text"] for row in rows], labels)
 
 
-def _names(files: Sequence[str]) -> list[str]:
-    """What to call files: their own names where these differ, or else with their folders."""
+def _file_labels(files: Sequence[str]) -> list[str]:
+    """Return the files' stems if these differ, or else their paths without suffix."""
     stems = [Path(file).stem for file in files]
     return stems if len(set(stems)) == len(stems) else [str(Path(file).with_suffix("")) for file in files]

@@ -1,7 +1,7 @@
 """Images of concepts for many prompts and seeds, from one pipeline on which concepts and settings change.
 
-    pipeline = PerfusionPipeline.from_config("configs/perfusion.yaml")
-    requests = requests_for([prompt.about("<my-teddy>") for prompt in read_prompts(MINI)], seeds=range(8))
+    pipeline = PerfusionPipeline.from_pretrained("models/mini")
+    requests = requests_for([prompt.fill("<my-teddy>") for prompt in read_prompts(MINI_PROMPTS)], seeds=range(8))
     concepts = read_concepts(["teddy.safetensors"])
     for bias in (0.5, 0.6, 0.7):
         images = generate_images(pipeline, requests, concepts, GenerationSettings(bias=bias))
@@ -14,21 +14,33 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
+from ldm.common.errors import UserError
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.settings import override_settings
-from ldm.data.images import to_tensor
 from ldm.inference.output_folder import OutputFolder
-from ldm.inference.pipeline import PerfusionPipeline
+from ldm.inference.pipeline import PerfusionPipeline, read_concepts
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.run import concept_metadata
 from ldm.inference.settings import GenerationSettings
 
 BATCH_SIZE = 32  # images generated at a time
+
+
+def read_single_concept(files: Sequence[str | Path]) -> AnyConcept:
+    """Return the only concept of some files.
+
+    Raises:
+        UserError: a file is no concept file, or there are several concepts.
+    """
+    concepts = read_concepts(files)
+    if len(concepts) > 1:
+        words = ", ".join(concept.placeholder for concept in concepts)
+        raise UserError(f"{', '.join(map(str, files))}: holds {words}, but the photos are of one subject; name a file "
+                        "that holds one concept")
+    return concepts[0]
 
 
 def generate_images(pipeline: PerfusionPipeline, requests: Sequence[GenerationRequest],
@@ -43,28 +55,24 @@ def generate_images(pipeline: PerfusionPipeline, requests: Sequence[GenerationRe
     return list(tqdm(images, desc=description, total=len(requests), leave=False, disable=None))
 
 
-def as_batch(images: Sequence[Image.Image]) -> Tensor:
-    """Stack images of one size: (M, 3, H, W) in [-1, 1]."""
-    return torch.stack([to_tensor(image) for image in images])
-
-
 def save_images(images: Sequence[Image.Image], requests: Sequence[GenerationRequest], folder: str | Path, columns: int,
                 concepts: Sequence[AnyConcept] = (), settings: GenerationSettings | None = None,
                 categories: Sequence[str] | None = None) -> OutputFolder:
-    """Write images as the scripts that generate do, each with its settings inside, and sheets of them.
+    """Write images as the scripts that generate do, each with its settings inside, and contact sheets of them.
 
     Args:
+        images: one for each request.
         folder: gets `samples/00000.png`, ... and `grid-0000.png`, ...; earlier ones stay.
-        columns: images in a row of a sheet, such as the number of seeds.
+        columns: images in a row of a contact sheet, such as the number of seeds.
         settings: complete ones, as `PerfusionPipeline.complete` returns them.
         categories: of the prompt of each image.
     """
     settings = settings or GenerationSettings()
     used = override_settings(concepts, settings.biases, settings.temperatures, settings.all_layers)
-    output = OutputFolder(folder, columns)
     metadata = {**asdict(settings), "concepts": concept_metadata(used)}
-    own = [{}] * len(requests) if categories is None else [{"category": category} for category in categories]
-    for image, request, extra in zip(images, requests, own, strict=True):
-        output.add(image, request.prompt, {**request._asdict(), **extra, **metadata})
+    output = OutputFolder(folder, columns)
+    for index, (image, request) in enumerate(zip(images, requests, strict=True)):
+        category = {} if categories is None else {"category": categories[index]}
+        output.add(image, request.prompt, {**request._asdict(), **category, **metadata})
     output.finish_sheet()
     return output

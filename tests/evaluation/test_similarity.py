@@ -1,4 +1,4 @@
-"""Similarities against `transformers`' own cosines, and on pictures whose colours are their embeddings."""
+"""Scores against cosines of `transformers`, and on images whose colors are their embeddings."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,105 +13,130 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from evaluation.metrics.similarity import SimilarityMeter, cut_out
+from evaluation.metrics import registry, scoring
+from evaluation.metrics.registry import METRICS, Metric
+from evaluation.metrics.scoring import ConceptScorer, estimate_means
+from evaluation.metrics.similarity import ImageBatch, cut_out_objects
 from ldm.data.images import to_tensor
 from ldm.models.clip_encoder import ClipEncoder
 from ldm.models.clip_images import normalize_for_clip
 
-COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "both": (1.0, 1.0, 0.0)}
-HALF = torch.arange(8).expand(1, 8, 8) < 4  # the left one
+COLORS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "yellow": (1.0, 1.0, 0.0)}
+LEFT_HALF = torch.arange(8).expand(1, 8, 8) < 4
 
 
-class ColourRecogniser:
-    """A picture's embedding is its mean colour, where grey counts as none; a text's is the colour of that name."""
+class ColorClip:
+    """The embedding of an image is its mean color, with gray as zero; that of a text is the color of this name."""
 
     def embed_images(self, images: Tensor) -> Tensor:
         return F.normalize(images.mean((2, 3)), dim=1)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        return F.normalize(torch.tensor([COLOURS[text] for text in texts]), dim=1)
+        return F.normalize(torch.tensor([COLORS[text] for text in texts]), dim=1)
 
 
 class LeftSegmenter:
-    """Finds the thing in the left half of every picture that is not dark; asked for anything else it finds nothing."""
+    """Finds an object in the left half of every image that is not dark.
 
-    def __init__(self, sure: float = 0.8) -> None:
-        self.sure, self.asked = sure, set()
+    Attributes:
+        texts: all texts that it was asked for.
+    """
+
+    def __init__(self, probability: float = 0.8) -> None:
+        self.probability, self.texts = probability, set()
 
     def segment(self, images: Sequence[Image.Image], text: str, size: tuple[int, int]) -> Tensor:
-        self.asked.add(text)
-        bright = torch.tensor([float(to_tensor(image).amax() > -0.5) for image in images])
-        left = torch.arange(size[1]).expand(*size) < size[1] // 2
-        return self.sure * bright[:, None, None] * left + 0.001
+        self.texts.add(text)
+        is_bright = torch.tensor([float(to_tensor(image).amax() > -0.5) for image in images])
+        is_left = torch.arange(size[1]).expand(*size) < size[1] // 2
+        return self.probability * is_bright[:, None, None] * is_left + 0.001
 
 
-def painted(left: str, right: str) -> Tensor:
-    """(1, 3, 8, 8), one colour in each half."""
-    halves = (torch.tensor(COLOURS[name])[:, None, None].expand(3, 8, 8) for name in (left, right))
-    return torch.where(HALF, *halves)[None]
+def two_colors(left: str, right: str) -> Tensor:
+    """Return (1, 3, 8, 8) with one color in each half."""
+    halves = (torch.tensor(COLORS[name])[:, None, None].expand(3, 8, 8) for name in (left, right))
+    return torch.where(LEFT_HALF, *halves)[None]
 
 
-def test_cosines_are_those_of_transformers(tmp_path: Path) -> None:
-    recogniser = ClipEncoder.from_path(write_clip(tmp_path))
+def test_cosines_agree_with_transformers(tmp_path: Path) -> None:
+    clip = ClipEncoder.from_path(write_clip(tmp_path))
     noise = torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    photos, pictures, texts = noise[:3], noise[3:], ["a cat", "a dog in the snow"]
+    photos, images, texts = noise[:3], noise[3:], ["a cat", "a dog in the snow"]
     with torch.no_grad():
-        tokens = recogniser.tokenizer(texts, padding=True, return_tensors="pt")
-        outputs = recogniser.model(**tokens, pixel_values=normalize_for_clip(noise))
-    seen, said = F.normalize(outputs.image_embeds, dim=1), F.normalize(outputs.text_embeds, dim=1)
-    found = SimilarityMeter(recogniser, photos, "cat")(pictures, texts)
-    for place, one in enumerate(found):
-        assert one.text == pytest.approx(100 * float(seen[3 + place] @ said[place]), abs=1e-3)
-        expected = sum(float(seen[3 + place] @ seen[photo]) for photo in range(3)) / 3
-        assert one.image == pytest.approx(100 * expected, abs=1e-3) and one.object is None
+        tokens = clip.tokenizer(texts, padding=True, return_tensors="pt")
+        outputs = clip.model(**tokens, pixel_values=normalize_for_clip(noise))
+    image_embeds, text_embeds = F.normalize(outputs.image_embeds, dim=1), F.normalize(outputs.text_embeds, dim=1)
+    for index, scores in enumerate(ConceptScorer(clip, photos, "cat")(images, texts)):
+        assert scores["text"] == pytest.approx(100 * float(image_embeds[3 + index] @ text_embeds[index]), abs=1e-3)
+        expected = sum(float(image_embeds[3 + index] @ image_embeds[photo]) for photo in range(3)) / 3
+        assert scores["image"] == pytest.approx(100 * expected, abs=1e-3) and scores["object"] is None
 
 
-def test_of_objects_the_background_does_not_count() -> None:
+def test_object_similarity_ignores_the_background() -> None:
     segmenter = LeftSegmenter()
-    meter = SimilarityMeter(ColourRecogniser(), painted("red", "green"), "toy", segmenter)
-    same, other = meter(torch.cat([painted("red", "blue"), painted("green", "red")]), ["red", "green"])
-    assert (same.object, other.object) == (pytest.approx(100, abs=1e-3), pytest.approx(0, abs=1e-3))
-    assert same.image == pytest.approx(50, abs=1e-3) and other.image == pytest.approx(100, abs=1e-3)
-    assert same.text == other.text == pytest.approx(100 / 2 ** 0.5, abs=1e-3)
-    assert segmenter.asked == {"toy"}
+    scorer = ConceptScorer(ColorClip(), two_colors("red", "green"), "toy", segmenter)
+    same, other = scorer(torch.cat([two_colors("red", "blue"), two_colors("green", "red")]), ["red", "green"])
+    assert (same["object"], other["object"]) == (pytest.approx(100, abs=1e-3), pytest.approx(0, abs=1e-3))
+    assert same["image"] == pytest.approx(50, abs=1e-3) and other["image"] == pytest.approx(100, abs=1e-3)
+    assert same["text"] == other["text"] == pytest.approx(100 / 2 ** 0.5, abs=1e-3)
+    assert segmenter.texts == {"toy"}
 
 
-def test_given_masks_go_before_the_segmenter() -> None:
-    right = (~HALF).float()[None]
-    meter = SimilarityMeter(ColourRecogniser(), painted("red", "green"), "toy", LeftSegmenter(), masks=right)
-    assert meter(painted("green", "blue"), ["red"])[0].object == pytest.approx(100, abs=1e-3)
+def test_given_masks_replace_the_segmenter_on_photos() -> None:
+    right = (~LEFT_HALF).float()[None]
+    scorer = ConceptScorer(ColorClip(), two_colors("red", "green"), "toy", LeftSegmenter(), masks=right)
+    assert scorer(two_colors("green", "blue"), ["red"])[0]["object"] == pytest.approx(100, abs=1e-3)
 
 
-def test_where_nothing_is_segmented_there_is_no_figure() -> None:
+def test_images_without_an_object_have_no_object_similarity() -> None:
     dark = torch.full((1, 3, 8, 8), -1.0)
-    meter = SimilarityMeter(ColourRecogniser(), torch.cat([painted("red", "green"), dark]), "toy", LeftSegmenter())
-    assert len(meter.objects) == 1
-    found = meter(torch.cat([dark, painted("red", "blue")]), ["red", "red"])
-    assert found[0].object is None and found[1].object == pytest.approx(100, abs=1e-3)
-    blind = SimilarityMeter(ColourRecogniser(), painted("red", "green"), "toy", LeftSegmenter(sure=0.01))
-    assert blind.objects is None and blind(painted("red", "red"), ["red"])[0].object is None
+    scorer = ConceptScorer(ColorClip(), torch.cat([two_colors("red", "green"), dark]), "toy", LeftSegmenter())
+    assert len(scorer.references.object_embeddings) == 1
+    scores = scorer(torch.cat([dark, two_colors("red", "blue")]), ["red", "red"])
+    assert scores[0]["object"] is None and scores[1]["object"] == pytest.approx(100, abs=1e-3)
+    blind = ConceptScorer(ColorClip(), two_colors("red", "green"), "toy", LeftSegmenter(probability=0.01))
+    assert blind.references.object_embeddings is None
+    assert blind(two_colors("red", "red"), ["red"])[0]["object"] is None
 
 
-def test_photos_among_themselves_leave_out_each_with_itself() -> None:
-    photos = torch.cat([painted("red", "red"), painted("green", "green"), painted("both", "both")])
-    whole, objects = SimilarityMeter(ColourRecogniser(), photos, "toy", LeftSegmenter()).among_photos()
-    assert whole == pytest.approx(objects, abs=1e-3) == pytest.approx(100 * 2 / 3 / 2 ** 0.5, abs=1e-3)
-    assert SimilarityMeter(ColourRecogniser(), photos[:1], "toy").among_photos() == (None, None)
+def test_photos_are_compared_with_each_other_but_not_with_themselves() -> None:
+    photos = torch.cat([two_colors("red", "red"), two_colors("green", "green"), two_colors("yellow", "yellow")])
+    scores = ConceptScorer(ColorClip(), photos, "toy", LeftSegmenter()).score_photos()
+    expected = 100 * 2 / 3 / 2 ** 0.5
+    assert scores["image"] == pytest.approx(scores["object"], abs=1e-3) == pytest.approx(expected, abs=1e-3)
+    single = ConceptScorer(ColorClip(), photos[:1], "toy").score_photos()
+    assert (single["text"], single["image"], single["object"]) == (None, None, None)
 
 
-def test_many_pictures_are_measured_as_few_are() -> None:
-    meter = SimilarityMeter(ColourRecogniser(), painted("red", "green"), "toy", LeftSegmenter())
-    pictures, texts = torch.cat([painted("red", "blue"), painted("green", "both")] * 20), ["red", "both"] * 20
-    assert meter(pictures, texts)[38:] == meter(pictures[:2], texts[:2])
-    assert meter(pictures[:0], []) == []
-    with pytest.raises(ValueError, match="1 texts for 40 pictures"):
-        meter(pictures, ["red"])
+def test_scores_do_not_depend_on_the_number_of_images() -> None:
+    scorer = ConceptScorer(ColorClip(), two_colors("red", "green"), "toy", LeftSegmenter())
+    images = torch.cat([two_colors("red", "blue"), two_colors("green", "yellow")] * 20)
+    texts = ["red", "yellow"] * 20
+    assert scorer(images, texts)[38:] == scorer(images[:2], texts[:2])
+    assert scorer(images[:0], []) == []
+    with pytest.raises(ValueError, match="1 texts for 40 images"):
+        scorer(images, ["red"])
 
 
 @given(peak=st.floats(0.06, 1), share=st.floats(0.01, 0.99))
-def test_an_object_is_cut_out_where_it_is_half_as_likely_as_at_best(peak: float, share: float) -> None:
-    likely = torch.zeros(1, 1, 2, 2)
-    likely[0, 0, 0] = torch.tensor([peak, peak * share])
-    shown, found = cut_out(torch.full((1, 3, 2, 2), 0.5), likely)
-    kept = [True, bool(torch.tensor(peak * share) >= torch.tensor(peak) / 2), False, False]
-    assert found.all() and shown[0, 0].flatten().tolist() == [0.5 * one for one in kept]
+def test_an_object_is_where_the_probability_is_half_of_its_maximum(peak: float, share: float) -> None:
+    probabilities = torch.zeros(1, 1, 2, 2)
+    probabilities[0, 0, 0] = torch.tensor([peak, peak * share])
+    objects, found = cut_out_objects(torch.full((1, 3, 2, 2), 0.5), probabilities)
+    is_object = [True, bool(torch.tensor(peak * share) >= torch.tensor(peak) / 2), False, False]
+    assert found.all() and objects[0, 0].flatten().tolist() == [0.5 * one for one in is_object]
+
+
+def test_a_new_metric_needs_one_line_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def brightness(batch: ImageBatch) -> list[float]:
+        return batch.images.mean((1, 2, 3)).tolist()
+
+    metrics = (*METRICS, Metric("bright", "mean brightness", brightness, unit="levels"))
+    for module in (registry, scoring):
+        monkeypatch.setattr(module, "METRICS", metrics)
+    scorer = ConceptScorer(ColorClip(), two_colors("red", "green"), "toy")
+    scores = scorer(two_colors("red", "blue"), ["red"])
+    assert scores[0]["bright"] == pytest.approx(1 / 3) and scorer.score_photos()["bright"] is None
+    estimates = estimate_means(scores, ["red"])
+    assert metrics[-1].cell(estimates) == "0.3 levels" and metrics[-1].column == "mean_brightness"
+    assert METRICS[2].cell(estimates) == "-"
