@@ -21,7 +21,7 @@ from ldm.modules.rank_one import energy
 log = logging.getLogger(__name__)
 
 MAX_LISTED_WORDS = 100  # in an error message
-ENERGY_TOLERANCE = 0.02  # relative to ||i*||^2; storing the mini model's concepts in 16 bits changes it by 0.003 at most
+ENERGY_TOLERANCE = 0.02  # relative to ||i*||^2; 16-bit files change that of the mini model's concepts by at most 0.003
 
 
 def check_super_category(encoder: PromptEncoder, super_category: str) -> None:

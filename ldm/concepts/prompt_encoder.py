@@ -15,7 +15,8 @@ from ldm.concepts.placeholders import check_distinct, find_placeholders
 from ldm.concepts.prompt_checks import check_width, warn_covariance_mismatch
 from ldm.concepts.settings import override_settings
 from ldm.concepts.stacking import gate_settings, stack_concepts
-from ldm.modules.context import Edit, PromptContext, TextLayer
+from ldm.modules.context import PromptContext, TextLayer
+from ldm.modules.edit import Edit
 from ldm.modules.encoders.prompts import PromptEncoder, word_vector
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept
-from ldm.modules.context import Edit, TextLayer, project_inputs
+from ldm.modules.context import TextLayer
+from ldm.modules.edit import Edit, project_inputs
 
 
 def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLayer]) -> Edit:
@@ -36,7 +37,8 @@ def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLa
     # Values: o*_V where the concept uses the layer, else W_V i_super.
     learned_v = []
     for concept in concepts:
-        learned_v.append({name: output for name, output in concept.target_outputs_v.items() if concept.uses_layer(name)})
+        outputs = concept.target_outputs_v
+        learned_v.append({name: output for name, output in outputs.items() if concept.uses_layer(name)})
     values = _replace_rows(project_inputs(text_layers, super_inputs, "to_v"), learned_v)
 
     # Keys: o*_K where keys were trained, else locked to W_K i_super.

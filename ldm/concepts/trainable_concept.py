@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.concepts.concept import Concept
-from ldm.modules.context import Edit, TextLayer, locked_keys, project_inputs
+from ldm.modules.context import TextLayer
+from ldm.modules.edit import Edit, locked_keys, project_inputs
 
 LOCKINGS = ("local", "trained")
 

@@ -1,4 +1,6 @@
-"""Attention over image positions and over text, and the transformer that the U-Net puts at each resolution.
+"""Attention between image positions and to text, and the transformer of the U-Net's levels.
+
+Perfusion enters at one point: `PerfusionCrossAttention.keys_values` lets a `PromptContext` compute keys and values.
 
 Shapes: B batch, C channels, L = H*W image positions, N text tokens, d width of the text encoding.
 """
@@ -17,7 +19,7 @@ from ldm.util import default
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by the GELU of a second one (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+    """Linear layer gated by the GELU of a second one (Shazeer 2020, arXiv 2002.05202, Eq. 6)."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -29,7 +31,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers with `mult` times the width between them: (..., dim) to (..., dim_out or dim)."""
+    """Two linear layers with a hidden width of `mult * dim`: (..., dim) -> (..., dim_out or dim).
+
+    Args:
+        glu: use GEGLU instead of GELU.
+    """
 
     def __init__(
         self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
@@ -44,7 +50,7 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, eq. 1) of x to a context, or to x itself where there is none."""
+    """Multi-head attention (Vaswani et al. 2017, Eq. 1) of x to a context, or to x if there is no context."""
 
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
@@ -59,25 +65,37 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, query_dim), nn.Dropout(dropout))
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of what is attended to: (B, N, d) to twice (B, N, heads * dim_head)."""
+        """Return keys and values of a context (B, N, d), (B, N, heads * dim_head) each."""
         return self.to_k(context), self.to_v(context)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, L, query_dim), context (B, N, context_dim); returns (B, L, query_dim)."""
+        """Attend from x to the context.
+
+        Args:
+            x: (B, L, query_dim).
+            context: (B, N, context_dim), or None for self-attention.
+
+        Returns:
+            (B, L, query_dim).
+        """
         key, value = self.keys_values(default(context, x))
-        attended = F.scaled_dot_product_attention(*map(self._split_heads, (self.to_q(x), key, value)))
+        query, key, value = map(self._split_heads, (self.to_q(x), key, value))
+        attended = F.scaled_dot_product_attention(query, key, value)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
+        """(B, L, heads * dim_head) -> (B, heads, L, dim_head)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class PerfusionCrossAttention(CrossAttention):
-    """Cross-attention whose keys and values a `PromptContext` may edit; a tensor as context is attended to as it is.
+    """Cross-attention whose keys and values a `PromptContext` may edit.
+
+    With a plain tensor as context it is the same as `CrossAttention`.
 
     Attributes:
-        reads_text: whether it was given a width of a context; without one it attends to the image itself.
-        layer_name: what concepts call this layer; `name_text_layers` sets it.
+        reads_text: whether the layer attends to text: it has a `context_dim`. Otherwise it attends to the image.
+        layer_name: name of the layer in concepts; `name_text_layers` sets it.
     """
 
     def __init__(
@@ -88,29 +106,33 @@ class PerfusionCrossAttention(CrossAttention):
         self.layer_name = ""
 
     def keys_values(self, context: Tensor | PromptContext) -> tuple[Tensor, Tensor]:
-        """Keys and values, (B, N, heads * dim_head) each, of an encoded prompt with or without concepts in it."""
-        with self.precision(context.device):
+        """Return keys and values of encoded prompts, with or without concepts, (B, N, heads * dim_head) each."""
+        with self.autocast_to_query(context.device):
             if isinstance(context, PromptContext):
                 return context.keys_values(self.layer_name, self.to_k, self.to_v)
             return super().keys_values(context)
 
-    def precision(self, device: torch.device) -> AbstractContextManager[object]:
-        """In which keys and values are computed: that of the queries, where W_K and W_V are kept in another."""
-        inner, own = self.to_q.weight.dtype, self.to_k.weight.dtype
-        return nullcontext() if inner == own else torch.autocast(device.type, inner)
+    def autocast_to_query(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return a context manager that computes keys and values in the dtype of the queries.
+
+        It has an effect only if W_K and W_V are stored in another dtype than W_Q.
+        """
+        query_dtype, key_dtype = self.to_q.weight.dtype, self.to_k.weight.dtype
+        return nullcontext() if query_dtype == key_dtype else torch.autocast(device.type, query_dtype)
 
 
-def projected_at_once(context: Tensor | PromptContext | None, layers: Mapping[str, PerfusionCrossAttention]
-                      ) -> Tensor | PromptContext | None:
-    """A context that has the keys and values of all these layers already, where it is a `PromptContext`."""
+def precompute_keys_values(context: Tensor | PromptContext | None, layers: Mapping[str, PerfusionCrossAttention]
+                           ) -> Tensor | PromptContext | None:
+    """Return the context with the keys and values of all layers computed, if it is a `PromptContext`."""
     if not layers or not isinstance(context, PromptContext):
         return context
-    with next(iter(layers.values())).precision(context.device):
+    first = next(iter(layers.values()))
+    with first.autocast_to_query(context.device):
         return context.with_keys_values(layers)
 
 
 def name_text_layers(unet: nn.Module) -> dict[str, PerfusionCrossAttention]:
-    """Tells every layer of `unet` that reads text its own dotted path, and returns those layers by that name."""
+    """Find the layers of a U-Net that read text, set their `layer_name` to their dotted path, and return them by it."""
     layers = {
         path: module
         for path, module in unet.named_modules()
@@ -122,13 +144,13 @@ def name_text_layers(unet: nn.Module) -> dict[str, PerfusionCrossAttention]:
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the context and a feed-forward layer, each on a norm and with a residual.
+    """Self-attention, cross-attention and a feed-forward layer, each with a layer norm before it and a residual.
 
     Args:
         context_dim: width of the text encoding; None makes `attn2` a second self-attention.
-        gated_ff: GEGLU instead of GELU in the feed-forward layer.
-        checkpoint: recompute activations in the backward pass.
-        disable_self_attn: `attn1` too attends to the context.
+        gated_ff: use GEGLU instead of GELU in the feed-forward layer.
+        checkpoint: recompute activations in the backward pass to save memory.
+        disable_self_attn: `attn1` attends to the context as well.
     """
 
     def __init__(
@@ -136,39 +158,43 @@ class BasicTransformerBlock(nn.Module):
         gated_ff: bool = True, checkpoint: bool = True, disable_self_attn: bool = False,
     ) -> None:
         super().__init__()
-        first = PerfusionCrossAttention if disable_self_attn else CrossAttention
-        first_source = context_dim if disable_self_attn else None
+        self_attention = PerfusionCrossAttention if disable_self_attn else CrossAttention
+        self_attention_dim = context_dim if disable_self_attn else None
         self.disable_self_attn = disable_self_attn
         self.checkpoint = checkpoint
-        self.attn1 = first(dim, first_source, n_heads, d_head, dropout)
+        self.attn1 = self_attention(dim, self_attention_dim, n_heads, d_head, dropout)
         self.ff = FeedForward(dim, glu=gated_ff, dropout=dropout)
         self.attn2 = PerfusionCrossAttention(dim, context_dim, n_heads, d_head, dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor | PromptContext | None = None) -> Tensor:
-        """x (B, L, dim), context (B, N, context_dim); returns (B, L, dim)."""
+        """Apply the block: x (B, L, dim), context (B, N, context_dim) -> (B, L, dim)."""
         return checkpoint(self._residuals, x, context, flag=self.checkpoint)
 
     def _residuals(self, x: Tensor, context: Tensor | PromptContext | None) -> Tensor:
+        context1 = context if self.disable_self_attn else None
+        context2 = context if self.attn2.reads_text else None
         x, normal = self._sum_normalized(self.norm1, x, None)
-        x, normal = self._sum_normalized(
-            self.norm2, x, self.attn1(normal, context if self.disable_self_attn else None))
-        x, normal = self._sum_normalized(
-            self.norm3, x, self.attn2(normal, context if self.attn2.reads_text else None))
+        x, normal = self._sum_normalized(self.norm2, x, self.attn1(normal, context1))
+        x, normal = self._sum_normalized(self.norm3, x, self.attn2(normal, context2))
         return x + self.ff(normal)
 
     @staticmethod
     def _sum_normalized(norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x, with what is added to it, and the norm of that."""
+        """Return the sum x + added, and its layer norm."""
         x = x if added is None else x + added
         return x, norm(x)
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map, added to that map.
+    """Transformer blocks over the positions of a feature map, with a residual.
 
-    The last projection starts at zero, so a new one is the identity. `use_linear` (Stable Diffusion 2) makes the
-    projections linear layers instead of 1x1 convolutions: the same map, but weights of another shape.
+    The last projection starts at zero, so a new module is the identity.
+
+    Args:
+        use_linear: make the projections linear layers, as in Stable Diffusion 2, instead of 1x1 convolutions. They
+            compute the same, but their weights have another shape.
+        use_checkpoint: recompute activations in the backward pass to save memory.
     """
 
     def __init__(
@@ -193,7 +219,7 @@ class SpatialTransformer(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Tensor | PromptContext | None = None) -> Tensor:
-        """x (B, C, H, W), context (B, N, context_dim); returns (B, C, H, W)."""
+        """Apply the blocks: x (B, C, H, W), context (B, N, context_dim) -> (B, C, H, W)."""
         x, normal = self._normalized(x)
         positions = self._project(self.proj_in, _as_sequence(normal))
         for block in self.transformer_blocks:
@@ -201,20 +227,20 @@ class SpatialTransformer(nn.Module):
         return x + _as_map(self._project(self.proj_out, positions), x.shape[-2:])
 
     def _normalized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x for the residual, and its norm."""
+        """Return x, for the residual, and its group norm."""
         return x, self.norm(x)
 
     @staticmethod
     def _project(layer: nn.Module, positions: Tensor) -> Tensor:
-        """A 1x1 convolution is the same linear map at each position, and faster computed as one."""
+        """Apply a linear layer or a 1x1 convolution: the same linear map at each position, and faster as a product."""
         return F.linear(positions, layer.weight.flatten(1), layer.bias)
 
 
 def _as_sequence(x: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, H*W, C); no copy where channels lie last in memory."""
+    """(B, C, H, W) -> (B, H*W, C), without a copy if the memory format is channels last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _as_map(positions: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, H*W, C) to (B, C, H, W) with channels last in memory, without a copy."""
+    """(B, H*W, C) -> (B, C, H, W) in channels-last memory format, without a copy."""
     return positions.unflatten(1, size).permute(0, 3, 1, 2)

@@ -1,13 +1,13 @@
-"""Where in the picture a word of the prompt is looked for: cross-attention, recorded beside the fused computation.
+"""Record where in the image each layer looks for a word of the prompt (cross-attention maps).
 
-    with recorded_attention(unet, words, latent_size) as maps:
-        latents = draw_latents(...)
+    with record_attention(unet, words, latent_size) as maps:
+        ...  # sample
     early, middle, late = maps.grouped(3)["middle_block.1.transformer_blocks.0.attn2"][0]
 
-Fused attention never holds its probabilities, so they are computed anew from queries and keys while hooks of this
-module are on the layers; without them nothing is done and nothing costs. What the layers return stays as it is.
+Fused attention never stores its probabilities, so forward hooks compute them again from queries and keys. What the
+layers return does not change, and without hooks there is no cost.
 
-Symbols: B pictures, N tokens, L = h * w positions of a layer, H heads of width d, T evaluations of the U-Net.
+Symbols: B images, N tokens, L = h * w positions of a layer, H heads of width d, T evaluations of the U-Net.
 """
 from __future__ import annotations
 
@@ -22,22 +22,27 @@ from torch import Tensor, nn
 from ldm.modules.attention import PerfusionCrossAttention, name_text_layers
 from ldm.modules.context import PromptContext
 
+Hook = Callable[[PerfusionCrossAttention, tuple[Tensor, Tensor | PromptContext], Tensor], None]
+
 
 @dataclass(eq=False)
 class AttentionMaps:
-    """Head-averaged maps on the CPU, one for each layer and each evaluation of the U-Net.
+    """Attention maps averaged over heads, on the CPU: one per layer and evaluation of the U-Net.
 
-    Most samplers evaluate it once per step; Heun's and the first step of PLMS look a step ahead, in the order in which
-    these maps lie.
+    Most samplers evaluate the U-Net once per step. Heun's method and the first step of PLMS also evaluate it one step
+    ahead; maps are in the order of evaluation.
 
     Attributes:
-        layers: layer name -> T maps (B, h, w), float32: how much of its attention each position gives to the word.
+        layers: layer name -> T maps (B, h, w), float32: the share of attention that each position gives the word.
     """
 
     layers: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def grouped(self, groups: int) -> dict[str, Tensor]:
-        """Layer name -> means (B, groups, h, w) over consecutive evaluations, the first ones of most noise.
+        """Average maps over groups of consecutive evaluations, the noisiest first.
+
+        Returns:
+            layer name -> (B, groups, h, w).
 
         Raises:
             ValueError: there are fewer evaluations than groups.
@@ -45,19 +50,23 @@ class AttentionMaps:
         fewest = min(map(len, self.layers.values()), default=0)
         if fewest < groups:
             raise ValueError(f"{fewest} evaluations cannot make {groups} groups")
-        return {name: torch.stack([part.mean(0) for part in torch.stack(maps).tensor_split(groups)], 1)
-                for name, maps in self.layers.items()}
+        means = {}
+        for name, maps in self.layers.items():
+            splits = torch.stack(maps).tensor_split(groups)
+            means[name] = torch.stack([split.mean(0) for split in splits], 1)
+        return means
 
 
 def attention_probabilities(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) head by head (Vaswani et al. 2017, eq. 1), in float32 whatever autocast says.
+    """Return softmax(q k^T / sqrt(d)) of each head (Vaswani et al. 2017, Eq. 1), in float32 even under autocast.
 
     Args:
         query: (B, L, H * d).
         key: (B, N, H * d).
+        heads: H.
 
     Returns:
-        (B, H, L, N), over N a distribution.
+        (B, H, L, N), summing to 1 over N.
     """
     q, k = (x.float().unflatten(-1, (heads, -1)) for x in (query, key))
     with torch.autocast(query.device.type, enabled=False):
@@ -65,51 +74,59 @@ def attention_probabilities(query: Tensor, key: Tensor, heads: int) -> Tensor:
 
 
 @contextmanager
-def recorded_attention(unet: nn.Module, words: Tensor, latent_size: tuple[int, int]) -> Iterator[AttentionMaps]:
-    """Records, as long as it is open, how the layers of `unet` that read text attend to a word.
+def record_attention(unet: nn.Module, words: Tensor, latent_size: tuple[int, int]) -> Iterator[AttentionMaps]:
+    """Record how the text-reading layers of a U-Net attend to a word, while the context manager is open.
 
     Args:
-        words: (B, N), 1 at the word's tokens in each prompt, else 0; what several tokens get is added up. Of larger
-            batches, as in guidance, the last B rows count: those are the conditional ones.
-        latent_size: (h, w) of the U-Net's input; the layers' maps are it, halved none or more times.
+        unet: the U-Net.
+        words: (B, N), 1 at the tokens of the word in each prompt, else 0. The attention to several tokens is summed.
+            In larger batches, as with guidance, the last B rows count: they are the conditional ones.
+        latent_size: (h, w) of the U-Net's input. Maps have this size, halved as often as the layer's level requires.
+
+    Yields:
+        The maps, which grow with each evaluation of the U-Net.
 
     Raises:
-        ValueError: when the U-Net runs: a layer's positions are no such map.
+        ValueError: (when the U-Net runs) the number of positions in a layer does not fit `latent_size`.
     """
     maps = AttentionMaps()
     with ExitStack() as hooks:
         for name, layer in name_text_layers(unet).items():
             maps.layers[name] = []
-            hook = layer.register_forward_hook(_recorder(maps.layers[name], words, latent_size))
+            hook = layer.register_forward_hook(_make_hook(maps.layers[name], words, latent_size))
             hooks.callback(hook.remove)
         yield maps
 
 
-Hook = Callable[[PerfusionCrossAttention, tuple[Tensor, Tensor | PromptContext], Tensor], None]
+def _make_hook(recorded: list[Tensor], words: Tensor, latent_size: tuple[int, int]) -> Hook:
+    """Return a forward hook that appends one map (B, h, w) per call to `recorded`."""
 
-
-def _recorder(kept: list[Tensor], words: Tensor, latent_size: tuple[int, int]) -> Hook:
     @torch.no_grad()
     def hook(layer: PerfusionCrossAttention, inputs: tuple[Tensor, Tensor | PromptContext], _: Tensor) -> None:
         x, context = inputs
         keys, _ = layer.keys_values(context)  # a context that caches has them from the layer's own call
+
+        # Probabilities of the conditional rows, averaged over heads: (B, L, N).
         count = len(words)
-        shares = attention_probabilities(layer.to_q(x[-count:]), keys[-count:], layer.heads).mean(1)
-        given = (shares * words.to(shares)[:, None]).sum(-1)
-        kept.append(given.unflatten(-1, map_size(x.shape[1], latent_size)).cpu())
+        query = layer.to_q(x[-count:])
+        probabilities = attention_probabilities(query, keys[-count:], layer.heads).mean(1)
+
+        # The share of the word's tokens at each position: (B, L).
+        share = (probabilities * words.to(probabilities)[:, None]).sum(-1)
+        recorded.append(share.unflatten(-1, map_size(x.shape[1], latent_size)).cpu())
 
     return hook
 
 
 def map_size(positions: int, latent_size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of a layer with so many positions.
+    """Return the size (h, w) of a layer's feature map from its number of positions.
 
     Raises:
-        ValueError: halving `latent_size` does not lead to them.
+        ValueError: halving `latent_size` does not lead to that number.
     """
     height, width = latent_size
     while height * width > positions and not (height % 2 or width % 2):
         height, width = height // 2, width // 2
     if height * width != positions:
-        raise ValueError(f"{positions} positions are no halved map of {latent_size[0]}x{latent_size[1]} latents")
+        raise ValueError(f"{positions} positions do not fit {latent_size[0]}x{latent_size[1]} latents, halved or not")
     return height, width

@@ -1,8 +1,8 @@
-"""How a batch of encoded prompts, edited by concepts or not, reaches the cross-attention layers.
+"""Pass a batch of encoded prompts, with or without the edit of concepts, to the cross-attention layers.
 
-What the edit of `ldm.modules.rank_one` needs of a prompt (e_perp and the gates) depends neither on the layer nor on
-the timestep. `Edit` holds the concepts, `Edit.context` computes those once for a batch of prompts, and the resulting
-`PromptContext` goes where a plain tensor of encodings would go. No layer is replaced and no weight changes.
+What the edit of `ldm.modules.rank_one` needs of a prompt, e_perp and the gates, depends neither on the layer nor on the
+timestep. `ldm.modules.edit` computes both once for a batch of prompts. A `PromptContext` holds the result and goes
+wherever a plain tensor of encodings would go. No layer is replaced and no weight changes.
 
 Symbols as in `ldm.modules.rank_one`: B prompts of N tokens, encodings of width d, J concepts, layers of width p.
 """
@@ -10,27 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ldm.modules.rank_one import (
-    PROJECTIONS,
-    apply_edit,
-    gate,
-    gated_projection,
-    known_nonpositive,
-    similarity,
-)
+from ldm.modules.rank_one import apply_edit, gated_projection
 
-PER_PROMPT = ("encoding", "projected", "gates", "key_projected", "key_gates")  # attributes of a `PromptContext`
-TABLES = ("target_outputs_v", "target_outputs_k")
+# Attributes of a `PromptContext` with one row per prompt, and those with one tensor per layer.
+PER_PROMPT = ("encoding", "projected", "gates", "key_projected", "key_gates")
+PER_LAYER = ("target_outputs_v", "target_outputs_k")
 
 
 class TextLayer(Protocol):
-    """A cross-attention layer that reads text, as far as the edit is concerned."""
+    """A cross-attention layer that reads text, as far as the edit needs it."""
 
     to_k: nn.Linear
     to_v: nn.Linear
@@ -38,22 +32,23 @@ class TextLayer(Protocol):
 
 @dataclass(eq=False)
 class PromptContext:
-    """A batch of encoded prompts together with the edit of its keys and values.
+    """A batch of encoded prompts together with the edit of their keys and values.
 
     Attributes:
-        encoding: e, (B, N, d), plain text encodings.
-        projected: e_perp, or of gated projections what lies between that and e, (B, N, d), from which values are
-            computed; `encoding` itself where there is no concept.
-        gates: (B, N, J), J may be 0.
-        target_outputs_v: layer name -> o*_V, (J, p); not read while J is 0.
-        target_outputs_k: layer name -> o*_K, (J, p); not read while J is 0.
+        encoding: e, (B, N, d), the output of the text encoder.
+        projected: e_perp, (B, N, d), from which values are computed (see `gated_projection`); equal to `encoding` if
+            there is no concept.
+        gates: g_j(e), (B, N, J); J may be 0.
+        target_outputs_v: layer name -> o*_V, (J, p); not read if J is 0.
+        target_outputs_k: layer name -> o*_K, (J, p); not read if J is 0.
         key_projected: (B, N, d), from which keys are computed; None: `projected`.
-        key_gates: (B, N, J); None: `gates`.
-        weights: what stands in for weights of the U-Net, by their names in it, while it reads these prompts: methods
-            that Perfusion is compared with change them. Not for training.
+        key_gates: (B, N, J), gates of the keys; None: `gates`.
+        weights: name in the U-Net -> weight that replaces it while the U-Net reads these prompts. The baselines use
+            it, Perfusion does not. Not for training.
         cache: whether the keys and values of each layer are computed once and then reused, as in sampling, where they
-            are the same at every timestep. Not for training: weights and graph must then stay as they are.
-            What `cat`, `repeat`, `select` and `to` return starts with nothing stored, so join before the loop.
+            are the same at every timestep. Not for training, where weights change and each step needs its own graph.
+            Contexts that `cat`, `repeat`, `select` and `to` return have an empty cache, so combine prompts before the
+            sampling loop.
     """
 
     encoding: Tensor
@@ -70,9 +65,22 @@ class PromptContext:
     @classmethod
     def plain(cls, encoding: Tensor, cache: bool = False, weights: Mapping[str, Tensor] | None = None
               ) -> PromptContext:
-        """Prompts without any edit: every layer computes exactly W_K e and W_V e. `encoding`: (B, N, d)."""
-        gates = encoding.new_zeros(*encoding.shape[:-1], 0)
-        return cls(encoding, encoding, gates, {}, {}, weights=weights or {}, cache=cache)
+        """Return prompts without an edit: every layer computes exactly W_K e and W_V e.
+
+        Args:
+            encoding: e, (B, N, d).
+            cache, weights: as the attributes of this class.
+        """
+        no_gates = encoding.new_zeros(*encoding.shape[:-1], 0)
+        return cls(
+            encoding=encoding,
+            projected=encoding,
+            gates=no_gates,
+            target_outputs_v={},
+            target_outputs_k={},
+            weights=weights or {},
+            cache=cache,
+        )
 
     @property
     def shape(self) -> torch.Size:
@@ -97,279 +105,228 @@ class PromptContext:
     def dtype(self) -> torch.dtype:
         return self.encoding.dtype
 
+    # Keys and values
+
     def keys_values(self, layer_name: str, to_k: nn.Linear, to_v: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each (B, N, p).
+        """Return the keys and values of one layer, (B, N, p) each.
 
         Args:
-            layer_name: the name under which the concepts' target outputs of this layer are kept.
+            layer_name: the name of the layer in `target_outputs_v` and `target_outputs_k`.
             to_k: the layer's W_K, without bias.
             to_v: the layer's W_V, without bias.
 
         Raises:
-            ValueError: there are concepts, but none has target outputs for this layer.
+            ValueError: there are concepts, but they have no target outputs for this layer.
         """
-        if layer_name not in self._cached:
-            found = self._compute_keys_values({layer_name: (to_k.weight, to_v.weight)})
-            if not self.cache:
-                return found[layer_name]
-            self._cached.update(found)
-        return self._cached[layer_name]
+        if layer_name in self._cached:
+            return self._cached[layer_name]
+        computed = self._compute_keys_values({layer_name: (to_k.weight, to_v.weight)})
+        if self.cache:
+            self._cached.update(computed)
+        return computed[layer_name]
 
     def with_keys_values(self, layers: Mapping[str, TextLayer]) -> PromptContext:
-        """The same prompts with keys and values of all `layers` stored: by one product each, not one for every layer.
+        """Return the same prompts with the keys and values of all layers stored.
+
+        All keys come from one matrix product, and so do all values, which is faster than one product per layer.
+
+        Returns:
+            This context if it caches, else a copy.
 
         Raises:
             ValueError: as `keys_values`.
         """
         if layers.keys() <= self._cached.keys():
             return self
-        projected = self if self.cache else replace(self)
-        projected._cached.update(self._compute_keys_values({name: (layer.to_k.weight, layer.to_v.weight)
-                                               for name, layer in layers.items()}))
-        return projected
+        context = self if self.cache else replace(self)
+        weights = {name: (layer.to_k.weight, layer.to_v.weight) for name, layer in layers.items()}
+        context._cached.update(self._compute_keys_values(weights))
+        return context
 
     def clone_cached(self) -> PromptContext:
-        """The same prompts with keys and values of their own, where these are stored."""
+        """Return the same prompts with copies of the stored keys and values."""
         copied = replace(self)
-        copied._cached.update((layer, (keys.clone(), values.clone())) for layer, (keys, values) in self._cached.items())
+        for layer_name, (keys, values) in self._cached.items():
+            copied._cached[layer_name] = keys.clone(), values.clone()
         return copied
 
     def copy_cached_from(self, other: PromptContext) -> None:
-        """Puts the keys and values that are stored with `other` in the place of those that are stored here."""
-        for layer, tensors in other._cached.items():
-            for place, new in zip(self._cached[layer], tensors, strict=True):
-                place.copy_(new)
-
-    def _key_side(self) -> tuple[Tensor, Tensor]:
-        projected = self.projected if self.key_projected is None else self.key_projected
-        return projected, self.gates if self.key_gates is None else self.key_gates
+        """Overwrite the stored keys and values with those of `other`, in place."""
+        for layer_name, (new_keys, new_values) in other._cached.items():
+            keys, values = self._cached[layer_name]
+            keys.copy_(new_keys)
+            values.copy_(new_values)
 
     def _compute_keys_values(self, weights: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Keys and values of the layers with these W_K and W_V."""
-        for_keys, for_values = zip(*weights.values(), strict=True)
-        keys = self._projections(list(weights), for_keys, *self._key_side(), self.target_outputs_k)
-        values = self._projections(list(weights), for_values, self.projected, self.gates, self.target_outputs_v)
-        return dict(zip(weights, zip(keys, values, strict=True), strict=True))
+        """Return the keys and values of the layers with these W_K and W_V, by layer name."""
+        names = list(weights)
+        weights_k = [weight_k for weight_k, _ in weights.values()]
+        weights_v = [weight_v for _, weight_v in weights.values()]
+        keys = self._project(names, weights_k, *self._key_inputs(), self.target_outputs_k)
+        values = self._project(names, weights_v, self.projected, self.gates, self.target_outputs_v)
+        return {name: (key, value) for name, key, value in zip(names, keys, values, strict=True)}
 
-    def _projections(self, names: Sequence[str], weights: Sequence[Tensor], projected: Tensor, gates: Tensor,
-                     outputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """What each layer makes of the prompts: all layers read the same, so that theirs are columns of one product."""
+    def _key_inputs(self) -> tuple[Tensor, Tensor]:
+        """Return what keys are computed from: e_perp and the gates, or their replacements under global locking."""
+        projected = self.projected if self.key_projected is None else self.key_projected
+        gates = self.gates if self.key_gates is None else self.key_gates
+        return projected, gates
+
+    def _project(self, names: Sequence[str], weights: Sequence[Tensor], projected: Tensor, gates: Tensor,
+                 target_outputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Return h = W e_perp + sum_j g_j o*_j of each layer, (B, N, p) each.
+
+        All layers read the same input, so their outputs are columns of one product.
+        """
         widths = [len(weight) for weight in weights]
-        weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+        joined_weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
         if not self.concept_count:
-            return functional.linear(projected, weight).split(widths, -1)
+            return functional.linear(projected, joined_weight).split(widths, -1)
         for name in names:
-            if name not in outputs:
-                raise ValueError(f"no target output for layer {name!r}; there are some for {', '.join(outputs)}")
-        joined = torch.cat([outputs[name] for name in names], 1)
-        return apply_edit(projected, gates, weight, joined).split(widths, -1)
+            if name not in target_outputs:
+                raise ValueError(f"no target output for layer {name!r}; there are some for {', '.join(target_outputs)}")
+        joined_outputs = torch.cat([target_outputs[name] for name in names], 1)
+        return apply_edit(projected, gates, joined_weight, joined_outputs).split(widths, -1)
+
+    # Batches
 
     def mask_concepts(self, acting: Tensor, target_inputs: Tensor, inverse_covariance: Tensor,
-                   projections: Sequence[str]) -> PromptContext:
-        """The same prompts, on each of which only some of the concepts act, as if there were no others.
+                      projections: Sequence[str]) -> PromptContext:
+        """Return the same prompts, each edited by some of the concepts as if there were no others.
 
         Args:
-            acting: (B, J) booleans.
-            target_inputs, projections: i*, (J, d), and the projections of the `Edit` that made this context.
+            acting: (B, J) booleans, whether concept j edits prompt b.
+            target_inputs: i*, (J, d), of the `Edit` that made this context.
             inverse_covariance: C^-1, (d, d).
+            projections: J projections of the `Edit` that made this context.
         """
-        projected, gates = self.encoding.clone(), self.gates * acting[:, None]
-        for some in acting.unique(dim=0):
-            if some.any():
-                rows = (acting == some).all(1)
-                own = [projection for projection, acts in zip(projections, some.tolist(), strict=True) if acts]
-                projected[rows] = gated_projection(
-                    self.encoding[rows], target_inputs[some], inverse_covariance, gates[rows][..., some], own)
+        projected = self.encoding.clone()
+        gates = self.gates * acting[:, None]
+        # Prompts with the same concepts share a basis, so project them together.
+        for subset in acting.unique(dim=0):
+            if not subset.any():
+                continue
+            rows = (acting == subset).all(1)
+            subset_projections = []
+            for projection, acts in zip(projections, subset.tolist(), strict=True):
+                if acts:
+                    subset_projections.append(projection)
+            projected[rows] = gated_projection(
+                self.encoding[rows],
+                target_inputs[subset],
+                inverse_covariance,
+                gates[rows][..., subset],
+                subset_projections,
+            )
         return replace(self, projected=projected, gates=gates)
 
     @staticmethod
     def cat(contexts: Sequence[PromptContext]) -> PromptContext:
-        """The prompts of several contexts as one batch, each still with its own concepts only.
+        """Join the prompts of several contexts into one batch. Each prompt keeps its own concepts only.
 
-        Contexts made by the same `Edit` share its concepts; otherwise the concepts are put side by side and the gates
-        of a prompt are zero for those it does not use, as for all of them in a plain prompt. The result caches if all
-        of them do.
+        Contexts of the same `Edit` share its concepts. Otherwise the concepts are put side by side, and the gates of a
+        prompt are zero for those it does not use. A plain prompt uses none. The result caches if all contexts do.
 
         Raises:
-            ValueError: they replace weights of the U-Net by different ones, which one batch cannot have.
+            ValueError: the contexts replace weights of the U-Net by different ones, which one batch cannot do.
         """
-        if any(context.weights is not contexts[0].weights and (context.weights or contexts[0].weights)
-               for context in contexts):
-            raise ValueError("prompts under different weights of the U-Net cannot be one batch")
-        outputs_v, outputs_k, starts = _side_by_side(contexts)
-        total = max(start + context.concept_count for start, context in zip(starts, contexts, strict=True))
-        placed = [(context, start, total) for context, start in zip(contexts, starts, strict=True)]
+        first = contexts[0]
+        for context in contexts:
+            if context.weights is not first.weights and (context.weights or first.weights):
+                raise ValueError("prompts under different weights of the U-Net cannot be one batch")
+
+        outputs_v, outputs_k, starts = _join_target_outputs(contexts)
+        total = 0
+        for context, start in zip(contexts, starts, strict=True):
+            total = max(total, start + context.concept_count)
+
+        gates = []
+        for context, start in zip(contexts, starts, strict=True):
+            gates.append(_pad_gates(context.gates, start, total))
+
+        # Keys have their own inputs if one of the contexts locks them globally.
+        key_projected, key_gates = [], []
         own_keys = any(c.key_projected is not None or c.key_gates is not None for c in contexts)
+        for context, start in zip(contexts, starts, strict=True):
+            if own_keys:
+                projected_of_keys, gates_of_keys = context._key_inputs()
+                key_projected.append(projected_of_keys)
+                key_gates.append(_pad_gates(gates_of_keys, start, total))
+
         return PromptContext(
-            encoding=torch.cat([c.encoding for c in contexts]),
-            projected=torch.cat([c.projected for c in contexts]),
-            gates=torch.cat([_widened(c.gates, start, total) for c, start, total in placed]),
+            encoding=torch.cat([context.encoding for context in contexts]),
+            projected=torch.cat([context.projected for context in contexts]),
+            gates=torch.cat(gates),
             target_outputs_v=outputs_v,
             target_outputs_k=outputs_k,
-            key_projected=torch.cat([c._key_side()[0] for c in contexts]) if own_keys else None,
-            key_gates=torch.cat([_widened(c._key_side()[1], *place) for c, *place in placed]) if own_keys else None,
-            weights=contexts[0].weights,
-            cache=all(c.cache for c in contexts),
+            key_projected=torch.cat(key_projected) if own_keys else None,
+            key_gates=torch.cat(key_gates) if own_keys else None,
+            weights=first.weights,
+            cache=all(context.cache for context in contexts),
         )
 
     def repeat(self, n: int) -> PromptContext:
-        """The whole batch n times, in the order of `Tensor.repeat(n, 1, 1)`."""
+        """Repeat the batch n times, in the order of `Tensor.repeat(n, 1, 1)`."""
         return self.cat([self] * n)
 
     def select(self, rows: slice | Sequence[int] | Tensor) -> PromptContext:
-        """The prompts at `rows`: a slice, a list of indices, or a tensor of indices or booleans."""
-        return self._per_row(lambda tensor: tensor[rows])
+        """Return the prompts at `rows`: a slice, a list of indices, or a tensor of indices or booleans."""
+        return self._map_rows(lambda tensor: tensor[rows])
 
     def to(self, *args: torch.device | str | torch.dtype, **kwargs: object) -> PromptContext:
-        """Everything on another device or in another dtype; arguments as for `Tensor.to`."""
-        moved = self._per_row(lambda tensor: tensor.to(*args, **kwargs))
-        for name in (*TABLES, "weights"):
-            setattr(moved, name, {layer: o.to(*args, **kwargs) for layer, o in getattr(self, name).items()})
+        """Move every tensor to another device or dtype; arguments as for `Tensor.to`."""
+        moved = self._map_rows(lambda tensor: tensor.to(*args, **kwargs))
+        for attribute in (*PER_LAYER, "weights"):
+            tensors = getattr(self, attribute)
+            setattr(moved, attribute, {name: tensor.to(*args, **kwargs) for name, tensor in tensors.items()})
         return moved
 
     def per_prompt_tensors(self) -> dict[str, Tensor]:
-        """The tensors that have a row for each prompt, by their names."""
+        """Return the tensors that have one row per prompt, by attribute name."""
         return {name: getattr(self, name) for name in PER_PROMPT if getattr(self, name) is not None}
 
-    def _per_row(self, change: Callable[[Tensor], Tensor]) -> PromptContext:
-        """A new context with `change` applied to every tensor that has one row per prompt."""
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> PromptContext:
+        """Return a new context with `change` applied to every tensor that has one row per prompt."""
         return replace(self, **{name: change(tensor) for name, tensor in self.per_prompt_tensors().items()})
 
 
-@dataclass(eq=False)
-class Edit:
-    """The concepts that act on prompts, side by side in tensors; the trainer and the samplers both build one.
-
-    Nothing here is detached: where target outputs are parameters or encodings require a gradient, it flows.
-
-    Attributes:
-        target_inputs: i*, (J, d), constants; J at least 1 (prompts without concepts are `PromptContext.plain`).
-        biases: beta, (J,).
-        temperatures: tau, (J,), above 0.
-        target_outputs_v: layer name -> o*_V, (J, p).
-        target_outputs_k: layer name -> o*_K, (J, p); `locked_keys` gives those of locked keys.
-        projections: of `ldm.modules.rank_one.PROJECTIONS`, one for each concept; empty: those of the paper.
-
-    Raises:
-        ValueError: shapes that do not fit together, or, on the CPU, a temperature that is not above 0.
-    """
-
-    target_inputs: Tensor
-    biases: Tensor
-    temperatures: Tensor
-    target_outputs_v: Mapping[str, Tensor]
-    target_outputs_k: Mapping[str, Tensor]
-    projections: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        count = len(self.target_inputs)
-        if count < 1 or self.target_inputs.ndim != 2:
-            raise ValueError(f"target_inputs must be (J, d) with J >= 1, not {tuple(self.target_inputs.shape)}")
-        if self.biases.shape != (count,) or self.temperatures.shape != (count,):
-            shapes = tuple(self.biases.shape), tuple(self.temperatures.shape)
-            raise ValueError(f"biases and temperatures must be ({count},), not {shapes[0]} and {shapes[1]}")
-        self.projections = self.projections or ("full",) * count
-        if len(self.projections) != count or not set(self.projections) <= set(PROJECTIONS):
-            raise ValueError(f"projections must be {count} of {', '.join(PROJECTIONS)}, not {self.projections}")
-        if known_nonpositive(self.temperatures):
-            raise ValueError(f"every temperature must be above 0, not {self.temperatures.tolist()}")
-        if set(self.target_outputs_v) != set(self.target_outputs_k):
-            odd = sorted(set(self.target_outputs_v) ^ set(self.target_outputs_k))
-            raise ValueError(f"target outputs for keys or for values only, in layers {', '.join(odd)}")
-        for layer, outputs in (*self.target_outputs_v.items(), *self.target_outputs_k.items()):
-            if outputs.ndim != 2 or len(outputs) != count:
-                raise ValueError(f"target outputs of {layer} must be ({count}, p), not {tuple(outputs.shape)}")
-
-    def context(
-        self,
-        encoding: Tensor,
-        inverse_covariance: Tensor,
-        super_encoding: Tensor | None = None,
-        cache: bool = False,
-    ) -> PromptContext:
-        """What the layers need of these prompts under this edit (Eq. 3 and its form for several concepts).
-
-        Args:
-            encoding: e, (B, N, d), of the prompts with the concepts' words.
-            inverse_covariance: C^-1, (d, d).
-            super_encoding: (B, N, d), of the same prompts, token by token, with the super-category in each concept's
-                stead. Given: keys are global-locked, W_K `super_encoding` for the whole prompt. None: local-locked.
-            cache: see `PromptContext`.
-        """
-        if super_encoding is not None and super_encoding.shape != encoding.shape:
-            shapes = tuple(super_encoding.shape), tuple(encoding.shape)
-            raise ValueError(f"super_encoding must have the shape of encoding, not {shapes[0]} against {shapes[1]}")
-        scores = similarity(encoding, self.target_inputs, inverse_covariance)
-        gates = gate(scores, self.biases, self.temperatures).to(encoding.dtype)
-        return PromptContext(
-            encoding=encoding,
-            projected=gated_projection(encoding, self.target_inputs, inverse_covariance, gates, self.projections),
-            gates=gates,
-            target_outputs_v=self.target_outputs_v,
-            target_outputs_k=self.target_outputs_k,
-            key_projected=super_encoding,
-            key_gates=None if super_encoding is None else torch.zeros_like(gates),
-            cache=cache,
-        )
-
-
-def locked_keys(text_layers: Mapping[str, TextLayer], super_inputs: Tensor) -> dict[str, Tensor]:
-    """o*_K = W_K i_super of every layer: key-locking. Arguments and result as for `outputs_of`."""
-    return outputs_of(text_layers, super_inputs, "to_k")
-
-
-@torch.no_grad()
-def outputs_of(text_layers: Mapping[str, TextLayer], inputs: Tensor, part: Literal["to_k", "to_v"]
-               ) -> dict[str, Tensor]:
-    """W_K i or W_V i of every layer, without gradient.
-
-    Args:
-        text_layers: layer name -> layer, as `ldm.modules.attention.name_text_layers` gives them.
-        inputs: i, (J, d), such as i_super.
-
-    Returns:
-        layer name -> (J, p) float32, on the layer's device.
-    """
-    outputs = {}
-    for name, layer in text_layers.items():
-        weight = getattr(layer, part).weight
-        with torch.autocast(weight.device.type, enabled=False):
-            outputs[name] = inputs.to(weight.device).float() @ weight.float().mT
-    return outputs
-
-
-def _side_by_side(
+def _join_target_outputs(
     contexts: Sequence[PromptContext],
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], list[int]]:
-    """The distinct target outputs of contexts in one table each, and at which row those of each context start."""
+    """Put the distinct target outputs of the contexts side by side.
+
+    Returns:
+        o*_V and o*_K of all concepts, by layer name, and the row at which the concepts of each context start.
+    """
     distinct: list[PromptContext] = []
     starts: list[int] = []
     for context in contexts:
-        rows = 0
+        start = 0
         for known in distinct:
-            if _same_outputs(known, context):
+            if _share_target_outputs(known, context):
                 break
-            rows += known.concept_count
+            start += known.concept_count
         else:
             if context.concept_count:
                 distinct.append(context)
-        starts.append(rows if context.concept_count else 0)
-    joined_v = _joined([context.target_outputs_v for context in distinct])
-    return joined_v, _joined([context.target_outputs_k for context in distinct]), starts
+        starts.append(start if context.concept_count else 0)
+    joined_v = _join_tables([context.target_outputs_v for context in distinct])
+    joined_k = _join_tables([context.target_outputs_k for context in distinct])
+    return joined_v, joined_k, starts
 
 
-def _same_outputs(one: PromptContext, other: PromptContext) -> bool:
-    pairs = ((one.target_outputs_v, other.target_outputs_v), (one.target_outputs_k, other.target_outputs_k))
-    return all(left is right for left, right in pairs)
+def _share_target_outputs(one: PromptContext, other: PromptContext) -> bool:
+    """Return whether two contexts hold the very same target outputs, as those made by one `Edit` do."""
+    return one.target_outputs_v is other.target_outputs_v and one.target_outputs_k is other.target_outputs_k
 
 
-def _joined(tables: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """Target outputs of several edits as one table; that of a single one unchanged, so that it is still recognised."""
+def _join_tables(tables: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Concatenate target outputs layer by layer. A single table is returned as it is, so it is recognized again."""
     if len(tables) < 2:
         return tables[0] if tables else {}
-    return {layer: torch.cat([table[layer] for table in tables]) for layer in tables[0]}
+    return {layer_name: torch.cat([table[layer_name] for table in tables]) for layer_name in tables[0]}
 
 
-def _widened(gates: Tensor, start: int, total: int) -> Tensor:
-    """Gates (B, N, J) as (B, N, total), zero outside of start ... start + J."""
+def _pad_gates(gates: Tensor, start: int, total: int) -> Tensor:
+    """Return gates (B, N, J) as (B, N, total), with zeros outside of columns start to start + J."""
     return functional.pad(gates, (start, total - start - gates.shape[-1]))
