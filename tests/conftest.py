@@ -5,13 +5,17 @@ import logging
 import os
 import random
 
-import numpy as np
-import pytest
-import torch
-from helpers.model_files import ModelFiles, write_model_files
-from hypothesis import settings
+from ldm.common.threads import use_passive_waiting
 
-from ldm.common.errors import set_log_level
+use_passive_waiting()  # before torch is imported
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from helpers.model_files import ModelFiles, write_model_files  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from ldm.common.errors import set_log_level  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: it then runs on the CPU, number by number

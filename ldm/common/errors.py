@@ -1,43 +1,65 @@
-"""The one kind of error that a user of the command line is meant to see."""
+"""The kind of error that users see as one line, and the way from an entry point's exceptions to that line."""
 from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
+from ldm.common.threads import use_passive_waiting
+
 P = ParamSpec("P")
-SHORT = ("out of memory", "allocate memory")  # in what libraries say, of any device
-INTERRUPTED = 130  # the exit status that shells have for Ctrl-C
-OWN_LOGGERS = ("ldm", "evaluation", "scripts", "__main__")  # what they tell is for the user; libraries only warn
+OUT_OF_MEMORY_PHRASES = ("out of memory", "allocate memory")  # in the messages of torch, for any device
+FAILED, INTERRUPTED = 2, 130  # exit statuses; shells use 130 for Ctrl-C
+OWN_LOGGERS = ("ldm", "evaluation", "scripts", "__main__")  # they inform the user; libraries only warn
+DEBUG_VARIABLE = "PERFUSION_DEBUG"
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used; the message is one line that names the thing and the remedy."""
+    """An input of the user's cannot be used. The message is one line that names the input and the remedy."""
 
 
 class MemoryShortage(UserError):
-    """The device has no memory left for what the user asked for."""
+    """The device has too little memory for what the user requested."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a library has found too little memory."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SHORT))
+    """Return whether a library ran out of memory."""
+    if isinstance(error, MemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(phrase in message for phrase in OUT_OF_MEMORY_PHRASES)
+
+
+def show_tracebacks() -> None:
+    """Print full tracebacks from now on, in this process and in those that it starts."""
+    os.environ[DEBUG_VARIABLE] = "1"
+
+
+def tracebacks_shown() -> bool:
+    """Return whether `PERFUSION_DEBUG` asks for full tracebacks."""
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
 def set_log_level(level: int) -> None:
-    """Has the project's own loggers tell what is of this level or above."""
+    """Set the level of the project's own loggers."""
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(level)
 
 
 def one_line_errors(main: Callable[P, None]) -> Callable[P, None]:
-    """Turns a `UserError` that leaves a script's main function, or what is like one, into one line on stderr.
+    """Decorate the main function of an entry point, so that mistakes of the user end in one line on stderr.
 
-    The exit status is then 2, after Ctrl-C 130.
+    The exit status is 2 for a `UserError` or too little memory, and 130 for Ctrl-C. Other exceptions are bugs and pass
+    with their traceback. With `PERFUSION_DEBUG=1` (or `--debug`) the traceback precedes the line.
+
+    Decorating also lets idle threads sleep (see `use_passive_waiting`): entry points are decorated before they import
+    torch.
     """
+    use_passive_waiting()
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -46,18 +68,22 @@ def one_line_errors(main: Callable[P, None]) -> Callable[P, None]:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            _leave(str(error), 2)
+            _exit(str(error), FAILED)
         except KeyboardInterrupt:
-            _leave("stopped by Ctrl-C; what was finished before stays", INTERRUPTED)
+            _exit("stopped by Ctrl-C; finished files are kept", INTERRUPTED)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            _leave(f"memory is too short for this ({str(error).partition('.')[0]}); ask for fewer or smaller pictures "
-                   "at a time, or for another device with --device", 2)
+            reason = str(error).partition(".")[0]
+            _exit(f"out of memory ({reason}); request fewer or smaller images at a time, or choose another device "
+                  "with --device", FAILED)
 
     return wrapped
 
 
-def _leave(message: str, status: int) -> NoReturn:
+def _exit(message: str, status: int) -> NoReturn:
+    """Print `message` as one line and exit. Call it while an exception is handled."""
+    if tracebacks_shown():
+        traceback.print_exc()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Checks on paths that users name, and paths of the project that hold in any working directory."""
+"""Find, quote and check paths that users and configs name."""
 from __future__ import annotations
 
 import os
@@ -34,9 +34,9 @@ def check_folder(flag: str, folder: Path) -> None:
     """Raise UserError if `folder` is not a directory or cannot be created and written to. Creates nothing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise UserError(f"{flag} {folder}: {existing} is no folder; choose another place")
+        raise UserError(f"{flag} {folder}: {existing} is not a folder; choose another path")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {folder}: {existing} cannot be written to; choose another place")
+        raise UserError(f"{flag} {folder}: {existing} cannot be written to; choose another path")
 
 
 def check_file(flag: str, file: Path) -> None:

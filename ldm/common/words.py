@@ -8,50 +8,58 @@ VOWELS = tuple("aeiou")
 
 
 def split_at_placeholders(prompt: str, placeholders: Sequence[str]) -> list[str | int]:
-    """The prompt cut at whole placeholders (any case, the longest first): texts, and the numbers of placeholders."""
+    """Split a prompt at the placeholders in it, in upper or lower case; of two that overlap, the longer one counts.
+
+    Returns:
+        The parts of the prompt in order: texts, and the indices of placeholders. Blank texts are left out.
+    """
     if not placeholders:
         return [prompt]
-    numbers = sorted(range(len(placeholders)), key=lambda number: -len(placeholders[number]))
-    pattern = _any_of([placeholders[number] for number in numbers])
+    indices = sorted(range(len(placeholders)), key=lambda index: -len(placeholders[index]))
+    pattern = _any_word_pattern([placeholders[index] for index in indices])
     parts: list[str | int] = []
-    done = 0
-    for found in re.finditer(pattern, prompt, flags=re.IGNORECASE):
-        parts += [prompt[done:found.start()], numbers[found.lastindex - 1]]
-        done = found.end()
-    return [part for part in [*parts, prompt[done:]] if isinstance(part, int) or part.strip()]
-
-
-def _any_of(words: Sequence[str]) -> str:
-    """A pattern for any of the words, whole, with a group for each; longer ones come first: `sks-2` contains `sks`."""
-    return "|".join(f"({whole_word(word)})" for word in words)
-
-
-def whole_word(word: str) -> str:
-    """A pattern for `word` that does not match inside a longer word; `<x>` ends by itself, so `<x>s` contains it."""
-    before = r"(?<!\w)" if re.match(r"\w", word) else ""
-    after = r"(?!\w)" if re.search(r"\w$", word) else ""
-    return f"{before}{re.escape(word)}{after}"
+    end = 0
+    for match in re.finditer(pattern, prompt, flags=re.IGNORECASE):
+        parts += [prompt[end:match.start()], indices[match.lastindex - 1]]
+        end = match.end()
+    parts.append(prompt[end:])
+    return [part for part in parts if isinstance(part, int) or part.strip()]
 
 
 def replace_word(words: str, placeholder: str, text: str) -> str:
-    """`text` with `words` where a placeholder stands, in any case; "a {}" becomes "an owl", but "a <my-owl>".
+    """Return `text` with `words` in place of a placeholder, in upper or lower case.
 
-    Where others may stand in the text as well, `replace_words` tells them apart.
+    An article before it is adapted: "a {}" becomes "an owl", but "a <my-owl>". If the text may contain other
+    placeholders, use `replace_words`, which knows where each one ends.
     """
     return replace_words({placeholder: words}, text)
 
 
 def replace_words(words: Mapping[str, str | None], text: str) -> str:
-    """`replace_word` for each of some placeholders, found as in prompts; one whose words are None stays as it is."""
+    """Apply `replace_word` for several placeholders at once. A placeholder whose words are None stays unchanged."""
     if not words:
         return text
     placeholders = sorted(words, key=len, reverse=True)
 
-    def instead(found: re.Match[str]) -> str:
-        new = words[placeholders[found.lastindex - 2]]  # the first group is the article
+    def replacement(match: re.Match[str]) -> str:
+        new = words[placeholders[match.lastindex - 2]]  # the first group is the article
         if new is None:
-            return found[0]
-        ending = "n " if new.lower().startswith(VOWELS) else " "
-        return (found[1][0] + ending if found[1] else "") + new
+            return match[0]
+        if not match[1]:
+            return new
+        article_end = "n " if new.lower().startswith(VOWELS) else " "
+        return match[1][0] + article_end + new
 
-    return re.sub(rf"(\ban? )?(?:{_any_of(placeholders)})", instead, text, flags=re.IGNORECASE)
+    return re.sub(rf"(\ban? )?(?:{_any_word_pattern(placeholders)})", replacement, text, flags=re.IGNORECASE)
+
+
+def _any_word_pattern(words: Sequence[str]) -> str:
+    """Return a pattern with one group per word. Pass longer words first: `sks-2` contains `sks`."""
+    return "|".join(f"({whole_word_pattern(word)})" for word in words)
+
+
+def whole_word_pattern(word: str) -> str:
+    """Return a pattern that does not match `word` inside a longer word. `<x>` ends by itself, so `<x>s` contains it."""
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w$", word) else ""
+    return f"{before}{re.escape(word)}{after}"

@@ -22,22 +22,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ldm.common.threads import use_passive_waiting  # noqa: E402
+
+use_passive_waiting()  # before torch is imported
+
+import torch  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
 from ldm.checkpoints.diffusers_names import clip_text_tensors  # noqa: E402
 from ldm.checkpoints.load import AVERAGES, moving_averages, read_state_dict  # noqa: E402
 from ldm.checkpoints.packed_tables import pack_table  # noqa: E402
 from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.files import save_tensors, write_atomically  # noqa: E402
-from ldm.common.paths import check_folder
+from ldm.common.paths import check_folder  # noqa: E402
 from ldm.data.mini.scenes import SceneDataset  # noqa: E402
 from ldm.models.clip_images import CLIP_MEAN, CLIP_STD  # noqa: E402
-from ldm.models.mini.openclip import OpenCLIPTrainer
+from ldm.models.mini.openclip import OpenCLIPTrainer  # noqa: E402
 from ldm.models.open_clip_folder import SETTINGS  # noqa: E402
 from ldm.modules.covariance import encoder_fingerprint, estimate_covariance, save_covariance  # noqa: E402
 from ldm.modules.encoders.clip import special_tokens  # noqa: E402
@@ -140,10 +144,10 @@ def export_clip(run: Path, folder: Path) -> None:
     write_openclip(folder / "clip", model, {"format": "pt", "run": run.name})
     config = text_settings(model)
     tensors = clip_text_tensors(model.clip.state_dict(), CLIPTextModel(config).state_dict())
-    place = folder / PARTS / "text_encoder"
-    save_tensors(place / "model.safetensors", half(pack_words(tensors, model.tokenizer)),
+    background = folder / PARTS / "text_encoder"
+    save_tensors(background / "model.safetensors", half(pack_words(tensors, model.tokenizer)),
                  {"format": "pt", "run": run.name})
-    config.save_pretrained(place)
+    config.save_pretrained(background)
 
 
 def text_settings(model: OpenCLIPTrainer) -> CLIPTextConfig:
@@ -168,7 +172,7 @@ def write_openclip(folder: Path, model: OpenCLIPTrainer, metadata: dict[str, str
 
 
 def write_json(path: Path, settings: dict[str, Any]) -> None:
-    write_atomically(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
+    write_atomically(path, lambda bind_attributes: bind_attributes.write_text(json.dumps(settings, indent=1) + "\n"))
 
 
 def export_text2img(run: Path, folder: Path) -> None:
@@ -189,12 +193,12 @@ def export_text2img(run: Path, folder: Path) -> None:
 def export_segmenter(run: Path, folder: Path) -> None:
     """The segmenter as `ldm.modules.segmentation` loads it."""
     model = trained(run, clip=str(folder / "clip"))  # its settings; a run's own path may lead elsewhere by now
-    place, segmenter = folder / "segmenter", model.segmenter
-    save_tensors(place / "model.safetensors", half(pack_words(segmenter.state_dict(), model.tokenizer)),
+    background, segmenter = folder / "segmenter", model.segmenter
+    save_tensors(background / "model.safetensors", half(pack_words(segmenter.state_dict(), model.tokenizer)),
                  {"format": "pt", "run": run.name})
     side = segmenter.config["vision_cfg"]["image_size"]
-    write_json(place / "config.json", {"model_type": ResidualSegmenter.model_type, **segmenter.config})
-    write_json(place / "preprocessor_config.json", {"size": {"height": side, "width": side}, "resample": 3,
+    write_json(background / "config.json", {"model_type": ResidualSegmenter.model_type, **segmenter.config})
+    write_json(background / "preprocessor_config.json", {"size": {"height": side, "width": side}, "resample": 3,
                                                     "image_mean": CLIP_MEAN, "image_std": CLIP_STD})
 
 

@@ -6,7 +6,6 @@ the project, so only those who change the world need this.
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -23,9 +22,10 @@ from typing import Any
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.files import write_atomically  # noqa: E402
-from ldm.data.mini.world import KINDS, UNLIKE, WORLD  # noqa: E402
+from ldm.data.mini.world import KINDS, EXCLUDED, WORLD  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Package:
 
     name: str
     digest: str
-    pictures: str = "package/icons.json"
+    images: str = "package/icons.json"
 
     @property
     def archive(self) -> str:
@@ -118,17 +118,17 @@ def cut(data: bytes) -> Image.Image:
 
 def write_set(source: str, read: Reader) -> int:
     """Cuts and writes the drawings of one set; returns how many it has."""
-    pictures = {kind.name: read(kind.codepoint) for kind in KINDS if (kind.name, source) not in UNLIKE}
-    there = {name: cut(data) for name, data in pictures.items() if data is not None}
-    for name, picture in there.items():
+    images = {kind.name: read(kind.codepoint) for kind in KINDS if (kind.name, source) not in EXCLUDED}
+    there = {name: cut(data) for name, data in images.items() if data is not None}
+    for name, image in there.items():
         target = WORLD / "drawings" / name.replace(" ", "_") / f"{source}.webp"
-        write_atomically(target, lambda aside, picture=picture: picture.save(aside, "WEBP", lossless=True))
+        write_atomically(target, lambda bind_attributes, image=image: image.save(bind_attributes, "WEBP", lossless=True))
     return len(there)
 
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--packages", type=Path, help="folder of .tgz files, kept (default: fetched and thrown away)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -136,7 +136,7 @@ def main() -> None:
         archives = {source: fetch(folder, package) for source, package in PACKAGES.items()}
         names = json_of(archives[NAMES], "package/chars.json")
         for source, package in PACKAGES.items():
-            archive, where = archives[source], package.pictures
+            archive, where = archives[source], package.images
             read = vector_reader(archive, names) if where.endswith(".json") else pixel_reader(archive, where)
             log.info("%s: %d drawings from %s", source, write_set(source, read), package.name)
 

@@ -28,10 +28,14 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from ldm.common.threads import use_passive_waiting  # noqa: E402
+
+use_passive_waiting()  # before torch is imported
+
 from ldm.cli.parser import Parser, number, whole  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.paths import check_folder  # noqa: E402
-from ldm.data.mini.world import KIND_NAMES, drawings_of  # noqa: E402
+from ldm.data.mini.world import KIND_NAMES, sprite_sets  # noqa: E402
 from ldm.training.run_record import read_records, trained_steps  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -142,7 +146,7 @@ def make(plan: Plan, part: str, run: Runner) -> None:
         "concepts": ["scripts/mini/make_example_concepts.py"],
         "evaluation": ["evaluation/base_model.py", *measured, *device, *(["--quick"] if plan.quick else []),
                        "--outdir", str(plan.logdir / "evaluation")]}
-    if part == "drawings" and all(map(drawings_of, KIND_NAMES)):
+    if part == "drawings" and all(map(sprite_sets, KIND_NAMES)):
         log.info("drawings: are there")
     else:
         run(commands[part])

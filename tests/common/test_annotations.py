@@ -7,7 +7,7 @@ from typing import Any, Literal, Optional
 import pytest
 from torch import nn
 
-from ldm.common.annotations import annotated_kinds, described, fits
+from ldm.common.annotations import describe_type, matches_type, parameter_types
 
 
 @pytest.mark.parametrize(("kind", "good", "bad"), [
@@ -25,22 +25,22 @@ from ldm.common.annotations import annotated_kinds, described, fits
     (nn.Module, (nn.Identity(),), ("x", 3, None)),
     (Any, ("x", 3, None, []), ()),
 ])
-def test_values_and_the_kinds_they_fit(kind: Any, good: tuple[Any, ...], bad: tuple[Any, ...]) -> None:
-    assert all(fits(value, kind) for value in good)
-    assert not any(fits(value, kind) for value in bad)
+def test_values_match_types(kind: Any, good: tuple[Any, ...], bad: tuple[Any, ...]) -> None:
+    assert all(matches_type(value, kind) for value in good)
+    assert not any(matches_type(value, kind) for value in bad)
 
 
 @pytest.mark.parametrize(("kind", "words"), [
     (int | None, "a whole number or null"), (int | float, "a finite number"), (Sequence[str], "a list of text"),
     (Mapping[str, Any], "keys with values"), (Literal[1] | Literal["1", "x"], "one of 1, x"), (nn.Module, "Module"),
 ])
-def test_kinds_in_plain_words(kind: Any, words: str) -> None:
-    assert described(kind) == words
+def test_descriptions_of_types(kind: Any, words: str) -> None:
+    assert describe_type(kind) == words
 
 
-def test_annotations_that_cannot_be_read_are_none() -> None:
+def test_unreadable_annotations_give_no_types() -> None:
     def function(value: Missing) -> None:  # noqa: F821 - the point of it
         """Has an annotation that does not exist."""
 
-    assert annotated_kinds(function) == {}
-    assert annotated_kinds(fits)["value"] is Any
+    assert parameter_types(function) == {}
+    assert parameter_types(matches_type)["value"] is Any

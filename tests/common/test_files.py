@@ -25,21 +25,21 @@ def test_tensors_and_metadata_survive(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[key], value) and tensors[key].dtype == value.dtype for key, value in TENSORS.items())
 
 
-def test_views_and_shared_memory_are_stored_whole(tmp_path: Path) -> None:
+def test_views_and_shared_memory_are_stored_completely(tmp_path: Path) -> None:
     table = torch.arange(12.0).view(3, 4)
     views = {"table": table, "row": table[1], "turned": table.T, "every": table[:, ::2].requires_grad_()}
     stored, _ = load_tensors(save_tensors(tmp_path / "x.safetensors", views, {}))
     assert all(torch.equal(stored[key], value) for key, value in views.items())
 
 
-def test_metadata_that_is_no_json_stays_text(tmp_path: Path) -> None:
+def test_metadata_that_is_not_json_stays_text(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors", metadata={"format": "pt", "count": "3"})
     assert load_tensors(tmp_path / "x.safetensors")[1] == {"format": "pt", "count": 3}
 
 
-def test_metadata_of_brackets_in_brackets_stays_text(tmp_path: Path) -> None:
+def test_deeply_nested_metadata_stays_text(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     deep = "[" * 100_000
@@ -65,7 +65,7 @@ def test_an_interruption_leaves_the_old_file(tmp_path: Path, halfway: bytes) -> 
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_the_old_file_exists_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
 
@@ -77,7 +77,7 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> Non
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     previous = os.umask(0o027)
     try:
         path = write_atomically(tmp_path / "file.txt", lambda aside: aside.write_text("x"))
@@ -87,7 +87,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         write_atomically(tmp_path / "file" / "below.txt", lambda aside: aside.write_text("x"))
@@ -95,7 +95,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"),
                                      SafetensorError("I/O error: 28")])
-def test_a_full_disk_is_told_in_one_line_and_leaves_the_old_file(tmp_path: Path, failure: Exception) -> None:
+def test_a_full_disk_gives_one_line_and_keeps_the_old_file(tmp_path: Path, failure: Exception) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
 
@@ -110,7 +110,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_the_old_file(tmp_path: Path,
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999))
-def test_cut_off_files_are_refused(tmp_path: Path, share: float) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, share: float) -> None:
     content = save_tensors(tmp_path / "whole.safetensors", TENSORS, {"steps": 400}).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[: int(share * len(content))])
     with pytest.raises(UserError, match=r"cut.safetensors: not a complete safetensors file"):
@@ -126,6 +126,6 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["none.safetensors", "."])
-def test_files_that_are_not_there(tmp_path: Path, name: str) -> None:
+def test_missing_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_tensors(tmp_path / name)
