@@ -1,4 +1,4 @@
-"""Reads what `torch.save` wrote without running any of it, mapped from the disk where the format allows that."""
+"""Read files that `torch.save` wrote without running any of their content, memory-mapped if the format allows it."""
 from __future__ import annotations
 
 import pickle
@@ -13,21 +13,22 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ldm.common.errors import UserError
 
-# Public checkpoints hold, next to the weights, the state of the training run, made of classes of these packages.
-RECORDS = ("pytorch_lightning.", "lightning.", "omegaconf.", "numpy.", "_codecs.", "collections.", "typing.",
-           "argparse.", "pathlib.", "datetime.", "torch.nn.modules.", "torch.optim.")
-RECORD_TYPES = tuple(f"{module}.{name}" for module in ("builtins", "__builtin__")
-                     for name in ("bool", "bytes", "dict", "float", "int", "list", "set", "str", "tuple"))
-MAPPINGS = ("defaultdict", "AttributeDict")  # those of them that are filled as dictionaries are
-# What reading something that is no checkpoint, or half of one, ends in: torch takes each byte for an instruction.
+# Public checkpoints contain weights and the state of the training run, which consists of classes of these packages.
+TRAINING_PACKAGES = ("pytorch_lightning.", "lightning.", "omegaconf.", "numpy.", "_codecs.", "collections.", "typing.",
+                     "argparse.", "pathlib.", "datetime.", "torch.nn.modules.", "torch.optim.")
+BUILTIN_TYPES = ("bool", "bytes", "dict", "float", "int", "list", "set", "str", "tuple")
+HARMLESS_NAMES = tuple(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in BUILTIN_TYPES)
+MAPPINGS = ("defaultdict", "AttributeDict")  # classes of the training state that are filled like dictionaries
+# What torch raises when it reads something that is not a checkpoint, or half of one: it takes each byte for an
+# instruction.
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
               MemoryError, AssertionError, ImportError, struct.error, zipfile.BadZipFile)
 ZIP_START = b"PK\x03\x04"
-SHOWN_LETTERS = 100  # of a name or message that a file determines
+PRINTED_CHARACTERS = 100  # of a name or message that comes from a file
 
 
-class _Record:
-    """Stands for whatever a training run noted down: takes everything, does nothing."""
+class _Ignored:
+    """Stands in for an object of the training state: accepts everything and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -36,24 +37,24 @@ class _Record:
         pass
 
 
-class _MappingRecord:
-    """The same for what is filled entry by entry, which torch only does to plain dictionaries."""
+class _IgnoredMapping:
+    """Stands in for a mapping of the training state. torch fills only plain dictionaries item by item."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return {}
 
 
 def read_pickled(path: Path) -> Any:
-    """The contents of a file that `torch.save` wrote in any of its formats, tensors on the CPU.
+    """Return the content of a file that `torch.save` wrote in any of its formats, with tensors on the CPU.
 
-    Tensors of the present (zip) format are read from the disk as they are used.
+    Tensors of the current (zip) format are read from the disk when they are used.
 
     Raises:
-        UserError: the file is cut off, no checkpoint, or holds things that would have to be run.
+        UserError: if the file is incomplete, not a checkpoint, or holds objects whose code would have to run.
     """
     try:
         in_zip = _is_zip(path)
-        stand_ins = [(_stand_in(name), name) for name in _records_in(path)] if in_zip else []
+        stand_ins = [(_stand_in(name), name) for name in _training_state_in(path)] if in_zip else []
         with safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
     except pickle.UnpicklingError:
@@ -65,16 +66,16 @@ def read_pickled(path: Path) -> Any:
 
 
 def printable(text: str) -> str:
-    """`text` of a file's own making, fit for a line of a message: not too long, nothing that moves the cursor."""
-    shown = text[:SHOWN_LETTERS] + ("…" if len(text) > SHOWN_LETTERS else "")
-    return shown if shown.isprintable() else ascii(shown)
+    """Return text from a file in a form that is safe in a one-line message: short, and without control characters."""
+    short = text[:PRINTED_CHARACTERS] + ("…" if len(text) > PRINTED_CHARACTERS else "")
+    return short if short.isprintable() else ascii(short)
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether the file is of torch's present format; such a file stores its parts as they are.
+    """Return whether the file has torch's current format, a zip archive of uncompressed parts.
 
     Raises:
-        ValueError: its parts are compressed, which torch does not do, and which hides how large they will be.
+        ValueError: if a part is compressed. torch never does that, and it hides how large the part will be.
     """
     with path.open("rb") as file:
         if file.read(len(ZIP_START)) != ZIP_START:
@@ -85,19 +86,19 @@ def _is_zip(path: Path) -> bool:
     return True
 
 
-def _records_in(path: Path) -> list[str]:
-    """The classes and functions that a checkpoint asks for besides weights, all of them of the training run's packages.
+def _training_state_in(path: Path) -> list[str]:
+    """Return the names of the classes and functions that a checkpoint requires for its training state.
 
     Raises:
-        UserError: it asks for others; none of them has been called.
+        UserError: if it requires others. None of them has been called.
     """
-    wanted = sorted(get_unsafe_globals_in_checkpoint(path))
-    others = [name for name in wanted if not name.startswith(RECORDS) and name not in RECORD_TYPES]
+    required = sorted(get_unsafe_globals_in_checkpoint(path))
+    others = [name for name in required if not name.startswith(TRAINING_PACKAGES) and name not in HARMLESS_NAMES]
     if others:
         raise UserError(f"{path}: not loaded, since it holds more than weights (it asks for "
                         f"{', '.join(map(printable, others[:3]))}); convert it to .safetensors")
-    return wanted
+    return required
 
 
 def _stand_in(name: str) -> type:
-    return _MappingRecord if name.rpartition(".")[2] in MAPPINGS else _Record
+    return _IgnoredMapping if name.rpartition(".")[2] in MAPPINGS else _Ignored

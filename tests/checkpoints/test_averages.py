@@ -10,7 +10,7 @@ from helpers import tiny_models
 from torch import Tensor
 
 from ldm.checkpoints.load import load_model
-from ldm.concepts.concept import base_fingerprint
+from ldm.concepts.fingerprint import base_fingerprint
 from ldm.modules.attention import name_text_layers
 from ldm.util import instantiate_from_config
 
@@ -38,14 +38,14 @@ def described(folder: Path, **params: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("params", [{}, {"use_ema": True}, {"use_ema": False}])
-def test_pictures_are_drawn_with_the_averages(public: Public, params: dict[str, bool]) -> None:
+def test_images_are_generated_with_the_averages(public: Public, params: dict[str, bool]) -> None:
     folder, state = public
     model = load_model(described(folder, **params), folder / "both.ckpt")
     assert torch.equal(model.state_dict()[KEY], state[AVERAGE])
     assert not any(key.startswith("model_ema.") for key in model.state_dict())
 
 
-def test_concepts_are_taught_and_drawn_with_the_same_weights(public: Public) -> None:
+def test_concepts_are_trained_and_generated_with_the_same_weights(public: Public) -> None:
     folder, _ = public
     taught = instantiate_from_config(tiny_models.latent_diffusion_config(
         folder, "perfusion.Perfusion", ckpt_path=str(folder / "both.ckpt"), super_category="cat"))
@@ -54,7 +54,7 @@ def test_concepts_are_taught_and_drawn_with_the_same_weights(public: Public) -> 
     assert len(fingerprints) == 1
 
 
-def test_training_goes_on_from_both(public: Public) -> None:
+def test_training_continues_from_weights_and_averages(public: Public) -> None:
     folder, state = public
     model = tiny_models.latent_diffusion_config(folder, use_ema=True, ckpt_path=str(folder / "both.ckpt"))
     loaded = instantiate_from_config(model).state_dict()
@@ -64,7 +64,7 @@ def test_training_goes_on_from_both(public: Public) -> None:
 
 @pytest.mark.parametrize(("name", "params"), [
     ("emaonly.ckpt", {}), ("both.ckpt", {"ignore_keys": ["model_ema."]}), ("both.ckpt", {"load_only_unet": True})])
-def test_without_averages_in_the_file_they_begin_at_the_weights(public: Public, name: str, params: Any) -> None:
+def test_averages_start_at_the_weights_if_the_file_has_none(public: Public, name: str, params: Any) -> None:
     folder, state = public
     config = tiny_models.latent_diffusion_config(folder, use_ema=True, ckpt_path=str(folder / name), **params)
     loaded = instantiate_from_config(config).state_dict()
@@ -73,7 +73,7 @@ def test_without_averages_in_the_file_they_begin_at_the_weights(public: Public, 
     assert loaded["model_ema.num_updates"] == 0
 
 
-def test_the_averages_can_be_left_alone(public: Public) -> None:
+def test_the_averages_can_be_ignored(public: Public) -> None:
     folder, state = public
     model = load_model(described(folder, ignore_keys=["model_ema."]), folder / "both.ckpt")
     assert torch.equal(model.state_dict()[KEY], state[KEY])

@@ -12,7 +12,7 @@ from helpers import tiny_models
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.checkpoints.deferred_init import FILLS, DeferredInit
+from ldm.checkpoints.deferred_init import RANDOM_INITS, DeferredInit
 from ldm.checkpoints.load import load_model, load_weights
 from ldm.common.errors import UserError
 from ldm.modules.diffusionmodules.util import zero_module
@@ -58,7 +58,7 @@ def first_stage() -> nn.Module:
 
 
 @pytest.mark.parametrize("build", [plain_layers, clip_tower, open_clip_tower, unet, first_stage])
-def test_what_no_file_brings_is_drawn_from_the_same_distributions(build: Callable[[], nn.Module]) -> None:
+def test_deferred_values_follow_the_same_distributions(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     usual = build().state_dict()
     with DeferredInit():
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_reading_draws_first() -> None:
+def test_reading_a_tensor_initializes_it_first() -> None:
     with DeferredInit():
         layer = nn.Linear(300, 300)
         seen = layer.weight.abs().max().item()
@@ -96,7 +96,7 @@ def test_reading_draws_first() -> None:
     assert all(bool(tensor.abs().max() <= 1 / math.sqrt(3)) for tensor in (joined, viewed, half))
 
 
-def test_changing_in_place_counts_as_reading() -> None:
+def test_in_place_changes_count_as_reading() -> None:
     torch.manual_seed(0)
     with DeferredInit():
         scaled, sliced, source, target = (nn.Linear(20, 20).weight.detach() for _ in range(4))
@@ -108,7 +108,7 @@ def test_changing_in_place_counts_as_reading() -> None:
     assert torch.equal(target, source.T) and (source.abs() <= 1 / math.sqrt(20)).all()
 
 
-def test_what_overwrites_is_kept() -> None:
+def test_overwritten_values_are_kept() -> None:
     with DeferredInit():
         layer = nn.Linear(3, 3)
         layer.weight.detach().copy_(torch.eye(3))
@@ -122,7 +122,7 @@ def test_what_overwrites_is_kept() -> None:
     assert ((again.weight - 50).abs() < 1).all()
 
 
-def test_numbers_of_a_generator_of_ones_own_come_at_once() -> None:
+def test_initialization_with_an_own_generator_is_not_deferred() -> None:
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     expected = torch.zeros(4).normal_(generator=generators[0]), torch.zeros(4).uniform_(generator=generators[0])
     with DeferredInit():
@@ -132,7 +132,7 @@ def test_numbers_of_a_generator_of_ones_own_come_at_once() -> None:
     assert all(map(torch.equal, expected, second))
 
 
-def test_errors_pass_through_and_nothing_stays_active() -> None:
+def test_errors_pass_through_and_end_the_mode() -> None:
     with pytest.raises(ZeroDivisionError), DeferredInit():
         nn.Linear(2, 2)
         raise ZeroDivisionError
@@ -140,26 +140,26 @@ def test_errors_pass_through_and_nothing_stays_active() -> None:
 
 
 class Counting(DeferredInit):
-    drawn = 0
+    initialization_count = 0
 
-    def _wait(self, target: Tensor, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _defer(self, target: Tensor, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            Counting.drawn += 1
+            Counting.initialization_count += 1
             return function(*args, **kwargs)
 
-        super()._wait(target, counted, args, kwargs)
+        super()._defer(target, counted, args, kwargs)
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How many tensors were filled at random by `load_model`."""
-    monkeypatch.setattr("ldm.checkpoints.load.DrawnWhenNeeded", Counting)
-    monkeypatch.setattr(Counting, "drawn", 0)
-    return lambda: Counting.drawn
+def initialization_count(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Return a function that counts the tensors that `load_model` initialized at random."""
+    monkeypatch.setattr("ldm.checkpoints.load.DeferredInit", Counting)
+    monkeypatch.setattr(Counting, "initialization_count", 0)
+    return lambda: Counting.initialization_count
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
-def test_a_loaded_model_is_the_files_and_no_number_was_drawn(tmp_path: Path, drawn: Callable[[], int],
+def test_a_loaded_model_equals_the_file_without_random_initialization(tmp_path: Path, initialization_count: Callable[[], int],
                                                              precision: torch.dtype) -> None:
     path = tiny_models.write_weights(tmp_path)
     state = {key: value.to(precision) for key, value in torch.load(path)["state_dict"].items()}
@@ -167,7 +167,7 @@ def test_a_loaded_model_is_the_files_and_no_number_was_drawn(tmp_path: Path, dra
     config = tiny_models.latent_diffusion_config(tmp_path)
     usual = instantiate_from_config(config, ckpt_path=str(path), use_ema=False)
     model = load_model({"model": config}, path)
-    assert drawn() == 0
+    assert initialization_count() == 0
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, usual.state_dict()[name]), name
     own = dict(usual.named_buffers())
@@ -178,7 +178,7 @@ def test_a_loaded_model_is_the_files_and_no_number_was_drawn(tmp_path: Path, dra
     assert torch.equal(model.apply_model(x, t, context), usual.apply_model(x, t, context))
 
 
-def test_keys_that_are_missing_are_refused_as_ever(tmp_path: Path) -> None:
+def test_missing_keys_are_still_refused(tmp_path: Path) -> None:
     path = tiny_models.write_weights(tmp_path)
     state = torch.load(path)["state_dict"]
     state.pop("model.diffusion_model.out.2.weight")
@@ -187,33 +187,33 @@ def test_keys_that_are_missing_are_refused_as_ever(tmp_path: Path) -> None:
         load_model({"model": tiny_models.latent_diffusion_config(tmp_path)}, path)
 
 
-def test_what_a_file_need_not_have_is_drawn(tmp_path: Path, drawn: Callable[[], int]) -> None:
+def test_ignored_keys_are_initialized(tmp_path: Path, initialization_count: Callable[[], int]) -> None:
     path = tiny_models.write_weights(tmp_path)
     ignored = ["first_stage_model.decoder.conv_out"]
     model = load_model({"model": tiny_models.latent_diffusion_config(tmp_path, ignore_keys=ignored)}, path)
     last = model.first_stage_model.decoder.conv_out
-    assert drawn() == 2
+    assert initialization_count() == 2
     bound = 1 / math.sqrt(last.weight[0].numel())
     for tensor in (last.weight, last.bias):
         assert 0 < tensor.abs().max() <= bound
 
 
 class Undecided(nn.Module):
-    """Fills its parameters by every name in `FILLS`, and loads some of them."""
+    """Fills its parameters by every name in `RANDOM_INITS`, and loads some of them."""
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__()
-        self.parts = nn.ParameterDict({name: nn.Parameter(torch.empty(6, 6)) for name in sorted(FILLS)})
+        self.parts = nn.ParameterDict({name: nn.Parameter(torch.empty(6, 6)) for name in sorted(RANDOM_INITS)})
         for name, part in self.parts.items():
             getattr(nn.init, name)(part)
         if path is not None:
             load_weights(self, path)
 
 
-def test_every_fill_waits_and_comes(tmp_path: Path) -> None:
+def test_every_initialization_is_deferred_and_runs(tmp_path: Path) -> None:
     torch.save(Undecided().state_dict(), tmp_path / "x.ckpt")
     for path in (None, str(tmp_path / "x.ckpt")):
         with DeferredInit() as mode:
             module = Undecided(path)
-            assert len(mode._waiting) == (len(FILLS) if path is None else 0)
+            assert len(mode._pending) == (len(RANDOM_INITS) if path is None else 0)
         assert all(0 < part.abs().max() < 10 for part in module.parts.values())

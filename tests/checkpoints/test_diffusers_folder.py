@@ -140,7 +140,7 @@ def test_the_round_trip_through_diffusers_converters(pipelines: Any, tmp_path: P
     same({key.removeprefix("text_model."): value for key, value in back.items()}, tower)
 
 
-def test_weights_that_no_encoding_depends_on_are_not_asked_for(pipelines: Any, tmp_path: Path) -> None:
+def test_weights_that_no_encoding_reads_are_not_required(pipelines: Any, tmp_path: Path) -> None:
     models = [load_model(config(2, tmp_path), pipelines(2)[0]) for _ in range(2)]
     last = [model.state_dict()["cond_stage_model.model.transformer.resblocks.2.mlp.c_fc.weight"] for model in models]
     assert not torch.equal(*last)
@@ -201,14 +201,14 @@ def test_other_ways_to_write_a_pipeline(pipelines: Any, tmp_path: Path, rewrite:
     agree(model, theirs)
 
 
-def test_what_the_scheduler_says_is_compared_with_the_config(pipelines: Any, tmp_path: Path, caplog: Any) -> None:
+def test_the_schedulers_prediction_type_is_compared_with_the_config(pipelines: Any, tmp_path: Path, caplog: Any) -> None:
     described = config(2, tmp_path)
     described["model"]["params"]["parameterization"] = "eps"
     load_model(described, pipelines(2)[0])
     assert "its scheduler says that the model predicts v, the config (parameterization) eps" in caplog.text
 
 
-def test_one_network_by_itself(pipelines: Any, tmp_path: Path) -> None:
+def test_the_folder_of_a_single_network(pipelines: Any, tmp_path: Path) -> None:
     folder, theirs = pipelines(1)
     described = config(1, tmp_path)["model"]["params"]
     first_stage = instantiate_from_config(described["first_stage_config"])
@@ -314,7 +314,7 @@ def refusal(pipelines: Any, tmp_path: Path) -> Callable[[str, bytes | None], str
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 
-def test_files_of_a_pipeline_that_are_missing_or_cut_off(refusal: Any) -> None:
+def test_missing_and_truncated_files_of_a_pipeline(refusal: Any) -> None:
     assert "not a complete safetensors" in refusal(UNET_FILE, b"\0" * 99)
     assert "holds no weights" in refusal(UNET_FILE, None)
 
@@ -324,19 +324,19 @@ def test_files_of_a_pipeline_that_are_missing_or_cut_off(refusal: Any) -> None:
     {"weight_map": {"a": "..", "b": 5}}, {"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}},
     {"weight_map": {"a": "x.txt"}},
 ], ids=str)
-def test_indices_of_shards_that_are_none(refusal: Any, content: Any) -> None:
+def test_bad_shard_indices_are_refused(refusal: Any, content: Any) -> None:
     refusal(UNET_FILE, None)
     text = content if isinstance(content, str) else json.dumps(content)
     assert "download it again" in refusal(f"{UNET_FILE}.index.json", text.encode())
 
 
-def test_shards_that_are_missing(refusal: Any) -> None:
+def test_missing_shards_are_named(refusal: Any) -> None:
     refusal(UNET_FILE, None)
     index = json.dumps({"weight_map": {"a": "x-00001-of-00002.safetensors"}})
     assert "x-00001-of-00002.safetensors is missing (1 of 1" in refusal(f"{UNET_FILE}.index.json", index.encode())
 
 
-def test_folders_that_are_no_pipeline(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     for name, advice in (("notes.txt", "name a checkpoint"), ("model.ckpt", "name a file in it, such as")):
         (tmp_path / name).write_text("")
         with pytest.raises(UserError, match=advice) as refused:
@@ -344,7 +344,7 @@ def test_folders_that_are_no_pipeline(tmp_path: Path) -> None:
         assert "no diffusers folder" in str(refused.value)
 
 
-def test_a_pipeline_without_all_its_parts(pipelines: Any, tmp_path: Path) -> None:
+def test_a_pipeline_without_all_its_networks(pipelines: Any, tmp_path: Path) -> None:
     shutil.copytree(pipelines(1)[0], tmp_path / "copy", ignore=shutil.ignore_patterns("vae"))
     with pytest.raises(UserError, match=r"keys missing \(first_stage_model.encoder.conv_in.weight"):
         load_model(config(1, tmp_path), tmp_path / "copy")

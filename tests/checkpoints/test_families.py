@@ -18,7 +18,8 @@ from ldm.checkpoints.diffusers_names import unet_tensors
 from ldm.checkpoints.families import identify_family
 from ldm.checkpoints.load import load_model, load_weights, read_state_dict
 from ldm.common.errors import UserError
-from ldm.concepts.concept import Concept, save_perfusion_concepts
+from ldm.concepts.concept import Concept
+from ldm.concepts.concept_file import save_perfusion_concepts
 from ldm.util import instantiate_from_config
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ PUBLIC = {
 
 
 @pytest.mark.parametrize(("config", "name"), PUBLIC.items())
-def test_public_models_are_known_by_their_shapes(config: str, name: str) -> None:
+def test_public_models_are_identified_by_their_shapes(config: str, name: str) -> None:
     found = identify_family(shapes_of(config))
     assert found.name == name
     named = re.findall(r"[\w/.-]+\.yaml", found.advice)
@@ -65,7 +66,7 @@ def test_public_models_are_known_by_their_shapes(config: str, name: str) -> None
         assert any(config.endswith(path) for path in named)
 
 
-def test_the_bundled_model_is_known() -> None:
+def test_the_bundled_model_is_identified() -> None:
     tensors = read_state_dict(PROJECT / "models" / "mini" / "model.safetensors")
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     assert identify_family(shapes) == ("a base model of this project", "use configs/perfusion.yaml")
@@ -97,27 +98,27 @@ V1, V2 = "configs/stable-diffusion/v1-inference.yaml", "configs/stable-diffusion
         model__diffusion_model__input_blocks__4__1__transformer_blocks__0__attn2__to_k__weight=(640, 2048)),
      "Stable Diffusion XL (context 2048)"),
     (of(double_blocks__0__img_attn__qkv__weight=(9216, 3072)), "a diffusion transformer (Stable Diffusion 3, Flux or "
-     "their kin)"),
+     "similar)"),
     (of(model__diffusion_model__joint_blocks__0__x_block__attn__qkv__weight=(4608, 1536)), "a diffusion transformer "
-     "(Stable Diffusion 3, Flux or their kin)"),
+     "(Stable Diffusion 3, Flux or similar)"),
     (of(vision_model__embeddings__class_embedding=(768,), text_projection__weight=(768, 768), a=(9,)), "a CLIP"),
 ])
-def test_what_is_no_base_model_of_this_family(shapes: Shapes, name: str) -> None:
+def test_files_that_are_not_base_models(shapes: Shapes, name: str) -> None:
     assert identify_family(shapes).name == name
 
 
 @pytest.mark.parametrize(("config", "channels"), [(V1, 9), (V1, 8), (V2, 9), (V2, 5), (V2, 7)])
-def test_models_with_further_inputs(config: str, channels: int) -> None:
+def test_models_with_additional_input_channels(config: str, channels: int) -> None:
     assert identify_family(widened(config, channels)).name == (
-        f"Stable Diffusion for inpainting, depth or other pictures ({channels} input channels)")
+        f"Stable Diffusion for inpainting, depth or other images ({channels} input channels)")
 
 
 @pytest.mark.parametrize("shapes", [{}, of(a=(1,), b=(1,)), of(a=()), of(weight=(2, 2), bias=(2,))])
-def test_others_are_not_guessed(shapes: Shapes) -> None:
+def test_unknown_weights_have_no_family(shapes: Shapes) -> None:
     assert identify_family(shapes) is None
 
 
-def test_a_pipeline_is_known_too() -> None:
+def test_a_diffusers_pipeline_is_identified() -> None:
     with torch.device("meta"):
         theirs = UNet2DConditionModel(cross_attention_dim=1024, attention_head_dim=8).state_dict()
     shapes = {f"model.diffusion_model.{key}": tuple(value.shape) for key, value in unet_tensors(theirs).items()}
@@ -142,7 +143,7 @@ def described(tmp_path: Path) -> dict[str, Any]:
     ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", "configs/perfusion-ldm.yaml"),
     ("configs/autoencoder/autoencoder_kl_32x32x4.yaml", "configs/autoencoder/autoencoder_kl_32x32x4.yaml"),
 ])
-def test_the_advice_is_given_with_the_refusal(described: dict[str, Any], tmp_path: Path, config: str, advice: str
+def test_the_error_message_contains_the_advice(described: dict[str, Any], tmp_path: Path, config: str, advice: str
                                               ) -> None:
     few = {key: torch.zeros(shape[:2]) for key, shape in shapes_of(config).items()
            if key.endswith("attn2.to_k.weight") or "conv_in.weight" in key or "post_quant_conv.weight" in key
@@ -152,21 +153,21 @@ def test_the_advice_is_given_with_the_refusal(described: dict[str, Any], tmp_pat
     assert "keys missing" in message and "it looks like" in message and advice in message
 
 
-def test_a_concept_in_place_of_its_base(described: dict[str, Any], tmp_path: Path) -> None:
+def test_a_concept_instead_of_its_base_model(described: dict[str, Any], tmp_path: Path) -> None:
     concept = Concept("<x>", "cat", torch.ones(1, 4), torch.ones(4), torch.ones(4), {"layer": torch.ones(4)}, base="0")
     path = save_perfusion_concepts(tmp_path / "concept.safetensors", [concept])
     assert "it looks like a concept of this project: give it with --concept" in refusal(described, path)
 
 
-def test_embeddings_in_the_form_of_their_authors(tmp_path: Path) -> None:
+def test_textual_inversion_embeddings_of_the_original_code(tmp_path: Path) -> None:
     content = {"string_to_token": {"*": torch.tensor(265)}, "name": "cat",
                "string_to_param": nn.ParameterDict({"*": nn.Parameter(torch.ones(1, 768))})}
     torch.save(content, tmp_path / "embeddings.pt")
-    with pytest.raises(UserError, match="Textual Inversion embedding; give the checkpoint of the base model"):
+    with pytest.raises(UserError, match="Textual Inversion embedding, not a model; give the checkpoint of the base"):
         read_state_dict(tmp_path / "embeddings.pt")
 
 
-def test_the_same_family_is_no_news(tmp_path: Path) -> None:
+def test_the_same_family_is_not_mentioned(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(3, 3)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="choose the config of this checkpoint's model"):
         load_weights(nn.Linear(2, 2), tmp_path / "x.safetensors")

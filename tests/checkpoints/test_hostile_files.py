@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.checkpoints.load import load_weights, read_state_dict
-from ldm.checkpoints.pickled import SHOWN_LETTERS, printable
+from ldm.checkpoints.pickled import PRINTED_CHARACTERS, printable
 from ldm.common.errors import UserError
 
 
@@ -66,7 +66,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["system", "eval", "getattr", "write", "popen"])
-def test_unpickled_carelessly_they_do_harm(tmp_path: Path, name: str) -> None:
+def test_the_files_are_harmful_to_plain_unpickling(tmp_path: Path, name: str) -> None:
     made = pickle.loads(pickle.dumps(HARM[name](tmp_path / "mark"), protocol=2))
     if name == "popen":
         made.wait()
@@ -88,7 +88,7 @@ def test_code_is_not_run(tmp_path: Path, name: str, wrapped: bool, how: str) -> 
     assert not (tmp_path / "mark").exists()
 
 
-def test_the_function_that_a_file_asks_for_is_named(tmp_path: Path) -> None:
+def test_the_function_that_a_file_requests_is_named(tmp_path: Path) -> None:
     torch.save(Call(eval, "1"), tmp_path / "x.ckpt")
     assert "it asks for builtins.eval" in refusal(tmp_path / "x.ckpt").replace("__builtin__", "builtins")
 
@@ -100,7 +100,7 @@ def test_the_names_in_a_file_cannot_move_the_cursor(tmp_path: Path) -> None:
         archive.writestr("x/version", "3\n")
     message = refusal(tmp_path / "x.ckpt")
     assert "it asks for" in message and "\\x1b[2J" in message
-    assert printable("a" * 999) == "a" * SHOWN_LETTERS + "…"
+    assert printable("a" * 999) == "a" * PRINTED_CHARACTERS + "…"
     torch.save({"\x1b[31m": torch.ones(1), "two\nlines": torch.ones(1)}, tmp_path / "keys.ckpt")
     with pytest.raises(UserError) as refused:
         load_weights(nn.Linear(2, 2), tmp_path / "keys.ckpt")
@@ -131,7 +131,7 @@ def test_programs_are_refused(tmp_path: Path) -> None:
     refusal(tmp_path / "module.ckpt")
 
 
-def test_what_a_zip_file_hides_is_not_unpacked(tmp_path: Path) -> None:
+def test_compressed_zip_files_are_refused(tmp_path: Path) -> None:
     """A thousandth of its size on the disk."""
     with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", b"\x80\x02" + b"0" * 10_000_000)
@@ -154,7 +154,7 @@ def test_tensors_larger_than_the_file(tmp_path: Path, factor: int, new_format: b
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10_000), value=st.integers(0, 255), new_format=st.booleans())
-def test_a_byte_that_flipped_is_refused_or_read(tmp_path: Path, place: int, value: int, new_format: bool) -> None:
+def test_a_flipped_byte_is_refused_or_read(tmp_path: Path, place: int, value: int, new_format: bool) -> None:
     path = tmp_path / "flipped.ckpt"
     torch.save({"state_dict": {"a": torch.ones(5), "b": torch.zeros(2, 3)}}, path,
                _use_new_zipfile_serialization=new_format)
@@ -180,7 +180,7 @@ def records() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", records())
-def test_the_records_of_training_runs_are_passed_over(tmp_path: Path, name: str) -> None:
+def test_the_state_of_training_runs_is_ignored(tmp_path: Path, name: str) -> None:
     torch.save({"state_dict": {"a": torch.ones(2)}, name: records()[name]}, tmp_path / "x.ckpt")
     assert torch.equal(read_state_dict(tmp_path / "x.ckpt")["a"], torch.ones(2))
 
@@ -202,14 +202,14 @@ def entry(dtype: str = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict
     safetensors({**entry(), "b": entry()["a"]}), safetensors(b"[" * 100_000), safetensors(b"{}x"), safetensors([]),
     safetensors({"a": 5}), b"PK\x03\x04" * 9, b"plain text, no checkpoint at all",
 ], ids=range(21))
-def test_safetensors_whose_header_lies(tmp_path: Path, content: bytes) -> None:
+def test_safetensors_with_a_false_header(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     assert "not a complete safetensors file" in refusal(tmp_path / "x.safetensors")
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999))
-def test_safetensors_that_are_cut_off(tmp_path: Path, share: float) -> None:
+def test_truncated_safetensors(tmp_path: Path, share: float) -> None:
     save_file({"a": torch.ones(9), "b": torch.ones(3, 3)}, tmp_path / "whole.safetensors")
     content = (tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(content[:int(share * len(content))])
@@ -223,7 +223,7 @@ def test_safetensors_that_are_cut_off(tmp_path: Path, share: float) -> None:
     lambda: torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8),
 ], ids=range(7))
 @pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
-def test_numbers_that_are_no_weights(tmp_path: Path, odd: Callable[[], Tensor]) -> None:
+def test_other_dtypes_are_refused(tmp_path: Path, odd: Callable[[], Tensor]) -> None:
     torch.save({"weight": odd(), "bias": torch.ones(2)}, tmp_path / "x.ckpt")
     module = nn.Linear(2, 2)
     before = module.weight.clone()
@@ -233,7 +233,7 @@ def test_numbers_that_are_no_weights(tmp_path: Path, odd: Callable[[], Tensor]) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float64])
-def test_numbers_of_every_precision_are_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_every_floating_point_dtype_loads(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.save({"weight": torch.ones(2, 2).to(dtype), "bias": torch.ones(2, dtype=dtype)}, tmp_path / "x.ckpt")
     module = nn.Linear(2, 2)
     load_weights(module, tmp_path / "x.ckpt")
@@ -241,7 +241,7 @@ def test_numbers_of_every_precision_are_weights(tmp_path: Path, dtype: torch.dty
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_not_finite_are_a_warning(tmp_path: Path, caplog: Any, bad: float) -> None:
+def test_values_that_are_not_finite_cause_a_warning(tmp_path: Path, caplog: Any, bad: float) -> None:
     torch.save({"weight": torch.tensor([[1, bad], [1, 1]]), "bias": torch.ones(2)}, tmp_path / "x.ckpt")
     load_weights(nn.Linear(2, 2), tmp_path / "x.ckpt")
     assert "1 keys hold numbers that are not finite (weight)" in caplog.text
@@ -249,7 +249,7 @@ def test_numbers_that_are_not_finite_are_a_warning(tmp_path: Path, caplog: Any, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a process has mapped")
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
-def test_files_are_mapped_as_long_as_their_tensors_are_there(tmp_path: Path, suffix: str) -> None:
+def test_files_stay_mapped_while_their_tensors_exist(tmp_path: Path, suffix: str) -> None:
     path, tensors = tmp_path / f"x.{suffix}", {"a": torch.ones(5000), "b": torch.ones(3)}
     save_file(tensors, path) if suffix == "safetensors" else torch.save({"state_dict": tensors}, path)
 

@@ -55,7 +55,7 @@ def test_safetensors(tmp_path: Path) -> None:
     assert equal(read_state_dict(tmp_path / "x.safetensors"), weights())
 
 
-def test_packed_word_tables_come_whole(tmp_path: Path) -> None:
+def test_packed_token_tables_are_unpacked(tmp_path: Path) -> None:
     table = torch.randn(9, 4)
     save_file({**weights(), **pack_table("words.weight", table, torch.arange(9))}, tmp_path / "x.safetensors")
     assert torch.equal(read_state_dict(tmp_path / "x.safetensors")["words.weight"], table)
@@ -86,7 +86,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, new_format: bool, hidde
     assert "\n" not in str(refused.value) and ("mkdir" in str(refused.value) or not new_format)
 
 
-def test_a_harmful_class_of_a_package_that_records_come_from_is_not_run_either(tmp_path: Path) -> None:
+def test_a_harmful_class_of_a_training_package_is_not_run(tmp_path: Path) -> None:
     class Loader:
         def __reduce__(self) -> tuple[Any, ...]:
             return np.save, (str(tmp_path / "marker"), [1])
@@ -116,7 +116,7 @@ def test_public_checkpoints_with_the_state_of_their_training_run(tmp_path: Path)
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999), new_format=st.booleans())
-def test_cut_off_ckpt(tmp_path: Path, share: float, new_format: bool) -> None:
+def test_truncated_ckpt(tmp_path: Path, share: float, new_format: bool) -> None:
     torch.save({"state_dict": weights()}, tmp_path / "whole.ckpt", _use_new_zipfile_serialization=new_format)
     content = (tmp_path / "whole.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
@@ -127,7 +127,7 @@ def test_cut_off_ckpt(tmp_path: Path, share: float, new_format: bool) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60), protocol=st.booleans())
-def test_anything_else_is_refused_in_one_line(tmp_path: Path, content: bytes, protocol: bool) -> None:
+def test_other_content_is_refused_in_one_line(tmp_path: Path, content: bytes, protocol: bool) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"\x80\x02" + content if protocol else content)
     with pytest.raises(UserError, match="x.ckpt") as refused:
         read_state_dict(tmp_path / "x.ckpt")
@@ -155,13 +155,13 @@ def test_checkpoints_without_weights(tmp_path: Path, content: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["none.ckpt", "none.safetensors", "folder"])
-def test_files_that_are_not_there(tmp_path: Path, name: str) -> None:
+def test_missing_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_state_dict(tmp_path / name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_load(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_other_dtypes_load(tmp_path: Path, dtype: torch.dtype) -> None:
     save_file({key: value.to(dtype) for key, value in weights().items()}, tmp_path / "x.safetensors")
     module = Tiny()
     load_weights(module, tmp_path / "x.safetensors")
@@ -201,7 +201,7 @@ def test_unexpected_keys_alone_are_a_warning(tmp_path: Path, caplog: pytest.LogC
     assert "1 keys unexpected (third.weight)" in caplog.text and equal(module.state_dict(), weights(1))
 
 
-def test_keys_that_no_model_reads_are_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_that_no_model_reads_are_ignored_silently(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     unread = (
         "model_ema.decay",
         "model_ema.thirdweight",
@@ -221,17 +221,17 @@ def with_averages(seed: int) -> dict[str, Tensor]:
     return {**weights(seed), **averages, "model_ema.decay": torch.tensor(0.9999)}
 
 
-def test_averages_are_taken_in_place_of_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_averages_replace_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"state_dict": with_averages(1)}, tmp_path / "x.ckpt")
     module = Tiny()
     with caplog.at_level(logging.INFO):
         load_weights(module, tmp_path / "x.ckpt")
-    assert equal(module.state_dict(), weights(2)) and "has the averages of 4 weights" in caplog.text
+    assert equal(module.state_dict(), weights(2)) and "using the moving averages of 4 weights" in caplog.text
     load_weights(module, tmp_path / "x.ckpt", ignore_keys=["model_ema."])
     assert equal(module.state_dict(), weights(1))
 
 
-def test_a_part_takes_its_own_weights_of_a_whole_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_loads_its_weights_from_a_whole_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for start in ("model.", "model.diffusion_model.", "first_stage_model.", "cond_stage_model."):
         whole = {start + key: value for key, value in weights(1).items()}
         torch.save({**whole, "elsewhere.weight": torch.ones(1)}, tmp_path / "x.ckpt")
@@ -241,7 +241,7 @@ def test_a_part_takes_its_own_weights_of_a_whole_model(tmp_path: Path, caplog: p
     assert not caplog.records
 
 
-def test_ignored_keys_stay_as_they_are(tmp_path: Path) -> None:
+def test_ignored_keys_stay_unchanged(tmp_path: Path) -> None:
     state = weights(1)
     state.pop("second.bias")
     state["second.weight"] = torch.ones(8, 8)
@@ -253,10 +253,10 @@ def test_ignored_keys_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def described(**params: Any) -> dict[str, Any]:
-    return {"model": {"target": "test_checkpoint.Tiny", "base_learning_rate": 1.0, "params": params}}
+    return {"model": {"target": "test_load.Tiny", "base_learning_rate": 1.0, "params": params}}
 
 
-def test_a_model_is_built_ready_to_sample(tmp_path: Path) -> None:
+def test_load_model_returns_a_frozen_model_with_the_files_weights(tmp_path: Path) -> None:
     torch.save(weights(1), tmp_path / "a.ckpt")
     torch.save(weights(2), tmp_path / "b.ckpt")
     own = described(ckpt_path=str(tmp_path / "a.ckpt"))

@@ -85,7 +85,7 @@ def packed(**changes: Tensor | None) -> dict[str, Tensor]:
 )
 def test_parts_that_are_missing_or_disagree(changes: dict[str, Tensor | None]) -> None:
     assert unpack_tables(packed())["w"].sum() == 6
-    with pytest.raises(UserError, match="packed word table w"):
+    with pytest.raises(UserError, match="packed token table w"):
         unpack_tables(packed(**changes))
 
 
