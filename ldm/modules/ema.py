@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's trained parameters."""
+"""An exponential moving average (EMA) of a model's trained parameters."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -9,19 +9,31 @@ from torch import Tensor, nn
 
 
 class LitEma(nn.Module):
-    """Shadow copies of all parameters of `model` that require a gradient, kept as buffers.
+    """Keep an average of every parameter of a model that requires a gradient.
 
-    Buffers are called like the parameters with the dots left out, next to `decay` and `num_updates`, so that
-    checkpoints of the public models load.
+    The averages are buffers. As in the public checkpoints, a buffer has the name of its parameter without the dots, and
+    `decay` and `num_updates` are saved with them.
+
+    Call the module with the model once per optimizer step. (With gradient accumulation, not once per batch.)
 
     Args:
-        decay: weight of the past in each update, 0 .. 1.
-        use_num_upates: start with a smaller decay, (1 + n) / (10 + n) at update n, so that the random start is soon
-            forgotten. (The spelling is the public code's, since configs name it.)
+        model: the model to average.
+        decay: weight of the past in each update, 0 to 1.
+        use_num_upates: start with a smaller decay, (1 + n) / (10 + n) at update n, so that the average forgets the
+            random initialization soon. (The misspelling is the public code's; configs use it.)
 
     Raises:
-        ValueError: decay is out of range, no parameter requires a gradient, or two parameters' names without dots
-            are equal.
+        ValueError: if `decay` is out of range, no parameter requires a gradient, or the names of two parameters are
+            equal without their dots.
+
+    Example::
+
+        ema = LitEma(model)
+        ...
+        optimizer.step()
+        ema(model)
+        with ema.averaged(model):
+            validate(model)
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
@@ -46,12 +58,13 @@ class LitEma(nn.Module):
         self.buffer_names[name] = short
 
     def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """Shadows and the parameters of `model` that they stand for, in the same order."""
+        """Return the averages and the parameters of `model` that they belong to, in the same order."""
         parameters = dict(model.named_parameters())
-        shadows = [getattr(self, short) for short in self.buffer_names.values()]
-        return shadows, [parameters[name] for name in self.buffer_names]
+        averages = [getattr(self, short) for short in self.buffer_names.values()]
+        return averages, [parameters[name] for name in self.buffer_names]
 
     def _next_decay(self) -> float:
+        """Count an update and return its decay."""
         if self.num_updates < 0:
             return float(self.decay)
         self.num_updates += 1
@@ -60,26 +73,26 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Moves every shadow towards its parameter: shadow <- decay * shadow + (1 - decay) * parameter."""
-        shadows, parameters = self._pairs(model)
-        torch._foreach_lerp_(shadows, parameters, 1 - self._next_decay())
+        """Update every average: average <- decay * average + (1 - decay) * parameter."""
+        averages, parameters = self._pairs(model)
+        torch._foreach_lerp_(averages, parameters, 1 - self._next_decay())
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrites the parameters of `model` with their averages."""
-        shadows, parameters = self._pairs(model)
-        torch._foreach_copy_(parameters, shadows)
+        """Overwrite the parameters of `model` by their averages."""
+        averages, parameters = self._pairs(model)
+        torch._foreach_copy_(parameters, averages)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
-        """Remembers the present values of `parameters` until `restore`."""
+        """Store the current values of `parameters` until `restore` is called."""
         self.collected = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Gives `parameters`, the same ones in the same order, the values that `store` remembered.
+        """Write the stored values back to `parameters`, which must be the same ones in the same order.
 
         Raises:
-            ValueError: nothing was stored, or another number of parameters.
+            ValueError: if nothing is stored, or the number of parameters differs.
         """
         for parameter, value in zip(parameters, self.collected, strict=True):
             parameter.copy_(value)
@@ -87,7 +100,7 @@ class LitEma(nn.Module):
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:
-        """Within this context `model` has the averaged parameters; afterwards its own again, even after an error."""
+        """Give `model` the averages within this context, and its own parameters afterwards, even after an error."""
         self.store(model.parameters())
         self.copy_to(model)
         try:

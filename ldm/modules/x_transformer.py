@@ -1,7 +1,7 @@
 """The transformer encoder of latent diffusion's text-to-image model, with the keys of its checkpoints.
 
-Attention and feed-forward layers in turn, each on a norm and with a residual (Vaswani et al. 2017; pre-norm after
-Xiong et al. 2020, arXiv:2002.04745). Names are those of the library x-transformers, part of which the public code has.
+Attention and feed-forward layers alternate, each with a residual (Vaswani et al. 2017) and with a norm in front (Xiong
+et al. 2020, arXiv:2002.04745). Names follow the library x-transformers, from which the public code took its encoder.
 """
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD_WIDTH = 64
-INITIAL_SPREAD = 0.02  # of embeddings
+INITIAL_STD = 0.02  # of embeddings
 
 
 class Attention(nn.Module):
-    """Every position attends to every other, in `heads` heads of 64: (B, N, dim) to the same."""
+    """Multi-head self-attention with heads of width 64; maps (B, N, dim) to (B, N, dim)."""
 
     def __init__(self, dim: int, heads: int = 8) -> None:
         super().__init__()
@@ -23,13 +23,14 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(heads * HEAD_WIDTH, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                 for project in (self.to_q, self.to_k, self.to_v))
-        return self.to_out(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+        query, key, value = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                             for project in (self.to_q, self.to_k, self.to_v))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """Two layers with four times the width between them: (..., dim) to the same."""
+    """Two linear layers with four times the width in between; maps (..., dim) to (..., dim)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class FeedForward(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`depth` times attention and feed-forward layer, without a norm at the end: (B, N, dim) to the same."""
+    """`depth` pairs of an attention and a feed-forward layer, without a final norm; maps (B, N, dim) to (B, N, dim)."""
 
     def __init__(self, dim: int, depth: int, heads: int = 8) -> None:
         super().__init__()
@@ -56,20 +57,20 @@ class Encoder(nn.Module):
 
 
 class AbsolutePositionalEmbedding(nn.Module):
-    """A learned vector for each of `max_seq_len` positions."""
+    """A learned embedding of each of `max_seq_len` positions."""
 
     def __init__(self, dim: int, max_seq_len: int) -> None:
         super().__init__()
         self.emb = nn.Embedding(max_seq_len, dim)
-        nn.init.normal_(self.emb.weight, std=INITIAL_SPREAD)
+        nn.init.normal_(self.emb.weight, std=INITIAL_STD)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The vectors (N, dim) for an x (B, N, dim)."""
+        """Return the position embeddings (N, dim) for an x (B, N, dim)."""
         return self.emb(torch.arange(x.shape[1], device=x.device))
 
 
 class TransformerWrapper(nn.Module):
-    """Tokens (B, N), N up to `max_seq_len`, to encodings (B, N, dim) or to logits (B, N, num_tokens)."""
+    """Token and position embeddings, an encoder, a final norm, and a projection to logits."""
 
     def __init__(self, num_tokens: int, max_seq_len: int, attn_layers: Encoder, emb_dropout: float = 0.0) -> None:
         super().__init__()
@@ -80,12 +81,21 @@ class TransformerWrapper(nn.Module):
         self.attn_layers = attn_layers
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens)
-        nn.init.normal_(self.token_emb.weight, std=INITIAL_SPREAD)
+        nn.init.normal_(self.token_emb.weight, std=INITIAL_STD)
 
     def encode_embedded(self, embedded: Tensor) -> Tensor:
-        """Encodings of tokens whose embeddings (B, N, dim) are given."""
+        """Encode tokens whose embeddings are given: (B, N, dim) to (B, N, dim)."""
         return self.norm(self.attn_layers(self.emb_dropout(embedded + self.pos_emb(embedded))))
 
     def forward(self, x: Tensor, return_embeddings: bool = False) -> Tensor:
+        """Encode tokens.
+
+        Args:
+            x: tokens (B, N), N at most `max_seq_len`.
+            return_embeddings: whether to return encodings instead of logits.
+
+        Returns:
+            Logits (B, N, num_tokens), or encodings (B, N, dim).
+        """
         encoded = self.encode_embedded(self.token_emb(x))
         return encoded if return_embeddings else self.to_logits(encoded)

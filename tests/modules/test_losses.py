@@ -8,7 +8,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.reconstruction import ReconstructionKL
 
 
-def test_against_the_formula() -> None:
+def test_reconstruction_loss_against_the_formula() -> None:
     inputs = torch.rand(2, 3, 8, 8) * 2 - 1
     reconstructions = (inputs + 0.1).requires_grad_()
     posterior = DiagonalGaussianDistribution(torch.randn(2, 8, 2, 2))

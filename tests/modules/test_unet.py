@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.common.errors import UserError
 from ldm.modules.attention import SpatialTransformer, name_text_layers
-from ldm.modules.context import Edit, PromptContext, locked_keys
+from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules import util
 from ldm.modules.diffusionmodules.openaimodel import (
     AttentionBlock,
@@ -22,6 +22,7 @@ from ldm.modules.diffusionmodules.openaimodel import (
     UNetModel,
     Upsample,
 )
+from ldm.modules.edit import Edit, locked_keys
 
 SD1 = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "attention_resolutions": [4, 2, 1],

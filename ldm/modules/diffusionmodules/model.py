@@ -1,9 +1,11 @@
-"""Encoder and Decoder of the first-stage autoencoders, with CompVis latent-diffusion's parameter names.
+"""Encoder and decoder of the first-stage autoencoders, with CompVis latent-diffusion's parameter names.
 
-Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022), appendix G; the shape goes
-back to Esser et al., "Taming Transformers" (CVPR 2021). Two additions, for small autoencoders: `patch_size` folds
-blocks of pixels into channels before the first and after the last convolution, so that the work is done on a coarse
-grid; `linear_skip` adds a linear code beside the network, which then has only to learn what a linear code misses.
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022), appendix G. The architecture
+is that of Esser et al., "Taming Transformers" (CVPR 2021).
+
+Two options are additions for small autoencoders. `patch_size` folds blocks of pixels into channels before the first and
+after the last convolution, so that the network computes on a coarse grid. `linear_skip` adds a linear code to the
+network's output, so that the network only has to learn what a linear code misses.
 """
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from ldm.common.errors import UserError
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
-    """Group normalisation as the public first stages have it (eps 1e-6)."""
+    """Return the group normalization of the public first stages, with epsilon 1e-6."""
     return nn.GroupNorm(num_groups, in_channels, eps=1e-6)
 
 
@@ -26,7 +28,7 @@ def _conv3(inner: int, outer: int) -> nn.Conv2d:
 
 
 class Upsample(nn.Module):
-    """Twice the height and width by nearest neighbour, then a 3x3 convolution where `with_conv`."""
+    """Double height and width by nearest-neighbor interpolation, then apply a 3x3 convolution if `with_conv`."""
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width: a strided convolution padded at the right and the bottom only, or a 2x2 mean."""
+    """Halve height and width, by a strided convolution padded on the right and bottom only, or by a 2x2 mean."""
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -48,7 +50,10 @@ class Downsample(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 (or 3x3) convolution on x where the widths differ."""
+    """Compute x + conv(silu(norm(conv(silu(norm(x)))))).
+
+    If the widths differ, x goes through a 1x1 convolution, or a 3x3 one if `conv_shortcut`.
+    """
 
     def __init__(self, *, in_channels: int, out_channels: int | None = None, conv_shortcut: bool = False,
                  dropout: float = 0.0) -> None:
@@ -70,7 +75,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions of a feature map, added to its input."""
+    """Add single-head self-attention over all positions of a feature map to the map."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -81,12 +86,16 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         q, k, v = (layer(normed).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
+        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
 
 
 def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
-    """The attention block that a config's `attn_type` names: "vanilla" or "none"."""
+    """Build the attention block that a config's `attn_type` names.
+
+    Raises:
+        UserError: if `attn_type` is neither "vanilla", "vanilla-xformers" (the same) nor "none".
+    """
     if attn_type in ("vanilla", "vanilla-xformers"):
         return AttnBlock(in_channels)
     if attn_type == "none":
@@ -94,7 +103,7 @@ def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
     raise UserError(f"attn_type {attn_type!r} is unknown; choose vanilla or none")
 
 
-def _middle(channels: int, dropout: float, attn_type: str) -> nn.Module:
+def _build_middle(channels: int, dropout: float, attn_type: str) -> nn.Module:
     middle = nn.Module()
     middle.block_1 = ResnetBlock(in_channels=channels, dropout=dropout)
     middle.attn_1 = make_attn(channels, attn_type)
@@ -102,12 +111,12 @@ def _middle(channels: int, dropout: float, attn_type: str) -> nn.Module:
     return middle
 
 
-def _through_middle(middle: nn.Module, x: Tensor) -> Tensor:
+def _apply_middle(middle: nn.Module, x: Tensor) -> Tensor:
     return middle.block_2(middle.attn_1(middle.block_1(x)))
 
 
-def _level(channels: Sequence[tuple[int, int]], attend: bool, dropout: float, attn_type: str) -> nn.Module:
-    """One resolution: a residual block per (in, out) pair, each followed by attention where `attend`."""
+def _build_level(channels: Sequence[tuple[int, int]], attend: bool, dropout: float, attn_type: str) -> nn.Module:
+    """Build one resolution: a residual block for each (in, out) pair, each followed by attention if `attend`."""
     level = nn.Module()
     level.block = nn.ModuleList(
         ResnetBlock(in_channels=inner, out_channels=outer, dropout=dropout) for inner, outer in channels)
@@ -115,7 +124,7 @@ def _level(channels: Sequence[tuple[int, int]], attend: bool, dropout: float, at
     return level
 
 
-def _through_level(level: nn.Module, x: Tensor) -> Tensor:
+def _apply_level(level: nn.Module, x: Tensor) -> Tensor:
     for index, block in enumerate(level.block):
         x = block(x)
         if len(level.attn):
@@ -124,15 +133,23 @@ def _through_level(level: nn.Module, x: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Images (B, in_channels, H, W) to features (B, z_channels or twice that, H/f, W/f), f = patch_size * 2^(levels-1).
+    """Encode images (B, in_channels, H, W) to features (B, Z, H/f, W/f) with f = patch_size * 2^(levels - 1).
 
     Args:
-        ch, ch_mult: width of the first level and factors of each level's.
-        num_res_blocks: residual blocks per level.
-        attn_resolutions: side lengths of the feature maps that get self-attention, for inputs of side `resolution`.
-        z_channels, double_z: channels of the latent; twice as many come out where a mean and a log-variance do.
-        patch_size: side of the pixel blocks folded into channels first.
-        linear_skip: add a linear map of each block of f x f pixels to the features.
+        ch: width of the first convolution.
+        ch_mult: width of each level, in multiples of `ch`.
+        num_res_blocks: number of residual blocks per level.
+        attn_resolutions: sides of the feature maps that get self-attention, for inputs of side `resolution`.
+        dropout: dropout rate.
+        resamp_with_conv: whether to change resolution by convolutions.
+        in_channels: channels of the images.
+        resolution: side of the images; other sizes work, too.
+        z_channels: channels of the latent.
+        double_z: whether Z is twice `z_channels`, for a mean and a log-variance.
+        attn_type: see `make_attn`.
+        patch_size: side of the pixel blocks that are folded into channels.
+        linear_skip: whether to add a linear map of each block of f x f pixels to the features.
+        out_ch: ignored; configs share their settings with the decoder.
     """
 
     def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
@@ -147,33 +164,36 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for index, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
             pairs = [(inner, outer)] + [(outer, outer)] * (num_res_blocks - 1)
-            level = _level(pairs, side in attn_resolutions, dropout, attn_type)
+            level = _build_level(pairs, side in attn_resolutions, dropout, attn_type)
             if index < len(ch_mult) - 1:
                 level.downsample = Downsample(outer, resamp_with_conv)
                 side //= 2
             self.down.append(level)
-        self.mid = _middle(widths[-1], dropout, attn_type)
+        self.mid = _build_middle(widths[-1], dropout, attn_type)
         self.norm_out = Normalize(widths[-1])
         self.conv_out = _conv3(widths[-1], 2 * z_channels if double_z else z_channels)
         self.factor = patch_size * 2 ** (len(ch_mult) - 1)
         self.skip = nn.Conv2d(in_channels * self.factor**2, self.conv_out.out_channels, 1) if linear_skip else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode images (B, in_channels, H, W)."""
         pixels = x
         x = self.conv_in(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
         for level in self.down:
-            x = _through_level(level, x)
+            x = _apply_level(level, x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        x = self.conv_out(F.silu(self.norm_out(_through_middle(self.mid, x))))
+        x = self.conv_out(F.silu(self.norm_out(_apply_middle(self.mid, x))))
         return x if self.skip is None else x + self.skip(F.pixel_unshuffle(pixels, self.factor))
 
 
 class Decoder(nn.Module):
-    """Latents (B, z_channels, h, w) to images (B, out_ch, f h, f w); arguments as the Encoder's.
+    """Decode latents (B, z_channels, h, w) to images (B, out_ch, f h, f w).
 
-    `give_pre_end` leaves out the last normalisation and convolution and the linear skip; `tanh_out` squashes the result
-    to (-1, 1).
+    Args (in addition to those of `Encoder`):
+        out_ch: channels of the images.
+        give_pre_end: whether to skip the last normalization, the last convolution and the linear skip.
+        tanh_out: whether to squash the result to (-1, 1).
     """
 
     def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
@@ -186,17 +206,17 @@ class Decoder(nn.Module):
         widths = [ch * factor for factor in ch_mult]
         side = resolution // patch_size // 2 ** (len(widths) - 1)
         self.conv_in = _conv3(z_channels, widths[-1])
-        self.mid = _middle(widths[-1], dropout, attn_type)
+        self.mid = _build_middle(widths[-1], dropout, attn_type)
         levels, inner = [], widths[-1]
         for index in reversed(range(len(widths))):
             pairs = [(inner, widths[index])] + [(widths[index], widths[index])] * num_res_blocks
-            level = _level(pairs, side in attn_resolutions, dropout, attn_type)
+            level = _build_level(pairs, side in attn_resolutions, dropout, attn_type)
             if index > 0:
                 level.upsample = Upsample(widths[index], resamp_with_conv)
                 side *= 2
             levels.append(level)
             inner = widths[index]
-        self.up = nn.ModuleList(reversed(levels))  # numbered from the finest, like the encoder's
+        self.up = nn.ModuleList(reversed(levels))  # the finest level has index 0, as in the encoder
         self.norm_out = Normalize(inner)
         self.conv_out = _conv3(inner, out_ch * patch_size**2)
         self.factor = patch_size * 2 ** (len(widths) - 1)
@@ -204,13 +224,14 @@ class Decoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight whose gradients balance the adversarial loss."""
+        """Weight of the last layer, whose gradients determine the weight of the adversarial loss."""
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:
-        x = _through_middle(self.mid, self.conv_in(z))
+        """Decode latents (B, z_channels, h, w)."""
+        x = _apply_middle(self.mid, self.conv_in(z))
         for level in reversed(self.up):
-            x = _through_level(level, x)
+            x = _apply_level(level, x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
         if self.give_pre_end:

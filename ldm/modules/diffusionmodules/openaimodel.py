@@ -1,6 +1,7 @@
 """The U-Net that predicts the noise (Dhariwal & Nichol 2021, arXiv:2105.05233; Rombach et al. 2022, arXiv:2112.10752).
 
-Shapes: B batch, C channels, H, W of the latent, E = 4 * model_channels the width of the timestep's embedding.
+Shapes: B batch size, C channels, H and W height and width of the latent, E = 4 * model_channels width of the timestep
+embedding.
 """
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.common.errors import UserError
-from ldm.modules.attention import SpatialTransformer, name_text_layers, projected_at_once
+from ldm.modules.attention import SpatialTransformer, name_text_layers, precompute_keys_values
 from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
@@ -26,7 +27,7 @@ from ldm.util import default
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence that hands the timestep's embedding and the context to those of its layers that read them."""
+    """A sequence of layers, which passes the timestep embedding and the context to the layers that read them."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | PromptContext | None = None) -> Tensor:
         for layer in self:
@@ -40,7 +41,7 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repetition, then convolves if `use_conv`; with dims=3 depth stays as it is."""
+    """Double height and width by repetition, then apply a convolution if `use_conv`. With dims=3 the depth stays."""
 
     def __init__(
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
@@ -52,12 +53,12 @@ class Upsample(nn.Module):
             self.conv = conv_nd(dims, channels, default(out_channels, channels), 3, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        larger = F.interpolate(x, scale_factor=self.scale, mode="nearest")
-        return self.conv(larger) if self.use_conv else larger
+        x = F.interpolate(x, scale_factor=self.scale, mode="nearest")
+        return self.conv(x) if self.use_conv else x
 
 
 class Downsample(nn.Module):
-    """Halves height and width, by a strided convolution or by averaging; with dims=3 depth stays as it is."""
+    """Halve height and width, by a strided convolution if `use_conv`, or by averaging. With dims=3 depth stays."""
 
     def __init__(
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
@@ -74,14 +75,18 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the timestep's embedding, with a residual; may change channels and resolution.
+    """A residual block of two convolutions, with the timestep embedding in between.
 
     Args:
-        channels, out_channels: of input and output (None: the same).
+        channels: channels of the input.
         emb_channels: E.
-        use_conv: the residual changes channels by a 3x3 convolution instead of 1x1.
-        use_scale_shift_norm: the embedding scales and shifts the second norm instead of being added.
-        up, down: double or halve the resolution before the first convolution.
+        dropout: dropout rate in front of the second convolution.
+        out_channels: channels of the output; None: the same.
+        use_conv: whether the skip connection changes channels by a 3x3 convolution instead of a 1x1 one.
+        use_scale_shift_norm: whether the embedding scales and shifts the second norm instead of being added.
+        dims: number of spatial dimensions, 1, 2 or 3.
+        use_checkpoint: whether to recompute activations in the backward pass.
+        up, down: whether to double or halve the resolution before the first convolution.
     """
 
     def __init__(
@@ -108,31 +113,33 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, channels, H, W), emb (B, E); returns (B, out_channels, H', W')."""
+        """Compute (B, out_channels, H', W') from x (B, channels, H, W) and emb (B, E)."""
         return checkpoint(self._residual, x, emb, flag=self.use_checkpoint)
 
     def _residual(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self._enter(x)
-        added = self.emb_layers(emb).to(h.dtype)
-        added = added.view(*added.shape, *[1] * (h.dim() - 2))
+        h = self._apply_in_layers(x)
+        emb_out = self.emb_layers(emb).to(h.dtype)
+        emb_out = emb_out.view(*emb_out.shape, *[1] * (h.dim() - 2))
         if self.use_scale_shift_norm:
-            scale, shift = added.chunk(2, dim=1)
+            scale, shift = emb_out.chunk(2, dim=1)
             h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
         else:
-            h = self.out_layers(h + added)
+            h = self.out_layers(h + emb_out)
         return self.skip_connection(x if self.resample is None else self.resample(x)) + h
 
-    def _enter(self, x: Tensor) -> Tensor:
+    def _apply_in_layers(self, x: Tensor) -> Tensor:
         if self.resample is None:
             return self.in_layers(x)
         return self.in_layers[2](self.resample(self.in_layers[:2](x)))
 
 
 class QKVAttention(nn.Module):
-    """Attention on queries, keys and values stacked along the channels: (B, 3*C, L) to (B, C, L).
+    """Attention of queries, keys and values that are stacked along the channels; maps (B, 3*C, L) to (B, C, L).
 
-    `heads_first` tells the order of the stack: each head's q, k and v together (the older order), or all heads' q,
-    then all k, then all v (`use_new_attention_order`).
+    Args:
+        n_heads: number of heads.
+        heads_first: order of the stack. True: q, k and v of the first head, then those of the second (the older order).
+            False: q of all heads, then k, then v (`use_new_attention_order`).
     """
 
     def __init__(self, n_heads: int, heads_first: bool = False) -> None:
@@ -142,14 +149,22 @@ class QKVAttention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         sizes, stack = ((self.n_heads, 3, -1), 2) if self.heads_first else ((3, self.n_heads, -1), 1)
-        parts = qkv.unflatten(1, sizes).transpose(-1, -2).unbind(stack)
-        return F.scaled_dot_product_attention(*parts).transpose(-1, -2).flatten(1, 2)
+        query, key, value = qkv.unflatten(1, sizes).transpose(-1, -2).unbind(stack)
+        return F.scaled_dot_product_attention(query, key, value).transpose(-1, -2).flatten(1, 2)
 
 
 class AttentionBlock(nn.Module):
     """Self-attention over all positions of a feature map of any number of dimensions, with a residual.
 
-    `num_head_channels`, unless -1, decides the number of heads instead of `num_heads`.
+    Args:
+        channels: C.
+        num_heads: number of heads, if `num_head_channels` is -1.
+        num_head_channels: channels per head.
+        use_checkpoint: whether to recompute activations in the backward pass.
+        use_new_attention_order: see `QKVAttention`.
+
+    Raises:
+        UserError: if the channels do not divide into heads.
     """
 
     def __init__(
@@ -168,7 +183,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, ...) to the same shape."""
+        """Map x (B, C, ...) to a tensor of the same shape."""
         return checkpoint(self._residual, x, flag=self.use_checkpoint)
 
     def _residual(self, x: Tensor) -> Tensor:
@@ -177,24 +192,35 @@ class AttentionBlock(nn.Module):
 
 
 class UNetModel(nn.Module):
-    """The U-Net of latent diffusion, with attention to a context where `use_spatial_transformer` is set.
+    """The U-Net of latent diffusion, with attention to a context if `use_spatial_transformer` is set.
 
     Args:
-        image_size: height and width of the latent; kept for reference, any size that the downsampling divides works.
-        num_res_blocks: per level, one number for all levels or one for each.
-        attention_resolutions: downsampling factors (1, 2, 4, ...) at which there is attention.
+        image_size: height and width of the latent, for reference: any size that the downsampling divides works.
+        in_channels, out_channels: channels of the noisy latent and of the prediction.
+        model_channels: channels of the first level.
+        num_res_blocks: number of residual blocks per level, one number for all levels or one for each.
+        attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels with attention.
+        dropout: dropout rate.
         channel_mult: channels of each level, in multiples of `model_channels`.
-        conv_resample: convolve when changing resolution; `resblock_updown` does it by residual blocks instead.
+        conv_resample: whether to change resolution by convolutions.
+        dims: number of spatial dimensions, 1, 2 or 3.
         num_classes: number of classes of a class-conditional model, whose forward takes `y`.
-        num_heads, num_head_channels: give one; the second, if given, decides.
-        num_heads_upsample: number of heads in the upward half, if another (no spatial transformer, legacy only).
-        context_dim: width of the context that the spatial transformers read.
+        use_checkpoint: whether to recompute activations in the backward pass.
+        num_heads, num_head_channels: number of heads, or channels per head; the second has precedence.
+        num_heads_upsample: number of heads in the decoder half, if different (for `AttentionBlock` and legacy only).
+        use_scale_shift_norm: see `ResBlock`.
+        resblock_updown: whether to change resolution by residual blocks.
+        use_new_attention_order: see `QKVAttention`.
+        use_spatial_transformer: whether attention reads a context.
+        transformer_depth: number of transformer blocks per spatial transformer.
+        context_dim: width of the context.
+        n_embed: not supported.
         legacy: how the first models counted heads, see `_attention`.
-        use_linear_in_transformer: as in Stable Diffusion 2.
-        use_fp16: kept for the public configs; `ldm.modules.fast.sixteen_bits` and autocast decide what is computed in 16.
+        use_linear_in_transformer: see `SpatialTransformer`; true for Stable Diffusion 2.
+        use_fp16: ignored, kept for the public configs; `ldm.modules.fast` and autocast choose the precision.
 
     Raises:
-        UserError: a param that is not supported, or params that contradict each other.
+        UserError: if a param is not supported, or params contradict each other.
     """
 
     def __init__(
@@ -208,7 +234,8 @@ class UNetModel(nn.Module):
         use_linear_in_transformer: bool = False,
     ) -> None:
         super().__init__()
-        _refuse_unsupported(n_embed=n_embed)
+        if n_embed:
+            raise UserError("UNetModel: n_embed is not supported; leave it out of the config")
         if num_heads == -1 and num_head_channels == -1:
             raise UserError("UNetModel: give num_heads or num_head_channels")
         if use_spatial_transformer != (context_dim is not None):
@@ -216,7 +243,7 @@ class UNetModel(nn.Module):
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.dims, self.dropout = model_channels, dims, dropout
         self.channel_mult = tuple(channel_mult)
-        self.num_res_blocks = _per_level(num_res_blocks, len(self.channel_mult))
+        self.num_res_blocks = _blocks_per_level(num_res_blocks, len(self.channel_mult))
         self.attention_resolutions = frozenset(attention_resolutions)
         self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
         self.num_classes, self.use_checkpoint = num_classes, use_checkpoint
@@ -229,12 +256,12 @@ class UNetModel(nn.Module):
         self.time_embed = self._time_embedding()
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, self._embedding_channels)
-        self.input_blocks, skips = self._downward_half()
-        self.middle_block = self._middle(skips[-1])
-        self.output_blocks = self._upward_half(skips)
-        last = model_channels * self.channel_mult[0]
+        self.input_blocks, skips = self._build_encoder()
+        self.middle_block = self._build_middle(skips[-1])
+        self.output_blocks = self._build_decoder(skips)
+        channels = model_channels * self.channel_mult[0]
         self.out = nn.Sequential(
-            normalization(last), nn.SiLU(), zero_module(conv_nd(dims, last, out_channels, 3, padding=1))
+            normalization(channels), nn.SiLU(), zero_module(conv_nd(dims, channels, out_channels, 3, padding=1))
         )
         self.text_layers = name_text_layers(self)
 
@@ -246,35 +273,42 @@ class UNetModel(nn.Module):
         width = self._embedding_channels
         return nn.Sequential(linear(self.model_channels, width), nn.SiLU(), linear(width, width))
 
-    def _downward_half(self) -> tuple[nn.ModuleList, list[int]]:
-        """The blocks, and the channels that each of them hands over to the upward half."""
+    def _build_encoder(self) -> tuple[nn.ModuleList, list[int]]:
+        """Return the blocks from high to low resolution, and the channels of their skip connections."""
         channels = self.model_channels
         blocks = [TimestepEmbedSequential(conv_nd(self.dims, self.in_channels, channels, 3, padding=1))]
         skips = [channels]
         for level, multiple in enumerate(self.channel_mult):
+            width = multiple * self.model_channels
             for _ in range(self.num_res_blocks[level]):
-                block = [self._residual(channels, channels := multiple * self.model_channels)]
-                blocks.append(TimestepEmbedSequential(*block, *self._attention_at(level, channels, self.num_heads)))
+                residual = self._residual(channels, width)
+                channels = width
+                attention = self._attention_at(level, channels, self.num_heads)
+                blocks.append(TimestepEmbedSequential(residual, *attention))
                 skips.append(channels)
             if level + 1 < len(self.channel_mult):
                 blocks.append(TimestepEmbedSequential(self._resampling(channels, up=False)))
                 skips.append(channels)
         return nn.ModuleList(blocks), skips
 
-    def _middle(self, channels: int) -> TimestepEmbedSequential:
+    def _build_middle(self, channels: int) -> TimestepEmbedSequential:
         return TimestepEmbedSequential(
             self._residual(channels, channels),
             self._attention(channels, self.num_heads),
             self._residual(channels, channels),
         )
 
-    def _upward_half(self, skips: Sequence[int]) -> nn.ModuleList:
-        waiting, channels, blocks = list(skips), skips[-1], []
+    def _build_decoder(self, skips: Sequence[int]) -> nn.ModuleList:
+        """Return the blocks from low to high resolution; each reads the last skip connection that is left."""
+        remaining_skips, channels = list(skips), skips[-1]
+        blocks = []
         for level, multiple in reversed(list(enumerate(self.channel_mult))):
-            for remaining in reversed(range(self.num_res_blocks[level] + 1)):
-                block = [self._residual(channels + waiting.pop(), channels := multiple * self.model_channels)]
+            width = multiple * self.model_channels
+            for index in range(self.num_res_blocks[level] + 1):
+                block: list[nn.Module] = [self._residual(channels + remaining_skips.pop(), width)]
+                channels = width
                 block += self._attention_at(level, channels, self.num_heads_upsample)
-                if level and not remaining:
+                if level and index == self.num_res_blocks[level]:
                     block.append(self._resampling(channels, up=True))
                 blocks.append(TimestepEmbedSequential(*block))
         return nn.ModuleList(blocks)
@@ -294,10 +328,10 @@ class UNetModel(nn.Module):
         return [self._attention(channels, heads)] if 2 ** level in self.attention_resolutions else []
 
     def _attention(self, channels: int, block_heads: int) -> nn.Module:
-        """Attention for this many channels, in `num_heads` heads, or in heads of `num_head_channels` if that is given.
+        """Build the attention for `channels`, with `num_heads` heads, or with heads of `num_head_channels` if given.
 
-        One exception: an `AttentionBlock` of a legacy model without `num_head_channels` has `block_heads` heads. (In
-        the public code `legacy` seems to decide more, but where channels divide into heads nothing else remains.)
+        There is one exception: an `AttentionBlock` of a legacy model without `num_head_channels` has `block_heads`
+        heads. (In the public code `legacy` seems to affect more. But if the channels divide into heads, this is all.)
         """
         by_width = self.num_head_channels != -1
         heads = channels // self.num_head_channels if by_width else self.num_heads
@@ -318,11 +352,11 @@ class UNetModel(nn.Module):
         self, x: Tensor, timesteps: Tensor | None = None, context: Tensor | PromptContext | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
-        """Predicts the noise (or what else the model was trained for).
+        """Predict the noise, or whatever else the model was trained to predict.
 
         Args:
             x: noisy latents (B, in_channels, H, W).
-            timesteps: (B,), counted as in training, 0 .. T-1.
+            timesteps: (B,), training timesteps from 0 to T - 1.
             context: encoded prompts (B, N, context_dim), for a model with `context_dim`.
             y: class labels (B,), for a model with `num_classes`.
 
@@ -330,32 +364,37 @@ class UNetModel(nn.Module):
             (B, out_channels, H, W)
 
         Raises:
-            ValueError: timesteps, context or labels are missing, or given to a model that does not read them.
+            ValueError: if timesteps, context or labels are missing, or given to a model that does not read them.
         """
         self._check_inputs(timesteps, context, y)
         if self.dtype == torch.float32:
             return self._predict(x, timesteps, context, y)
-        with torch.autocast(x.device.type, enabled=False):  # it would turn norms back to 32 bits
+        with torch.autocast(x.device.type, enabled=False):  # autocast would compute norms in 32 bits
             return self._predict(x.to(self.dtype), timesteps, context, y).to(x.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights; see `ldm.modules.fast.sixteen_bits`."""
+        """The dtype of the weights; 16 bits after `ldm.modules.fast.sixteen_bits.to_sixteen_bits`."""
         return self.out[-1].weight.dtype
 
     def _predict(self, x: Tensor, timesteps: Tensor, context: Tensor | PromptContext | None, y: Tensor | None
                  ) -> Tensor:
+        # Embed the timesteps and the classes.
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         if y is not None:
             emb = emb + self.label_emb(y)
-        context = projected_at_once(context, self.text_layers)
-        passed = []
+
+        # Compute the keys and values of the prompts, those of all layers at once. Concepts edit them here.
+        context = precompute_keys_values(context, self.text_layers)
+
+        # Go down to the lowest resolution and up again, with skip connections.
+        skips = []
         for block in self.input_blocks:
             x = block(x, emb, context)
-            passed.append(x)
+            skips.append(x)
         x = self.middle_block(x, emb, context)
         for block in self.output_blocks:
-            x = block(torch.cat([x, passed.pop()], dim=1), emb, context)
+            x = block(torch.cat([x, skips.pop()], dim=1), emb, context)
         return self.out(x)
 
     def _check_inputs(
@@ -371,15 +410,10 @@ class UNetModel(nn.Module):
                 raise ValueError(f"this UNetModel {'needs' if needed else 'has no use for'} {name}")
 
 
-def _refuse_unsupported(**params: object) -> None:
-    given = [name for name, value in params.items() if value]
-    if given:
-        raise UserError(f"UNetModel: {', '.join(given)} is not supported; leave it out of the config")
-
-
-def _per_level(numbers: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    if isinstance(numbers, int):
-        return (numbers,) * levels
-    if len(numbers) != levels:
-        raise UserError(f"num_res_blocks has {len(numbers)} entries, channel_mult {levels}; give one per level")
-    return tuple(numbers)
+def _blocks_per_level(num_res_blocks: int | Sequence[int], levels: int) -> tuple[int, ...]:
+    """Return `num_res_blocks` with one entry per level."""
+    if isinstance(num_res_blocks, int):
+        return (num_res_blocks,) * levels
+    if len(num_res_blocks) != levels:
+        raise UserError(f"num_res_blocks has {len(num_res_blocks)} entries, channel_mult {levels}; give one per level")
+    return tuple(num_res_blocks)

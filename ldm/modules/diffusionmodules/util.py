@@ -1,4 +1,4 @@
-"""Building blocks that U-Net and autoencoder share, noise schedules, and the step tables of DDIM."""
+"""Noise schedules, the timesteps of DDIM, and the building blocks of the U-Net."""
 from __future__ import annotations
 
 import math
@@ -21,10 +21,10 @@ NORM_GROUPS = 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Noise schedules. beta_t is the variance added at step t of T; alpha_bar_t = prod_{s<=t} (1 - beta_s).
+# Noise schedules. beta_t is the variance that step t of T adds; alpha_bar_t = prod_{s<=t} (1 - beta_s).
 
 def _cosine_betas(steps: int, offset: float, largest: float = 0.999) -> np.ndarray:
-    """Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17: alpha_bar follows a squared cosine."""
+    """Return the betas of which alpha_bar is a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17)."""
     phase = (np.arange(steps + 1, dtype=np.float64) / steps + offset) / (1 + offset) * np.pi / 2
     alpha_bar = np.cos(phase) ** 2
     return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, largest)
@@ -33,16 +33,20 @@ def _cosine_betas(steps: int, offset: float, largest: float = 0.999) -> np.ndarr
 def make_beta_schedule(
     schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
 ) -> np.ndarray:
-    """beta_1 ... beta_T in float64, shape (n_timestep,).
+    """Compute beta_1 ... beta_T.
 
     Args:
-        schedule: "linear" (the square root of beta is what grows linearly, as latent diffusion has it), "sqrt_linear"
-            (beta itself grows linearly, the DDPM paper's schedule), "sqrt" (square roots of those) or "cosine".
-        linear_start, linear_end: the first and the last beta; "cosine" does not read them.
-        cosine_s: the offset that keeps the first betas of "cosine" away from zero.
+        schedule: "linear" (the square root of beta is linear in t, as in latent diffusion), "sqrt_linear" (beta is
+            linear in t, as in the DDPM paper), "sqrt" (beta is the square root of a linear function) or "cosine".
+        n_timestep: T.
+        linear_start, linear_end: first and last beta; "cosine" ignores them.
+        cosine_s: offset that keeps the first betas of "cosine" away from zero.
+
+    Returns:
+        (T,) float64
 
     Raises:
-        UserError: the schedule is none of the four.
+        UserError: if the schedule is none of the four.
     """
     tables: dict[str, Callable[[], np.ndarray]] = {
         "linear": lambda: np.linspace(math.sqrt(linear_start), math.sqrt(linear_end), n_timestep) ** 2,
@@ -56,14 +60,23 @@ def make_beta_schedule(
 
 
 def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int) -> np.ndarray:
-    """The S of the T training timesteps that DDIM visits, ascending, shape (S,), each in 0 .. T-1.
+    """Choose the S of the T training timesteps that DDIM visits.
 
-    "uniform" spaces them evenly, "quad" quadratically over the first 80 % (Song et al. 2020, arXiv:2010.02502,
-    appendix D.2). They are moved up by one, as in latent diffusion, unless that would leave the schedule: every S up
-    to T is possible, whether or not it divides T.
+    The timesteps are moved up by one, as in latent diffusion, unless that would leave the schedule. So S may be any
+    number up to T, whether or not it divides T.
+
+    Args:
+        ddim_discr_method: "uniform" for even spacing, or "quad" for quadratic spacing over the first 80 %.
+        num_ddim_timesteps: S.
+        num_ddpm_timesteps: T.
+
+    Returns:
+        (S,) integers from 0 to T - 1, ascending.
 
     Raises:
-        UserError: the method is unknown, or S is not within 1 .. T.
+        UserError: if the method is unknown, or S is not from 1 to T.
+
+    Source: Song et al. 2020 (arXiv:2010.02502), appendix D.2.
     """
     if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
         raise UserError(f"{num_ddim_timesteps} sampling steps: give a number from 1 to {num_ddpm_timesteps}")
@@ -77,15 +90,21 @@ def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddp
 
 
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
-    """`a[t]` for timesteps t (B,), shaped (B, 1, ..., 1) to broadcast against a tensor of shape `x_shape`."""
+    """Return `a[t]` for timesteps t (B,), shaped (B, 1, ..., 1) so that it broadcasts to `x_shape`."""
     return a[t].view(-1, *[1] * (len(x_shape) - 1))
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-    """Sinusoids of the timesteps: (B,), fractions allowed, to (B, dim) in float32; cosines first, then sines.
+    """Embed timesteps by sinusoids whose frequencies fall geometrically from 1 to 1/max_period.
 
-    Frequencies fall geometrically from 1 to 1/max_period (Vaswani et al. 2017, section 3.5); an odd `dim` is padded
-    with a zero column.
+    Args:
+        timesteps: (B,), not necessarily integers.
+        dim: width of the embedding.
+
+    Returns:
+        (B, dim) float32: the cosines, then the sines, then a zero if `dim` is odd.
+
+    Source: Vaswani et al. 2017, section 3.5.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
@@ -98,37 +117,37 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
 # Layers.
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalization whose sums are float32 whatever the input is; gives the input's dtype back."""
+    """Group normalization with statistics in float32. The result has the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:  # of 16 bits, too, torch adds up in 32
+        if x.dtype == self.weight.dtype:  # torch computes the statistics of 16-bit inputs in float32, too
             return super().forward(x)
-        scaled = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-        return scaled.to(x.dtype)
+        normalized = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        return normalized.to(x.dtype)
 
 
 def normalization(channels: int) -> GroupNorm32:
-    """The norm of the residual blocks: 32 groups, epsilon 1e-5."""
+    """Return the norm of the residual blocks, with 32 groups and epsilon 1e-5."""
     return GroupNorm32(NORM_GROUPS, channels)
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """A convolution over `dims` (1, 2 or 3) spatial dimensions; all else as torch.nn.ConvNd takes it."""
+    """Return a convolution over 1, 2 or 3 spatial dimensions; the other arguments are those of `torch.nn.Conv2d`."""
     return CONVOLUTIONS[dims](*args, **kwargs)
 
 
 def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """Average pooling over `dims` (1, 2 or 3) spatial dimensions; all else as torch.nn.AvgPoolNd takes it."""
+    """Return an average pooling over 1, 2 or 3 dimensions; the other arguments are those of `torch.nn.AvgPool2d`."""
     return AVERAGE_POOLS[dims](*args, **kwargs)
 
 
 def linear(*args: Any, **kwargs: Any) -> nn.Linear:
-    """A torch.nn.Linear."""
+    """Return a `torch.nn.Linear`."""
     return nn.Linear(*args, **kwargs)
 
 
 def zero_module(module: Module) -> Module:
-    """Sets all parameters of `module` to zero, so that its residual branch starts as nothing; returns it."""
+    """Set all parameters of `module` to zero, so that its residual branch starts at zero, and return it."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
@@ -136,12 +155,12 @@ def zero_module(module: Module) -> Module:
 
 
 def checkpoint(function: Callable[..., Tensor], *inputs: Any, flag: bool) -> Tensor:
-    """`function(*inputs)`, its activations recomputed in the backward pass when `flag` is set and gradients are on.
+    """Call `function(*inputs)`. If `flag` is set, recompute its activations in the backward pass to save memory.
 
-    Inputs need not be tensors, and frozen parameters or tensors that arrive by closure keep their proper gradients.
+    Inputs need not be tensors. Frozen parameters, and tensors that the function closes over, get the right gradients.
     """
     if flag and torch.is_grad_enabled():
-        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        return recompute_in_backward(function, *inputs, use_reentrant=False,
-                                     preserve_rng_state=not captured)  # a graph cannot ask for it
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        # The state of the random generator cannot be read while a CUDA graph is captured.
+        return recompute_in_backward(function, *inputs, use_reentrant=False, preserve_rng_state=not capturing)
     return function(*inputs)

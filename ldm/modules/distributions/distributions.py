@@ -1,4 +1,4 @@
-"""The Gaussian that a KL autoencoder's encoder describes."""
+"""The Gaussian posterior of a KL autoencoder."""
 from __future__ import annotations
 
 import torch
@@ -8,11 +8,13 @@ from ldm.util import to_device
 
 
 class DiagonalGaussianDistribution:
-    """N(mean, exp(logvar)) for every element of a latent.
+    """A distribution of latents whose elements are independent: N(mean, exp(logvar)).
 
     Args:
-        parameters: (B, 2z, h, w), the means followed by the logarithms of the variances (clamped to [-30, 20]).
-        deterministic: samples are the mean, and the variance counts as zero.
+        parameters: (B, 2z, h, w), the means, then the logarithms of the variances, which are clamped to [-30, 20].
+        deterministic: whether the variance is zero, so that every sample is the mean.
+
+    Source: Rombach et al., CVPR 2022, appendix G.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
@@ -30,16 +32,17 @@ class DiagonalGaussianDistribution:
         return self.std.square()
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, (B, z, h, w); a generator makes it repeatable."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=generator.device if generator else
-                            self.mean.device, dtype=self.mean.dtype)
+        """Return a random sample (B, z, h, w). A generator makes it reproducible."""
+        device = generator.device if generator else self.mean.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + self.std * to_device(noise, self.mean.device)
 
     def mode(self) -> Tensor:
+        """Return the most likely latent (B, z, h, w), which is the mean."""
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL(self || N(0, 1)) summed over each latent, (B,)."""
+        """Return KL(self || N(0, 1)), summed over each latent, (B,)."""
         if self.deterministic:
             return self.mean.new_zeros(len(self.mean))
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)

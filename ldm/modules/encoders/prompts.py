@@ -7,7 +7,7 @@ How a prompt reaches a layer
 2. `PromptEncoder.encode_tokens` looks up the embedding of each token in `token_table`. Where the token is a
    placeholder, it takes the concept's learned vector instead.
 3. `PromptEncoder.encode_embedded`, the transformer of a subclass, turns embeddings into encodings e, (B, N, d).
-4. `ldm.modules.context.Edit.context` computes what the edit needs of e: the gates and e_perp (Eq. 3 of Perfusion).
+4. `ldm.modules.edit.Edit.context` computes what the edit needs of e: the gates and e_perp (Eq. 3 of Perfusion).
    The result is a `PromptContext`. Prompts without concepts skip this step, or become a `PromptContext.plain`.
 5. `ldm.models.diffusion.wrapper.DiffusionWrapper` passes the context to the U-Net
    (`ldm.modules.diffusionmodules.openaimodel.UNetModel`), which hands it to every cross-attention layer.

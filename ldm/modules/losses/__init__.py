@@ -1,4 +1,4 @@
-"""Losses of first stages; public configs name the first one from here."""
+"""Losses that train first stages. Public configs name `LPIPSWithDiscriminator` at this path."""
 from __future__ import annotations
 
 from ldm.modules.losses.contperceptual import LPIPSWithDiscriminator

@@ -1,4 +1,4 @@
-"""How different two pictures look: LPIPS on VGG16's features.
+"""LPIPS, a perceptual distance between images, on VGG16's features.
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (CVPR 2018), equation 1.
 """
@@ -13,45 +13,47 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.load import read_state_dict
 from ldm.common.errors import UserError
+from ldm.common.paths import resolve_path
 
-SOURCES = {  # file: what it is, under the name that its authors gave it
+SOURCES = {  # file name -> what the file is; the names are the authors'
     "vgg16-397923af.pth": "torchvision's VGG16 weights (IMAGENET1K_V1)",
     "vgg.pth": "LPIPS 0.1's weights for VGG (weights/v0.1/vgg.pth of richzhang/PerceptualSimilarity)",
 }
-# The convolutions' places in torchvision's `vgg16().features`, block by block: each is followed by a ReLU, and blocks
-# are parted by a 2x2 max pooling. What a block ends in is compared.
+# Indices of the convolutions in torchvision's `vgg16().features`, block by block. A ReLU follows each convolution, and
+# a 2x2 max pooling separates the blocks. LPIPS compares the outputs of the blocks.
 BLOCKS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-MEAN, SPREAD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet's pixels, on a scale of -1 to 1
+MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet's pixels in [-1, 1]
 
 
 class LPIPS(nn.Module):
-    """The distance between pictures, read from two files of weights; of any width, as the weights have it.
+    """The LPIPS distance between images.
 
-    Weights are buffers that no checkpoint holds: they never change, and whoever trains has the files.
+    The weights are buffers that are not saved in checkpoints: they never change, and training reads them from files.
 
     Args:
-        vgg: `features.<place>.weight` and `.bias` of VGG16.
-        linear: `lin<block>.model.1.weight`, (1, channels, 1, 1), how much each feature counts.
+        vgg: VGG16's weights, `features.<index>.weight` and `features.<index>.bias`.
+        linear: the weight of each feature, `lin<block>.model.1.weight`, (1, channels, 1, 1).
     """
 
     def __init__(self, vgg: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> None:
         super().__init__()
-        constants = {"mean": torch.tensor(MEAN).view(3, 1, 1), "spread": torch.tensor(SPREAD).view(3, 1, 1)}
-        for block, places in enumerate(BLOCKS):
+        constants = {"mean": torch.tensor(MEAN).view(3, 1, 1), "std": torch.tensor(STD).view(3, 1, 1)}
+        for block, convolutions in enumerate(BLOCKS):
             constants[f"linear{block}"] = linear[f"lin{block}.model.1.weight"]
-            for place in places:
-                constants |= {f"{kind}{place}": vgg[f"features.{place}.{kind}"] for kind in ("weight", "bias")}
+            for index in convolutions:
+                for kind in ("weight", "bias"):
+                    constants[f"{kind}{index}"] = vgg[f"features.{index}.{kind}"]
         for name, value in constants.items():
             self.register_buffer(name, value.float(), persistent=False)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> LPIPS:
-        """The network of the files that `SOURCES` names.
+        """Load the files that `SOURCES` names from a folder.
 
         Raises:
-            UserError: one of them is missing, or is something else.
+            UserError: if a file is missing, or holds other weights.
         """
-        paths = [Path(folder) / name for name in SOURCES]
+        paths = [resolve_path(folder) / name for name in SOURCES]
         for path, source in zip(paths, SOURCES.values(), strict=True):
             if not path.is_file():
                 raise UserError(f"{path}: the perceptual loss needs this file, {source}; put it there, or set "
@@ -60,23 +62,28 @@ class LPIPS(nn.Module):
         try:
             return cls(vgg, linear)
         except KeyError as error:
-            raise UserError(f"{folder}: {' or '.join(SOURCES)} is another network's (no {error.args[0]} in it); "
+            raise UserError(f"{folder}: {' or '.join(SOURCES)} holds other weights ({error.args[0]} is missing); "
                             "download it again") from None
 
     def features(self, images: Tensor) -> Iterator[Tensor]:
-        """What each block gives for pictures (B, 3, H, W) in [-1, 1], scaled to length 1 over channels."""
-        x = (images - self.mean) / self.spread
-        for block, places in enumerate(BLOCKS):
+        """Compute the output of each block for images (B, 3, H, W) in [-1, 1], normalized over channels."""
+        x = (images - self.mean) / self.std
+        for block, convolutions in enumerate(BLOCKS):
             x = F.max_pool2d(x, 2) if block else x
-            for place in places:
-                weight, bias = getattr(self, f"weight{place}"), getattr(self, f"bias{place}")
+            for index in convolutions:
+                weight, bias = getattr(self, f"weight{index}"), getattr(self, f"bias{index}")
                 x = F.relu(F.conv2d(x, weight, bias, padding=1))
             yield x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
 
     def forward(self, inputs: Tensor, reconstructions: Tensor) -> Tensor:
-        """(B, 1, 1, 1) distances; gradients reach the reconstructions only."""
+        """Compute distances (B, 1, 1, 1). Gradients reach the reconstructions only.
+
+        Source: Zhang et al., equation 1.
+        """
         with torch.no_grad():
             targets = list(self.features(inputs))
-        pairs = enumerate(zip(targets, self.features(reconstructions), strict=True))
-        return sum(F.conv2d((target - found).square(), getattr(self, f"linear{block}")).mean((2, 3), keepdim=True)
-                   for block, (target, found) in pairs)
+        distance: Tensor | int = 0
+        for block, (target, feature) in enumerate(zip(targets, self.features(reconstructions), strict=True)):
+            weighted = F.conv2d((target - feature).square(), getattr(self, f"linear{block}"))
+            distance = distance + weighted.mean((2, 3), keepdim=True)
+        return distance

@@ -6,21 +6,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ldm.modules.losses.adversarial import AdversarialLoss, named
+from ldm.modules.losses.adversarial import AdversarialLoss, log_entries
 
 
 def codebook_use(codes: Tensor, n_embed: int) -> tuple[Tensor, Tensor]:
-    """Perplexity of the codes of a batch, and how many different ones there are; at most `n_embed` each."""
-    shares = torch.bincount(codes.flatten(), minlength=n_embed).float() / codes.numel()
-    return torch.special.entr(shares).sum().exp(), (shares > 0).sum().float()
+    """Measure how much of a codebook a batch uses.
+
+    Args:
+        codes: indices of any shape.
+        n_embed: size of the codebook.
+
+    Returns:
+        The perplexity of the codes and the number of distinct codes, each at most `n_embed`.
+    """
+    frequencies = torch.bincount(codes.flatten(), minlength=n_embed).float() / codes.numel()
+    return torch.special.entr(frequencies).sum().exp(), (frequencies > 0).sum().float()
 
 
 class VQLPIPSWithDiscriminator(AdversarialLoss):
-    """Mean distance plus `codebook_weight` times the quantizer's loss, plus the adversarial terms.
+    """The mean distance, plus `codebook_weight` times the quantizer's loss, plus the adversarial losses.
 
-    Args (beside those of `AdversarialLoss`):
-        codebook_weight: of the quantizer's loss.
-        n_classes: size of the codebook; where given, its use is logged.
+    Args (in addition to those of `AdversarialLoss`):
+        codebook_weight: weight of the quantizer's loss.
+        n_classes: size of the codebook; if given, its use is logged.
         perceptual_loss: kept for the public configs; must be "lpips".
         pixel_loss: absolute ("l1") or squared ("l2") differences of pixels.
     """
@@ -37,13 +45,17 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
 
     def forward(self, inputs: Tensor, reconstructions: Tensor, codebook_loss: Tensor, codes: Tensor,
                 split: str = "train", *, step: int, last_layer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pictures (B, C, H, W) in [-1, 1] to (loss of autoencoder and discriminator together, numbers to log)."""
+        """Compute the loss of images (B, C, H, W) in [-1, 1].
+
+        Returns:
+            The sum of the autoencoder's and the discriminator's losses, and values to log.
+        """
         distances, perceptual = self.distances(inputs, reconstructions)
         nll = distances.mean()
-        fooling, telling, log = self.adversarial(inputs, reconstructions, nll, step, last_layer)
-        loss = nll + self.codebook_weight * codebook_loss.mean() + fooling
+        generator_loss, discriminator_loss, log = self.adversarial(inputs, reconstructions, nll, step, last_layer)
+        loss = nll + self.codebook_weight * codebook_loss.mean() + generator_loss
         log |= {"total_loss": loss, "quant_loss": codebook_loss, "nll_loss": nll, "rec_loss": distances,
                 "p_loss": perceptual}
         if self.n_classes is not None:
             log["perplexity"], log["cluster_usage"] = codebook_use(codes, self.n_classes)
-        return loss + telling, named(log, split)
+        return loss + discriminator_loss, log_entries(log, split)
