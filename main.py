@@ -1,33 +1,28 @@
-"""Trains whatever a config describes: a concept, a base model, a first stage.
+"""Train what a config describes: a concept, a base model, a first stage.
 
     python main.py --base configs/perfusion.yaml
     python main.py --base configs/perfusion.yaml --data_root photos/ --init_word "teddy bear" --placeholder "<my-teddy>"
 """
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
+from ldm.cli.training import parse_training_options
 from ldm.common.errors import one_line_errors
-from ldm.training.config import get_parser
+from ldm.util import forward_names
 
-# Public configs name these as `main.…`. Imported when they are asked for: torch and Lightning take their time.
-NAMES = {"DataModuleFromConfig": "ldm.data.module", "ImageLogger": "ldm.training.callbacks",
-         "SetupCallback": "ldm.training.callbacks"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in NAMES:
-        raise AttributeError(f"main has no {name}")
-    return getattr(import_module(NAMES[name]), name)
+# Public configs name these as `main.…`.
+__getattr__ = forward_names(__name__, {
+    "DataModuleFromConfig": "ldm.data.module",
+    "ImageLogger": "ldm.training.callbacks",
+    "SetupCallback": "ldm.training.callbacks",
+})
 
 
 @one_line_errors
 def main() -> None:
-    get_parser().parse_known_args()  # for --help and mistyped flags, which are so answered at once
-    from ldm.training.run import main as train
+    options = parse_training_options()  # before torch is imported: --help and mistyped flags are answered at once
+    from ldm.training.run import train
 
-    train()
+    train(options)
 
 
 if __name__ == "__main__":

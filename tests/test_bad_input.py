@@ -14,19 +14,20 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers.training_setup import BASE, ROOT
+from helpers.training_setup import BASE, ROOT, run_main
 from PIL import Image
 
 import merge_embeddings
 from ldm.checkpoints.load import load_model
 from ldm.common.errors import one_line_errors
 from ldm.common.files import load_tensors, save_tensors
-from ldm.concepts.concept import Concept, base_fingerprint, save_perfusion_concepts
+from ldm.concepts.concept import Concept
+from ldm.concepts.concept_file import save_perfusion_concepts
+from ldm.concepts.fingerprint import base_fingerprint
 from ldm.inference.sampling import read_model_config
 from ldm.modules.attention import name_text_layers
 from ldm.modules.covariance import save_covariance
-from ldm.training.log_folder import folder_for
-from ldm.training.run import main as train
+from ldm.training.log_folder import log_folder
 
 TEDDY = ROOT / "models" / "mini" / "examples" / "teddy"
 MINI = "models/mini/model.safetensors"
@@ -40,7 +41,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-MAIN = one_line_errors(train)
+MAIN = one_line_errors(run_main)
 TXT2IMG = script("txt2img").main
 COVARIANCE = script("compute_covariance").main
 MERGE = merge_embeddings.main
@@ -125,7 +126,7 @@ def _concepts(folder: Path) -> None:
         "good": good, "foreign": replace(good, base="0" * 64, placeholder="<x>"),
         "odd_word": replace(good, embedding=narrow[None]),
         "odd_input": replace(good, target_input=narrow, super_input=narrow),
-        "odd_layers": replace(good, target_output_v={"elsewhere": narrow}),
+        "odd_layers": replace(good, target_outputs_v={"elsewhere": narrow}),
     }.items():
         save_perfusion_concepts(folder / f"{name}.concept", [concept])
     save_perfusion_concepts(folder / "concept.safetensors", [good])
@@ -178,7 +179,7 @@ UNKNOWN_KEYS = [
     "model.params.unet_config.params.foo=1", "model.params.first_stage_config.params.ddconfig.foo=1",
     "model.params.cond_stage_config.params.foo=1", "data.foo=1", "data.params.foo=1", "data.params.train.foo=1",
     "data.params.train.params.foo=1", "lightning.foo=1", "lightning.trainer.foo=1", "lightning.modelcheckpoint.foo=1",
-    "lightning.callbacks.pictures.foo=1", "lightning.callbacks.pictures.params.foo=1",
+    "lightning.callbacks.previews.foo=1", "lightning.callbacks.previews.params.foo=1",
 ]
 OVERRIDES = [
     ("model", "neither a flag"), ("a.b=[1", "not readable"), ("model.target=nope.Nope", "nope.Nope"),
@@ -199,7 +200,7 @@ OVERRIDES = [
     ("lightning.trainer=3", "lightning.trainer"), ("lightning.trainer.max_steps=x", "max_steps"),
     ("lightning.trainer.max_steps=0", "max_steps 0"), ("lightning.trainer.accumulate_grad_batches=0", "accumulate"),
     ("lightning.trainer.max_epochs=x", "max_epochs"), ("lightning.modelcheckpoint.every_n_train_steps=-3", "-3"),
-    ("lightning.callbacks.pictures.params.prompts=[]", "0 prompts"), ("model.base_learning_rate=x", "base_learning"),
+    ("lightning.callbacks.previews.params.prompts=[]", "0 prompts"), ("model.base_learning_rate=x", "base_learning"),
 ]
 FLAGS = [
     (("--data_rot", "photos"), "--data_rot: neither a flag"), (("--max_steps", "x"), "'x' is no whole number"),
@@ -207,7 +208,7 @@ FLAGS = [
     (("-s", "99999999999"), "less than 4294967296"), (("-t", "perhaps"), "true or false"),
     (("--precision", "nonsense"), "precision must be one of"), (("--accelerator", "nonsense"), "'nonsense'"),
     (("--devices", "0"), "devices"), (("--devices", "nonsense"), "devices"), (("-n", "../x"), "--name ../x"),
-    (("-l", "{here}/file"), "--logdir"), (("-l", "{here}/file/logs"), "is no folder"),
+    (("-l", "{here}/file"), "--logdir"), (("-l", "{here}/file/logs"), "is not a folder"),
     (("--placeholder", "two words"), "'two words': must be a word without white space"),
     (("--placeholder", ""), "placeholder"), (("--masks", "{here}/none"), "no such folder"),
     (("--masks", "{here}/empty"), "no pictures"), (("--masks", "{here}/few_masks"), "no mask for 1.png"),
@@ -228,8 +229,8 @@ BASES = [
 ]
 WHEN_SET_UP = [  # found after Lightning has begun, in the base model's company
     (("--init_word", ""), "no super-category"), (("--init_word", " "), "no super-category"),
-    (("--init_word", "🧸"), "never taught the word 🧸; give another"), (("--init_word", "!!!"), "no word in it"),
-    (("--init_word", "\u200b"), "no word in it"), (("--init_word", "qzxvk"), "never taught the word qzxvk"),
+    (("--init_word", "🧸"), "does not know the word 🧸; give another"), (("--init_word", "!!!"), "no word in it"),
+    (("--init_word", "\u200b"), "no word in it"), (("--init_word", "qzxvk"), "does not know the word qzxvk"),
     (("--init_word", "<my-teddy>"), "holds a placeholder"), (("--init_word", "teddy " * 60), "shorten it"),
     (("--placeholder", "photo"), "stands in the training sentences by itself"),
     (("model.params.ckpt_path=null",), "--actual_resume"),
@@ -324,23 +325,23 @@ def test_photos_that_cannot_be_read_are_named_and_the_others_used(
 def test_folders_that_cannot_be_written_to(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldm.common.command_line.os.access", lambda *_: False)  # to root nothing is read-only
     for main, arguments in ((MAIN, (*BASE, "-l")), (TXT2IMG, ("--prompt", "a dog", "--outdir"))):
-        assert "cannot be written to; choose another place" in refusal(main, *arguments, "{out}/deep")
+        assert "cannot be written to; choose another path" in refusal(main, *arguments, "{out}/deep")
 
 
 def test_a_run_that_fails_early_takes_its_folder_along(tmp_path: Path) -> None:
     for wanted, begun in (("new/deep/run", False), ("begun/run", True)):
-        with pytest.raises(KeyboardInterrupt), folder_for(tmp_path / wanted, lambda begun=begun: begun) as folder:
+        with pytest.raises(KeyboardInterrupt), log_folder(tmp_path / wanted, lambda begun=begun: begun) as folder:
             (folder / "file").write_text("")
             raise KeyboardInterrupt
         assert (tmp_path / wanted / "file").is_file() == begun
-    with folder_for(tmp_path / "only/looked/at", lambda: False):
+    with log_folder(tmp_path / "only/looked/at", lambda: False):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["begun"]
 
 
 def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
-    with folder_for(tmp_path / "now_cat", lambda: True) as first, pytest.raises(KeyError), \
-            folder_for(tmp_path / "now_cat", lambda: False) as second:
+    with log_folder(tmp_path / "now_cat", lambda: True) as first, pytest.raises(KeyError), \
+            log_folder(tmp_path / "now_cat", lambda: False) as second:
         (first / "concept").write_text("first")
         (second / "concept").write_text("second")
         raise KeyError
@@ -369,7 +370,7 @@ DRAWN = [
     (("--prompt", "a dog", "--config", "configs/perfusion-sd-v1.yaml"), "name its checkpoint with --ckpt"),
     (("--prompt", "a dog", "--ckpt", "{here}/odd.safetensors"), "keys missing"),
     (("--prompt", "a dog", "--ckpt", "{here}/hostile.ckpt"), "holds more than weights"),
-    (("--prompt", "a dog", "--outdir", "{here}/file"), "is no folder"), (("--promt", "a dog"), "--promt"),
+    (("--prompt", "a dog", "--outdir", "{here}/file"), "is not a folder"), (("--promt", "a dog"), "--promt"),
 ]
 OTHERS = [
     (MERGE, ("--manager_ckpts", "{here}/good.concept", "{here}/foreign.concept"), "only concepts of one base model"),
@@ -380,7 +381,7 @@ OTHERS = [
     (COVARIANCE, ("--captions", "{here}/none.txt"), "one caption per line"),
     (COVARIANCE, ("--captions", MINI), "not a UTF-8 text file"), (COVARIANCE, ("--limit", "0"), "1 or more"),
     (COVARIANCE, ("--captions", "{here}/file", "--ckpt", "{here}/odd.safetensors"), "keys missing"),
-    (COVARIANCE, ("--output", "{here}"), "is a folder"), (COVARIANCE, ("--output", "{here}/file/x"), "is no folder"),
+    (COVARIANCE, ("--output", "{here}"), "is a folder"), (COVARIANCE, ("--output", "{here}/file/x"), "is not a folder"),
 ]
 
 
@@ -406,8 +407,8 @@ def test_what_is_not_seen_in_a_prompt_is_a_warning(
     TXT2IMG(["--concept", str(here / "good.concept"), "--prompt", "a dog, qzxvk!", "--outdir", str(tmp_path),
              "--ddim_steps", "1", "--n_samples", "1", "--device", "cpu"])
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ["warning: concept <my-teddy> is loaded, but its word does not stand in the prompt",
-                        "warning: this text encoder was never taught qzxvk; pictures will not follow"]
+    assert warnings == ["warning: concept <my-teddy> is loaded, but its word does not occur in the prompt",
+                        "warning: this text encoder does not know qzxvk; images will not show it"]
 
 
 @pytest.mark.parametrize("command", [

@@ -16,7 +16,7 @@ from helpers.training_setup import BASE, ROOT, process_output
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ldm.concepts.concept import load_perfusion_concepts
+from ldm.concepts.concept_file import load_perfusion_concepts
 
 STEPS = 30
 SAMPLING = ("--n_samples", 1, "--ddim_steps", 12, "--seed", 3)
@@ -39,7 +39,7 @@ def teddy(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def teapot(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return taught(tmp_path_factory.mktemp("teapot"), "--data_root", "models/mini/examples/teapot", "--init_word",
-                  "teapot", "--placeholder", "<my-teapot>", "lightning.callbacks.pictures.params.steps=3")
+                  "teapot", "--placeholder", "<my-teapot>", "lightning.callbacks.previews.params.num_inference_steps=3")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_run_leaves_a_small_concept(teddy: SimpleNamespace) -> None:
     assert (concept.placeholder, concept.super_category, concept.steps) == ("<my-teddy>", "teddy bear", STEPS)
     assert (concept.bias, concept.temperature, concept.projection) == (0.75, 0.1, "gated")
     assert concept.embedding.shape == (1, 128) and concept.target_input.shape == (128,)
-    assert concept.target_output_v and not concept.target_output_k
+    assert concept.target_outputs_v and not concept.target_outputs_k
 
 
 def test_a_log_folder_shows_and_keeps_the_run(teddy: SimpleNamespace) -> None:

@@ -1,0 +1,17 @@
+"""Methods that learn concepts from a few photos each.
+
+    base.py                 what a method is: the parts that each one defines, and the training step that all share
+    cached_latents.py       photos -> latents, masks -> loss weights, captions: what the loss reads
+    concept_gradients.py    gradients of several concepts in one run, kept apart
+    concept_names.py        placeholders, super-categories and file names of a run's concepts
+    checks.py               checks on params
+    perfusion.py            Perfusion: a word embedding and one value vector per cross-attention layer
+    finetuning.py           base class of the methods that Perfusion is compared with
+    textual_inversion.py    Textual Inversion: one word
+    prior_preservation.py   base class of the methods that train the U-Net: photos beside images of the super-category
+    custom_diffusion.py     Custom Diffusion: W_K and W_V of cross-attention, and a modifier
+    dreambooth.py           DreamBooth: the whole U-Net
+
+To add a method, write a class that derives from `PersonalizationMethod` (or from one of the classes above) in a file of
+its own, give it `method` and `method_name`, and name it as `model.target` in a config. Nothing else has to know of it.
+"""

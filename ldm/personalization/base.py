@@ -1,124 +1,102 @@
-"""What every method has in common that teaches a diffusion model concepts, each from a few photos.
+"""The base class of every method that learns concepts from a few photos each.
 
-A subclass says what is learned (`make_concept`), how prompts with a concept's word are encoded (`prompt_context`),
-and what is kept of it (`learned`). Photos, masks, prompts and the noise of each step are the same for all of them, so
-that they can be compared.
+A subclass defines four things:
 
-Most runs learn one concept. One that learns several does so side by side: a batch holds as many samples of each as if
-it were alone, a prompt names one of them, and each has its own noise, loss and parameters. So every concept comes out
-as from a run of its own, but the base model is loaded, and its U-Net called, once for all of them.
+    make_concept      what is learned of a concept, and where it starts
+    parameter_groups  what the optimizer gets, with learning rates
+    prompt_context    how prompts with the concept's placeholder are encoded while it is learned
+    export_concept    what is kept of it, as a value
+
+`sampling_encoder` says how the kept value acts on prompts. All methods share photos, masks, prompts and the noise of
+each step, so that they can be compared.
+
+Most runs learn one concept. A run that learns several learns them side by side. A batch holds as many samples of each
+concept as if it were alone, a prompt names one of them, and each has its own noise, loss and parameters. So each
+concept comes out as from a run of its own, but the base model is loaded, and its U-Net called, once for all of them.
 """
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from PIL import Image
 from torch import Generator, Tensor, nn
 
 from ldm.common.errors import UserError
-from ldm.concepts.concept import Concept, base_fingerprint, is_placeholder
-from ldm.concepts.finetuned_concept import FinetunedConcept
-from ldm.concepts.prompt_encoder import check_super_category
-from ldm.data.images import to_tensor
-from ldm.data.masks import softened
+from ldm.concepts.concept import Concept
+from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
+from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
+from ldm.concepts.fingerprint import base_fingerprint
+from ldm.concepts.prompt_checks import check_super_category
+from ldm.concepts.prompt_encoder import ConceptPromptEncoder
+from ldm.data.module import DataModuleFromConfig
 from ldm.data.personalized import PersonalizedBase
-from ldm.data.templates import fill
+from ldm.data.templates import fill_template
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
-from ldm.models.diffusion.objectives import resize_mask_to_latents
 from ldm.models.optimization import can_use_fused_optimizer, optimizer_and_schedule
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import PromptContext
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.segmentation import ZeroShotSegmenter, cached_masks
-from ldm.util import to_device, user_error_for
+from ldm.personalization.cached_latents import CachedLatents, make_missing_masks
+from ldm.personalization.concept_gradients import back_off, clip_norm_of_each, drop_overflowing
+from ldm.personalization.concept_names import (
+    as_list,
+    check_distinct_placeholders,
+    file_names_for,
+    super_category_of_each,
+)
+from ldm.util import to_device
 
-log = logging.getLogger(__name__)
-
-
-def check_positive(**values: float) -> None:
-    """Raises a UserError that names the first of the params that is not above 0."""
-    for name, value in values.items():
-        if value <= 0:
-            raise UserError(f"{name} {value} must be above 0")
-
-
-def file_names_for(placeholders: Sequence[str]) -> list[str]:
-    """What files and logs call the concepts with these words: "my-teddy" for `<my-teddy>`, numbered where need be."""
-    names = [re.sub(r"[^\w-]", "", word) for word in placeholders]
-    distinct = all(names) and len({name.lower() for name in names}) == len(names)
-    return names if distinct else [f"{place}-{name}".rstrip("-") for place, name in enumerate(names)]
-
-
-def as_list(words: str | Sequence[str]) -> list[str]:
-    """One text as a list of one."""
-    return [words] if isinstance(words, str) else list(words)
-
-
-def _checked_placeholders(words: list[str]) -> list[str]:
-    lower = [word.lower() for word in words]
-    for word in words:
-        if not is_placeholder(word):
-            raise UserError(f"placeholder {word!r}: must be a word without white space, such as <my-teddy>")
-        if lower.count(word.lower()) > 1:
-            raise UserError(f"placeholder {word} is given twice, where case does not count; "
-                            "name each concept by a word of its own with --placeholder")
-    return words
-
-
-def _one_for_each(super_categories: list[str], placeholders: Sequence[str]) -> list[str]:
-    """A super-category for each concept; a single one counts for all.
-
-    Raises:
-        UserError: there are more, or fewer.
-    """
-    if len(super_categories) not in (1, len(placeholders)):
-        raise UserError(f"{len(super_categories)} super-categories ({', '.join(super_categories)}) for "
-                        f"{len(placeholders)} concepts ({', '.join(placeholders)}); give one for all, or one each")
-    return super_categories if len(super_categories) > 1 else super_categories * len(placeholders)
+Batch = Mapping[str, Any]  # a collated batch of a `PersonalizedBase`
 
 
 class PersonalizationMethod(LatentDiffusion):
-    """A frozen latent diffusion model of which something is freed, or to which something is added, to learn concepts.
+    """A frozen latent diffusion model plus the parameters that a method trains to learn concepts.
 
     Args (beside those of `LatentDiffusion`):
-        super_category: what kind of thing the concept is, in one or several plain words; of several concepts a list, or
-            one for all of them.
-        placeholder: the concept's own word in prompts; of several concepts a list. They then come with as many training
-            sets, in the same order.
-        segmenter: folder or hub name of a CLIPSeg that makes the masks by which errors are weighed; None: no masks,
+        super_category: what kind of subject the concept is, in one or several plain words. Several concepts: a list,
+            or one for all of them.
+        placeholder: the concept's own word in prompts. Several concepts: a list. They need as many training sets, in
+            the same order.
+        segmenter: folder or hub name of a CLIPSeg. Its masks of the subject weight the squared errors. None: no masks,
             unless the data bring their own.
-        mask_border: how far beyond a mask errors still count, less and less, as a share of the picture's side. Where
-            nothing beside the object counts, nothing says where it ends: it is drawn too large and without outline.
-            CLIPSeg's own masks are soft and reach beyond the object, sharper ones do not.
-        seed: of noise and timesteps, by default the run's; each step draws from (seed, step), so that a resumed run
-            repeats them.
+        mask_border: 0..1, share of the image's side over which weights fall off outside a mask. If nothing beside the
+            subject counts, nothing says where it ends: it is generated too large and without an outline. CLIPSeg's own
+            masks are soft and reach beyond the subject; sharper ones do not.
+        seed: of noise and timesteps; None: the run's. Each step samples from (seed, step), so a resumed run repeats
+            them.
 
     Attributes:
-        concepts: what is learned of each, beside weights of the base model; empty until training is prepared. They have
-            a `distance()` for the log.
-        placeholders, super_categories, names: the words of each, and what files call it.
-        base: fingerprint of the base model as it was before training; "" until training is prepared.
+        method: short name in files and folders, such as "perfusion"; subclasses set it.
+        method_name: name for people, such as "Perfusion"; subclasses set it.
+        concepts: the trainable parts of each concept; empty before `setup`. Each has a `distance()` for the log.
+        placeholders, super_categories, names: the words of each concept, and its name in files.
+        base: fingerprint of the base model before training; "" before `setup`.
+        cached_latents: the encoded photos; None before `setup`.
+        groups: batches until every concept has had one. More than 1 if not all concepts fit into one batch.
+
+    Raises:
+        UserError: a placeholder or super-category cannot be used, or `mask_border` is out of range.
     """
+
+    method = ""
+    method_name = ""
 
     def __init__(self, super_category: str | Sequence[str] | None = None,
                  placeholder: str | Sequence[str] = "<concept>", segmenter: str | None = None, mask_border: float = 0.0,
                  seed: int | None = None, **latent_diffusion: Any) -> None:
-        placeholders = _checked_placeholders(as_list(placeholder))
-        categories = _one_for_each(as_list(super_category or ""), placeholders)
+        placeholders = as_list(placeholder)
+        check_distinct_placeholders(placeholders)
+        super_categories = super_category_of_each(as_list(super_category or ""), placeholders)
         if not 0 <= mask_border <= 1:
-            raise UserError(f"mask_border {mask_border} is a share of the picture's side; give a number from 0 to 1")
-        super().__init__(**{**latent_diffusion, "use_ema": False})  # nothing is trained that has an average
+            raise UserError(f"mask_border {mask_border} is a share of the image's side; give a number from 0 to 1")
+        super().__init__(**{**latent_diffusion, "use_ema": False})  # no trained weight has an average
         self.placeholders, self.names = placeholders, file_names_for(placeholders)
-        self.super_categories = [" ".join(words.split()) for words in categories]
+        self.super_categories = super_categories
         self.segmenter, self.mask_border, self.seed = segmenter, mask_border, seed
         self.concepts = nn.ModuleList()
-        self.turns = 1  # batches until each concept has had one
+        self.cached_latents: CachedLatents | None = None
+        self.groups = 1
         self.base = ""
         self.strict_loading = False  # a run's checkpoints hold what was learned, not the base model
         self.load_initial_weights()
@@ -126,176 +104,186 @@ class PersonalizationMethod(LatentDiffusion):
         self.text_layers = name_text_layers(self.model.diffusion_model)
 
     @property
-    def most_devices(self) -> int:
-        """Several devices share the concepts out among them: each learns its own, and knows those of the others."""
+    def max_devices(self) -> int:
+        """Several devices share the concepts out among them: each learns its own."""
         return len(self.placeholders)
 
-    # What a method is
+    # What a method defines
 
-    def make_concept(self, data: PersonalizedBase, super_category: str) -> nn.Module:
-        """What is learned of one concept, where it starts."""
+    def make_concept(self, dataset: PersonalizedBase, super_category: str) -> nn.Module:
+        """Return the trainable parts of one concept, at their start."""
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimiser gets: parameters, each with its learning rate."""
+        """Return what the optimizer gets: parameters, each group with its learning rate."""
         raise NotImplementedError
 
     def prompt_context(self, prompts: list[str]) -> PromptContext:
-        """Prompts with a concept's word in each, encoded as they now are."""
+        """Encode prompts, each with a concept's placeholder in it, under the concepts as they are now."""
         raise NotImplementedError
 
-    def export_concept(self, place: int = 0) -> Concept | FinetunedConcept:
-        """What has been learned so far of the concept at that place."""
+    def export_concept(self, index: int = 0) -> Concept | FinetunedConcept:
+        """Return what has been learned so far of the concept at `index`."""
+        raise NotImplementedError
+
+    def sampling_encoder(self, concepts: Sequence[AnyConcept]) -> ConceptPromptEncoder | FinetunedPromptEncoder:
+        """Return what encodes prompts under exported concepts of this method."""
         raise NotImplementedError
 
     def trained_unet_weights(self) -> dict[str, nn.Parameter]:
-        """The weights of the base model's U-Net that are trained, by their names in it."""
+        """Return the weights of the U-Net that are trained, by their names in it; none by default."""
         return {}
 
     # Preparation
 
     def setup(self, stage: str | None = None) -> None:
+        """Check the run's data, then prepare masks, latents and concepts. Does nothing if that has been done.
+
+        Raises:
+            UserError: photos, words or weights are missing or do not fit together.
+        """
         if stage != "fit" or len(self.concepts):
             return
-        self._refuse_other_data()
         photos = self.photos()
-        if self._initial_weights[0] is None:
-            raise UserError("no base model to teach: name its checkpoint with --actual_resume, or in the config as "
-                            "model.params.ckpt_path")
-        if not all(self.super_categories):
-            raise UserError("no super-category: say what kind of thing it is, for example --init_word \"teddy bear\"")
-        if len(photos) > 1 and self.trained_unet_weights():
-            raise UserError(f"{type(self).__name__} trains weights of the base model, which only one concept can have; "
-                            "teach one at a time")
+        self._check_run(photos)
         self.seed = torch.initial_seed() % 2**32 if self.seed is None else self.seed
         self.to(self.trainer.strategy.root_device)  # Lightning does so only after this, too late for what follows
-        encoder = self.cond_stage_model
-        for data, category in zip(photos, self.super_categories, strict=True):
-            check_super_category(encoder, category)
-            encoder.tokenize([fill(template, category) for template in data.templates])  # whether they fit
+        self._check_words(photos)
         self.base = base_fingerprint(self.text_layers)
-        self._make_masks(photos)
-        self._encode_photos(photos)
-        for data, category in zip(photos, self.super_categories, strict=True):
-            self.concepts.append(self.make_concept(data, category))
-        self.turns = getattr(self.trainer.datamodule, "turns", 1)
-        self.trainer.accumulate_grad_batches *= self.turns
+        # Photos and masks become latents and weights, once.
+        if self.segmenter is not None:
+            make_missing_masks(photos, self.super_categories, self.segmenter,
+                               Path(self.trainer.default_root_dir) / "masks", self.device)
+        self.cached_latents = CachedLatents(self, photos, self.mask_border)
+        for dataset, category in zip(photos, self.super_categories, strict=True):
+            self.concepts.append(self.make_concept(dataset, category))
+        # A step of the optimizer takes a batch of every group of concepts.
+        data = self.trainer.datamodule
+        self.groups = data.num_groups if isinstance(data, DataModuleFromConfig) else 1
+        self.trainer.accumulate_grad_batches *= self.groups
+
+    def photos(self) -> list[PersonalizedBase]:
+        """Return the photos of each concept.
+
+        Raises:
+            UserError: the run's training data are not photos, or do not fit the concepts' placeholders.
+        """
+        train = self._datasets.get("train")
+        photos = train if isinstance(train, list) else [train]
+        if not all(isinstance(dataset, PersonalizedBase) for dataset in photos):
+            raise UserError(f"{type(self).__name__} learns from photos: "
+                            "data.params.train must be an ldm.data.personalized.PersonalizedBase")
+        theirs = [dataset.placeholder_token for dataset in photos]
+        if theirs != self.placeholders:
+            raise UserError(f"placeholder {', '.join(self.placeholders)} (model.params), but {', '.join(theirs)} in "
+                            "the prompts (placeholder_token in data.params.train.params); give the same, one for each "
+                            "folder")
+        return photos
 
     @property
     def _datasets(self) -> Mapping[str, Any]:
         return getattr(getattr(self.trainer, "datamodule", None), "datasets", {})
 
-    def _refuse_other_data(self) -> None:
+    def _check_run(self, photos: Sequence[PersonalizedBase]) -> None:
         for name in ("validation", "test"):
             if name in self._datasets:
-                raise UserError(f"data.params.{name}: a loss on it would say nothing of the concept; leave it out, "
+                raise UserError(f"data.params.{name}: a loss on it says nothing about the concept; leave it out, "
                                 "and measure concepts with evaluation/clip_eval.py")
+        if self._initial_weights[0] is None:
+            raise UserError("no base model to train on: name its checkpoint with --actual_resume, or in the config as "
+                            "model.params.ckpt_path")
+        if not all(self.super_categories):
+            raise UserError("no super-category: say what kind of subject it is, for example --init_word \"teddy bear\"")
+        if len(photos) > 1 and self.trained_unet_weights():
+            raise UserError(f"{type(self).__name__} trains weights of the base model, which only one concept can have; "
+                            "train one concept at a time")
 
-    def photos(self) -> list[PersonalizedBase]:
-        """The photos of each concept.
-
-        Raises:
-            UserError: the run's data are none, or do not fit the concepts' words.
-        """
-        found = self._datasets.get("train")
-        photos = found if isinstance(found, list) else [found]
-        if not all(isinstance(data, PersonalizedBase) for data in photos):
-            raise UserError(f"{type(self).__name__} learns from photos: "
-                            "data.params.train must be an ldm.data.personalized.PersonalizedBase")
-        if [data.placeholder_token for data in photos] != self.placeholders:
-            theirs = ", ".join(data.placeholder_token for data in photos)
-            raise UserError(f"placeholder {', '.join(self.placeholders)} (model.params), but {theirs} in the prompts "
-                            "(placeholder_token in data.params.train.params); give the same, one for each folder")
-        return photos
+    def _check_words(self, photos: Sequence[PersonalizedBase]) -> None:
+        encoder = self.cond_stage_model
+        for dataset, category in zip(photos, self.super_categories, strict=True):
+            check_super_category(encoder, category)
+            prompts = [fill_template(template, category) for template in dataset.templates]
+            encoder.tokenize(prompts)  # raises if one is too long
 
     def on_fit_start(self) -> None:
-        for data in self.photos():
-            data.with_pixels = False
+        """The photos are encoded: batches need no pixels any more."""
+        for dataset in self.photos():
+            dataset.with_pixels = False
 
-    def training_tokens(self, data: PersonalizedBase, vectors: int = 1) -> Tensor:
-        """(T, N) tokens of a concept's training sentences, in which its word has so many vectors.
+    def training_tokens(self, dataset: PersonalizedBase, vector_count: int = 1) -> Tensor:
+        """Return the tokens (T, N) of a concept's training prompts, its placeholder as `vector_count` tokens.
 
         Raises:
-            UserError: a sentence has the word already, or has become too long by it.
+            UserError: a prompt holds the placeholder anyway, or is too long with it.
         """
-        word = data.placeholder_token
-        tokens = self.cond_stage_model.tokenize([fill(template, word) for template in data.templates], [word],
-                                                [vectors])
-        if not bool((self.concept_positions(tokens).sum(1) == vectors).all()):
-            raise UserError(f"placeholder {word!r}: stands in the training sentences by itself; "
+        word = dataset.placeholder_token
+        tokens = self.cond_stage_model.tokenize(
+            [fill_template(template, word) for template in dataset.templates], [word], [vector_count])
+        if not bool((self.concept_positions(tokens).sum(1) == vector_count).all()):
+            raise UserError(f"placeholder {word!r}: stands in the training prompts by itself; "
                             "give a word of its own, such as <my-teddy>")
         return tokens
 
     def concept_positions(self, tokens: Tensor) -> Tensor:
-        """(B, N) booleans: where the concept's vectors stand."""
+        """Return (B, N) booleans: the positions of concepts' tokens, which are numbered past the vocabulary."""
         return tokens >= len(self.cond_stage_model.token_table)
 
-    def _make_masks(self, photos: Sequence[PersonalizedBase]) -> None:
-        lacking = [place for place, data in enumerate(photos) if not data.has_masks]
-        if not lacking or self.segmenter is None:
-            return
-        segmenter = ZeroShotSegmenter.from_path(
-            self.segmenter, self.device, "train with --masks none, or with --masks FOLDER of your own masks")
-        folder = Path(self.trainer.default_root_dir) / "masks"
-        for place in lacking:
-            data, category = photos[place], self.super_categories[place]
-            log.info("masks of %s by %s", category, self.segmenter)
-            data.set_masks(cached_masks(data.paths, segmenter, category, folder, data.size))
-
-    def _encode_photos(self, photos: Sequence[PersonalizedBase]) -> None:
-        """Every photo and mask as the latents have them, as they are and mirrored.
-
-        `_moments` (M, 2, 2C, h, w) are what the first stage says, from which steps draw anew, `_weights`
-        (M, 2, 1, h, w) the masks; photos of a concept begin at its number in `_first`.
-        """
-        counts = [len(data.images) for data in photos]
-        self._first = [sum(counts[:place]) for place in range(len(counts))]
-        self._moments = torch.stack([self._encoded(data, photo) for data in photos for photo in data.images])
-        self._check_latents(self._moments.shape[2] // 2, *self._moments.shape[3:])
-        masks = torch.stack([data.mask(photo) for data in photos for photo in range(len(data.images))])
-        masks = softened(masks, round(self.mask_border * min(masks.shape[-2:])))
-        both = torch.stack([masks, masks.flip(-1)], 1).to(self._moments)
-        self._weights = resize_mask_to_latents(both.flatten(0, 1), self._moments.shape[-2:]).unflatten(0, (-1, 2))
-
-    @torch.no_grad()
-    def _encoded(self, data: PersonalizedBase, photo: Image.Image) -> Tensor:
-        """(2, 2C, h, w): the moments of a photo, as it is and mirrored."""
-        image = to_tensor(photo).to(self.device)
-        with user_error_for(f"photos of {data.size} pixels (data.params.train.params.size) do not fit the first stage"):
-            posterior = self.first_stage_model.encode(torch.stack([image, image.flip(-1)]))
-        if isinstance(posterior, DiagonalGaussianDistribution):
-            return posterior.parameters
-        return torch.cat([posterior, posterior - torch.inf], 1)
-
-    def _check_latents(self, channels: int, height: int, width: int) -> None:
-        """Raises a UserError where the U-Net cannot have latents as the first stage gives them, or of `image_size`."""
-        if channels != self.channels:
-            raise UserError(f"channels {self.channels} (model.params), but the first stage's latents have {channels}; "
-                            "give its number")
-        step = 2 ** (len(getattr(self.model.diffusion_model, "channel_mult", (1,))) - 1)
-        odd = [side for side in (height, width, *self.latent_shape[1:]) if side % step]
-        if odd:
-            raise UserError(f"latents of {odd[0]} a side, by size (data.params.train.params) or image_size "
-                            f"(model.params), but the U-Net takes multiples of {step}; change it")
-
-    # Training
+    # Optimization
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.parameter_groups() for parameter in group["params"]]
+
+    def parameters_of_each_concept(self) -> list[list[nn.Parameter]]:
+        """Return the trained parameters of each concept, if the run learns several."""
+        return [[parameter for parameter in concept.parameters() if parameter.requires_grad]
+                for concept in self.concepts]
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = self.parameter_groups()
         for parameter in self.trained_parameters():
             parameter.requires_grad_(True)
-        return optimizer_and_schedule(torch.optim.AdamW(groups, weight_decay=0.0, fused=can_use_fused_optimizer(self)),
-                                      self.scheduler_config)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=can_use_fused_optimizer(self))
+        return optimizer_and_schedule(optimizer, self.scheduler_config)
 
-    def encoded(self, prompts: Sequence[str], vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Distinct prompts of a batch, encoded once, with `vectors` (n, width) where a concept's word stands.
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step. If 16-bit gradients of one concept of several overflow, skip the step for that concept alone."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or len(self.concepts) < 2:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            return
+        overflowed = False
+
+        def closure() -> Any:
+            nonlocal overflowed
+            result = optimizer_closure()
+            overflowed = drop_overflowing(self.parameters_of_each_concept())
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        if overflowed:
+            back_off(scaler)
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
+                                    gradient_clip_algorithm: Any = None) -> None:
+        """Clip the gradient norm of each concept by itself, as in a run of its own."""
+        by_norm = gradient_clip_algorithm is None or str(getattr(gradient_clip_algorithm, "value", "norm")) == "norm"
+        if len(self.concepts) > 1 and gradient_clip_val and by_norm:
+            clip_norm_of_each(self.parameters_of_each_concept(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # Training
+
+    def encode_distinct(self, prompts: Sequence[str], vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode each distinct prompt of a batch once.
+
+        Args:
+            prompts: B prompts.
+            vectors: the word vectors (n, width) of each concept's placeholder.
 
         Returns:
-            Their tokens (P, N) and encodings (P, N, d), and for each of the B prompts at which row it is (B,). Only the
-            encodings are on the model's device.
+            Tokens (P, N) and encodings (P, N, d) of the distinct prompts, and for each of the B prompts its row among
+            them, (B,). Only the encodings are on the model's device.
         """
         encoder = self.cond_stage_model
         rows = {prompt: row for row, prompt in enumerate(sorted(set(prompts)))}
@@ -304,98 +292,118 @@ class PersonalizationMethod(LatentDiffusion):
             encoding = encoder.encode_tokens(tokens, torch.cat(list(vectors)))
         return tokens, encoding, torch.tensor([rows[prompt] for prompt in prompts])
 
-    def step_context(self, prompts: list[str]) -> PromptContext:
-        """The encoded prompts of a training step."""
+    def training_context(self, prompts: list[str]) -> PromptContext:
+        """Encode the prompts of a training step."""
         return self.prompt_context(prompts)
 
     @property
-    def parts(self) -> int:
-        """How many batches with a concept in them make up one step of its optimiser."""
-        return self.trainer.accumulate_grad_batches // self.turns
+    def micro_batches(self) -> int:
+        """Batches of one concept that make up a step of its optimizer."""
+        return self.trainer.accumulate_grad_batches // self.groups
 
     def training_step(self, batch: Mapping[Any, Any], batch_idx: int) -> Tensor:
-        """The loss of a batch of the only concept, or of batches of several: the place of each -> its batch."""
+        """Return the loss of a batch of the only concept, or of batches of several: concept index -> its batch."""
         batches = {0: batch} if "caption" in batch else batch
-        part = batch_idx % self.trainer.accumulate_grad_batches // self.turns
-        seed = self.seed * 1_000_003 + self.global_step + part * 15_485_863
-        losses, numbers = self.step_losses(batches, [Generator().manual_seed(seed) for _ in batches])
-        self._log_step({**numbers, "embedding_distance": torch.stack([
-            self.concepts[place].distance() for place in batches])}, list(batches))
-        # the trainer takes the mean over all batches of a step, and over all devices
+        # Noise depends on seed, step and micro-batch alone, and is the same for all concepts.
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches // self.groups
+        seed = self.seed * 1_000_003 + self.global_step + micro_batch * 15_485_863
+        losses, numbers = self.concept_losses(batches, [Generator().manual_seed(seed) for _ in batches])
+        numbers["embedding_distance"] = torch.stack([self.concepts[index].distance() for index in batches])
+        self._log_numbers(numbers, list(batches))
+        # The trainer averages over all batches of a step and over all devices. Here the concepts' losses add up.
         devices = self.trainer.world_size
-        loss = losses.sum() * self.turns * devices
-        return loss if devices == 1 else loss + self._nothing()
+        loss = losses.sum() * self.groups * devices
+        return loss if devices == 1 else loss + self._zero_of_all_parameters()
 
-    def _nothing(self) -> Tensor:
-        """0 of every parameter: the devices' mean needs a gradient of each, also of concepts that others learn."""
-        return 0.0 * torch.stack([parameter.sum() for parameter in self.trained_parameters()]).sum()
+    def _zero_of_all_parameters(self) -> Tensor:
+        """Return a zero that depends on every parameter: the devices' average needs a gradient of each.
 
-    def _log_step(self, numbers: Mapping[str, Tensor], places: Sequence[int]) -> None:
-        """Logs the means of numbers that are there for each concept, and where the run learns several those, too."""
-        means = {f"train/{name}": values.mean() for name, values in numbers.items()}
-        self.log("train/embedding_distance", means.pop("train/embedding_distance"), prog_bar=True, batch_size=1)
-        self.log("loss", numbers["loss"].mean(), prog_bar=True, logger=False, batch_size=1)
-        if len(self.concepts) > 1:
-            means |= {f"train/{name}/{self.names[place]}": value for name, values in numbers.items()
-                      for place, value in zip(places, values, strict=True)}
-        self.log_dict(means, batch_size=1)
+        Sums over no elements stay 0 even if the training of another device's concept has diverged.
+        """
+        return torch.stack([parameter.flatten()[:0].sum() for parameter in self.trained_parameters()]).sum()
 
-    def step_losses(self, batches: Mapping[int, Mapping[str, Any]], generators: Sequence[Generator]
-                    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The base model's own objective on each concept's photos, weighed by their masks, and numbers to log: (J,).
+    def concept_losses(self, batches: Mapping[int, Batch], generators: Sequence[Generator]
+                       ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the base model's own objective on each concept's photos, weighted by their masks.
 
         Args:
-            batches: the place of each of J concepts -> a batch of its photos.
-            generators: what each concept's noise comes from.
+            batches: index of each of J concepts -> a batch of its photos.
+            generators: for each concept the source of its latents, noise and timesteps.
+
+        Returns:
+            The losses (J,), and numbers to log, each (J,).
         """
-        drawn = [self._noised(place, batch, generator)
-                 for (place, batch), generator in zip(batches.items(), generators, strict=True)]
-        z, noise, t, weight = (torch.cat(tensors) for tensors in zip(*drawn, strict=True))
-        captions = [caption for batch in batches.values() for caption in batch["caption"]]
-        losses, numbers = self.per_sample_losses(z, self.step_context(captions), t, noise, weight)
-        sizes = [len(batch["caption"]) for batch in batches.values()]
+        latents, noise, timesteps, weights, captions = [], [], [], [], []
+        for (index, items), generator in zip(batches.items(), generators, strict=True):
+            own = self.cached_latents.batch(index, items, generator, self.device)
+            own_noise, own_timesteps = self.sample_noise_and_timesteps(own.latents, generator)
+            latents.append(own.latents)
+            weights.append(own.weights)
+            noise.append(own_noise)
+            timesteps.append(own_timesteps)
+            captions += own.captions
+        # One pass of the U-Net serves all concepts.
+        losses, numbers = self.per_sample_losses(torch.cat(latents), self.training_context(captions),
+                                                 torch.cat(timesteps), torch.cat(noise), torch.cat(weights))
+        sizes = [len(own) for own in latents]
+        return _mean_of_each(losses, sizes), {name: _mean_of_each(values, sizes) for name, values in numbers.items()}
 
-        def of_each(values: Tensor) -> Tensor:
-            return torch.stack([own.mean() for own in values.split(sizes)])
+    def sample_noise_and_timesteps(self, latents: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return noise of the shape of `latents` (B, C, h, w), and timesteps (B,)."""
+        noise = to_device(torch.randn(latents.shape, generator=generator), latents.device).to(latents.dtype)
+        return noise, self.sample_timesteps(len(latents), latents.device, generator)
 
-        return of_each(losses), {name: of_each(values) for name, values in numbers.items()}
+    def _log_numbers(self, numbers: Mapping[str, Tensor], indices: Sequence[int]) -> None:
+        """Log the means of numbers (J,) over concepts and, in a run of several, the numbers of each."""
+        means = {f"train/{name}": _finite_mean(values) for name, values in numbers.items()}
+        self.log("train/embedding_distance", means.pop("train/embedding_distance"), prog_bar=True, batch_size=1)
+        self.log("loss", _finite_mean(numbers["loss"]), prog_bar=True, logger=False, batch_size=1)
+        if len(self.concepts) > 1:
+            for name, values in numbers.items():
+                for index, value in zip(indices, values, strict=True):
+                    means[f"train/{name}/{self.names[index]}"] = value
+        self.log_dict(means, batch_size=1)
 
-    def _noised(self, place: int, batch: Mapping[str, Any], generator: Generator
-                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents of a batch's photos, noise for them, timesteps, and weights by their masks."""
-        chosen = batch["index"] + self._first[place], batch["flipped"].long()
-        z = self.scale_factor * DiagonalGaussianDistribution(self._moments.to(self.device)[chosen]).sample(generator)
-        return z, *self.noise_and_times(z, generator), self._weights.to(z)[chosen]
-
-    def noise_and_times(self, z: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Noise of the shape of z (B, C, h, w), and timesteps (B,)."""
-        noise = to_device(torch.randn(z.shape, generator=generator), z.device).to(z.dtype)
-        return noise, self.sample_timesteps(len(z), z.device, generator)
-
-    def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """The base model's latents are scaled already."""
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Measure no scale, unlike the base class: the base model's latents are scaled already."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        tuned = {f"model.diffusion_model.{name}" for name in self.trained_unet_weights()}
+        """Keep what is learned and leave out the base model."""
+        trained = {f"model.diffusion_model.{name}" for name in self.trained_unet_weights()}
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items()
-                                    if key.startswith("concepts.") or key in tuned}
+                                    if key.startswith("concepts.") or key in trained}
+
+    # Images for the log
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[Any, Any], N: int = 8, ddim_steps: int = 50,
                    unconditional_guidance_scale: float = 3.0) -> dict[str, Tensor]:
-        """Samples under prompts of the batch, of each concept in turn as it now is; photos have no pixels any more."""
-        from ldm.inference.sampling import Job
-        from ldm.training.concept_callbacks import drawn_now
+        """Sample N images of prompts of the batch, of each concept in turn, under the concepts as they are now.
 
+        The photos themselves are not shown: batches hold no pixels.
+        """
         batches = [batch] if "caption" in batch else batch.values()
-        turns = zip(*(own["caption"] for own in batches), strict=True)
-        prompts = [prompt for turn in turns for prompt in turn][:N]
-        concepts = [self.export_concept(place) for place in range(len(self.concepts))]
-        pictures = drawn_now(self, concepts, [Job(prompt, seed) for seed, prompt in enumerate(prompts)],
-                             steps=ddim_steps, scale=unconditional_guidance_scale)
-        return {"samples": torch.stack([to_tensor(picture) for picture in pictures])}
+        prompts = [prompt for captions in zip(*(own["caption"] for own in batches), strict=True)
+                   for prompt in captions][:N]
+        encoder = self.sampling_encoder([self.export_concept(index) for index in range(len(self.concepts))])
+        condition = encoder.mask_concepts(encoder.encode(prompts), prompts)
+        unconditional = encoder.mask_concepts(encoder.encode([""]).select([0] * len(prompts)), prompts)
+        # On a GPU one at a time: its memory has to hold the training as well.
+        size = 1 if self.device.type == "cuda" else len(prompts)
+        images = []
+        for first in range(0, len(prompts), size):
+            rows = list(range(first, min(first + size, len(prompts))))
+            images.append(self.sample_images(
+                condition.select(rows), len(rows), ddim_steps, unconditional_guidance_scale, unconditional.select(rows),
+                generators=[Generator().manual_seed(row) for row in rows]))
+        return {"samples": torch.cat(images)}
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        from ldm.training.concept_callbacks import ConceptSaver
 
-        return [ConceptSaver()]
+def _mean_of_each(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the mean of each concept's share of values (B,): (J,)."""
+    return torch.stack([own.mean() for own in values.split(list(sizes))])
+
+
+def _finite_mean(values: Tensor) -> Tensor:
+    """Return the mean of values (J,) without those of concepts whose training diverged; NaN if all have."""
+    return values.mean() if len(values) < 2 else values.where(values.isfinite(), torch.nan).nanmean()

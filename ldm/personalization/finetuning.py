@@ -1,63 +1,75 @@
-"""The methods that Perfusion is compared with have this in common: a word, and perhaps weights of the U-Net.
+"""Base class of the methods that Perfusion is compared with: they train word vectors, and perhaps weights of the U-Net.
 
-Unlike Perfusion they edit no layer: prompts are encoded with vectors in the place of the word, and that is all.
+Unlike Perfusion they edit no layer: prompts are encoded with the vectors at the placeholder's position.
 """
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.concepts.finetuned_concept import FinetunedConcept
+from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
 from ldm.concepts.trainable_word import TrainableWord
 from ldm.data.personalized import PersonalizedBase
 from ldm.modules.context import PromptContext
-from ldm.personalization.base import PersonalizationMethod, check_positive
+from ldm.modules.covariance import cached_covariance
+from ldm.modules.rank_one import invert_covariance
+from ldm.personalization.base import PersonalizationMethod
+from ldm.personalization.checks import check_positive
 
 
 class FinetuningMethod(PersonalizationMethod):
-    """A base model that learns vectors for the concept's word, and in subclasses weights of its own.
+    """A base model that learns vectors for the concept's word and, in subclasses, weights of its own.
 
-    Args (beside those of `PersonalizationMethod`, where the papers use no masks: a null segmenter gives the plain loss):
+    Args (beside those of `PersonalizationMethod`; the papers use no masks, and without a segmenter the loss is theirs):
         embedding_lr: learning rate of the word's vectors.
+
+    Raises:
+        UserError: a learning rate is not above 0.
     """
 
-    method: ClassVar[str]
-
-    def __init__(self, embedding_lr: float = 0.005, **concept_learner: Any) -> None:
+    def __init__(self, embedding_lr: float = 0.005, **personalization: Any) -> None:
         check_positive(embedding_lr=embedding_lr)
-        super().__init__(**concept_learner)
+        super().__init__(**personalization)
         self.embedding_lr = embedding_lr
 
-    def word(self, super_category: str) -> tuple[Tensor, Tensor]:
-        """Where the learned vectors (n, width) of the word start, and the vectors (m, width) that follow and stay."""
+    def initial_vectors(self, super_category: str) -> tuple[Tensor, Tensor]:
+        """Return the start of the trained vectors (n, width), and the vectors (m, width) that follow and stay fixed."""
         raise NotImplementedError
 
-    def make_concept(self, data: PersonalizedBase, super_category: str) -> TrainableWord:
-        word = TrainableWord(*self.word(super_category)).to(self.device)
-        self._tokens = self.training_tokens(data, len(word()))
+    def make_concept(self, dataset: PersonalizedBase, super_category: str) -> TrainableWord:
+        word = TrainableWord(*self.initial_vectors(super_category)).to(self.device)
+        self._training_tokens = self.training_tokens(dataset, len(word()))
         return word
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        learned = [concept.vectors for concept in self.concepts if len(concept.vectors)]
-        return [{"params": learned, "lr": self.embedding_lr}] if learned else []
+        vectors = [concept.vectors for concept in self.concepts if len(concept.vectors)]
+        return [{"params": vectors, "lr": self.embedding_lr}] if vectors else []
 
     def prompt_context(self, prompts: list[str]) -> PromptContext:
-        _, encoding, rows = self.encoded(prompts, [concept() for concept in self.concepts])
+        _, encoding, rows = self.encode_distinct(prompts, [concept() for concept in self.concepts])
         return PromptContext.plain(encoding[rows])
 
-    def export_concept(self, place: int = 0) -> FinetunedConcept:
-        """What has been learned so far; its weights are the model's own, not copies of them."""
-        trained = [*self.concepts[place].parameters(), *self.trained_unet_weights().values()]
+    def export_concept(self, index: int = 0) -> FinetunedConcept:
+        """Return what has been learned so far. Its weights are the model's own, not copies of them."""
+        weights = self.trained_unet_weights()
+        trained = [*self.concepts[index].parameters(), *weights.values()]
         return FinetunedConcept(
-            method=self.method, placeholder=self.placeholders[place], super_category=self.super_categories[place],
-            vectors=self.concepts[place]().detach(), inputs=self.word_inputs(),
-            weights={name: weight.detach() for name, weight in self.trained_unet_weights().items()},
+            method=self.method, method_name=self.method_name, placeholder=self.placeholders[index],
+            super_category=self.super_categories[index], vectors=self.concepts[index]().detach(),
+            inputs=self.average_word_encodings(),
+            weights={name: weight.detach() for name, weight in weights.items()},
             parameter_count=sum(parameter.numel() for parameter in trained),
             steps=int(self.global_step), base=self.base)
 
-    def word_inputs(self) -> Tensor:
-        """What a file keeps of the word's encodings, for merging: (k, d), or (0, 0)."""
+    def average_word_encodings(self) -> Tensor:
+        """Return the encodings of the word's tokens that a file keeps for merging, (k, d); (0, 0) if it needs none."""
         return torch.zeros(0, 0)
 
+    def sampling_encoder(self, concepts: Sequence[FinetunedConcept]) -> FinetunedPromptEncoder:
+        encoder = self.cond_stage_model
+        return FinetunedPromptEncoder(encoder, self.model.diffusion_model, concepts, self.base,
+                                      lambda: invert_covariance(cached_covariance(encoder)))

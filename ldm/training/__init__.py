@@ -1,0 +1,26 @@
+"""Train what a config describes: a concept, a base model, a first stage.
+
+    from ldm.training import train_concept
+
+    trained = train_concept("photos/", "teddy bear", placeholder="<my-teddy>")
+    trained.path         # the concept's file, for `PerfusionPipeline.load_concepts`
+
+What lies where:
+    concept_training.py   train_concept: learn concepts from Python
+    options.py            TrainingOptions: what a run is asked for (no torch, so command lines stay quick)
+    config.py             YAML files, options and overrides -> the config of a run
+    run.py                train: a log folder, a model, its data and a trainer, from beginning to end
+    trainer.py            Lightning's trainer with the callbacks that a config asks for
+    log_folder.py         the folder that a run writes to, and the checkpoint that it resumes from
+    callbacks.py          configs and sample grids in the log folder, progress, stopping cleanly
+    concept_callbacks.py  concept files, and previews before, during and after training
+    next_command.py       the command that generates with what a run has learned
+    run_record.py         what a finished run took, kept beside the weights that it made
+"""
+from ldm.util import forward_names
+
+__getattr__ = forward_names(__name__, {
+    "TrainedConcept": "ldm.training.concept_training",
+    "TrainingOptions": "ldm.training.options",
+    "train_concept": "ldm.training.concept_training",
+})

@@ -1,24 +1,26 @@
-"""What a user sees of concepts that are being learned: files, masks, and pictures before, during and after."""
+"""What a user sees of concepts that are being learned: files, masks, and previews before, during and after training."""
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 
-from ldm.cli.generation import DEFAULT_CONFIG
 from ldm.common.errors import MemoryShortage, UserError
-from ldm.common.paths import quote_command
-from ldm.concepts.finetuned_concept import AnyConcept, save_concepts
-from ldm.data.images import save_grid, to_tensor
-from ldm.data.templates import fill
-from ldm.inference.sampling import Job, Sampling, draw_pictures, encode_once, prompt_encoder, wants_sixteen_bits
+from ldm.concepts.finetuned_concept import AnyConcept
+from ldm.concepts.storage import save_concepts
+from ldm.data.contact_sheet import save_grid
+from ldm.data.images import to_tensor
+from ldm.data.templates import fill_template
+from ldm.inference.pipeline import PerfusionPipeline
+from ldm.inference.requests import GenerationRequest
+from ldm.inference.settings import GenerationSettings
 from ldm.models.diffusion.samplers import sampler_class
 from ldm.modules.segmentation import mask_overlay
 from ldm.personalization.base import PersonalizationMethod
@@ -29,149 +31,172 @@ SHEET = "before_during_after.png"
 
 
 class ConceptSaver(pl.Callback):
-    """Writes `concept.safetensors` into the log folder when training ends, also when it is interrupted.
+    """Write `concept.safetensors` into the log folder when training ends, also if it is interrupted.
 
-    Several concepts get a file each, by their own names: `teddy.safetensors` for `<teddy>`.
+    Several concepts get one file each, by their own names: `teddy.safetensors` for `<teddy>`. If the training of some
+    diverged, the others are saved; the end of the run then raises a UserError that names those that are not.
+
+    Attributes:
+        paths: the files written.
     """
 
     def __init__(self, precision: str = "float16") -> None:
         self.precision = getattr(torch, precision)
-
-    @rank_zero_only
-    def save(self, trainer: pl.Trainer, model: PersonalizationMethod) -> list[Path]:
-        names = model.names if len(model.names) > 1 else ["concept"]
-        return [save_concepts(Path(trainer.default_root_dir) / f"{name}.safetensors", [model.export_concept(place)],
-                             self.precision) for place, name in enumerate(names)]
+        self.paths: list[Path] = []
+        self.refusals: list[str] = []
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
-        paths = self.save(trainer, model)
-        for path, word, category in zip(paths, model.placeholders, model.super_categories, strict=True):
-            log.info("concept %s, a %s, after %d steps: %s (%.1f KB)", word, category, trainer.global_step, path,
-                     path.stat().st_size / 1e3)
-        log.info("next: python scripts/txt2img.py %s--concept %s%s --prompt %s", drawn_with(trainer), quote_command(*paths),
-                 guided_by(trainer), " ".join(f'"a photo of a {word} on the beach"' for word in model.placeholders))
+        self.paths, self.refusals = [], []
+        names = model.names if len(model.names) > 1 else ["concept"]
+        for index, name in enumerate(names):
+            path = Path(trainer.default_root_dir) / f"{name}.safetensors"
+            try:
+                save_concepts(path, [model.export_concept(index)], self.precision)
+            except UserError as error:
+                self.refusals.append(str(error))
+                continue
+            self.paths.append(path)
+            log.info("concept %s, a %s, after %d steps: %s (%.1f KB)", model.placeholders[index],
+                     model.super_categories[index], trainer.global_step, path, path.stat().st_size / 1e3)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
+        if self.refusals:
+            raise UserError("; ".join(self.refusals))
 
 
-def guided_by(trainer: pl.Trainer) -> str:
-    """The flag for the guidance that a run's own pictures have: models differ in how much they bear."""
-    return next((f" --scale {one.scale:g}" for one in trainer.callbacks if isinstance(one, BeforeDuringAfter)), "")
+def generate_previews(model: PersonalizationMethod, concepts: Sequence[AnyConcept],
+                      requests: Sequence[GenerationRequest], settings: GenerationSettings,
+                      config: DictConfig | None = None) -> list[Image.Image]:
+    """Generate images with a model that is being trained, under concepts as they are now.
 
-
-def drawn_with(trainer: pl.Trainer) -> str:
-    """The flag, if one is needed, for drawing with the base model and the covariance that a run has: its own config."""
-    configs = sorted((Path(trainer.default_root_dir) / "configs").glob("*-project.yaml"))
-    if not configs:
-        return ""
-    ours, *usual = (OmegaConf.load(path).model.params for path in (configs[-1], DEFAULT_CONFIG) if Path(path).is_file())
-    same = usual and all(ours.get(key) == usual[0].get(key) for key in ("ckpt_path", "covariance"))
-    return "" if same else f"--config {quote_command(configs[-1])} "
-
-
-def drawn_now(model: PersonalizationMethod, concepts: Sequence[AnyConcept], jobs: Sequence[Job], **sampling: Any
-              ) -> list[Image.Image]:
-    """Pictures by a model that is being trained, under concepts as they are; `sampling` as for `Sampling`."""
-    encoded = encode_once(prompt_encoder(model, concepts), [job.prompt for job in jobs])
-    on_gpu = model.device.type == "cuda"  # its memory has to hold the training's as well
-    settings = Sampling(model.latent_shape[1:], batch_size=1 if on_gpu else len(jobs),
-                        autocast=wants_sixteen_bits(None, model.device), **sampling)
-    return list(draw_pictures(model, encoded, jobs, settings))
+    Raises:
+        MemoryShortage: the device has no room beside the training.
+    """
+    # On a GPU one at a time: its memory has to hold the training as well.
+    batch_size = 1 if model.device.type == "cuda" else len(requests)
+    return list(PerfusionPipeline(model, config).generate(requests, settings, concepts, batch_size=batch_size))
 
 
 class BeforeDuringAfter(pl.Callback):
-    """Draws the same prompts and seeds before, during and after training, each a row of one growing sheet.
+    """Generate the same prompts and seeds before, during and after training, each time a row of one growing sheet.
 
-    Of several concepts each has its own sheet, in a folder of its name.
+    Each of several concepts has its own sheet, in a folder of its name.
 
     Args:
-        prompts: with `{}` where the concept's word goes; before training the super-category stands there.
-        during: how many rows between the first and the last.
-        steps, scale, sampler: of the sampling.
-        seed: of the first picture; the next ones count on.
+        prompts: with `{}` in the place of the placeholder; before training the super-category stands there.
+        during: number of rows between the first and the last.
+        num_inference_steps: sampling steps.
+        guidance_scale: None: what suits the model, by the section `inference` of its config.
+        seed: of the first image; the next ones count up.
+        sampler: None: what suits the model, likewise.
+
+    Attributes:
+        config: the run's config; None: the model alone decides.
+
+    Raises:
+        UserError: there are no prompts, a number is out of range, or the sampler is unknown.
     """
 
-    def __init__(self, prompts: Sequence[str], during: int = 1, steps: int = 20, scale: float = 6.0,
-                 seed: int = 1, sampler: str = "dpm") -> None:
-        if not prompts or steps < 1 or during < 0:
-            raise UserError(f"BeforeDuringAfter: {len(prompts)} prompts, {steps} steps, {during} rows between; "
-                            "give 1 or more prompts and steps, or leave the callback out")
-        sampler_class(sampler)  # a wrong name is found before anything is trained
-        self.prompts, self.during, self.steps, self.scale, self.seed = list(prompts), during, steps, scale, seed
-        self.sampler = sampler
-        self.sheets: dict[int, dict[str, list[Image.Image]]] = {}  # the place of a concept -> its rows
+    renamed_params: ClassVar[dict[str, str]] = {"steps": "num_inference_steps", "scale": "guidance_scale"}
+
+    def __init__(self, prompts: Sequence[str], during: int = 1, num_inference_steps: int = 20,
+                 guidance_scale: float | None = None, seed: int = 1, sampler: str | None = "dpm") -> None:
+        if not prompts or num_inference_steps < 1 or during < 0:
+            raise UserError(f"BeforeDuringAfter: {len(prompts)} prompts, {num_inference_steps} sampling steps, "
+                            f"{during} rows between; give 1 or more prompts and steps, or leave the callback out")
+        if sampler is not None:
+            sampler_class(sampler)  # raises for an unknown name before anything is trained
+        self.prompts, self.during, self.seed = list(prompts), during, seed
+        self.settings = GenerationSettings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                                           sampler=sampler)
+        self.config: DictConfig | None = None
+        self.sheets: dict[int, dict[str, list[Image.Image]]] = {}  # concept index -> row title -> images
         self.last_step = -1
 
-    def _due(self, trainer: pl.Trainer) -> bool:
+    def _is_due(self, trainer: pl.Trainer) -> bool:
         step, interval = trainer.global_step, max(1, trainer.max_steps // (self.during + 1))
         return 0 < step < trainer.max_steps and step % interval == 0 and step != self.last_step
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
-        for place, data in enumerate(model.photos()):
-            self._show(place, "photos", data.images, trainer, model)
-            if data.has_masks:
-                overlays = [mask_overlay(image, data.mask(n)) for n, image in enumerate(data.images)]
-                save_grid(overlays, self._folder(place, trainer, model) / "masks.png", columns=2)
-        if not (trainer.global_step and model.trained_unet_weights()):  # then the U-Net is no more what it was before
-            self._draw("before", trainer, model, learned=False)
+        for index, dataset in enumerate(model.photos()):
+            self._add_row(index, "photos", dataset.images, trainer, model)
+            if dataset.has_masks:
+                overlays = [mask_overlay(image, dataset.mask(photo)) for photo, image in enumerate(dataset.images)]
+                save_grid(overlays, self._folder(index, trainer, model) / "masks.png", columns=2)
+        # A resumed run that trains the U-Net cannot show what was before.
+        if not (trainer.global_step and model.trained_unet_weights()):
+            self._preview("before", trainer, model, with_concepts=False)
         if trainer.global_step:
-            self._draw(f"resumed at step {trainer.global_step}", trainer, model)
+            self._preview(f"resumed at step {trainer.global_step}", trainer, model)
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: pl.Trainer, model: PersonalizationMethod, *_: object) -> None:
-        if self._due(trainer):
-            self._draw(f"step {trainer.global_step}", trainer, model)
+        if self._is_due(trainer):
+            self._preview(f"step {trainer.global_step}", trainer, model)
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
-        for saver in trainer.callbacks:
-            if isinstance(saver, ConceptSaver):  # its turn comes later: what was learned is not to wait for pictures
-                saver.save(trainer, model)
-        name = "after" if trainer.global_step >= trainer.max_steps else f"stopped at step {trainer.global_step}"
-        self._draw(name, trainer, model, learned=trainer.global_step > 0)
-        for place in range(len(model.concepts)):
-            log.info("pictures: %s", self._folder(place, trainer, model) / SHEET)
+        title = "after" if trainer.global_step >= trainer.max_steps else f"stopped at step {trainer.global_step}"
+        self._preview(title, trainer, model, with_concepts=trainer.global_step > 0)
+        for index in range(len(model.concepts)):
+            log.info("previews: %s", self._folder(index, trainer, model) / SHEET)
 
-    def _draw(self, name: str, trainer: pl.Trainer, model: PersonalizationMethod, learned: bool = True) -> None:
-        """Adds a row to every sheet, of concepts as they are or, where none is learned yet, of super-categories."""
+    def _preview(self, title: str, trainer: pl.Trainer, model: PersonalizationMethod, with_concepts: bool = True
+                 ) -> None:
+        """Add a row to every sheet: of concepts as they are now or, before training, of their super-categories."""
         self.last_step = trainer.global_step
-        training = model.training
+        was_training = model.training
         model.eval()
-        for place, category in enumerate(model.super_categories):
-            concepts = [model.export_concept(place)] if learned else []
-            try:
-                pictures = self._pictures(model, concepts, model.placeholders[place] if learned else category)
-            except MemoryShortage as error:
-                log.warning("no pictures of %s (%s): %s", model.names[place], name, error)
+        for index, super_category in enumerate(model.super_categories):
+            concepts = [model.export_concept(index)] if with_concepts else []
+            if not all(map(_is_finite, concepts)):
+                log.warning("no previews of %s (%s): its training has diverged", model.names[index], title)
                 continue
-            self._log(place, pictures, trainer, model)
-            self._show(place, name if learned else f"{name} ({category})", pictures, trainer, model)
-        model.train(training)
+            try:
+                images = self._generate(model, concepts, model.placeholders[index] if with_concepts else super_category)
+            except MemoryShortage as error:
+                log.warning("no previews of %s (%s): %s", model.names[index], title, error)
+                continue
+            self._log_images(index, images, trainer, model)
+            self._add_row(index, title if with_concepts else f"{title} ({super_category})", images, trainer, model)
+        model.train(was_training)
 
-    def _pictures(self, model: PersonalizationMethod, concepts: Sequence[AnyConcept], word: str) -> list[Image.Image]:
-        jobs = [Job(fill(prompt, word), self.seed + number) for number, prompt in enumerate(self.prompts)]
-        return drawn_now(model, concepts, jobs, steps=self.steps, scale=self.scale, sampler=self.sampler)
+    def _generate(self, model: PersonalizationMethod, concepts: Sequence[AnyConcept], word: str) -> list[Image.Image]:
+        requests = [GenerationRequest(fill_template(prompt, word), self.seed + number)
+                    for number, prompt in enumerate(self.prompts)]
+        return generate_previews(model, concepts, requests, self.settings, self.config)
 
-    def _show(self, place: int, name: str, images: Sequence[Image.Image], trainer: pl.Trainer,
-              model: PersonalizationMethod) -> None:
-        """Adds a row, filled up or cut to the number of prompts, and writes the sheet."""
-        width, rows = len(self.prompts), self.sheets.setdefault(place, {})
-        size = images[0].size
-        rows[name] = [*images[:width], *(Image.new("RGB", size, "white") for _ in range(width - len(images)))]
-        cells, titles = [], []
-        for row, pictures in rows.items():
-            cells += pictures
-            titles += ["a photo" if row == "photos" else f"{row}: {fill(prompt, '…')}" for prompt in self.prompts]
-        save_grid(cells, self._folder(place, trainer, model) / SHEET, width, titles)
-
-    def _log(self, place: int, pictures: Sequence[Image.Image], trainer: pl.Trainer, model: PersonalizationMethod) -> None:
-        images = torch.stack([(to_tensor(picture) + 1) / 2 for picture in pictures])
-        name = f"samples/{model.names[place]}" if len(model.names) > 1 else "samples"
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_images"):
-                logger.experiment.add_images(name, images, trainer.global_step)
+    def _add_row(self, index: int, title: str, images: Sequence[Image.Image], trainer: pl.Trainer,
+                 model: PersonalizationMethod) -> None:
+        """Add a row, padded or cut to the number of prompts, and write the sheet."""
+        width, rows = len(self.prompts), self.sheets.setdefault(index, {})
+        blank = Image.new("RGB", images[0].size, "white")
+        rows[title] = [*images[:width], *[blank] * (width - len(images))]
+        cells: list[Image.Image] = []
+        titles: list[str] = []
+        for row_title, row in rows.items():
+            cells += row
+            for prompt in self.prompts:
+                titles.append("a photo" if row_title == "photos" else f"{row_title}: {fill_template(prompt, '…')}")
+        save_grid(cells, self._folder(index, trainer, model) / SHEET, width, titles)
 
     @staticmethod
-    def _folder(place: int, trainer: pl.Trainer, model: PersonalizationMethod) -> Path:
+    def _log_images(index: int, images: Sequence[Image.Image], trainer: pl.Trainer, model: PersonalizationMethod
+                    ) -> None:
+        batch = torch.stack([(to_tensor(image) + 1) / 2 for image in images])
+        name = f"samples/{model.names[index]}" if len(model.names) > 1 else "samples"
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_images"):
+                logger.experiment.add_images(name, batch, trainer.global_step)
+
+    @staticmethod
+    def _folder(index: int, trainer: pl.Trainer, model: PersonalizationMethod) -> Path:
         folder = Path(trainer.default_root_dir) / "images"
-        return folder / model.names[place] if len(model.names) > 1 else folder
+        return folder / model.names[index] if len(model.names) > 1 else folder
+
+
+def _is_finite(concept: AnyConcept) -> bool:
+    return all(bool(tensor.isfinite().all()) for _, tensor in concept.tensors())

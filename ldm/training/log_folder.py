@@ -1,4 +1,4 @@
-"""The folder that a training run writes to: made late, taken away again where nothing was learned."""
+"""The folder that a training run writes to, and the checkpoint that it resumes from."""
 from __future__ import annotations
 
 import contextlib
@@ -6,6 +6,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
@@ -13,38 +14,87 @@ import torch
 
 from ldm.checkpoints.pickled import UNREADABLE
 from ldm.common.errors import UserError
+from ldm.common.paths import check_folder
+from ldm.training.options import TrainingOptions
 
-STATE = ("state_dict", "optimizer_states", "global_step", "pytorch-lightning_version")
+STATE_KEYS = ("state_dict", "optimizer_states", "global_step", "pytorch-lightning_version")
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run continues.
+
+    Attributes:
+        folder: its log folder.
+        checkpoint: its file.
+        steps: steps taken so far.
+        configs: the config files of the run, oldest first.
+    """
+
+    folder: Path
+    checkpoint: Path
+    steps: int
+    configs: tuple[str, ...]
+
+
+def find_resume_point(given: str) -> ResumePoint:
+    """Return where to continue the run of a log folder or of a checkpoint in one.
+
+    Raises:
+        UserError: there is no such run, or its checkpoint cannot be used.
+    """
+    path = Path(given)
+    if not path.exists():
+        raise UserError(f"--resume {path}: no such log folder or checkpoint")
+    folder = path if path.is_dir() else path.parent.parent
+    checkpoint = folder / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not checkpoint.is_file():
+        raise UserError(f"--resume {path}: there is no checkpoint {checkpoint} to go on from")
+    configs = tuple(map(str, sorted(folder.glob("configs/*.yaml"))))
+    return ResumePoint(folder, checkpoint, steps_taken(checkpoint), configs)
+
+
+def new_log_folder(options: TrainingOptions, now: str) -> Path:
+    """Return the path of a new log folder, `<logdir>/<now>_<name>`. Creates nothing.
+
+    Raises:
+        UserError: the name is not the name of a folder, or `logdir` cannot be written to.
+    """
+    name = (options.name or Path(options.configs[-1]).stem) + options.postfix
+    if Path(name).name != name:
+        raise UserError(f"--name {name}: names a folder in --logdir; leave out everything else")
+    check_folder("--logdir", Path(options.logdir))
+    return Path(options.logdir) / f"{now}_{name}"
 
 
 @contextlib.contextmanager
-def folder_for(wanted: Path, begun: Callable[[], bool]) -> Iterator[Path]:
-    """A folder of this run alone: `wanted`, or where another run has that already, `wanted`-2 and so on.
+def log_folder(wanted: Path, has_started: Callable[[], bool]) -> Iterator[Path]:
+    """Create a folder for this run alone: `wanted` or, if another run has that already, `wanted`-2 and so on.
 
-    Where the end comes before `begun()`, it is removed, with the parents that were made along with it.
+    If the run ends before `has_started()`, the folder is removed, with the parents that were created along with it.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     parents = [path for path in wanted.parents if not path.exists()]
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
         numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
-        folder = next(filter(_is_new, chain([wanted], numbered)))
+        folder = next(filter(_create, chain([wanted], numbered)))
     except OSError as error:
-        raise UserError(f"--logdir: {wanted} cannot be made ({error.strerror}); choose another place") from None
+        raise UserError(f"--logdir: {wanted} cannot be created ({error.strerror}); choose another place") from None
     try:
         yield folder
     finally:
-        if not begun():
+        if not has_started():
             shutil.rmtree(folder, ignore_errors=True)
             for parent in parents:
                 with contextlib.suppress(OSError):  # another run has written there since
                     parent.rmdir()
 
 
-def _is_new(folder: Path) -> bool:
-    """Makes it, unless there is one: in a single step, as another run may begin at the same time."""
+def _create(folder: Path) -> bool:
+    """Create a folder unless it exists, in a single step: another run may start at the same time."""
     try:
         folder.mkdir()
     except FileExistsError:
@@ -53,17 +103,17 @@ def _is_new(folder: Path) -> bool:
 
 
 def steps_taken(path: Path) -> int:
-    """How many steps a checkpoint's run has taken; runs nothing that the file contains.
+    """Return how many steps the run of a checkpoint has taken. Executes nothing that the file contains.
 
     Raises:
-        UserError: it is no whole checkpoint of a training run.
+        UserError: the file is not a complete checkpoint of a training run.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what is strange about a file that is no checkpoint
+        with warnings.catch_warnings(action="ignore"):  # about files that are no checkpoints
             state = torch.load(path, map_location="meta", weights_only=True)
     except (pickle.UnpicklingError, *UNREADABLE):
         raise UserError(f"--resume {path}: cut off or no checkpoint; name another one of the run's checkpoints/, "
                         "or train anew") from None
-    if not isinstance(state, dict) or any(name not in state for name in STATE):
+    if not isinstance(state, dict) or any(name not in state for name in STATE_KEYS):
         raise UserError(f"--resume {path}: holds no state of a training run; to start from weights use --actual_resume")
     return int(state["global_step"])

@@ -1,152 +1,111 @@
-"""One training run: a log folder, a model, its data and a Lightning trainer, as flags and configs describe them."""
+"""One training run, from its options to the files that it leaves in a log folder."""
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import errno
 import logging
 import tempfile
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import transformers
-from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
+from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.common.errors import MemoryShortage, UserError, is_out_of_memory
-from ldm.common.paths import check_folder
-from ldm.training.callbacks import AccelerateFrozenUNet, SetupCallback, StepProgress, StopAfterStep, WholeEpochs
-from ldm.training.config import get_parser, read_config
-from ldm.training.log_folder import folder_for, steps_taken
-from ldm.util import check_param_names, check_param_types, instantiate_from_config, user_error_for
+from ldm.training.concept_callbacks import ConceptSaver
+from ldm.training.config import read_config
+from ldm.training.log_folder import ResumePoint, find_resume_point, log_folder, new_log_folder
+from ldm.training.next_command import generation_command
+from ldm.training.options import TrainingOptions
+from ldm.training.trainer import make_trainer, restored_torch_settings
+from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
-TO_THE_SECOND = "%Y-%m-%dT%H-%M-%S"
+SECONDS_FORMAT = "%Y-%m-%dT%H-%M-%S"
 
 
-def log_folder(options: argparse.Namespace, now: str) -> Path:
-    """Where the run writes: a new folder, or that of the run to go on with."""
-    if not options.resume:
-        name = (options.name or Path(options.base[-1]).stem) + options.postfix
-        if Path(name).name != name:
-            raise UserError(f"--name {name}: names a folder in --logdir; leave out what is no name")
-        check_folder("--logdir", Path(options.logdir))
-        return Path(options.logdir) / f"{now}_{name}"
-    given = Path(options.resume)
-    if not given.exists():
-        raise UserError(f"--resume {given}: no such log folder or checkpoint")
-    folder = given if given.is_dir() else given.parent.parent
-    options.checkpoint = folder / "checkpoints" / "last.ckpt" if given.is_dir() else given
-    if not options.checkpoint.is_file():
-        raise UserError(f"--resume {given}: there is no checkpoint {options.checkpoint} to go on from")
-    options.steps_taken = steps_taken(options.checkpoint)
-    options.base = [*map(str, sorted(folder.glob("configs/*.yaml"))), *options.base]
-    if not options.base:
-        raise UserError(f"--resume {given}: {folder} has no configs/*.yaml of its run; name its config with --base")
-    return folder
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a training run leaves.
+
+    Attributes:
+        logdir: its log folder.
+        steps: steps taken, those before it was resumed included.
+        concepts: files of the concepts that it learned, in the order of their placeholders.
+    """
+
+    logdir: Path
+    steps: int
+    concepts: tuple[Path, ...] = ()
 
 
-def make_trainer(config: DictConfig, logdir: Path, now: str) -> pl.Trainer:
-    """Lightning's trainer with the checkpoints, loggers and callbacks that the config asks for."""
-    lightning = config.lightning
-    settings = {"accelerator": "auto", "devices": 1, "max_epochs": -1, "enable_model_summary": False,
-                "num_sanity_val_steps": 0, "benchmark": True, "log_every_n_steps": 10}
-    settings |= OmegaConf.to_container(lightning.trainer, resolve=True)
-    _check_settings("lightning.trainer", pl.Trainer, settings)
-    checkpoints = {"dirpath": logdir / "checkpoints", "filename": "{epoch:06}-{step:08}", "save_last": True,
-                   "auto_insert_metric_name": False, "monitor": None, "save_top_k": 1,
-                   "enable_version_counter": False}  # --resume looks for last.ckpt, not for last-v1.ckpt
-    checkpoints |= OmegaConf.to_container(lightning.get("modelcheckpoint") or OmegaConf.create(), resolve=True)
-    _check_settings("lightning.modelcheckpoint", ModelCheckpoint, checkpoints)
-    plain = {"model": config.model, "data": config.data}
-    named = (lightning.get("callbacks") or {}).values()
-    own = [instantiate_from_config(entry) for entry in named if entry is not None]  # null leaves one out
-    with user_error_for("lightning.modelcheckpoint cannot be used", MisconfigurationException):
-        callbacks = [SetupCallback(now, logdir, OmegaConf.create(plain), lightning), ModelCheckpoint(**checkpoints),
-                     LearningRateMonitor(logging_interval="step"), StepProgress(), WholeEpochs(), StopAfterStep(),
-                     AccelerateFrozenUNet(), *own]
-    logger = TensorBoardLogger(save_dir=logdir, name="", version="tensorboard")
-    with user_error_for("lightning.trainer, --accelerator or --devices cannot be used", MisconfigurationException):
-        return pl.Trainer(**settings, callbacks=callbacks, logger=logger, default_root_dir=logdir)
+def train(options: TrainingOptions) -> FinishedRun | None:
+    """Train what the options describe. Returns None if they ask only to build everything.
 
-
-def _check_settings(name: str, target: type, settings: Mapping[str, Any]) -> None:
-    """Raises a UserError for settings that the target does not have, or not in this range."""
-    check_param_names(name, target, settings)
-    check_param_types(name, target, settings)
-    for key in ("max_steps", "accumulate_grad_batches"):
-        if settings.get(key) == 0:
-            raise UserError(f"{name}: {key} 0 trains nothing; give 1 or more")
-
-
-def scaled_learning_rate(config: DictConfig, trainer: pl.Trainer, scale: bool) -> float | None:
-    """`model.base_learning_rate`, times devices, batch size and accumulation where `scale` (the LDM family's rule)."""
-    rate = config.model.get("base_learning_rate")
-    if rate is None or not scale:
-        return rate
-    return rate * trainer.num_devices * config.data.params.batch_size * trainer.accumulate_grad_batches
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs `main.py` with these arguments, those of the command line by default."""
-    options, overrides = get_parser().parse_known_args(arguments)
-    try:
-        _run(options, overrides)
-    except UserError:
-        if options.debug:
-            traceback.print_exc()
-        raise
-
-
-def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    quiet()
-    started = datetime.datetime.now()
-    logdir = log_folder(options, started.strftime(TO_THE_SECOND)) if options.base or options.resume else Path()
-    config = read_config(options, overrides)
-    most = config.lightning.trainer.get("max_steps", -1)
-    if options.resume and 0 <= most <= options.steps_taken:
-        raise UserError(f"--resume {options.resume}: has taken {options.steps_taken} steps of {most}; "
-                        "to go on, give more with --max_steps")
+    Raises:
+        UserError: a config, a file or a value cannot be used, memory or disk space runs out, or a concept diverged.
+    """
+    _silence_libraries()
+    start = datetime.datetime.now()
+    resumed = find_resume_point(options.resume) if options.resume else None
+    if resumed is not None:
+        options = replace(options, configs=(*resumed.configs, *options.configs))
+        if not options.configs:
+            raise UserError(f"--resume {options.resume}: {resumed.folder} has no configs/*.yaml of its run; name its "
+                            "config with --base")
+    if resumed is not None:
+        wanted = resumed.folder
+    else:  # checked first, since it costs nothing
+        wanted = new_log_folder(options, start.strftime(SECONDS_FORMAT)) if options.configs else Path()
+    config = read_config(options)
+    _check_steps_left(options, config, resumed)
     pl.seed_everything(config.lightning.seed, workers=True, verbose=False)
-    now = started.strftime(f"{TO_THE_SECOND}.%f")  # of what a run keeps: it may be resumed within the second
     trainer: pl.Trainer | None = None
-    with _place(options, logdir, lambda: trainer is not None and trainer.global_step > 0) as place, _short_of(config):
-        trainer = make_trainer(config, Path(place), now)
-        data, model = _parts(config, trainer)
-        rate = scaled_learning_rate(config, trainer, options.scale_lr)
-        if rate is not None:
-            model.learning_rate = rate
-            log.info("learning rate %.2e", rate)
+
+    def has_started() -> bool:
+        return trainer is not None and trainer.global_step > 0
+
+    with (restored_torch_settings(), _open_log_folder(wanted, resumed, has_started) as folder,
+          _explained_shortages(config)):
+        now = start.strftime(f"{SECONDS_FORMAT}.%f")  # a run may be resumed within the second
+        trainer = make_trainer(config, Path(folder), now)
+        data, model = _build(config, trainer)
+        _set_learning_rate(model, config, trainer, options.scale_lr)
         if not options.train:
             log.info("model and data are ready; with '-t false' that is all")
-            return
-        if options.resume:
-            trainer.ckpt_path = str(options.checkpoint)  # known before the model prepares itself
+            return None
+        if resumed:
+            trainer.ckpt_path = str(resumed.checkpoint)  # the model reads it while it prepares itself
         trainer.fit(model, data, weights_only=True)
+        return _finish(trainer, model)
 
 
-def _place(options: argparse.Namespace, logdir: Path, begun: Callable[[], bool]
-           ) -> contextlib.AbstractContextManager[str | Path]:
-    """The folder that this process writes to."""
-    if rank_zero_only.rank:  # of the other processes of a run nothing is kept
+def _check_steps_left(options: TrainingOptions, config: DictConfig, resumed: ResumePoint | None) -> None:
+    max_steps = config.lightning.trainer.get("max_steps", -1)
+    if resumed and 0 <= max_steps <= resumed.steps:
+        raise UserError(f"--resume {options.resume}: has taken {resumed.steps} steps of {max_steps}; "
+                        "to continue, give more with --max_steps")
+
+
+def _open_log_folder(wanted: Path, resumed: ResumePoint | None, has_started: Callable[[], bool]
+                     ) -> contextlib.AbstractContextManager[str | Path]:
+    """Return a context whose value is the folder that this process writes to."""
+    if rank_zero_only.rank:  # nothing is kept of the other processes of a run
         return tempfile.TemporaryDirectory()
-    return contextlib.nullcontext(logdir) if options.resume else folder_for(logdir, begun)
+    return contextlib.nullcontext(wanted) if resumed else log_folder(wanted, has_started)
 
 
 @contextlib.contextmanager
-def _short_of(config: DictConfig) -> Iterator[None]:
-    """Says what to do where memory or room on the disk does not suffice."""
+def _explained_shortages(config: DictConfig) -> Iterator[None]:
+    """Turn a lack of memory or of disk space into a UserError that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -155,41 +114,62 @@ def _short_of(config: DictConfig) -> Iterator[None]:
         raise MemoryShortage(
             f"memory is too short for batches of {config.data.params.get('batch_size')}; lower data.params.batch_size "
             "(and raise lightning.trainer.accumulate_grad_batches as much, for the same steps), or set "
-            "model.params.unet_config.params.use_checkpoint=true where it is not") from error
+            "model.params.unet_config.params.use_checkpoint=true if it is false") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"{error.filename or 'the log folder'}: no room is left on the disk; make some and go on with "
-                        "--resume, or name another place with --logdir") from error
+        raise UserError(f"{error.filename or 'the log folder'}: no room is left on the disk; make some and continue "
+                        "with --resume, or name another place with --logdir") from error
 
 
-def _parts(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataModule, pl.LightningModule]:
-    """What the config describes, ready to be trained; what is cheap comes first, to find mistakes."""
+def _build(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataModule, pl.LightningModule]:
+    """Build data and model, ready to be trained. Data come first: they cost less and may hold mistakes, too."""
     data = instantiate_from_config(config.data)
-    _refuse_other_kinds("data", data, pl.LightningDataModule)
+    _check_type("data", data, pl.LightningDataModule)
     data.setup()
     with DeferredInit():
         model = instantiate_from_config({key: config.model[key] for key in ("target", "params") if key in config.model})
-    _refuse_other_kinds("model", model, pl.LightningModule)
-    most = getattr(model, "most_devices", trainer.world_size)
-    if trainer.world_size > most:
-        allowed = "one device" if most == 1 else f"at most {most} devices, one for each concept"
+    _check_type("model", model, pl.LightningModule)
+    max_devices = getattr(model, "max_devices", trainer.world_size)
+    if trainer.world_size > max_devices:
+        allowed = "one device" if max_devices == 1 else f"at most {max_devices} devices, one for each concept"
         raise UserError(f"{config.model.target} is trained on {allowed}; "
                         f"leave out --devices {config.lightning.trainer.devices}")
-    device = trainer.strategy.root_device if trainer.num_devices == 1 else None  # which rearranges weights sooner
+    device = trainer.strategy.root_device if trainer.num_devices == 1 else None  # there, weights are rearranged sooner
     return data, model.to(device, memory_format=torch.channels_last)
 
 
-def _refuse_other_kinds(section: str, built: object, kind: type) -> None:
-    if not isinstance(built, kind):
-        raise UserError(f"config: {section}.target must name a {kind.__name__}, not a {type(built).__name__}")
+def _check_type(section: str, built: object, expected: type) -> None:
+    if not isinstance(built, expected):
+        raise UserError(f"config: {section}.target must name a {expected.__name__}, not a {type(built).__name__}")
 
 
-def quiet() -> None:
-    """Silences what libraries say at every start and what no user can act on."""
+def _set_learning_rate(model: pl.LightningModule, config: DictConfig, trainer: pl.Trainer, scale: bool) -> None:
+    """Set `model.base_learning_rate`, times devices, batch size and accumulation if `scale` (the LDM family's rule)."""
+    rate = config.model.get("base_learning_rate")
+    if rate is None:
+        return
+    if scale:
+        rate *= trainer.num_devices * config.data.params.batch_size * trainer.accumulate_grad_batches
+    model.learning_rate = rate
+    log.info("learning rate %.2e", rate)
+
+
+def _finish(trainer: pl.Trainer, model: pl.LightningModule) -> FinishedRun:
+    """Return what the run leaves, and log the command that generates with its concepts."""
+    folder = Path(trainer.default_root_dir)
+    paths = tuple(path for callback in trainer.callbacks if isinstance(callback, ConceptSaver)
+                  for path in callback.paths)
+    if paths and trainer.is_global_zero:
+        log.info("next: %s", generation_command(folder, paths, model.placeholders))
+    return FinishedRun(folder, trainer.global_step, paths)
+
+
+def _silence_libraries() -> None:
+    """Silence what libraries say at every start and no user can act on."""
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line per attempt where there is no network
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt if there is no network
     transformers.utils.logging.disable_progress_bar()
     for message in (".*does not have many workers.*", ".*tensorboardX.*", ".*Checkpoint directory.*",
                     ".*isinstance.treespec.*", ".*`LeafSpec`.*", ".*in eval mode at the start of training.*",

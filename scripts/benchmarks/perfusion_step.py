@@ -61,7 +61,7 @@ class PerfusionStep:
     @property
     def holds(self) -> list[Any]:
         """What a run keeps in memory."""
-        return [self.model, self.model._moments, self.optimizer]
+        return [self.model, self.model.cached_latents.moments, self.optimizer]
 
     def way(self, recompute: bool = False, graphed: bool = True) -> Callable[[Mapping[str, Any]], None]:
         """`step` in one of several ways: activations computed again in the backward pass or kept, by graphs or not.

@@ -71,8 +71,8 @@ def training_command(settings: Settings, files: Files, name: str, concepts: int 
         "lightning.callbacks.clock.target": "scripts.benchmarks.clock.Clock",
         "lightning.callbacks.clock.params.path": settings.folder / f"{name}.json"}
     if settings.quick:
-        keys |= {"lightning.callbacks.pictures.params.prompts": '["a photo of a {}"]',
-                 "lightning.callbacks.pictures.params.steps": 2,
+        keys |= {"lightning.callbacks.previews.params.prompts": '["a photo of a {}"]',
+                 "lightning.callbacks.previews.params.num_inference_steps": 2,
                  "model.params.image_size": _latent_side(settings)}
     if concepts > 1:
         keys["data.params.concepts_per_batch"] = max(1, settings.shape.most_pictures // batch)

@@ -21,7 +21,8 @@ from evaluation.paper.studies import (
     studies,
 )
 from evaluation.sweeps.samples import Manner
-from ldm.training.config import get_parser, read_config
+from ldm.cli.training import parse_training_options
+from ldm.training.config import read_config
 
 ALL = studies((0.4, 0.6, 0.75, 0.9, 1.1), (0.4, 0.75, 1.1), (0.4, 0.6))
 METHODS = list(dict.fromkeys(method for study in ALL.values() for method in study.methods))
@@ -34,7 +35,7 @@ def test_the_script_offers_all_studies() -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.slug)
 def test_every_method_is_a_config_of_its_own(method: Method) -> None:
-    config = read_config(get_parser().parse_args(["--base", *method.configs(CONFIG)]), list(method.overrides))
+    config = read_config(parse_training_options(["--base", *method.configs(CONFIG), *method.overrides]))
     plain = OmegaConf.load(CONFIG)
     assert (config.model.target == plain.model.target) == method.gated
     for override in method.overrides:

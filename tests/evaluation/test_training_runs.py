@@ -106,7 +106,7 @@ def test_runs_are_told_what_a_user_would_say(place: Path, school: School) -> Non
     list(school.teach([(NO_MASKS, example(place)), (replace(TRAINED_KEYS, name="x"), example(place, "owl"))]))
     plain, keys = sorted(calls(place), key=lambda call: "owl" in call)
     for words in (f"--data_root {place / 'cat'}", "--init_word cat", "--placeholder_string <my-cat>", "--masks none",
-                  "lightning.callbacks.pictures=null"):
+                  "lightning.callbacks.previews=null"):
         assert words in plain
     assert "model.params.locking=trained" in keys and "--masks" not in keys
 

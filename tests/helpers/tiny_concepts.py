@@ -14,6 +14,7 @@ from helpers import tiny_models
 from ldm.data.personalized import PersonalizedBase
 from ldm.modules.covariance import encoder_fingerprint, save_covariance
 from ldm.personalization.base import PersonalizationMethod
+from ldm.training.concept_callbacks import ConceptSaver
 
 WORD = "<toy>"
 
@@ -39,11 +40,11 @@ def load_photos(folder: Path) -> PersonalizedBase:
     return PersonalizedBase(folder / "photos", size=16, placeholder_token=WORD, templates=tiny_models.TEMPLATES)
 
 
-def attach_trainer(model: PersonalizationMethod, data: object, parts: int = 1, root: str = "unused") -> PersonalizationMethod:
+def attach_trainer(model: PersonalizationMethod, data: object, micro_batches: int = 1, root: str = "unused") -> PersonalizationMethod:
     """The model with as much of a trainer as it looks at."""
     model.trainer = SimpleNamespace(
         datamodule=SimpleNamespace(datasets={"train": data}), default_root_dir=root, global_step=0,
-        world_size=1, accumulate_grad_batches=parts, gradient_clip_val=None, precision="32-true",
+        world_size=1, accumulate_grad_batches=micro_batches, gradient_clip_val=None, precision="32-true",
         strategy=SimpleNamespace(root_device=torch.device("cpu")))
     model.log = model.log_dict = lambda *_, **__: None
     return model
@@ -64,7 +65,8 @@ def train_method(model: PersonalizationMethod, data: RepeatedBatch, root: Path, 
             **settings: Any) -> PersonalizationMethod:
     """The model after so many steps, its checkpoint at `root`/last.ckpt."""
     trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
-                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=root, **settings)
+                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=root,
+                         callbacks=[ConceptSaver()], **settings)
     if resumed:
         trainer.ckpt_path = resumed
     trainer.fit(model, datamodule=data, weights_only=True)

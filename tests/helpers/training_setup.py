@@ -8,24 +8,31 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
+from ldm.cli.training import parse_training_options
 from ldm.data.personalized import PersonalizedBase
-from ldm.data.templates import fill
+from ldm.data.templates import fill_template
 from ldm.models.diffusion.objectives import resize_mask_to_latents
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.personalization.perfusion import Perfusion
-from ldm.training.run import main as train
+from ldm.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ("--base", "configs/perfusion.yaml")
-FEW_IMAGES = ('lightning.callbacks.pictures.params.prompts=["a photo of a {}"]',
-                "lightning.callbacks.pictures.params.steps=2")
+FEW_IMAGES = ('lightning.callbacks.previews.params.prompts=["a photo of a {}"]',
+              "lightning.callbacks.previews.params.num_inference_steps=2")
 QUICK = ("--max_steps", "2", *FEW_IMAGES, "data.params.batch_size=2")
+
+
+def run_main(arguments: Sequence[str]) -> None:
+    """Do what `main.py` does with these arguments, in this process."""
+    train(parse_training_options(arguments))
 
 
 @contextlib.contextmanager
@@ -44,14 +51,14 @@ def in_project_root(threads: int = 1) -> Any:
 def train_main(folder: Path, *arguments: object, threads: int = 1) -> Path:
     """Runs main.py's function on the bundled example, unless arguments say otherwise; the log folder."""
     with in_project_root(threads):
-        train([*BASE, "-l", str(folder), *map(str, arguments)])
+        run_main([*BASE, "-l", str(folder), *map(str, arguments)])
     (logdir,) = folder.iterdir()
     return logdir
 
 
 def resume_run(logdir: Path, *arguments: object) -> Path:
     with in_project_root():
-        train(["--resume", str(logdir), *map(str, arguments)])
+        run_main(["--resume", str(logdir), *map(str, arguments)])
     return logdir
 
 
@@ -131,9 +138,9 @@ def fixed_loss(model: Perfusion, data: PersonalizedBase, timesteps: int) -> floa
     """Mean loss of every photo at `timesteps` noise levels, in prompts that take turns."""
     generator = torch.Generator().manual_seed(99)
     photos = torch.arange(len(data.images)).repeat_interleave(timesteps)
-    latents = model.scale_factor * DiagonalGaussianDistribution(model._moments[photos, 0]).sample(generator)
+    latents = model.scale_factor * DiagonalGaussianDistribution(model.cached_latents.moments[photos, 0]).sample(generator)
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.linspace(0.05, 0.95, timesteps).mul(model.num_timesteps).long().repeat(len(data.images))
-    prompts = [fill(data.templates[n % len(data.templates)], model.placeholders[0]) for n in range(len(latents))]
+    prompts = [fill_template(data.templates[n % len(data.templates)], model.placeholders[0]) for n in range(len(latents))]
     weight = resize_mask_to_latents(torch.stack([data.mask(int(photo)) for photo in photos]), latents.shape[-2:])
     return float(model.p_losses(latents, model.prompt_context(prompts), t, noise, weight)[0])

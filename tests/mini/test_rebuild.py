@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers.mini_runs import write_log_folder
 from helpers.tiny_clips import OPEN_TOWERS
+from helpers.training_setup import run_main
 from omegaconf import OmegaConf
 
 from ldm.common.errors import UserError
 from ldm.modules.encoders.modules import TOKENIZER
-from ldm.training.run import main as train
 from ldm.training.run_record import record_run, trained_steps
 from scripts.mini import export as export_mini
 from scripts.mini import rebuild as rebuild_mini
@@ -152,7 +152,7 @@ def test_a_very_small_rebuild_goes_on_after_an_interruption(tmp_path: Path, monk
              str(tmp_path / "logs")]
 
     def run(command: Sequence[str]) -> None:
-        {"main.py": train, "scripts/mini/export.py": export_mini.main}[command[0]](list(command[1:]))
+        {"main.py": run_main, "scripts/mini/export.py": export_mini.main}[command[0]](list(command[1:]))
 
     for steps in (1, 2):
         rebuild_mini.main([*flags, *tiny, f"evaluation_clip:lightning.trainer.max_steps={steps}"], run=run)

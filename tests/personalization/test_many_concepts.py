@@ -21,13 +21,17 @@ from ldm.concepts.concept_file import load_perfusion_concepts
 from ldm.data.images import to_tensor
 from ldm.data.module import DataModuleFromConfig
 from ldm.data.personalized import split_concept_configs
-from ldm.inference.sampling import Job, Sampling, draw_pictures, encode_once, prompt_encoder
+from ldm.inference.encoding import build_prompt_encoder, encode_prompts
+from ldm.inference.pipeline import PerfusionPipeline
+from ldm.inference.requests import GenerationRequest
+from ldm.inference.settings import GenerationSettings
 from ldm.personalization.base import PersonalizationMethod
 from ldm.personalization.concept_names import file_names_for
+from ldm.training.concept_callbacks import ConceptSaver
 from ldm.util import instantiate_from_config
 
-THINGS = {"<toy>": "cat", "<mug>": "mug", "<hat>": "red hat"}  # the word of each concept -> its super-category
-WORDS = list(THINGS)
+SUBJECTS = {"<toy>": "cat", "<mug>": "mug", "<hat>": "red hat"}  # the word of each concept -> its super-category
+WORDS = list(SUBJECTS)
 METHODS = {"perfusion": "perfusion.Perfusion", "textual-inversion": "textual_inversion.TextualInversion"}
 
 
@@ -57,16 +61,16 @@ def data_of(folder: Path, words: list[str], **settings: Any) -> DataModuleFromCo
 
 def learner(folder: Path, words: list[str], method: str = "perfusion", **params: Any) -> PersonalizationMethod:
     own = {"covariance": str(folder / "covariance.safetensors")} if method == "perfusion" else {}
-    given = {"super_category": [THINGS[word] for word in words], "placeholder": words, "seed": 3,
+    given = {"super_category": [SUBJECTS[word] for word in words], "placeholder": words, "seed": 3,
              "ckpt_path": str(folder / "base.ckpt"), "first_stage_key": "image", **own, **params}
     return instantiate_from_config(tiny_models.latent_diffusion_config(folder, METHODS.get(method, method), **given))
 
 
-def taught(folder: Path, words: list[str], steps: int = 3, parts: int = 1, method: str = "perfusion",
+def train_several(folder: Path, words: list[str], steps: int = 3, micro_batches: int = 1, method: str = "perfusion",
            **settings: Any) -> PersonalizationMethod:
     """A model after so many steps, without a trainer around it; gradients of a step are the mean of its batches'."""
     data = data_of(folder, words, **settings)
-    model = attach_trainer(learner(folder, words, method), None, parts)
+    model = attach_trainer(learner(folder, words, method), None, micro_batches)
     model.trainer.datamodule = data
     model.setup("fit")
     optimizer = model.configure_optimizers()["optimizer"]
@@ -82,8 +86,8 @@ def taught(folder: Path, words: list[str], steps: int = 3, parts: int = 1, metho
 
 
 @functools.cache
-def taught_alone(folder: Path, word: str, parts: int) -> PersonalizationMethod:
-    return taught(folder, [word], parts=parts)
+def train_alone(folder: Path, word: str, micro_batches: int) -> PersonalizationMethod:
+    return train_several(folder, [word], micro_batches=micro_batches)
 
 
 def assert_same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
@@ -94,41 +98,42 @@ def assert_same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
 # Learning
 
 
-@pytest.mark.parametrize(("parts", "settings"), [(1, {}), (2, {}), (1, {"concepts_per_batch": 2}),
+@pytest.mark.parametrize(("micro_batches", "settings"), [(1, {}), (2, {}), (1, {"concepts_per_batch": 2}),
                                                  (2, {"concepts_per_batch": 1})])
-def test_concepts_learned_together_are_those_learned_apart(folder: Path, parts: int, settings: dict[str, Any]) -> None:
-    together = taught(folder, WORDS, parts=parts, **settings)
-    for place, word in enumerate(WORDS):
-        learned, alone = together.concepts[place], taught_alone(folder, word, parts)
+def test_concepts_of_one_run_equal_those_of_separate_runs(folder: Path, micro_batches: int,
+                                                          settings: dict[str, Any]) -> None:
+    together = train_several(folder, WORDS, micro_batches=micro_batches, **settings)
+    for index, word in enumerate(WORDS):
+        learned, alone = together.concepts[index], train_alone(folder, word, micro_batches)
         assert_same_state(learned, alone.concepts[0])
-        ours, theirs = together.export_concept(place), alone.export_concept()
-        assert (ours.placeholder, ours.super_category, ours.base) == (word, THINGS[word], theirs.base)
+        ours, theirs = together.export_concept(index), alone.export_concept()
+        assert (ours.placeholder, ours.super_category, ours.base) == (word, SUBJECTS[word], theirs.base)
         assert (ours.embedding - learned.start).abs().max() > 100 * (ours.embedding - theirs.embedding).abs().max()
 
 
 def test_textual_inversion_learns_several_words(folder: Path) -> None:
-    together = taught(folder, WORDS[:2], method="textual-inversion")
-    for place, word in enumerate(WORDS[:2]):
-        alone = taught(folder, [word], method="textual-inversion")
-        assert_same_state(together.concepts[place], alone.concepts[0])
-        assert together.export_concept(place).parameter_count == alone.export_concept().parameter_count
+    together = train_several(folder, WORDS[:2], method="textual-inversion")
+    for index, word in enumerate(WORDS[:2]):
+        alone = train_several(folder, [word], method="textual-inversion")
+        assert_same_state(together.concepts[index], alone.concepts[0])
+        assert together.export_concept(index).parameter_count == alone.export_concept().parameter_count
 
 
 @pytest.mark.parametrize("settings", [{}, {"concepts_per_batch": 1}])
-def test_devices_share_the_concepts_out_among_them(folder: Path, tmp_path: Path, settings: dict[str, int],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes on the CPU, of which one learns the second concept, and the other the first and perhaps a third."""
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of a run before, from which new processes would begin anew
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a fork of several threads would wait for them for ever
+def test_devices_share_the_concepts(folder: Path, tmp_path: Path, settings: dict[str, int],
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes on the CPU, one learns the second concept, the other the first and perhaps a third."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of an earlier run: new processes would be seeded by it
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # forks of a process with several threads would hang
     words = WORDS[:2] if settings else WORDS
     trainer = pl.Trainer(max_steps=3, accelerator="cpu", devices=2, strategy="ddp_fork", default_root_dir=tmp_path,
                          logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                         enable_model_summary=False)
+                         enable_model_summary=False, callbacks=[ConceptSaver()])
     torch.manual_seed(7)
     trainer.fit(learner(folder, words), datamodule=data_of(folder, words, **settings))
     for word in words:
         (ours,) = load_perfusion_concepts(tmp_path / f"{word[1:-1]}.safetensors")
-        theirs = taught_alone(folder, word, 1).export_concept()
+        theirs = train_alone(folder, word, 1).export_concept()
         assert ours.steps == 3
         for (name, value), (_, other) in zip(ours.tensors(), theirs.tensors(), strict=True):
             assert torch.allclose(value, other, rtol=2e-3, atol=1e-3 * float(other.abs().max())), name
@@ -156,23 +161,23 @@ def test_weights_of_the_base_model_are_trained_for_one_concept_only(folder: Path
         model.setup("fit")
 
 
-@pytest.mark.parametrize(("params", "said"), [
+@pytest.mark.parametrize(("params", "message"), [
     ({"placeholder": ["<toy>", "<TOY>"]}, "<toy> is given twice"),
     ({"placeholder": ["<toy>", "two words"]}, "'two words': must be a word"),
     ({"super_category": ["cat", "mug"]}, r"2 super-categories \(cat, mug\) for 3 concepts"),
     ({"placeholder": ["<toy>", "<hat>"], "super_category": "cat"}, "placeholder <toy>, <hat> .*, but <toy>, <mug>"),
 ])
-def test_words_that_do_not_fit_are_refused_in_a_line(folder: Path, params: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said) as refused:
+def test_invalid_words_raise_a_user_error_of_one_line(folder: Path, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         model = attach_trainer(learner(folder, WORDS, **params), None)
         model.trainer.datamodule = data_of(folder, WORDS)
         model.setup("fit")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["validation", "test"])
-def test_a_loss_that_would_say_nothing_is_refused(folder: Path, name: str, method: str) -> None:
+def test_validation_and_test_data_raise_a_user_error(folder: Path, name: str, method: str) -> None:
     params = {"data_root": str(folder / "<toy>"), "placeholder_token": "<toy>", "size": 16}
     model = attach_trainer(learner(folder, WORDS[:1], method), None)
     model.trainer.datamodule = data_of(
@@ -181,7 +186,7 @@ def test_a_loss_that_would_say_nothing_is_refused(folder: Path, name: str, metho
         model.setup("fit")
 
 
-def test_one_super_category_counts_for_all(folder: Path) -> None:
+def test_one_super_category_serves_all_concepts(folder: Path) -> None:
     assert learner(folder, WORDS, super_category="cat").super_categories == ["cat"] * 3
 
 
@@ -205,47 +210,47 @@ def test_a_config_for_each_folder() -> None:
             split_concept_configs({**several, "params": {**several["params"], name: values}})
 
 
-@pytest.mark.parametrize(("at_a_time", "turns"), [(None, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize(("at_a_time", "groups"), [(None, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("before", [0, 4, 11])
-def test_photos_come_as_they_would_alone_also_after_a_pause(folder: Path, at_a_time: int | None, turns: int,
-                                                            before: int) -> None:
+def test_photos_come_in_the_order_of_separate_runs_also_after_resuming(
+        folder: Path, at_a_time: int | None, groups: int, before: int) -> None:
     module = data_of(folder, WORDS, concepts_per_batch=at_a_time)
-    assert module.num_groups == turns
+    assert module.num_groups == groups
     loader = module.train_dataloader()
-    assert len(loader) == 8 * turns  # the shortest epoch: 2 photos 8 times, 2 at a time
+    assert len(loader) == 8 * groups  # the shortest epoch: 2 photos 8 times, 2 at a time
     loader.load_state_dict({"drawn": before})
-    got = {place: [] for place in range(3)}
+    indices = {concept: [] for concept in range(3)}
     batches = [batch for _ in range(3) for batch in loader]
-    assert len(batches) == 24 * turns - before % (8 * turns) and loader.state_dict()["drawn"] == before + len(batches)
+    assert len(batches) == 24 * groups - before % (8 * groups) and loader.state_dict()["drawn"] == before + len(batches)
     for batch in batches:
-        for place, own in batch.items():
-            got[place].append(own["index"].tolist())
-    for place, word in enumerate(WORDS):
+        for concept, own in batch.items():
+            indices[concept].append(own["index"].tolist())
+    for concept, word in enumerate(WORDS):
         alone = data_of(folder, [word]).train_dataloader()
         expected = [batch["index"].tolist() for _ in range(12) for batch in alone]
-        group = place // (at_a_time or 3)
-        done = len([index for index in range(before) if index % turns == group])
-        assert got[place] == expected[done:done + len(got[place])]
-        assert abs(len(got[place]) * turns - len(batches)) <= turns
+        group = concept // (at_a_time or 3)
+        done = len([index for index in range(before) if index % groups == group])
+        assert indices[concept] == expected[done:done + len(indices[concept])]
+        assert abs(len(indices[concept]) * groups - len(batches)) <= groups
 
 
 def test_photos_are_not_decoded_again_once_they_are_encoded(folder: Path) -> None:
     data = data_of(folder, WORDS[:1])
     photos = data.datasets["train"]
-    whole = default_collate([photos[0], photos[1]])
+    full = default_collate([photos[0], photos[1]])
     model = attach_trainer(learner(folder, WORDS[:1]), photos)
     model.on_fit_start()
     lean = default_collate([photos[0], photos[1]])
-    assert set(whole) - set(lean) == {"image", "mask"}
-    assert lean["caption"] == whole["caption"] and torch.equal(lean["flipped"], whole["flipped"])
+    assert set(full) - set(lean) == {"image", "mask"}
+    assert lean["caption"] == full["caption"] and torch.equal(lean["flipped"], full["flipped"])
 
 
-# Drawing
+# Generating
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> PersonalizationMethod:
-    """With three concepts as after some training."""
+    """A model with three concepts, moved as some training would."""
     model = attach_trainer(learner(folder, WORDS), None)
     model.trainer.datamodule = data_of(folder, WORDS)
     model.setup("fit")
@@ -257,57 +262,59 @@ def model(folder: Path) -> PersonalizationMethod:
     return model.eval()
 
 
-def test_pictures_for_the_log_show_each_concept_in_turn(folder: Path, model: PersonalizationMethod) -> None:
+def test_logged_images_show_each_concept_in_turn(folder: Path, model: PersonalizationMethod) -> None:
     batch = next(iter(model.trainer.datamodule.train_dataloader()))
-    prompts = [batch[place]["caption"][number] for number in range(2) for place in range(3)]
-    drawn = {count: model.log_images(batch, N=count, ddim_steps=2)["samples"] for count in (2, 4)}
-    assert drawn[4].shape == (4, 3, 16, 16) and drawn[4].abs().max() <= 1
-    assert torch.allclose(drawn[4][:2], drawn[2], atol=0.02)
-    concepts = [model.export_concept(place) for place in range(3)]
-    jobs = [Job(prompt, seed) for seed, prompt in enumerate(prompts[:4])]
-    pictures = draw_pictures(model, encode_once(prompt_encoder(model, concepts), prompts), jobs,
-                             Sampling(model.latent_shape[1:], steps=2, scale=3.0))
-    assert torch.allclose(torch.stack([to_tensor(picture) for picture in pictures]), drawn[4], atol=0.02)
+    prompts = [batch[concept]["caption"][number] for number in range(2) for concept in range(3)]
+    logged = {count: model.log_images(batch, N=count, ddim_steps=2)["samples"] for count in (2, 4)}
+    assert logged[4].shape == (4, 3, 16, 16) and logged[4].abs().max() <= 1
+    assert torch.allclose(logged[4][:2], logged[2], atol=0.02)
+    concepts = [model.export_concept(index) for index in range(3)]
+    requests = [GenerationRequest(prompt, seed) for seed, prompt in enumerate(prompts[:4])]
+    settings = GenerationSettings(num_inference_steps=2, guidance_scale=3.0, sampler="ddim")
+    images = PerfusionPipeline(model).generate(requests, settings, concepts)
+    assert torch.allclose(torch.stack([to_tensor(image) for image in images]), logged[4], atol=0.02)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_pictures_for_the_log_of_a_single_concept(folder: Path, method: str) -> None:
-    model = taught(folder, WORDS[:1], steps=1, method=method)
+def test_logged_images_of_a_single_concept(folder: Path, method: str) -> None:
+    model = train_several(folder, WORDS[:1], steps=1, method=method)
     batch = next(iter(model.trainer.datamodule.train_dataloader()))
     assert model.eval().log_images(batch, N=8, ddim_steps=2)["samples"].shape == (2, 3, 16, 16)
 
 
-def layers_of(model: PersonalizationMethod, concepts: list[Concept], jobs: list[Job], **settings: Any) -> list[Tensor]:
-    """Keys and values of every layer for the jobs' prompts, and for their negative prompts."""
-    texts = [text for job in jobs for text in (job.prompt, job.negative_prompt)]
-    contexts = encode_once(prompt_encoder(model, concepts), texts, **settings).of_jobs(jobs)
+def keys_values_of(model: PersonalizationMethod, concepts: list[Concept], requests: list[GenerationRequest],
+                   **settings: Any) -> list[Tensor]:
+    """Return keys and values of every layer for the requests' prompts, and for their negative prompts."""
+    texts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
+    contexts = encode_prompts(build_prompt_encoder(model, concepts), texts, **settings).for_requests(requests)
     return [tensor for context in contexts for name, layer in model.text_layers.items()
             for tensor in context.keys_values(name, layer.to_k, layer.to_v)]
 
 
-JOBS = [Job("a photo of a <toy>", 1), Job("a <mug> in a box", 2, "a <hat>"), Job("a dog", 3), Job("a <hat>", 4),
-        Job("a <toy> by a <mug>", 5)]
+REQUESTS = [GenerationRequest("a photo of a <toy>", 1), GenerationRequest("a <mug> in a box", 2, "a <hat>"),
+            GenerationRequest("a dog", 3), GenerationRequest("a <hat>", 4), GenerationRequest("a <toy> by a <mug>", 5)]
 NAMED = ["<toy>", "<mug> <hat>", "", "<hat>", "<toy> <mug>"]
 
 
 @torch.no_grad()
-def test_many_prompts_are_encoded_in_parts(model: PersonalizationMethod, monkeypatch: pytest.MonkeyPatch) -> None:
-    concepts = [model.export_concept(place) for place in range(3)]
-    at_once = layers_of(model, concepts, JOBS)
-    monkeypatch.setattr("ldm.inference.sampling.ENCODED_AT_A_TIME", 2)
-    for ours, theirs in zip(layers_of(model, concepts, JOBS), at_once, strict=True):
+def test_many_prompts_are_encoded_in_batches(model: PersonalizationMethod, monkeypatch: pytest.MonkeyPatch) -> None:
+    concepts = [model.export_concept(index) for index in range(3)]
+    at_once = keys_values_of(model, concepts, REQUESTS)
+    monkeypatch.setattr("ldm.inference.encoding.PROMPTS_AT_A_TIME", 2)
+    for ours, theirs in zip(keys_values_of(model, concepts, REQUESTS), at_once, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("locking", [{}, {"global_locking": True}])
 @torch.no_grad()
 def test_prompts_of_one_batch_use_different_concepts(model: PersonalizationMethod, locking: dict[str, bool]) -> None:
-    concepts = [model.export_concept(place) for place in range(3)]
-    together = layers_of(model, concepts, JOBS, **locking)
-    for row, (job, named) in enumerate(zip(JOBS, NAMED, strict=True)):
+    concepts = [model.export_concept(index) for index in range(3)]
+    together = keys_values_of(model, concepts, REQUESTS, **locking)
+    for row, (request, named) in enumerate(zip(REQUESTS, NAMED, strict=True)):
         own = [concept for concept in concepts if concept.placeholder in named]
-        alone = layers_of(model, own, [job], **(locking if own else {}))
+        alone = keys_values_of(model, own, [request], **(locking if own else {}))
         for ours, theirs in zip(together, alone, strict=True):
-            assert torch.allclose(ours[row], theirs[0], atol=1e-4 * float(theirs.abs().max())), job
-    without = layers_of(model, concepts[:2], JOBS[:1])
-    assert not torch.allclose(layers_of(model, [], [Job("a photo of a cat", 1)])[1], without[1], atol=1e-2)
+            assert torch.allclose(ours[row], theirs[0], atol=1e-4 * float(theirs.abs().max())), request
+    without = keys_values_of(model, concepts[:2], REQUESTS[:1])
+    base = keys_values_of(model, [], [GenerationRequest("a photo of a cat", 1)])
+    assert not torch.allclose(base[1], without[1], atol=1e-2)

@@ -12,11 +12,15 @@ from helpers.oracles import randomize
 from helpers.stand_ins import image_side, model_section, stand_in
 from PIL import Image
 
-from ldm.concepts.concept import load_perfusion_concepts
+from ldm.checkpoints.load import load_model
+from ldm.concepts.concept_file import load_perfusion_concepts
 from ldm.data.personalized import PersonalizedBase
-from ldm.inference.sampling import Job, Sampling, draw_pictures, encode_once, load_base, prompt_encoder, ready_concepts
+from ldm.inference.pipeline import PerfusionPipeline
+from ldm.inference.requests import GenerationRequest
+from ldm.inference.settings import GenerationSettings
 from ldm.modules.covariance import encoder_fingerprint, save_covariance
 from ldm.personalization.perfusion import Perfusion
+from ldm.training.concept_callbacks import ConceptSaver
 from ldm.util import instantiate_from_config
 
 WORD, TEMPLATES = "<toy>", ("a photo of a {}", "the {} in a picture")
@@ -53,34 +57,38 @@ def base_weights(public: str, folder: Path) -> Path:
     return folder / "base.ckpt"
 
 
-def taught(config: str, folder: Path, **changes: Any) -> Perfusion:
-    section = stand_in(config, folder, ckpt_path=str(folder / "base.ckpt"), placeholder=WORD, segmenter=None,
+def train(config: str, folder: Path, **changes: Any) -> Perfusion:
+    section = stand_in(config, folder, ckpt_path=str(folder / "base.ckpt"), placeholder=WORD,
+                       super_category="teddy bear", segmenter=None,
                        covariance=str(folder / "covariance.safetensors"), **changes)
     model = instantiate_from_config(section)
     trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
-                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder)
+                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+                         callbacks=[ConceptSaver()])
     trainer.fit(model, datamodule=Photos(folder / "photos", image_side(section)))
     return model
 
 
 @pytest.mark.parametrize("config", MODELS)
-def test_two_steps_leave_a_concept_that_draws(config: str, tmp_path: Path) -> None:
+def test_two_steps_learn_a_concept_to_generate_with(config: str, tmp_path: Path) -> None:
     checkpoint = base_weights(MODELS[config], tmp_path)
-    model = taught(config, tmp_path)
+    model = train(config, tmp_path)
     (concept,) = load_perfusion_concepts(tmp_path / "concept.safetensors")
     assert concept.steps == 2 and concept.super_category == "teddy bear"
     width = model.cond_stage_model.token_table.shape[1]
     assert concept.embedding.shape == (1, width) and concept.target_input.shape == (width,)
-    assert len(concept.target_output_v) == len(model.text_layers) > 7
+    assert len(concept.target_outputs_v) == len(model.text_layers) > 7
     assert float(model.concepts[0].distance()) > 0
     assert model_section(config)["params"].get("parameterization", "eps") == model.parameterization
 
-    base = load_base({"model": stand_in(MODELS[config], tmp_path)}, checkpoint, "cpu")
-    encoder = prompt_encoder(base, ready_concepts([tmp_path / "concept.safetensors"]))
-    encoder.inverse_covariance = model.inverse_covariance()  # instead of that of 8,192 captions
+    base = load_model({"model": stand_in(MODELS[config], tmp_path)}, checkpoint, "cpu")
+    base.inverse_covariance = model.inverse_covariance  # instead of that of 8,192 captions
+    pipeline = PerfusionPipeline(base)
+    encoder = pipeline.prompt_encoder(pipeline.load_concepts(tmp_path / "concept.safetensors"))
     prompt = f"a {WORD} in the snow"
     with torch.no_grad():
         ours, theirs = encoder.encode([prompt]), model.eval().prompt_context([prompt])
     assert torch.allclose(ours.gates, theirs.gates, atol=2e-2) and ours.gates.std() > 0.01
-    (picture,) = draw_pictures(base, encode_once(encoder, [prompt]), [Job(prompt, 1)], Sampling((8, 8), steps=2))
-    assert picture.size == (64, 64)
+    settings = GenerationSettings(num_inference_steps=2, guidance_scale=6.0, sampler="ddim")
+    (image,) = pipeline.generate([GenerationRequest(prompt, 1)], settings)
+    assert image.size == (64, 64)

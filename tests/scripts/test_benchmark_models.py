@@ -13,10 +13,11 @@ from transformers import CLIPSegConfig
 
 from ldm.checkpoints.load import load_model
 from ldm.common.errors import UserError
-from ldm.concepts.concept import load_perfusion_concepts
+from ldm.concepts.concept_file import load_perfusion_concepts
 from ldm.modules.covariance import encoder_fingerprint, load_covariance
 from ldm.modules.segmentation import ZeroShotSegmenter
-from ldm.training.config import get_parser, read_config
+from ldm.cli.training import parse_training_options
+from ldm.training.config import read_config
 from ldm.util import count_params, instantiate_from_config
 from scripts.benchmarks import baselines, device, many_concepts, parts, sampling, training_step
 from scripts.benchmarks.clock import Clock
@@ -163,8 +164,7 @@ def test_commands_that_main_understands(shape: str, concepts: int, tmp_path: Pat
     asked = Settings(torch.device("cpu"), tmp_path, SHAPES[shape], quick=True)
     files = Files(tmp_path / "base", tmp_path / "covariance", tmp_path / "segmenter") if shape == "sd" else Files()
     python, script, *arguments = map(str, training_command(asked, files, "run", concepts))
-    options, overrides = get_parser().parse_known_args(arguments)
-    config: Any = read_config(options, overrides)
+    config: Any = read_config(parse_training_options(arguments))
     assert script == "main.py" and config.data.params.train.params.size == asked.side
     assert config.model.params.unet_config.params.use_checkpoint is False
     if concepts > 1:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.cli.training import parse_training_options
 from ldm.common.errors import UserError
-from ldm.training.config import get_parser, read_config
+from ldm.training.config import read_config
 from ldm.util import check_param_names, check_param_types, get_obj_from_str, known_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,14 +26,17 @@ PUBLIC_RATES = {
 }
 
 
-def merged(*paths: Path) -> DictConfig:
-    return read_config(get_parser().parse_args(["--base", *map(str, paths)]), [])
+SUBJECT = ("--data_root", "photos", "--init_word", "teddy bear")  # what the public models' configs require
+
+
+def merge(*paths: Path) -> DictConfig:
+    return read_config(parse_training_options(["--base", *map(str, paths), *SUBJECT]))
 
 
 @pytest.mark.parametrize("perfusion", PERFUSION, ids=lambda path: path.stem)
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda path: path.stem)
 def test_a_baseline_takes_over_what_it_shares(perfusion: Path, baseline: Path) -> None:
-    config, before, own = merged(perfusion, baseline), merged(perfusion), OmegaConf.load(baseline)
+    config, before, own = merge(perfusion, baseline), merge(perfusion), OmegaConf.load(baseline)
     target = get_obj_from_str(config.model.target)
     params = OmegaConf.to_container(config.model.params, resolve=True)
     check_param_names("model", target, params)
@@ -49,7 +53,7 @@ def test_a_baseline_takes_over_what_it_shares(perfusion: Path, baseline: Path) -
 @pytest.mark.parametrize("method", PUBLIC_RATES)
 def test_public_models_have_rates_of_their_own(perfusion: Path, method: str) -> None:
     folder = ROOT / "configs" / "baselines"
-    config, mini = merged(perfusion, folder / f"{method}-sd.yaml"), merged(perfusion, folder / f"{method}.yaml")
+    config, mini = merge(perfusion, folder / f"{method}-sd.yaml"), merge(perfusion, folder / f"{method}.yaml")
     rates = PUBLIC_RATES[method]
     assert {name: config.model.params[name] for name in rates} == rates
     assert config.model.target == mini.model.target and config.model.params.keys() == mini.model.params.keys()
@@ -63,10 +67,10 @@ def test_a_header_gives_the_commands(baseline: Path, monkeypatch: pytest.MonkeyP
     commands = re.findall(r"python main\.py (.*)", header.replace("\\\n", ""))
     bases = {}
     for command in commands:
-        options, overrides = get_parser().parse_known_args(shlex.split(command))
-        model = read_config(options, overrides).model
+        options = parse_training_options(shlex.split(command))
+        model = read_config(options).model
         assert model.target == OmegaConf.load(baseline).model.target
-        bases[model.params.ckpt_path] = Path(options.base[1]).stem
+        bases[model.params.ckpt_path] = Path(options.configs[1]).stem
     method = baseline.stem.removesuffix("-sd")
     own = {} if baseline.stem != method else {"models/mini/model.safetensors": method}
     assert bases == {**own, "v1-5-pruned-emaonly.safetensors": f"{method}-sd"}
@@ -77,7 +81,7 @@ def test_params_that_neither_model_knows_stay_to_be_refused(tmp_path: Path) -> N
     config = OmegaConf.load(PERFUSION[0])
     config.model.params.plaecholder = "<toy>"
     OmegaConf.save(config, typo)
-    params = merged(typo, BASELINES[0]).model.params
+    params = merge(typo, BASELINES[0]).model.params
     assert "plaecholder" in params and "bias" not in params
     with pytest.raises(UserError, match="plaecholder"):
         check_param_names("model", get_obj_from_str(OmegaConf.load(BASELINES[0]).model.target), params)

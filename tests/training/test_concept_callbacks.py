@@ -11,7 +11,7 @@ import pytest
 from helpers.training_setup import QUICK, train_main
 
 from ldm.common.errors import MemoryShortage, UserError
-from ldm.concepts.concept import load_perfusion_concepts
+from ldm.concepts.concept_file import load_perfusion_concepts
 from ldm.inference import sampling as inference
 from ldm.training import concept_callbacks as concept_progress
 from ldm.training.concept_callbacks import BeforeDuringAfter, drawn_with
@@ -27,7 +27,7 @@ def test_a_concept_is_safe_before_its_last_pictures_are_drawn(tmp_path: Path, mo
     monkeypatch.setattr(BeforeDuringAfter, "on_train_start", lambda *_: None)
     monkeypatch.setattr(BeforeDuringAfter, "_pictures", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train_main(tmp_path, *QUICK, "--max_steps", 2, "lightning.callbacks.pictures.params.during=0")
+        train_main(tmp_path, *QUICK, "--max_steps", 2, "lightning.callbacks.previews.params.during=0")
     (path,) = drawn[0]
     assert load_perfusion_concepts(path)[0].steps == 2
 
@@ -52,7 +52,7 @@ def test_the_public_configs_callback_shows_concepts_where_memory_lasts(
     if not fits:
         monkeypatch.setattr(concept_progress, "drawn_now", Mock(side_effect=MemoryShortage("cuda has no memory")))
     logger = "lightning.callbacks.image_logger"
-    logdir = train_main(tmp_path, *QUICK, "--max_steps", 1, "lightning.callbacks.pictures=null",
+    logdir = train_main(tmp_path, *QUICK, "--max_steps", 1, "lightning.callbacks.previews=null",
                    f"{logger}.target=main.ImageLogger", f"{logger}.params.batch_frequency=1",
                    f"{logger}.params.log_images_kwargs.ddim_steps=2")
     assert load_perfusion_concepts(logdir / "concept.safetensors")[0].steps == 1

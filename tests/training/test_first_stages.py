@@ -12,13 +12,12 @@ import torch
 from helpers import tiny_models
 from helpers.lpips_files import write_lpips
 from helpers.oracles_vae import diffusers_vae_state
-from helpers.training_setup import ROOT, in_project_root, load_state, resume_run
+from helpers.training_setup import ROOT, in_project_root, load_state, resume_run, run_main
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm.common.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, VQModel
-from ldm.training.run import main as train
 from ldm.util import instantiate_from_config
 
 CONFIGS = sorted([*ROOT.glob("configs/autoencoder/*.yaml"), *ROOT.glob("models/first_stage_models/*/config.yaml")])
@@ -106,7 +105,7 @@ def stand_in(path: Path, folders: tuple[Path, Path], folder: Path, *overrides: o
         changes["model.params"] = {"n_embed": 32}
     changed = [f"{place}.{key}={value}" for place, values in changes.items() for key, value in values.items()]
     with in_project_root():
-        train(["--base", str(path), "--data_root", str(pictures), "-l", str(folder), *changed, *map(str, overrides)])
+        run_main(["--base", str(path), "--data_root", str(pictures), "-l", str(folder), *changed, *map(str, overrides)])
     (logdir,) = folder.iterdir()
     return logdir
 

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm.common.errors import UserError
-from ldm.concepts.concept import Concept, load_perfusion_concepts
+from ldm.concepts.concept import Concept
+from ldm.concepts.concept_file import load_perfusion_concepts
 
 EXAMPLE = ROOT / "models" / "mini" / "examples" / "teddy"
 KEEP_PHOTOS = "lightning.callbacks.keeper.target=helpers.training_setup.PhotoRecorder"
@@ -47,14 +48,14 @@ def test_a_name_and_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_callback_that_is_null_is_left_out(plain: Path, tmp_path: Path) -> None:
-    logdir = train_main(tmp_path / "logs", *QUICK, "lightning.callbacks.pictures=null")
+    logdir = train_main(tmp_path / "logs", *QUICK, "lightning.callbacks.previews=null")
     assert (plain / "images").is_dir() and not (logdir / "images").exists()
     assert (logdir / "concept.safetensors").read_bytes() == (plain / "concept.safetensors").read_bytes()
 
 
 def test_without_training_nothing_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), training_setup.in_project_root():
-        training_setup.train([*training_setup.BASE, "-l", str(tmp_path / "logs"), "-t", "false"])
+        training_setup.run_main([*training_setup.BASE, "-l", str(tmp_path / "logs"), "-t", "false"])
     assert "model and data are ready" in caplog.text
     assert not list(tmp_path.iterdir())
 
@@ -137,7 +138,7 @@ def test_later_configs_win_and_overrides_most(tmp_path: Path) -> None:
         "model: {params: {inference_bias: 0.5, temperature: 0.3}}\nlightning: {trainer: {max_steps: 1}}\n")
     arguments = [*QUICK[2:], "model.params.temperature=0.4"]
     with training_setup.in_project_root():
-        training_setup.train([*training_setup.BASE, str(tmp_path / "mine.yaml"), "-l", str(tmp_path / "logs"), *arguments])
+        training_setup.run_main([*training_setup.BASE, str(tmp_path / "mine.yaml"), "-l", str(tmp_path / "logs"), *arguments])
     (logdir,) = (tmp_path / "logs").iterdir()
     concept = concept_of(logdir)
     assert (concept.bias, concept.temperature, concept.steps) == (0.5, 0.4, 1)

@@ -9,9 +9,10 @@ import torch
 from helpers.training_setup import FEW_IMAGES, ROOT, load_state, resume_run, train_main
 from omegaconf import DictConfig
 
+from ldm.cli.training import parse_training_options
 from ldm.common.errors import UserError
-from ldm.concepts.concept import load_perfusion_concepts
-from ldm.training.config import get_parser, read_config
+from ldm.concepts.concept_file import load_perfusion_concepts
+from ldm.training.config import read_config
 
 EXAMPLES = ROOT / "models" / "mini" / "examples"
 TWO = ("--data_root", EXAMPLES / "teddy", EXAMPLES / "teapot", "--init_word", "teddy bear", "teapot")
@@ -49,7 +50,7 @@ def test_an_interrupted_run_goes_on_to_the_same_concepts(run: Path, tmp_path: Pa
 
 def read(*arguments: object) -> DictConfig:
     base = ("--base", ROOT / "configs" / "perfusion.yaml")
-    return read_config(*get_parser().parse_known_args([*map(str, base), *map(str, arguments)]))
+    return read_config(parse_training_options([*map(str, base), *map(str, arguments)]))
 
 
 def test_words_and_folders_of_several_concepts_reach_model_and_data() -> None:

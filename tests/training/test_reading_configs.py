@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from ldm.cli.training import parse_training_options
 from ldm.common.errors import UserError
-from ldm.training.config import get_parser, read_config
+from ldm.training.config import read_config
 
 
 def read(*arguments: str) -> object:
-    options, overrides = get_parser().parse_known_args(arguments)
-    return read_config(options, overrides)
+    return read_config(parse_training_options(arguments))
 
 
 @pytest.mark.parametrize(

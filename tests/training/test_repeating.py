@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from helpers.training_setup import load_state, train_main
 
-AS_TAUGHT = ("--max_steps", 12, "lightning.callbacks.pictures=null")
+AS_TAUGHT = ("--max_steps", 12, "lightning.callbacks.previews=null")
 
 
 def test_two_threads_teach_the_same_concept_twice(tmp_path: Path) -> None:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training_setup import BASE, FEW_IMAGES, QUICK, load_state, resume_run, start_process, train_main
+from helpers.training_setup import BASE, FEW_IMAGES, QUICK, load_state, resume_run, run_main, start_process, train_main
 from PIL import Image
 
 from ldm.common.errors import UserError
-from ldm.concepts.concept import load_perfusion_concepts
-from ldm.training.run import main as train
+from ldm.concepts.concept_file import load_perfusion_concepts
 
 STEPS = 12
 WAITING = "lightning.callbacks.waiting"
@@ -126,7 +125,7 @@ def test_ctrl_c_ends_with_a_whole_step(
 
 
 def test_a_resumed_run_shows_its_pictures_from_the_start(tmp_path: Path) -> None:
-    logdir = train_main(tmp_path / "logs", *QUICK, "lightning.callbacks.pictures.params.during=0")
+    logdir = train_main(tmp_path / "logs", *QUICK, "lightning.callbacks.previews.params.during=0")
     sheet = logdir / "images" / "before_during_after.png"
     rows_before = Image.open(sheet).height  # photos, before, after
     resume_run(logdir / "checkpoints" / "last.ckpt", "--max_steps", 3)
@@ -165,5 +164,5 @@ def test_a_run_that_is_over(whole: Callable[[int], Path], most: tuple[object, ..
 def test_nothing_to_go_on_from(tmp_path: Path, given: str) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match=re.escape(f"--resume {tmp_path / 'run' / given}: ")):
-        train(["--resume", str(tmp_path / "run" / given)])
+        run_main(["--resume", str(tmp_path / "run" / given)])
     assert not list((tmp_path / "run").iterdir())

@@ -1,0 +1,96 @@
+"""The command line of main.py: the flags of the LDM family that mean something here, and those of learning a concept.
+
+Imports no torch, so that `--help` and typing mistakes are answered at once.
+"""
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+from ldm.cli.parser import Parser, whole
+from ldm.training.options import DEFAULT_SEED, SEED_LIMIT, TrainingOptions
+
+OVERRIDE = re.compile(r"(model|data|lightning|inference)(\.[\w.]+)?=")
+DESCRIPTION = """Train what a config describes. Anything of the form key=value after the flags
+overrides that key of the YAML, for example: lightning.trainer.max_steps=100"""
+
+
+def parse_training_options(arguments: Sequence[str] | None = None) -> TrainingOptions:
+    """Return the options of a command line, by default that of this process.
+
+    Raises:
+        UserError: a flag is unknown or has a wrong value.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # An override may follow anywhere, also after a flag of several values.
+    overrides = [text for text in given if OVERRIDE.match(text)]
+    flags = [text for text in given if not OVERRIDE.match(text)]
+    options, unknown = get_parser().parse_known_args(flags)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
+    return TrainingOptions(**values, overrides=(*unknown, *overrides))
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of main.py, without the overrides."""
+    parser = Parser(DESCRIPTION, prog="main.py")
+    _add_run_flags(parser)
+    _add_concept_flags(parser)
+    _add_trainer_flags(parser)
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-b", "--base", dest="configs", nargs="*", default=[], metavar="base.yaml",
+                        help="configs; later ones override earlier ones")
+    parser.add_argument("-n", "--name", default="", help="name of the run's log folder, after the date")
+    parser.add_argument("-f", "--postfix", default="", help="text after that name")
+    parser.add_argument("-l", "--logdir", default="logs", help="folder of all log folders (default: logs)")
+    parser.add_argument("-r", "--resume", default="", help="continue a run: its log folder or one of its checkpoints")
+    parser.add_argument("-t", "--train", nargs="?", const=True, default=True, type=_boolean,
+                        help="train (the default); '-t false' builds everything, reports, and stops")
+    parser.add_argument("--no-test", nargs="?", const=True, default=argparse.SUPPRESS, type=_boolean,
+                        action=Ignored, help="kept from the LDM family: evaluation/ does the testing")
+    parser.add_argument("-s", "--seed", type=whole(0, SEED_LIMIT),
+                        help=f"seed of everything random (default: {DEFAULT_SEED})")
+    parser.add_argument("--scale_lr", nargs="?", const=True, default=True, type=_boolean,
+                        help="multiply base_learning_rate by devices x batch size x accumulation (default: true)")
+
+
+def _add_concept_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data_root", nargs="+", metavar="FOLDER", help="folder of 1 to 20 photos of the subject; "
+                        "several folders are several subjects, which one run learns")
+    parser.add_argument("--init_word", dest="super_category", nargs="+", metavar="WORDS",
+                        help='what kind of subject it is: its super-category, such as "teddy bear"; of several '
+                        "subjects one for all, or one each")
+    parser.add_argument("--placeholder", "--placeholder_string", nargs="+", metavar="WORD", help="its own word in "
+                        'prompts, such as "<my-teddy>"; of several subjects one each (default: the names of their '
+                        "folders)")
+    parser.add_argument("--masks", nargs="+", metavar="FOLDER", help="folder of masks (one image per photo, of the "
+                        "same name, white where the subject is), or 'none'; by default the subject is segmented "
+                        "automatically")
+    parser.add_argument("--actual_resume", dest="checkpoint", metavar="FILE",
+                        help="base model to start from: .ckpt, .safetensors or diffusers folder")
+
+
+def _add_trainer_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--accelerator", help="cpu, gpu or mps (default: the best there is)")
+    parser.add_argument("--devices", help="how many, or which ones")
+    parser.add_argument("--max_steps", type=whole(1), help="training steps")
+    parser.add_argument("--precision", help="arithmetic, as Lightning names it: 32-true, bf16-mixed, 16-mixed")
+
+
+class Ignored(argparse.Action):
+    """The action of a flag that is accepted and does nothing."""
+
+    def __call__(self, *_: object) -> None:
+        pass
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError("true or false")

@@ -1,0 +1,63 @@
+"""What a training run is asked for. Imports no torch, so that command lines answer at once."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ldm.common.errors import UserError
+
+NO_MASKS = "none"
+DEFAULT_SEED = 23
+SEED_LIMIT = 2**32
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a training run is asked for, by a command line or from Python. None leaves a setting to the configs.
+
+    Attributes:
+        configs: YAML files, later ones override earlier ones (--base).
+        overrides: "key=value" pairs that override the configs.
+        resume: log folder or checkpoint of a run to continue.
+        name: of the log folder, after the date; "" uses the name of the last config.
+        postfix: text after that name.
+        logdir: folder of all log folders.
+        train: False builds everything, reports, and stops.
+        scale_lr: multiply `base_learning_rate` by devices x batch size x accumulation.
+        seed: of everything random, from 0 up to `SEED_LIMIT` - 1.
+        data_root: folders of photos, one for each concept.
+        super_category: what kind of subject each concept is, or one for all of them (--init_word).
+        placeholder: the word of each concept in prompts. If several concepts have none, the names of their folders.
+        masks: folders of masks, one for each concept, or "none".
+        checkpoint: base model, a .ckpt, .safetensors or diffusers folder (--actual_resume).
+        accelerator: "cpu", "gpu" or "mps".
+        devices: number or list of devices.
+        max_steps: training steps.
+        precision: as Lightning names it, such as "bf16-mixed".
+
+    Raises:
+        UserError: an override is not of the form key=value.
+    """
+
+    configs: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    resume: str = ""
+    name: str = ""
+    postfix: str = ""
+    logdir: str = "logs"
+    train: bool = True
+    scale_lr: bool = True
+    seed: int | None = None
+    data_root: tuple[str, ...] | None = None
+    super_category: tuple[str, ...] | None = None
+    placeholder: tuple[str, ...] | None = None
+    masks: tuple[str, ...] | None = None
+    checkpoint: str | None = None
+    accelerator: str | None = None
+    devices: str | None = None
+    max_steps: int | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        for override in self.overrides:
+            if "=" not in override or override.startswith("-"):
+                raise UserError(f"{override}: neither a flag (see --help) nor a key=value override")
