@@ -12,11 +12,11 @@ from typing import Any
 from ldm.cli.parser import number, whole
 from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT, check_folder, resolve_path
+from ldm.inference.requests import SEED_LIMIT
 from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, ModelSettings, SourceSettings
 from ldm.models.diffusion.samplers import SAMPLERS
 
 DEFAULT_CONFIG = "models/mini/config.yaml"
-SEED_LIMIT = 2**63
 ONE_OR_EACH = "one for all concepts, or one for each in the order of the files"
 BY_MODEL = "default: what the model's config says, or else"
 

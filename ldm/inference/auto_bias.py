@@ -154,9 +154,11 @@ def find_biases(pipeline: ImagePipeline, settings: GenerationSettings, prompts: 
         photos: of the concept; None: likeness is measured against generated images.
 
     Raises:
-        UserError: photos were given and several biases are open, or there is no CLIP, or it cannot be used.
+        UserError: no concept is loaded, photos were given and several biases are open, or there is no usable CLIP.
     """
     concepts = override_settings(pipeline.concepts, None, settings.temperatures, settings.all_layers)
+    if not concepts:
+        raise UserError("bias auto acts on learned concepts, and none is loaded; load one first")
     biases = settings.biases if len(settings.biases) > 1 else settings.biases * len(concepts)
     open_biases = biases.count(AUTO)
     if photos is not None and open_biases > 1:

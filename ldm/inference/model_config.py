@@ -1,7 +1,6 @@
 """What a model's config says about generating with it. Loads no weights and imports no torch."""
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,16 +50,13 @@ def read_model_config(path: str | Path) -> DictConfig:
     Raises:
         UserError: the file is missing, no YAML, or describes no model.
     """
-    try:
-        config = OmegaConf.load(resolve_path(path))
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as a config ({' '.join(str(error).split())[:200]})") from None
+    config = _read_yaml(path)
     if not isinstance(config, DictConfig) or model_setting(config, "target") is None:
         raise UserError(f"{path}: describes no model (it has no model.target); name the base model's config")
     return config
 
 
-def inference_defaults(config: Mapping[str, Any] | None, checkpoint: str | Path | None = None) -> InferenceDefaults:
+def inference_defaults(config: DictConfig | None, checkpoint: str | Path | None = None) -> InferenceDefaults:
     """Return the section `inference` of a config, or that of the `config.yaml` beside the model's weights.
 
     Args:
@@ -75,18 +71,33 @@ def inference_defaults(config: Mapping[str, Any] | None, checkpoint: str | Path 
     section = OmegaConf.select(config, "inference")
     if section is None:
         section = _section_beside(checkpoint or model_setting(config, "params.ckpt_path"))
-    values = {} if section is None else OmegaConf.to_container(section, resolve=True)
+    if section is None:
+        return InferenceDefaults()
+    if not isinstance(section, DictConfig):
+        raise UserError(f"config section inference: must be keys with values, not {section!r}")
+    values = OmegaConf.to_container(section, resolve=True)
     known = [field.name for field in fields(InferenceDefaults)]
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
         raise UserError(f"config section inference: unknown key {', '.join(unknown)}; it has {', '.join(known)}")
     check_param_types("config section inference", InferenceDefaults, values)
     return InferenceDefaults(**values)
 
 
-def _section_beside(checkpoint: str | Path | None) -> DictConfig | None:
+def _section_beside(checkpoint: str | Path | None) -> Any:
+    """Return the section `inference` of the `config.yaml` beside a checkpoint; None if there is none."""
     beside = None if checkpoint is None else resolve_path(checkpoint).parent / MODEL_CONFIG
-    return None if beside is None or not beside.is_file() else OmegaConf.select(OmegaConf.load(beside), "inference")
+    if beside is None or not beside.is_file():
+        return None
+    config = _read_yaml(beside)
+    return OmegaConf.select(config, "inference") if isinstance(config, DictConfig) else None
+
+
+def _read_yaml(path: str | Path) -> Any:
+    try:
+        return OmegaConf.load(resolve_path(path))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as a config ({' '.join(str(error).split())[:200]})") from None
 
 
 def latent_size(config: DictConfig, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -145,7 +156,7 @@ def complete_settings(settings: GenerationSettings, config: DictConfig | None, d
     return replace(settings, sampler=sampler, num_inference_steps=steps, guidance_scale=scale, eta=eta)
 
 
-def model_setting(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
+def model_setting(config: DictConfig, path: str, default: Any = None) -> Any:
     """Return `config.model.<path>`, or `default` if there is none.
 
     Raises:

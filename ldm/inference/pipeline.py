@@ -234,10 +234,10 @@ class PerfusionPipeline:
             num_inference_steps, guidance_scale, sampler, eta, height, width, self._for_each(bias),
             self._for_each(temperature), global_locking, all_layers))
         settings = self.resolve_auto_bias(settings, prompts)
-        self.warn_about(requests)
         source = self._source(image, strength, mask_image, mask_border, settings)
-        images = list(self.generate(requests, settings, source=source, batch_size=batch_size, progress=progress))
-        return PipelineOutput(images, requests, settings)
+        images = self.generate(requests, settings, source=source, batch_size=batch_size, progress=progress)
+        self.warn_about(requests)
+        return PipelineOutput(list(images), requests, settings)
 
     def generate(self, requests: Sequence[GenerationRequest], settings: GenerationSettings | None = None,
                  concepts: Sequence[AnyConcept] | None = None, source: SourceImage | None = None,
@@ -259,6 +259,8 @@ class PerfusionPipeline:
             MemoryShortage: while iterating, if the device has no room for a batch.
         """
         settings = self.complete(settings or GenerationSettings())
+        if settings.guidance_scale == 1 and any(request.negative_prompt for request in requests):
+            raise UserError("negative prompts act through guidance, and a guidance_scale of 1 is none; raise it")
         chosen = override_settings(self.concepts if concepts is None else concepts, settings.biases,
                                    settings.temperatures, settings.all_layers)
         prompts = [text for request in requests for text in (request.prompt, request.negative_prompt)]

@@ -10,7 +10,8 @@ from ldm.common.errors import UserError
 if TYPE_CHECKING:
     from torch import Generator
 
-SEED_LIMIT = 2**32  # of seeds that are chosen at random
+SEED_LIMIT = 2**63  # what torch's generators take
+RANDOM_SEED_LIMIT = 2**32  # of seeds that are chosen at random, short enough to be typed
 
 
 class GenerationRequest(NamedTuple):
@@ -66,14 +67,17 @@ def seeds_for(prompts: int, num_images: int, seed: int | None = None,
         generator: where the seeds come from instead; one, or one for each image.
 
     Raises:
-        UserError: there are no images, both sources are given, or there are too many or too few generators.
+        UserError: there are no images, both sources are given, a seed is out of range, or there are too many or too
+            few generators.
     """
     if num_images < 1:
         raise UserError(f"num_images {num_images} must be 1 or more")
     if seed is not None and generator is not None:
         raise UserError("seed and generator both say where noise comes from; give one of them")
     if generator is None:
-        first = secrets.randbelow(SEED_LIMIT) if seed is None else seed
+        first = secrets.randbelow(RANDOM_SEED_LIMIT) if seed is None else seed
+        if not 0 <= first < SEED_LIMIT:
+            raise UserError(f"seed {seed} must be 0 or more and less than {SEED_LIMIT}")
         return [[first + number for number in range(num_images)]] * prompts
     return _seeds_from(generator, prompts, num_images)
 
@@ -85,5 +89,5 @@ def _seeds_from(generator: Generator | Sequence[Generator], prompts: int, num_im
     sources = [generator] * total if isinstance(generator, torch.Generator) else list(generator)
     if len(sources) != total:
         raise UserError(f"{len(sources)} generators for {total} images; give one, or one for each image")
-    numbers = [int(torch.randint(SEED_LIMIT, (), generator=source, device=source.device)) for source in sources]
+    numbers = [int(torch.randint(RANDOM_SEED_LIMIT, (), generator=source, device=source.device)) for source in sources]
     return [numbers[first:first + num_images] for first in range(0, total, num_images)]
