@@ -92,22 +92,18 @@ def record_case(case: AttentionCase, pipeline: PerfusionPipeline) -> list[Attent
 
 def _prepare(options: AttentionOptions, files: Sequence[str], prompt: str) -> PreparedRun:
     run = prepare_run(replace(options.generation, prompts=(prompt,), concepts=tuple(files)))
-    if run.settings.num_inference_steps < MIN_STEPS:
-        raise UserError(f"--steps {run.settings.num_inference_steps}: maps are grouped by early, middle and late steps, "
-                        f"so give {MIN_STEPS} or more")
+    steps = run.settings.num_inference_steps
+    if steps < MIN_STEPS:
+        raise UserError(f"--steps {steps}: maps are grouped by early, middle and late steps; give {MIN_STEPS} or more")
     return run
 
 
-def _concept_case(options: AttentionOptions, file: str, label: str | None) -> AttentionCase:
-    run = _prepare(options, [file], options.prompt)
-    word = _first_placeholder(options.prompt, file, run.concepts) if options.word is None else options.word.strip()
-    super_categories = {concept.placeholder.lower(): concept.super_category for concept in run.concepts}
-    subject = super_categories.get(word.lower(), word)
-    return AttentionCase(label or _method_label(run.concepts[0]), run, word, subject)
+def first_placeholder(prompt: str, file: str, concepts: Sequence[AnyConcept]) -> str:
+    """Return the first placeholder of a file that the prompt names.
 
-
-def _first_placeholder(prompt: str, file: str, concepts: Sequence[AnyConcept]) -> str:
-    """Return the first placeholder of a file that the prompt names."""
+    Raises:
+        UserError: the prompt names none of them.
+    """
     placeholders = [concept.placeholder for concept in concepts]
     parts = split_at_placeholders(prompt, placeholders)
     for index, placeholder in enumerate(placeholders):
@@ -117,10 +113,22 @@ def _first_placeholder(prompt: str, file: str, concepts: Sequence[AnyConcept]) -
                     "or choose a --word")
 
 
+def reference_prompt(prompt: str, concepts: Sequence[AnyConcept]) -> str:
+    """Return the prompt with super-categories in place of concepts."""
+    return replace_words({concept.placeholder: concept.super_category for concept in concepts}, prompt)
+
+
+def _concept_case(options: AttentionOptions, file: str, label: str | None) -> AttentionCase:
+    run = _prepare(options, [file], options.prompt)
+    word = first_placeholder(options.prompt, file, run.concepts) if options.word is None else options.word.strip()
+    super_categories = {concept.placeholder.lower(): concept.super_category for concept in run.concepts}
+    subject = super_categories.get(word.lower(), word)
+    return AttentionCase(label or _method_label(run.concepts[0]), run, word, subject)
+
+
 def _reference_case(options: AttentionOptions, case: AttentionCase) -> AttentionCase:
     """Return the case of the base model, with super-categories in place of the concepts of another case."""
-    words = {concept.placeholder: concept.super_category for concept in case.run.concepts}
-    run = _prepare(options, [], replace_words(words, options.prompt))
+    run = _prepare(options, [], reference_prompt(options.prompt, case.run.concepts))
     return AttentionCase(f"base model,\n“{case.subject}”", run, case.subject, case.subject)
 
 

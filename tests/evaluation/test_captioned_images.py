@@ -1,0 +1,49 @@
+"""Images with their prompts: placeholders put into plain words, and lists of captions as users write them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from evaluation.metrics.captioned_images import Caption, read_captions
+from ldm.common.errors import UserError
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with three images, 0.png to 2.png."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(3):
+        Image.new("RGB", (8, 8)).save(folder / f"{index}.png")
+    return folder
+
+
+def test_placeholders_become_super_categories() -> None:
+    caption = Caption("a <toy> next to an <Cup>", {"<toy>": "owl", "<cup>": "mug"})
+    assert caption.text(None) == caption.text("cat") == "an owl next to a mug"
+    assert Caption("a <toy>", {"<toy>": "owl"}).text("cat") == "a cat"
+    assert Caption("a <toy> and a {}").text("cat") == "a cat and a cat"
+    assert Caption("a sks-2 next to a sks", {"sks": "owl", "sks-2": "mug"}).text(None) == "a mug next to an owl"
+
+
+def test_images_that_are_not_listed_are_left_out(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+                                                 ) -> None:
+    list_file = tmp_path / "captions.csv"
+    list_file.write_text("\ufeffprompt,file\n a dog ,1.png\n", encoding="utf-8")
+    (caption,) = read_captions(images, list_file)
+    assert caption == Caption("a dog", file=images / "1.png")
+    assert f"2 images of {images} are not in" in caplog.text
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("file,text\n1.png,a dog\n", "its first line must be file,prompt"), ("file,prompt\n", "a line for each image"),
+    ("file,prompt\n1.png,\n", "line 2: it lacks a prompt"), ("file,prompt\n,a dog\n", "line 2: it lacks a file"),
+    ("file,prompt\n1.png,a dog\n9.png,a dog\n", "line 3: there is no"), (None, "not readable as CSV")])
+def test_lists_with_errors(content: str | None, message: str, images: Path, tmp_path: Path) -> None:
+    list_file = tmp_path / "captions.csv"
+    if content is not None:
+        list_file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_captions(images, list_file)
