@@ -1,4 +1,4 @@
-"""Combines concept files into one, so that several learned concepts can stand in the same prompt."""
+"""Combine concept files into one, to use several learned concepts in the same prompt."""
 from __future__ import annotations
 
 import argparse
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 EXAMPLE = """example:
   python merge_embeddings.py --manager_ckpts teddy.safetensors mug.safetensors --output_path both.safetensors
 
-Then use both in one picture:
+Then use both in one image:
   python scripts/txt2img.py --concept both.safetensors --prompt "a photo of a <teddy> next to a <mug>"
 """
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(f"{__doc__}\nThe files must come from the same base model and the same method (Perfusion, Textual\n"
-                    "Inversion or Custom Diffusion). Nothing is trained or changed.", EXAMPLE)
+                    "Inversion, Custom Diffusion or another whose weights can be merged). Nothing is trained.", EXAMPLE)
     parser.add_argument(
         "--manager_ckpts", "--concepts", nargs="+", required=True, metavar="FILE",
-        help="concept files to combine, each made by training or by this script",
+        help="concept files to combine, from training or from this script",
     )
-    parser.add_argument("--output_path", required=True, metavar="FILE", help="where to write the combined file")
+    parser.add_argument("--output_path", required=True, metavar="FILE", help="path of the combined file")
     parser.add_argument(
         "--placeholders", nargs="+", metavar="WORD",
         help='the word that stands for each concept in prompts, in the order of the files, such as "<teddy>" "<mug>"; '
-        "without this flag concepts keep theirs, and where two have the same the second becomes <name-2>",
+        "by default concepts keep theirs, and if two have the same, the second becomes <name-2>",
     )
     return parser.parse_args(arguments)
 
 
-def describe(before: Sequence[AnyConcept], after: Sequence[AnyConcept]) -> str:
-    """One line per concept: its placeholder, what it is, where it is from, and what it was called before."""
+def describe_concepts(before: Sequence[AnyConcept], after: Sequence[AnyConcept]) -> str:
+    """Return one line per concept: placeholder, super-category, file, and the old placeholder if it was renamed."""
     lines = []
     for old, new in zip(before, after, strict=True):
         renamed = f", was {old.placeholder}" if old.placeholder != new.placeholder else ""
@@ -46,11 +46,11 @@ def describe(before: Sequence[AnyConcept], after: Sequence[AnyConcept]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, concepts: Sequence[AnyConcept]) -> None:
-    """Writes the combined file without changing a number; a UserError where that is not possible."""
+def save_combined(path: Path, concepts: Sequence[AnyConcept]) -> None:
+    """Write the combined file without changing a number; raise UserError if that is not possible."""
     if path.is_dir():
         raise UserError(f"--output_path {path}: is a folder; name a file, such as {path / 'concepts.safetensors'}")
-    from ldm.concepts.finetuned_concept import save_concepts
+    from ldm.concepts.storage import save_concepts
 
     save_concepts(path, concepts, precision=None)
 
@@ -58,17 +58,24 @@ def write(path: Path, concepts: Sequence[AnyConcept]) -> None:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from ldm.concepts.finetuned_concept import load_concepts, merge_concepts  # here, as torch takes its time
+    # Imported only now, since torch takes long to load and --help does not need it.
+    from ldm.concepts.merging import merge_concepts
+    from ldm.concepts.storage import load_concepts
 
-    before = [concept for path in options.manager_ckpts for concept in load_concepts(path)]
+    # Combine.
+    before = []
+    for path in options.manager_ckpts:
+        before += load_concepts(path)
     after = merge_concepts(before, options.placeholders)
-    path = Path(options.output_path)
-    replaced = " (replaced)" if path.exists() else ""
-    write(path, after)
-    print(f"{path}: {len(after)} concepts, {path.stat().st_size / 1000:.1f} KB{replaced}")
-    print(describe(before, after))
+    output = Path(options.output_path)
+    replaced = " (replaced)" if output.exists() else ""
+    save_combined(output, after)
+
+    # Say what the file contains, and how to use it.
+    print(f"{output}: {len(after)} concepts, {output.stat().st_size / 1000:.1f} KB{replaced}")
+    print(describe_concepts(before, after))
     prompt = " next to ".join(f"a {concept.placeholder}" for concept in after)
-    print(f'Use it: python scripts/txt2img.py --concept {quote_command(path)} --prompt "a photo of {prompt}"')
+    print(f'Use it: python scripts/txt2img.py --concept {quote_command(output)} --prompt "a photo of {prompt}"')
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 
 import merge_embeddings
 from ldm.common.paths import quote_command
-from ldm.concepts.concept import Concept, load_perfusion_concepts, save_perfusion_concepts
+from ldm.concepts.concept import Concept
+from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,7 +20,7 @@ def concept_file(path: Path, placeholder: str, super_category: str, base: str = 
     torch.manual_seed(len(str(path)))
     vectors = {"embedding": torch.randn(1, 4), "target_input": torch.randn(6), "super_input": torch.randn(6)}
     outputs = {"middle_block.1.attn2": torch.randn(5)}
-    return save_perfusion_concepts(path, [Concept(placeholder, super_category, target_output_v=outputs, base=base, **vectors)])
+    return save_perfusion_concepts(path, [Concept(placeholder, super_category, target_outputs_v=outputs, base=base, **vectors)])
 
 
 def merge(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -15,7 +15,8 @@ from torch import nn
 from ldm.common.errors import UserError
 from ldm.common.files import save_tensors
 from ldm.concepts.embedding_manager import EmbeddingManager
-from ldm.concepts.finetuned_concept import FinetunedConcept, load_concepts, save_concepts
+from ldm.concepts.finetuned_concept import FinetunedConcept
+from ldm.concepts.storage import load_concepts, save_concepts
 from ldm.inference.sampling import prompt_encoder
 from ldm.modules.encoders.bert import BERTEmbedder
 from ldm.modules.encoders.prompts import PromptEncoder
@@ -147,7 +148,7 @@ def test_runs_keep_their_vectors_and_go_on(tmp_path: Path) -> None:
 
 
 def test_where_nothing_can_be_learned(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no base model to teach"):
+    with pytest.raises(UserError, match="no base model to train on"):
         fit(stand_ins.stand_in(CONFIGS[1], tmp_path), tmp_path, 1)
     personal = stand_ins.model_section(CONFIGS[0])["params"]["personalization_config"]
     for name in ("configs/perfusion-sd-v1.yaml", "configs/latent-diffusion/celebahq-ldm-vq-4.yaml"):

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from ldm.common.errors import UserError
-from ldm.concepts.concept import Concept, base_fingerprint
-from ldm.concepts.prompt_encoder import (
-    ConceptPromptEncoder,
-    check_placeholders,
-    override_settings,
-    warn_unused_concepts,
-    word_positions,
-    word_vector,
-)
+from ldm.concepts.concept import Concept
+from ldm.concepts.fingerprint import base_fingerprint
+from ldm.concepts.prompt_checks import check_placeholders, warn_unused_concepts
+from ldm.concepts.prompt_encoder import ConceptPromptEncoder
+from ldm.concepts.settings import override_settings
+from ldm.concepts.word_positions import word_positions
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.rank_one import invert_covariance
 
 WIDTH, LENGTH, START, END, INNER, LAYER = 16, 12, 49406, 49407, 8, "middle_block.1.attn2"
@@ -75,7 +73,7 @@ def concept(encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace]) -> 
 
 def other(concept: Concept, placeholder: str = "<mug>") -> Concept:
     return Concept(placeholder, "mug", -concept.embedding, concept.target_input.flip(0), concept.super_input.flip(0),
-                   {LAYER: concept.target_output_v[LAYER].flip(0)}, base=concept.base)
+                   {LAYER: concept.target_outputs_v[LAYER].flip(0)}, base=concept.base)
 
 
 def closed_form(encoding: Tensor, concept: Concept, weight: Tensor, output: Tensor, inverse: Tensor,
@@ -117,7 +115,7 @@ def test_one_concept_is_equation_3(
     weights = layers[LAYER].to_k.weight, layers[LAYER].to_v.weight
     locked = weights[0] @ concept.super_input
     assert_close(keys, closed_form(encoding, concept, weights[0], locked, inverse, bias, temperature))
-    learned = concept.target_output_v[LAYER]
+    learned = concept.target_outputs_v[LAYER]
     assert_close(values, closed_form(encoding, concept, weights[1], learned, inverse, bias, temperature))
     assert context.gates[0, PLACE, 0] == pytest.approx(torch.sigmoid(torch.tensor((1 - bias) / temperature)).item())
 

@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_models
 
 from ldm.common.errors import UserError
-from ldm.concepts.prompt_encoder import check_super_category, warn_unknown_words
+from ldm.concepts.prompt_checks import check_super_category, warn_unknown_words
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 
