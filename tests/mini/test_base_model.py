@@ -17,7 +17,7 @@ from evaluation import base_model
 from evaluation.mini import model_quality as measures
 from evaluation.mini import parts, world_prompts
 from ldm.data.mini import scenes
-from ldm.data.mini.scenes import BACKGROUNDS_PER_PLACE, SceneDataset
+from ldm.data.mini.scenes import VARIANTS_PER_BACKGROUND, SceneDataset
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer texts, and one background for each place."""
-    bank = scenes.background_bank
-    monkeypatch.setattr(scenes, "background_bank", lambda place, size: bank(place, size, 1) * BACKGROUNDS_PER_PLACE)
+    bank = scenes.background_variants
+    monkeypatch.setattr(scenes, "background_bank", lambda background, size: bank(background, size, 1) * VARIANTS_PER_BACKGROUND)
     monkeypatch.setattr(world_prompts, "PLAIN_TEMPLATES", ("a {}",))
 
 
@@ -50,11 +50,11 @@ def test_one_thing_and_two_are_drawn_graded_and_written_down(base: dict[str, Any
                                                             capsys: pytest.CaptureFixture[str]) -> None:
     results = measure(base, tmp_path, "--only", "one_thing", "two_things", "size", "--prompts", "3", "--scenes", "4",
                       "--ddim_steps", "2")
-    kind, place, two, size = results["rows"]
-    assert [row["goal"] for row in (kind, place, two, size)] == [90, 95, 70, 40]
-    for row in (kind, place, two):
+    kind, background, two, size = results["rows"]
+    assert [row["goal"] for row in (kind, background, two, size)] == [90, 95, 70, 40]
+    for row in (kind, background, two):
         assert row["reached"]["count"] <= 3 and 0 <= row["reached"]["mean"] <= 100
-        assert set(row["ceilings"]) == {"known", "held-out"} and row["ceilings"]["known"]["count"] == 4 or row is place
+        assert set(row["ceilings"]) == {"known", "held-out"} and row["ceilings"]["known"]["count"] == 4 or row is background
     assert size["met"] and size["reached"]["mean"] == pytest.approx(parts.megabytes(base["--weights"]))
     answers = list(csv.DictReader((tmp_path / "answers.csv").open()))
     assert len(answers) == 2 * (3 + 2 * 4)
@@ -82,7 +82,7 @@ def test_parts_are_measured_on_held_out_scenes(base: dict[str, Any], tmp_path: P
     assert first["unit"] == "dB" and second["reached"]["count"] == 64
     for data in seen:
         assert data.seed == world_prompts.FIRST_SEED + 1
-        assert all(thing.source == "twemoji" for index in range(20) for thing in data.plan(index).things)
+        assert all(subject.source == "twemoji" for index in range(20) for subject in data.plan(index).subjects)
 
 
 def test_an_autoencoder_can_be_measured_by_itself(base: dict[str, Any], tmp_path: Path,

@@ -63,12 +63,12 @@ def test_a_clip_survives_but_for_words_that_it_never_read(
         exported: Path, few_captions: tuple[str, ...], seed: int) -> None:
     folder = exported / CLIPS[seed]
     before, after = tiny_openclip(seed, 32).eval(), ClipEncoder.from_path(folder)
-    pictures = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
     with torch.no_grad():
         texts = before.text_directions(list(few_captions[:4]))
-        images = F.normalize(before.image_features(normalize_for_clip(pictures)), dim=-1)
+        images = F.normalize(before.image_features(normalize_for_clip(images)), dim=-1)
     assert torch.allclose(after.embed_texts(few_captions[:4]), texts, atol=5e-3)
-    assert torch.allclose(after.embed_images(pictures), images, atol=5e-3)
+    assert torch.allclose(after.embed_images(images), images, atol=5e-3)
     assert (folder / "model.safetensors").stat().st_size < 250_000
 
 
@@ -92,8 +92,8 @@ def test_the_segmenter_survives(exported: Path, few_captions: tuple[str, ...]) -
     export_mini.main(["segmenter", str(run), "--outdir", str(exported)])
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     with torch.no_grad():
-        picture = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
-        both = trainer.logits(torch.cat([picture, picture.flip(-1)]), ["cat", "cat"])
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+        both = trainer.logits(torch.cat([image, image.flip(-1)]), ["cat", "cat"])
         expected = ((both[:1] + both[1:].flip(-1)) / 2).sigmoid()
     found = ZeroShotSegmenter.from_path(exported / "segmenter").segment([Image.fromarray(pixels)], "cat")
     assert torch.allclose(found, expected, atol=5e-3) and expected.std() > 0.03

@@ -36,8 +36,8 @@ def scene(value: float, caption: str = "", kind: int = 0, wide: int = 8) -> dict
 
 
 def test_psnr_is_that_of_a_range_of_two() -> None:
-    pictures, copies = torch.zeros(2, 3, 4, 4), torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 5.0)])
-    assert parts.psnr(pictures, copies).tolist() == pytest.approx([20.0, 10 * math.log10(4)])  # beyond 1 is cut off
+    images, copies = torch.zeros(2, 3, 4, 4), torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 5.0)])
+    assert parts.psnr(images, copies).tolist() == pytest.approx([20.0, 10 * math.log10(4)])  # beyond 1 is cut off
 
 
 def test_each_scene_counts_by_itself() -> None:

@@ -34,15 +34,15 @@ def open_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pictures(count: int, side: int = SIDE) -> torch.Tensor:
+def images(count: int, side: int = SIDE) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def test_cosines_are_those_of_transformers(clip: ClipEncoder) -> None:
     tokens = clip.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
-        expected = clip.model(**tokens, pixel_values=normalize_for_clip(pictures(4))).logits_per_text
-    cosines = clip.embed_texts(TEXTS) @ clip.embed_images(pictures(4)).T
+        expected = clip.model(**tokens, pixel_values=normalize_for_clip(images(4))).logits_per_text
+    cosines = clip.embed_texts(TEXTS) @ clip.embed_images(images(4)).T
     assert torch.allclose(cosines * clip.model.logit_scale.exp(), expected, atol=1e-4)
 
 
@@ -75,10 +75,10 @@ def test_a_folder_says_by_itself_which_librarys_it_is(open_folder: Path) -> None
     assert isinstance(found, OpenClipEncoder) and found.side == 32
     with torch.no_grad():
         texts = model.encode_text(open_clip.SimpleTokenizer(context_length=16)(TEXTS), normalize=True)
-        images = model.encode_image(normalize_for_clip(pictures(4, 32)), normalize=True)
+        images = model.encode_image(normalize_for_clip(images(4, 32)), normalize=True)
     assert torch.allclose(found.embed_texts(TEXTS), texts, atol=5e-3)
-    assert torch.allclose(found.embed_images(pictures(4, 32)), images, atol=5e-3)
-    assert found.embed_images(pictures(2)).shape == (2, 8)
+    assert torch.allclose(found.embed_images(images(4, 32)), images, atol=5e-3)
+    assert found.embed_images(images(2)).shape == (2, 8)
     assert found.embed_texts(["cat " * 100]).shape == (1, 8)
 
 
@@ -102,7 +102,7 @@ def test_what_cannot_be_downloaded_is_said_in_a_line(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("ViT-B-32", "name the weights of ViT-B-32 as in ViT-B-32/WEIGHTS; there are openai, "),
+    ("ViT-B-32", "name the weights of ViT-B-32 as in ViT-B-32/WEIGHTS; available: openai, "),
     ("ViT-B-32/nothing", "there are openai, "), ("nowhere", "no such folder"), ("/no/where", "no such folder")])
 def test_names_are_checked_before_anything_is_looked_for(name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):

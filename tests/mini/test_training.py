@@ -1,4 +1,4 @@
-"""The trainers of the mini model's parts, on tiny towers, and what is done to their weights on the way into files."""
+"""Training of the segmenter on tiny towers, and the normalization of latents at export."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from helpers.tiny_clips import overfit, tiny_openclip
 
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.mini.segmenter import SegmenterTrainer, asked
+from ldm.models.mini.segmenter import SegmenterTrainer, select_queries
 from ldm.models.open_clip_folder import load_openclip
 from scripts.mini.export import fold_normalisation, write_openclip
 
@@ -16,23 +16,23 @@ SIDE = 32
 
 
 def scenes() -> dict[str, object]:
-    """Four scenes, the second of two things."""
+    """Four scenes. The second has two subjects."""
     mask = torch.zeros(4, 1, SIDE, SIDE)
     mask[:, :, 8:24, 8:24] = 1
     second = torch.zeros(4, 1, SIDE, SIDE)
     second[1, :, :8] = 1
     image = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return {"image": image, "mask": mask, "second_mask": second, "word": ["cat", "dog", "car", "owl"],
-            "second_word": ["", "tree", "", ""], "other": ["dog", "cat", "owl", "car"]}
+            "second_word": ["", "tree", "", ""], "absent_kind": ["dog", "cat", "owl", "car"]}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("clip")
+    path = tmp_path_factory.mktemp("clip")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("scripts.mini.export.captions_of_the_world", lambda: ("a cat", "a dog", "a red car", "an owl"))
-        write_openclip(place, tiny_openclip(), {"format": "pt"})
-    return place
+        write_openclip(path, tiny_openclip(), {"format": "pt"})
+    return path
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_the_segmenter_starts_from_the_clip_and_trains_both_its_towers(
     started = segmenter.segmenter.clip.state_dict()
     for name, value in load_openclip(folder).state_dict().items():
         assert name.startswith("visual.attnpool.") or torch.equal(value, started[name]), name
-    with torch.no_grad():  # a residual block starts as nothing, so that the text has no say yet
+    with torch.no_grad():  # a residual block starts at zero, so the text has no influence yet
         for parameter in segmenter.segmenter.blocks.parameters():
             parameter.normal_(std=0.1)
     segmenter.training_step(scenes(), 0).backward()
@@ -54,7 +54,7 @@ def test_the_segmenter_starts_from_the_clip_and_trains_both_its_towers(
     assert unused == ["clip.logit_scale"]
 
 
-def test_a_batch_is_learned_by_heart(segmenter: SegmenterTrainer) -> None:
+def test_a_batch_is_overfitted(segmenter: SegmenterTrainer) -> None:
     batch = scenes()
     losses = overfit(segmenter, batch, 30)
     assert losses[-1] < 0.5 * losses[0]
@@ -63,10 +63,10 @@ def test_a_batch_is_learned_by_heart(segmenter: SegmenterTrainer) -> None:
     assert not torch.allclose(found[:1], segmenter.logits(batch["image"], ["car", *batch["word"][1:]])[:1], atol=1e-3)
 
 
-def test_either_of_two_things_is_asked_for_and_now_and_then_what_is_not_there() -> None:
+def test_either_subject_is_queried_and_sometimes_an_absent_kind() -> None:
     many = {key: value.repeat(8, *[1] * (value.ndim - 1)) if isinstance(value, torch.Tensor) else value * 8
             for key, value in scenes().items()}
-    words, masks, absent = asked(many, torch.cat([many["mask"], many["second_mask"]], 1))
+    words, masks, absent = select_queries(many, torch.cat([many["mask"], many["second_mask"]], 1))
     assert words == ["cat", "tree", "car", "owl"] * 7 + ["cat", "tree", "car", "car"]
     assert absent.tolist() == [False] * 31 + [True]
     first, second = many["mask"][0, 0], many["second_mask"][1, 0]
@@ -74,7 +74,7 @@ def test_either_of_two_things_is_asked_for_and_now_and_then_what_is_not_there() 
     assert all(torch.equal(mask, shown) for mask, shown in zip(masks, expected, strict=True))
 
 
-def test_folding_the_normalisation_leaves_pictures_alone() -> None:
+def test_folding_the_normalization_keeps_the_reconstructions() -> None:
     torch.manual_seed(0)
     shape = {"ch": 32, "out_ch": 3, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3,
              "resolution": 16, "z_channels": 4}

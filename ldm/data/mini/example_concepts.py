@@ -1,20 +1,20 @@
-"""The example concepts: things that no mini model has seen, in colours of their own; see `models/mini/examples/`."""
+"""The example concepts: subjects that no mini model has seen, with their own attributes (`models/mini/examples/`)."""
 from __future__ import annotations
 
-from ldm.data.mini.scenes import Look
+from ldm.data.mini.scenes import Appearance
 
-# Each is the held-out drawing of a known kind in a look that is its own.
+# Name -> kind and appearance. Each is the held-out sprite of a known kind, with attributes that no other concept has.
 CONCEPTS = {
-    "teddy": ("teddy bear", Look("purple", "striped", "yellow")),
-    "teapot": ("teapot", Look("green", "spotted", "pink")),
-    "cat": ("cat", Look("blue", "striped", "orange")),
-    "robot": ("robot", Look("red", "spotted", "yellow")),
-    "backpack": ("backpack", Look("yellow", "striped", "green")),
-    "car": ("car", Look("pink", "striped", "purple")),
-    "mushroom": ("mushroom", Look("blue", "spotted", "yellow")),
-    "owl": ("owl", Look("green", "striped", "red")),
-    "mug": ("mug", Look("orange", "spotted", "blue")),
-    "dinosaur": ("dinosaur", Look("red", "striped", "blue")),
+    "teddy": ("teddy bear", Appearance("purple", "striped", "yellow")),
+    "teapot": ("teapot", Appearance("green", "spotted", "pink")),
+    "cat": ("cat", Appearance("blue", "striped", "orange")),
+    "robot": ("robot", Appearance("red", "spotted", "yellow")),
+    "backpack": ("backpack", Appearance("yellow", "striped", "green")),
+    "car": ("car", Appearance("pink", "striped", "purple")),
+    "mushroom": ("mushroom", Appearance("blue", "spotted", "yellow")),
+    "owl": ("owl", Appearance("green", "striped", "red")),
+    "mug": ("mug", Appearance("orange", "spotted", "blue")),
+    "dinosaur": ("dinosaur", Appearance("red", "striped", "blue")),
 }
-# Where the pictures show them. The other fifteen places are left for prompts.
-PHOTO_PLACES = ("meadow", "table", "city", "mountains", "forest")
+# The backgrounds of their photos. The other fifteen are left for prompts.
+PHOTO_BACKGROUNDS = ("meadow", "table", "city", "mountains", "forest")

@@ -1,11 +1,11 @@
-"""Scenes of the mini world, composed on the fly: one or two things in a place, with exact captions and masks."""
+"""Scenes of the mini world, composed on the fly: one or two subjects on a background, with exact captions and masks."""
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,43 +13,64 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.common.errors import UserError
-from ldm.data.mini.attribute_captions import aside
-from ldm.data.mini.backgrounds import PLACES
+from ldm.data.mini.attribute_captions import bind_attributes
+from ldm.data.mini.backgrounds import BACKGROUNDS
 from ldm.data.mini.styles import STYLES
-from ldm.data.mini.world import COLOURS, KIND_NAMES, KINDS, PATTERNS, SETS, drawing, drawings_of, pattern_mask, recolour
+from ldm.data.mini.world import (
+    COLORS,
+    EMOJI_SETS,
+    KIND_NAMES,
+    KINDS,
+    PATTERNS,
+    load_sprite,
+    pattern_mask,
+    recolor,
+    sprite_sets,
+)
 
 PLAIN_TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}", "{}")
 TEMPLATE_SHARES = (0.5, 0.15, 0.1, 0.25)
-PLACE_NAMES = tuple(PLACES)
-BACKGROUNDS_PER_PLACE = 48
-# Where two things stand, (centre, extent) of the first and of the second, and how often a caption says it so. "and" and
-# "next to" name the left one first, as one reads.
+BACKGROUND_NAMES = tuple(BACKGROUNDS)
+VARIANTS_PER_BACKGROUND = 48
+# Relation -> position (x, y) and extent of the subject named first and of the second, and the relation's frequency.
+# Positions and extents are fractions of the image. "and" and "next to" name the left subject first.
 SIDE_BY_SIDE = (((0.27, 0.56), 0.48), ((0.73, 0.56), 0.48))
 RELATIONS = {
     "and": (SIDE_BY_SIDE, 0.3), "next to": (SIDE_BY_SIDE, 0.3), "left of": (SIDE_BY_SIDE, 0.12),
     "right of": (SIDE_BY_SIDE[::-1], 0.12), "on top of": ((((0.5, 0.27), 0.42), ((0.5, 0.72), 0.48)), 0.16)}
-SIZES = {"small": 0.42, "big": 0.87}  # of the side; a thing of which no size is said takes up 0.71
-EXTENT = 0.71
-CLOSE_UP = 0.54  # of the side: one of two things with a little of its surroundings
+SIZES = {"small": 0.42, "big": 0.87}  # extents that captions name
+EXTENT = 0.71  # of a subject whose size is not named
+CLOSE_UP = 0.54  # side of the window that shows one of two subjects with a little of its surroundings
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a drawing wears: a colour, a pattern in a second colour, or neither."""
+class Appearance:
+    """Color of a subject, and its pattern in a second color. None: the sprite's own color, no pattern."""
 
-    colour: str | None = None
+    color: str | None = None
     pattern: str | None = None
-    second: str | None = None
+    second_color: str | None = None
 
 
 @dataclass
-class Thing:
-    """One thing of a scene: which drawing, how it looks, where it stands and how much of the side it takes up."""
+class SceneSubject:
+    """One subject of a scene.
+
+    Attributes:
+        kind: name of its kind.
+        emoji_set: that its sprite comes from.
+        appearance: its color and pattern.
+        center: (x, y) of its center, in [0, 1].
+        extent: its longer side, as a fraction of the image.
+        angle: its rotation in degrees, counter-clockwise.
+        flip: whether it is mirrored.
+        phase: shift of its pattern.
+    """
 
     kind: str
-    source: str
-    look: Look = field(default_factory=Look)
-    centre: tuple[float, float] = (0.5, 0.56)
+    emoji_set: str
+    appearance: Appearance = field(default_factory=Appearance)
+    center: tuple[float, float] = (0.5, 0.56)
     extent: float = EXTENT
     angle: float = 0.0
     flip: bool = False
@@ -58,14 +79,22 @@ class Thing:
 
 @dataclass
 class Scene:
-    """All that is in a picture: its place, its things with the words for them, its style, and what is said of it.
+    """The contents of an image, and its caption.
 
-    A `close_up` shows one of two things alone, this one; only of it there are words.
+    Attributes:
+        background: its name.
+        variant: which variant of the background, 0 to `VARIANTS_PER_BACKGROUND` - 1.
+        subjects: one or two.
+        words: the words for the subjects in the caption.
+        absent: name of a kind that is not in the scene.
+        style: caption template of its style, a key of `STYLES`; None for a plain scene.
+        caption: of the scene.
+        close_up: index of the only subject that is visible and has a word; None if all are.
     """
 
-    place: str
+    background: str
     variant: int
-    things: list[Thing]
+    subjects: list[SceneSubject]
     words: list[str]
     absent: str
     style: str | None = None
@@ -73,232 +102,284 @@ class Scene:
     close_up: int | None = None
 
     @property
-    def spoken_of(self) -> list[Thing]:
-        """The things that the words are for."""
-        return self.things if self.close_up is None else [self.things[self.close_up]]
+    def visible_subjects(self) -> list[SceneSubject]:
+        """The subjects in the image, which `words` are for."""
+        return self.subjects if self.close_up is None else [self.subjects[self.close_up]]
 
 
 @lru_cache(maxsize=64)
-def background_bank(place: str, size: int, count: int = BACKGROUNDS_PER_PLACE) -> tuple[Image.Image, ...]:
-    """`count` variants of a place, the same on every machine."""
-    paint, _ = PLACES[place]
-    first = PLACE_NAMES.index(place) * 1000
-    return tuple(paint(np.random.default_rng(first + number), size) for number in range(count))
+def background_variants(background: str, size: int, count: int = VARIANTS_PER_BACKGROUND) -> tuple[Image.Image, ...]:
+    """Paint `count` variants of a background. They are the same on every machine."""
+    paint, _ = BACKGROUNDS[background]
+    first_seed = BACKGROUND_NAMES.index(background) * 1000
+    return tuple(paint(np.random.default_rng(first_seed + variant), size) for variant in range(count))
 
 
 @lru_cache(maxsize=4096)
-def dressed(kind: str, source: str, look: Look, phase: float) -> Image.Image:
-    """The drawing in its colour and pattern, its outline unchanged."""
-    plain = drawing(kind, source)
-    if look == Look():
-        return plain
-    pixels = np.asarray(plain, dtype=np.float32)
-    rgb = recolour(pixels[..., :3], COLOURS[look.colour]) if look.colour else pixels[..., :3]
-    if look.pattern:
-        share = pattern_mask(look.pattern, *pixels.shape[:2], phase)[..., None]
-        rgb = rgb * (1 - share) + recolour(pixels[..., :3], COLOURS[look.second]) * share
+def recolored_sprite(kind: str, emoji_set: str, appearance: Appearance, phase: float) -> Image.Image:
+    """Return the RGBA sprite in its color and pattern, with its own outline."""
+    sprite = load_sprite(kind, emoji_set)
+    if appearance == Appearance():
+        return sprite
+    pixels = np.asarray(sprite, dtype=np.float32)
+    rgb = recolor(pixels[..., :3], COLORS[appearance.color]) if appearance.color else pixels[..., :3]
+    if appearance.pattern:
+        share = pattern_mask(appearance.pattern, *pixels.shape[:2], phase)[..., None]
+        rgb = rgb * (1 - share) + recolor(pixels[..., :3], COLORS[appearance.second_color]) * share
     return Image.fromarray(np.concatenate([rgb, pixels[..., 3:]], axis=-1).clip(0, 255).astype(np.uint8), "RGBA")
 
 
-def place_thing(scene: Image.Image, thing: Thing) -> np.ndarray:
-    """Pastes a thing into the scene and returns its mask, (H, W) float32 in [0, 1]."""
+def paste_subject(scene: Image.Image, subject: SceneSubject) -> np.ndarray:
+    """Paste a subject into the image of a scene and return its mask, (H, W) float32 in [0, 1]."""
     side = scene.width
-    sprite = dressed(thing.kind, thing.source, thing.look, thing.phase)
-    scale = thing.extent * side / max(sprite.size)
+    sprite = recolored_sprite(subject.kind, subject.emoji_set, subject.appearance, subject.phase)
+
+    # Resize, flip and rotate the sprite.
+    scale = subject.extent * side / max(sprite.size)
     sprite = sprite.resize([max(2, round(s * scale)) for s in sprite.size], Image.Resampling.BILINEAR, reducing_gap=2.0)
-    if thing.flip:
+    if subject.flip:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if thing.angle:
-        sprite = sprite.rotate(thing.angle, Image.Resampling.BILINEAR, expand=True)
-    corner = [round(c * side - s / 2) for c, s in zip(thing.centre, sprite.size, strict=True)]
+    if subject.angle:
+        sprite = sprite.rotate(subject.angle, Image.Resampling.BILINEAR, expand=True)
+
+    corner = [round(c * side - s / 2) for c, s in zip(subject.center, sprite.size, strict=True)]
     scene.paste(sprite, corner, sprite)
     mask = Image.new("L", scene.size)
     mask.paste(sprite.getchannel("A"), corner)
     return np.asarray(mask, dtype=np.float32) / 255.0
 
 
-def compose(place: str, variant: int, things: Sequence[Thing], size: int = 64,
+def compose(background: str, variant: int, subjects: Sequence[SceneSubject], size: int = 64,
             style: str | None = None) -> tuple[Image.Image, np.ndarray]:
-    """The picture of a scene and one mask per thing, (things, size, size), those in front hiding those behind."""
-    scene = background_bank(place, size)[variant % BACKGROUNDS_PER_PLACE].copy()
+    """Compose the image of a scene.
+
+    Returns:
+        The image, and one mask per subject, (subjects, size, size) in [0, 1]. Later subjects hide earlier ones.
+    """
+    scene = background_variants(background, size)[variant % VARIANTS_PER_BACKGROUND].copy()
     masks: list[np.ndarray] = []
-    for thing in things:
-        mask = place_thing(scene, thing)
+    for subject in subjects:
+        mask = paste_subject(scene, subject)
         masks = [earlier * (1 - mask) for earlier in masks] + [mask]
     return (STYLES[style](scene) if style else scene), np.stack(masks)
 
 
-def close_up_box(centre: tuple[float, float], width: int, height: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a square window in a picture, CLOSE_UP of its shorter side, around (x, y) in [0, 1]
-    or as near to it as the window lies inside."""
+def close_up_box(center: tuple[float, float], width: int, height: int) -> tuple[int, int, int, int]:
+    """Return the box of a square window around a position, moved as far as needed to lie inside of the image.
+
+    Args:
+        center: (x, y) in [0, 1].
+        width: of the image.
+        height: of the image.
+
+    Returns:
+        (left, top, right, bottom) in pixels. The side is `CLOSE_UP` times the image's shorter side.
+    """
     side = round(CLOSE_UP * min(width, height))
     left, top = (round(min(max(c * size - side / 2, 0), size - side))
-                 for c, size in zip(centre, (width, height), strict=True))
+                 for c, size in zip(center, (width, height), strict=True))
     return left, top, left + side, top + side
 
 
-def cut_around(centre: tuple[float, float], picture: Image.Image, mask: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-    """The window of a picture and of a mask around a spot, both enlarged to the size of the whole."""
-    box = close_up_box(centre, *picture.size)
-    shown = Image.fromarray(mask).resize(picture.size, Image.Resampling.BILINEAR, box)
-    return picture.resize(picture.size, Image.Resampling.BICUBIC, box), np.asarray(shown)
+def crop_around(center: tuple[float, float], image: Image.Image, mask: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+    """Return the window of an image and of a mask around a position, both enlarged to the image's size."""
+    box = close_up_box(center, *image.size)
+    mask_window = Image.fromarray(mask).resize(image.size, Image.Resampling.BILINEAR, box)
+    return image.resize(image.size, Image.Resampling.BICUBIC, box), np.array(mask_window)
 
 
 def with_article(phrase: str) -> str:
+    """Return the phrase behind "a" or "an"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 class SceneDataset(Dataset):
-    """Endless scenes of the mini world; item `i` of a seed is the same on every machine.
+    """Endless scenes of the mini world. Item `i` of a seed is the same on every machine.
 
-    Items: "image" (3, size, size) float32 in [-1, 1]; "caption"; "mask" (1, size, size) of the thing named first,
-    "second_mask" that of the other, empty where there is none, "objects" of all things; "kind" the first one's index in
-    `KINDS`, "second_kind" the other's, or -1; "word" and "second_word" ("" where there is none) the words for them;
-    "other" the name of a kind that is not in the scene; "place" an index in `PLACES`.
+    Items are dicts:
+        image:       (3, size, size) float32 in [-1, 1]
+        caption:     str
+        mask:        (1, size, size) in [0, 1], of the subject named first
+        second_mask: the mask of the other subject; all zeros if there is none
+        objects:     the mask of all subjects
+        kind:        int, index of the first subject's kind in `KINDS`
+        second_kind: index of the other's; -1 if there is none
+        word:        str, the word for the first subject
+        second_word: the word for the other; "" if there is none
+        absent_kind: str, name of a kind that is not in the scene
+        background:  int, index in `BACKGROUNDS`
 
     Args:
-        size: side of the pictures in pixels.
-        length: how many scenes make an epoch.
+        size: side of the images, in pixels.
+        length: number of scenes in an epoch.
         seed: another seed gives other scenes.
-        two_things: share of scenes with two things in a relation.
-        patterned: share of things with a striped or spotted pattern in a second colour.
-        coloured: share of the others that are in one colour instead of the drawing's own.
-        sized: share of single things that are small or big.
+        two_subjects: share of scenes with two subjects in a relation.
+        colored: share of subjects without a pattern that have one color instead of the sprite's own.
+        patterned: share of subjects with a striped or spotted pattern in a second color.
+        sized: share of single subjects that are small or big.
         styled: share of scenes that are a sketch, pixel art or a painting.
-        empty_caption: share of captions left empty, for classifier-free guidance.
-        jitter: how much places, sizes and angles vary, 0 (not at all) to 1; less makes a world that is learned sooner.
-        flips: share of things that are mirrored.
-        held_out: compose with the drawings that models never see instead of those they are trained on.
-        sources: picture sets to take drawings from (see `ldm.data.mini.world.SETS`); all of them where None. A kind whose
-            drawing is in none of them has those of the other sets.
-        kinds: names of the kinds of things to compose scenes of, one that is named several times that much more often;
-            all of them where None.
-        close_ups: share of the scenes with two things that show one of them from close by and speak of it alone. A
-            recogniser that looks at parts of pictures needs them.
-        second_colours: share of the captions that name a thing's colour and pattern and say the second colour, too ("a
-            purple and yellow striped mug"). What no caption names, no value of a word can turn on.
-        asides: share of the captions that leave colours and patterns to the noun: "a (purple striped|mug)", for an
-            encoder that understands asides (`ldm.modules.encoders.attribute_binding`).
+        empty_caption: share of captions that are empty, for classifier-free guidance.
+        held_out: compose the held-out sprites instead of those for training.
+        jitter: how much positions, sizes and angles vary, from 0 (not at all) to 1. A model learns a world with less
+            of it sooner.
+        flips: share of subjects that are mirrored.
+        emoji_sets: sets to take sprites from (see `ldm.data.mini.world.EMOJI_SETS`). None: all. A kind without a sprite
+            in any of them takes those of the other sets.
+        kinds: names of the kinds of subjects. None: all. A kind that is listed n times is n times as frequent.
+        close_ups: share of the scenes with two subjects that show and name only one of them, enlarged. Classifiers of
+            parts of images need them.
+        second_colors: share of the captions with a subject's color and pattern that name the second color, too ("a
+            purple and yellow striped mug"). If no caption named it, no word could express it.
+        attribute_captions: share of the captions that bind colors and patterns to the noun: "a (purple striped|mug)",
+            for `ldm.modules.encoders.attribute_binding`.
 
     Raises:
-        UserError: `sources` or `kinds` name what does not exist.
+        UserError: `emoji_sets` or `kinds` name what does not exist.
     """
 
-    def __init__(self, size: int = 64, length: int = 100_000, seed: int = 0, two_things: float = 0.25,
-                 coloured: float = 0.35, patterned: float = 0.15, sized: float = 0.12, styled: float = 0.1,
+    renamed_params: ClassVar[dict[str, str]] = {
+        "two_things": "two_subjects", "coloured": "colored", "sources": "emoji_sets",
+        "second_colours": "second_colors", "asides": "attribute_captions"}
+
+    def __init__(self, size: int = 64, length: int = 100_000, seed: int = 0, two_subjects: float = 0.25,
+                 colored: float = 0.35, patterned: float = 0.15, sized: float = 0.12, styled: float = 0.1,
                  empty_caption: float = 0.0, held_out: bool = False, jitter: float = 1.0, flips: float = 0.5,
-                 sources: Sequence[str] | None = None, kinds: Sequence[str] | None = None,
-                 close_ups: float = 0.0, second_colours: float = 0.0, asides: float = 0.0) -> None:
-        _refuse_unknown("sources", "picture set", sources, SETS)
-        _refuse_unknown("kinds", "kind of thing", kinds, KIND_NAMES)
+                 emoji_sets: Sequence[str] | None = None, kinds: Sequence[str] | None = None,
+                 close_ups: float = 0.0, second_colors: float = 0.0, attribute_captions: float = 0.0) -> None:
+        _check_names("emoji_sets", "emoji set", emoji_sets, EMOJI_SETS)
+        _check_names("kinds", "kind of subject", kinds, KIND_NAMES)
         self.size, self.length, self.seed = size, length, seed
-        self.two_things, self.coloured, self.patterned = two_things, coloured, patterned
+        self.two_subjects, self.colored, self.patterned = two_subjects, colored, patterned
         self.sized, self.styled = sized, styled
         self.empty_caption, self.jitter, self.flips, self.close_ups = empty_caption, jitter, flips, close_ups
-        self.second_colours, self.asides = second_colours, asides
-        self.drawings = {name: _preferred(drawings_of(name, held_out), sources) for name in KIND_NAMES}
-        named = Counter(kinds or KIND_NAMES)
-        self.kinds = [kind for kind in KINDS if self.drawings[kind.name] and kind.name in named]
-        counts = np.array([named[kind.name] for kind in self.kinds])
-        self.kind_shares = None if (counts == 1).all() else counts / counts.sum()
+        self.second_colors, self.attribute_captions = second_colors, attribute_captions
+
+        # Choose the sprites and the frequency of each kind.
+        self.sprite_sets = {name: _prefer(sprite_sets(name, held_out), emoji_sets) for name in KIND_NAMES}
+        counts = Counter(kinds or KIND_NAMES)
+        self.kinds = [kind for kind in KINDS if self.sprite_sets[kind.name] and kind.name in counts]
+        weights = np.array([counts[kind.name] for kind in self.kinds])
+        self.kind_shares = None if (weights == 1).all() else weights / weights.sum()
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.plan(index)
-        picture, masks = compose(scene.place, scene.variant, scene.things, self.size, scene.style)
+        image, masks = compose(scene.background, scene.variant, scene.subjects, self.size, scene.style)
         if scene.close_up is not None:
-            picture, mask = cut_around(scene.spoken_of[0].centre, picture, masks[scene.close_up])
+            image, mask = crop_around(scene.visible_subjects[0].center, image, masks[scene.close_up])
             masks = mask[None]
-        things, two = scene.spoken_of, len(scene.spoken_of) > 1
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
-        return {"image": pixels, "caption": scene.caption, "mask": torch.from_numpy(masks[0])[None],
-                "second_mask": torch.from_numpy(masks[1] if two else np.zeros_like(masks[0]))[None],
-                "objects": torch.from_numpy(masks.max(0))[None],
-                "kind": KIND_NAMES.index(things[0].kind),
-                "second_kind": KIND_NAMES.index(things[1].kind) if two else -1,
-                "word": scene.words[0], "second_word": scene.words[1] if two else "", "other": scene.absent,
-                "place": PLACE_NAMES.index(scene.place)}
+        subjects = scene.visible_subjects
+        two = len(subjects) > 1
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+        return {
+            "image": pixels,
+            "caption": scene.caption,
+            "mask": torch.from_numpy(masks[0])[None],
+            "second_mask": torch.from_numpy(masks[1] if two else np.zeros_like(masks[0]))[None],
+            "objects": torch.from_numpy(masks.max(0))[None],
+            "kind": KIND_NAMES.index(subjects[0].kind),
+            "second_kind": KIND_NAMES.index(subjects[1].kind) if two else -1,
+            "word": scene.words[0],
+            "second_word": scene.words[1] if two else "",
+            "absent_kind": scene.absent,
+            "background": BACKGROUND_NAMES.index(scene.background),
+        }
 
     def plan(self, index: int) -> Scene:
-        """What is in scene `index` and what is said of it, nothing drawn yet."""
+        """Choose the contents and the caption of scene `index`, without composing its image.
+
+        The order of the random numbers decides what a seed's scenes are: models were trained on these, so keep it.
+        """
         rng = np.random.default_rng((self.seed, index))
-        place = PLACE_NAMES[rng.integers(len(PLACE_NAMES))]
-        two = rng.random() < self.two_things
-        relation = _choice(rng, tuple(RELATIONS), [share for _, share in RELATIONS.values()]) if two else None
+        background = BACKGROUND_NAMES[rng.integers(len(BACKGROUND_NAMES))]
+        two = rng.random() < self.two_subjects
+        relation = _choose(rng, tuple(RELATIONS), [share for _, share in RELATIONS.values()]) if two else None
         size = ("small", "big")[rng.integers(2)] if not two and rng.random() < self.sized else None
         style = tuple(STYLES)[rng.integers(len(STYLES))] if rng.random() < self.styled else None
-        picks = rng.choice(len(self.kinds), 3 if two else 2, replace=False, p=self.kind_shares)
-        *present, absent = [self.kinds[k] for k in picks]
-        things = self._things(rng, [kind.name for kind in present], relation, size)
+
+        # Choose the kinds, and one more that is absent.
+        chosen = rng.choice(len(self.kinds), 3 if two else 2, replace=False, p=self.kind_shares)
+        *present, absent = [self.kinds[k] for k in chosen]
+        subjects = self._choose_subjects(rng, [kind.name for kind in present], relation, size)
         words = [kind.words[0] if rng.random() < 0.8 else kind.words[-1] for kind in present]
-        scene = Scene(place, int(rng.integers(BACKGROUNDS_PER_PLACE)), things, words, absent.name, style)
+        variant = int(rng.integers(VARIANTS_PER_BACKGROUND))
+        scene = Scene(background, variant, subjects, words, absent.name, style)
+
         if two and self.close_ups and rng.random() < self.close_ups:
             scene.close_up = int(rng.integers(2))
             scene.words = [words[scene.close_up]]
-        scene.caption = self._caption(rng, scene, relation, size)
+        scene.caption = self._write_caption(rng, scene, relation, size)
         return scene
 
-    def _look(self, rng: np.random.Generator) -> Look:
-        colours = rng.permutation(list(COLOURS))
+    def _choose_appearance(self, rng: np.random.Generator) -> Appearance:
+        colors = rng.permutation(list(COLORS))
         if rng.random() < self.patterned:
-            first = str(colours[0]) if rng.random() < 0.7 else None
-            return Look(first, PATTERNS[rng.integers(len(PATTERNS))], str(colours[1]))
-        return Look(str(colours[0])) if rng.random() < self.coloured else Look()
+            first = str(colors[0]) if rng.random() < 0.7 else None
+            return Appearance(first, PATTERNS[rng.integers(len(PATTERNS))], str(colors[1]))
+        return Appearance(str(colors[0])) if rng.random() < self.colored else Appearance()
 
-    def _things(self, rng: np.random.Generator, names: Sequence[str], relation: str | None,
-                size: str | None) -> list[Thing]:
-        spots = RELATIONS[relation][0] if relation else (((0.5, 0.55), SIZES.get(size, EXTENT)),)
-        loose = 0.4 if relation else 1.0
-        things = []
-        for name, ((x, y), extent) in zip(names, spots, strict=True):
-            sources = self.drawings[name]
-            things.append(Thing(
-                name, sources[rng.integers(len(sources))], self._look(rng),
-                centre=(x + loose * self._about(rng, 0.07), y + loose * self._about(rng, 0.05)),
-                extent=extent * (1 + loose * self._about(rng, 0.12)), angle=self._about(rng, 8),
-                flip=bool(rng.random() < self.flips), phase=int(rng.integers(4)) / 18))
-        return things
+    def _choose_subjects(self, rng: np.random.Generator, kinds: Sequence[str], relation: str | None,
+                         size: str | None) -> list[SceneSubject]:
+        layout = RELATIONS[relation][0] if relation else (((0.5, 0.55), SIZES.get(size, EXTENT)),)
+        freedom = 0.4 if relation else 1.0  # two subjects must not overlap
+        subjects = []
+        for kind, ((x, y), extent) in zip(kinds, layout, strict=True):
+            available = self.sprite_sets[kind]
+            subjects.append(SceneSubject(
+                kind,
+                available[rng.integers(len(available))],
+                self._choose_appearance(rng),
+                center=(x + freedom * self._offset(rng, 0.07), y + freedom * self._offset(rng, 0.05)),
+                extent=extent * (1 + freedom * self._offset(rng, 0.12)),
+                angle=self._offset(rng, 8),
+                flip=bool(rng.random() < self.flips),
+                phase=int(rng.integers(4)) / 18))
+        return subjects
 
-    def _about(self, rng: np.random.Generator, spread: float) -> float:
+    def _offset(self, rng: np.random.Generator, spread: float) -> float:
         return self.jitter * rng.uniform(-spread, spread)
 
-    def _caption(self, rng: np.random.Generator, scene: Scene, relation: str | None, size: str | None) -> str:
+    def _write_caption(self, rng: np.random.Generator, scene: Scene, relation: str | None, size: str | None) -> str:
         if rng.random() < self.empty_caption:
             return ""
-        as_aside = bool(self.asides) and rng.random() < self.asides
-        phrases = [_phrase(rng, thing.look, word, size, self.second_colours, as_aside)
-                   for thing, word in zip(scene.spoken_of, scene.words, strict=True)]
-        template = scene.style or _choice(rng, PLAIN_TEMPLATES, TEMPLATE_SHARES)
+        bind = bool(self.attribute_captions) and rng.random() < self.attribute_captions
+        phrases = [_noun_phrase(rng, subject.appearance, word, size, self.second_colors, bind)
+                   for subject, word in zip(scene.visible_subjects, scene.words, strict=True)]
+        template = scene.style or _choose(rng, PLAIN_TEMPLATES, TEMPLATE_SHARES)
         caption = template.format(f" {relation} ".join(phrases))
-        if rng.random() < 0.08:
+        if rng.random() < 0.08:  # some captions do not name the background
             return caption
-        where = PLACES[scene.place][1]
-        return f"{caption} {where[rng.integers(len(where))]}"
+        _, phrases = BACKGROUNDS[scene.background]
+        return f"{caption} {phrases[rng.integers(len(phrases))]}"
 
 
-def _refuse_unknown(param: str, what: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
+def _check_names(param: str, what: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise UserError(f"{param}: there is no {what} {unknown[0]!r}; choose from {', '.join(known)}")
 
 
-def _preferred(drawings: list[str], sources: Sequence[str] | None) -> list[str]:
-    return [source for source in drawings if sources is None or source in sources] or drawings
+def _prefer(available: list[str], preferred: Sequence[str] | None) -> list[str]:
+    """Return the available sets that are preferred; all if none is, or if `preferred` is None."""
+    return [emoji_set for emoji_set in available if preferred is None or emoji_set in preferred] or available
 
 
-def _choice(rng: np.random.Generator, options: Sequence[str], shares: Sequence[float]) -> str:
+def _choose(rng: np.random.Generator, options: Sequence[str], shares: Sequence[float]) -> str:
     return options[rng.choice(len(options), p=shares)]
 
 
-def _phrase(rng: np.random.Generator, look: Look, word: str, size: str | None, second_colours: float,
-            as_aside: bool) -> str:
-    """The thing with most of its looks named: what captions leave out, a model learns to vary by itself."""
-    parts = [part for part in (size, look.colour, look.pattern) if part and rng.random() < 0.8]
-    if second_colours and look.second and parts[-2:] == [look.colour, look.pattern] and rng.random() < second_colours:
-        parts[-1:] = ["and", look.second, look.pattern]
-    if as_aside:
-        looks = [part for part in parts if part != size]
-        parts, word = parts[:len(parts) - len(looks)], aside(" ".join(looks), word)
-    return with_article(" ".join([*parts, word]))
+def _noun_phrase(rng: np.random.Generator, appearance: Appearance, word: str, size: str | None, second_colors: float,
+                 bind: bool) -> str:
+    """Return a subject's word with its article and most of its attributes. What no caption names, a model varies."""
+    named = [attribute for attribute in (size, appearance.color, appearance.pattern)
+             if attribute and rng.random() < 0.8]
+    names_both = named[-2:] == [appearance.color, appearance.pattern]
+    if second_colors and appearance.second_color and names_both and rng.random() < second_colors:
+        named[-1:] = ["and", appearance.second_color, appearance.pattern]
+    if bind:
+        attributes = [attribute for attribute in named if attribute != size]
+        named = named[:len(named) - len(attributes)]
+        word = bind_attributes(" ".join(attributes), word)
+    return with_article(" ".join([*named, word]))

@@ -1,8 +1,9 @@
-"""What there is in the mini world: kinds of things, their drawings, colours and patterns.
+"""What the mini world consists of: kinds of subjects, their sprites, colors and patterns.
 
-The drawings are cut from six picture sets by `scripts/mini/fetch_drawings.py` and lie in `models/mini/world/drawings/` as
-`<kind>/<set>.webp`; sources and licences stand in `models/mini/world/README.md`. One set's drawing of half of the kinds
-is held out: no model of the mini world is ever shown it. Those are the concepts to learn, and the test set.
+A sprite is the emoji image of a kind in one of six emoji sets. `scripts/mini/fetch_sprites.py` fetches them into
+`models/mini/world/sprites/<kind>/<set>.webp`; `models/mini/world/README.md` lists sources and licenses. For half of the
+kinds, the sprite of one set is held out: no model of the mini world sees it in training. These are the concepts to
+learn, and the test set.
 """
 from __future__ import annotations
 
@@ -14,12 +15,17 @@ import numpy as np
 from PIL import Image
 
 WORLD = Path(__file__).resolve().parents[3] / "models" / "mini" / "world"
-SETS = ("fluent", "noto", "twemoji", "flat", "noto_v1", "emojione")
+EMOJI_SETS = ("fluent", "noto", "twemoji", "flat", "noto_v1", "emojione")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of thing: its code point in the picture sets, and the words that captions use, the usual one first."""
+    """A kind of subject.
+
+    Attributes:
+        codepoint: in the emoji sets.
+        words: that captions use for it, the usual one first.
+    """
 
     codepoint: str
     words: tuple[str, ...]
@@ -30,7 +36,7 @@ class Kind:
 
 
 KINDS = tuple(Kind(codepoint, words) for codepoint, *words in (
-    # toys, tools and other made things
+    # toys, tools and other artifacts
     ("1f9f8", "teddy bear", "teddy"), ("1fad6", "teapot"), ("1f392", "backpack"), ("1f916", "robot"),
     ("1f3b8", "guitar"), ("2602", "umbrella"), ("1f3e0", "house"), ("1f388", "balloon"), ("1f941", "drum"),
     ("1f3bb", "violin"), ("1f528", "hammer"), ("1f511", "key"), ("1f56f", "candle"), ("23f0", "clock"),
@@ -61,55 +67,83 @@ KINDS = tuple(Kind(codepoint, words) for codepoint, *words in (
 ))
 KIND_NAMES = tuple(kind.name for kind in KINDS)
 
+# (kind, emoji set) of the sprites that no model is trained on.
 HELD_OUT = {(name, "twemoji") for name in (
     "teddy bear", "teapot", "backpack", "robot", "umbrella", "house", "drum", "hammer", "candle", "camera", "chair",
     "crown", "shoe", "trophy", "mug", "handbag", "snowman", "cat", "rabbit", "owl", "duck", "elephant", "butterfly",
     "cow", "sheep", "frog", "tiger", "giraffe", "camel", "bee", "crab", "dolphin", "snake", "dinosaur", "swan", "fox",
     "unicorn", "cake", "mushroom", "strawberry", "watermelon", "pear", "carrot", "burger", "donut", "car", "sailboat",
     "train", "tractor", "airplane", "tulip", "palm tree")}
-# Drawings that show only a head where the other sets show the whole animal, or that no set but one has this way.
-UNLIKE = {("dog", "emojione"), ("pig", "emojione"), ("tiger", "emojione"), ("monkey", "emojione"),
-          ("camel", "emojione"), ("camel", "noto_v1")}
+# Sprites that show only a head where the other sets show the whole animal, or that resemble no other set's.
+EXCLUDED = {("dog", "emojione"), ("pig", "emojione"), ("tiger", "emojione"), ("monkey", "emojione"),
+            ("camel", "emojione"), ("camel", "noto_v1")}
 
-COLOURS = {
+COLORS = {
     "red": (214, 48, 49), "orange": (240, 140, 40), "yellow": (247, 208, 60), "green": (60, 165, 75),
     "blue": (52, 110, 220), "purple": (140, 75, 190), "pink": (245, 130, 175), "grey": (140, 145, 150),
 }
 PATTERNS = ("striped", "spotted")
-CYCLES = 2.2  # of a pattern over a drawing: wide enough for latents that are eight pixels apart
+PATTERN_CYCLES = 2.2  # periods of a pattern over a sprite: wide enough for latents that are eight pixels apart
 
 
 @cache
-def drawing(kind: str, source: str) -> Image.Image:
-    """The RGBA drawing of `kind` in picture set `source`, trimmed to what is opaque."""
-    return Image.open(WORLD / "drawings" / kind.replace(" ", "_") / f"{source}.webp").convert("RGBA")
+def load_sprite(kind: str, emoji_set: str) -> Image.Image:
+    """Load the RGBA sprite of `kind` in an emoji set, without its transparent margin."""
+    return Image.open(sprite_file(kind, emoji_set)).convert("RGBA")
+
+
+def sprite_file(kind: str, emoji_set: str) -> Path:
+    """Return the path of a sprite's file."""
+    return WORLD / "sprites" / kind.replace(" ", "_") / f"{emoji_set}.webp"
 
 
 @cache
-def available(kind: str) -> frozenset[str]:
-    """The picture sets that have a drawing of `kind`: not every set knows every kind."""
-    return frozenset(path.stem for path in (WORLD / "drawings" / kind.replace(" ", "_")).glob("*.webp"))
+def available_sets(kind: str) -> frozenset[str]:
+    """Return the emoji sets that have a sprite of `kind`. Not every set has every kind."""
+    return frozenset(emoji_set for emoji_set in EMOJI_SETS if sprite_file(kind, emoji_set).is_file())
 
 
-def drawings_of(kind: str, held_out: bool = False) -> list[str]:
-    """The picture sets whose drawing of `kind` models are trained on, or those that are held out."""
-    return [source for source in SETS if ((kind, source) in HELD_OUT) == held_out and source in available(kind)]
+def sprite_sets(kind: str, held_out: bool = False) -> list[str]:
+    """Return the emoji sets whose sprite of `kind` is for training or, with `held_out`, held out."""
+    available = available_sets(kind)
+    return [emoji_set for emoji_set in EMOJI_SETS
+            if emoji_set in available and ((kind, emoji_set) in HELD_OUT) == held_out]
 
 
-def recolour(rgb: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """(H, W, 3) float in [0, 255]: the drawing's lights and shades, from dark to pale, in one colour."""
-    light = rgb @ np.array([0.3, 0.59, 0.11], dtype=np.float32) / 255.0
-    spread = np.clip((light - 0.5) * 1.3 + 0.55, 0.0, 1.0)[..., None]
-    middle = np.asarray(colour, dtype=np.float32)
+def recolor(rgb: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """Paint a sprite in shades of one color, and keep its light and dark parts.
+
+    Args:
+        rgb: (H, W, 3) float32 in [0, 255].
+        color: RGB in [0, 255].
+
+    Returns:
+        (H, W, 3) in [0, 255], from dark through `color` to pale.
+    """
+    # Increase the contrast of the luminance, whose weights are those of ITU-R BT.601 (rounded).
+    luminance = rgb @ np.array([0.3, 0.59, 0.11], dtype=np.float32) / 255.0
+    level = np.clip((luminance - 0.5) * 1.3 + 0.55, 0.0, 1.0)[..., None]
+    middle = np.asarray(color, dtype=np.float32)
     dark, bright = middle * 0.15, middle * 0.35 + 255 * 0.65
-    return np.where(spread < 0.6, dark + (middle - dark) * (spread / 0.6),
-                    middle + (bright - middle) * ((spread - 0.6) / 0.4))
+    # Levels up to 0.6 go from dark to the color, those above to bright.
+    return np.where(level < 0.6, dark + (middle - dark) * (level / 0.6),
+                    middle + (bright - middle) * ((level - 0.6) / 0.4))
 
 
 def pattern_mask(pattern: str, height: int, width: int, phase: float = 0.0) -> np.ndarray:
-    """(H, W) in [0, 1]: where a pattern paints its second colour; it scales with the drawing's size."""
-    rows = (np.arange(height, dtype=np.float32)[:, None] / height + phase) * CYCLES
-    columns = (np.arange(width, dtype=np.float32)[None] / width + phase) * CYCLES
+    """Return where a pattern has its second color.
+
+    Args:
+        pattern: one of `PATTERNS`. It scales with the sprite.
+        height: of the sprite.
+        width: of the sprite.
+        phase: shift of the pattern, as a fraction of the sprite.
+
+    Returns:
+        (height, width) in [0, 1].
+    """
+    rows = (np.arange(height, dtype=np.float32)[:, None] / height + phase) * PATTERN_CYCLES
+    columns = (np.arange(width, dtype=np.float32)[None] / width + phase) * PATTERN_CYCLES
     wave = {"striped": np.sin(2 * np.pi * rows) + 0.0 * columns,
             "spotted": np.cos(2 * np.pi * rows) + np.cos(2 * np.pi * columns) - 0.9}[pattern]
     return np.clip(wave * 2.5 + 0.5, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""CLIPs as `open_clip` builds them (Ilharco et al., OpenCLIP): trained here, and read from folders in its layout."""
+"""Contrastive training of CLIPs that `open_clip` builds (Ilharco et al., OpenCLIP)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from ldm.modules.encoders.openclip import text_features
 
 
 class OpenCLIPTrainer(ContrastiveTrainer):
-    """A CLIP of `open_clip`'s; where `layers` is a list, its image tower is Radford et al.'s residual network.
+    """Trains a CLIP of `open_clip`.
 
-    Args:
-        text_config, vision_config: settings of `open_clip`'s CLIPTextCfg and CLIPVisionCfg.
-        embed_dim: width of the space that both towers meet in.
-
-    The others are those of `ContrastiveTrainer`.
+    Args (in addition to those of `ContrastiveTrainer`):
+        text_config: settings of `open_clip`'s CLIPTextCfg.
+        vision_config: settings of its CLIPVisionCfg. If `layers` is a list, the image tower is the residual network of
+            Radford et al.
+        embed_dim: width of the embeddings of both towers.
     """
 
     def __init__(self, tokenizer: str, text_config: Mapping[str, Any], vision_config: Mapping[str, Any],
@@ -27,12 +27,10 @@ class OpenCLIPTrainer(ContrastiveTrainer):
         super().__init__(tokenizer, **contrastive)
         self.settings = {"embed_dim": embed_dim, "vision_cfg": dict(vision_config), "text_cfg": {
             "context_length": self.max_length, "vocab_size": len(self.tokenizer), **text_config}}
-        self.clip = open_clip.CLIP(**self.settings).to(memory_format=torch.channels_last)  # convolutions gain by it
+        self.clip = open_clip.CLIP(**self.settings).to(memory_format=torch.channels_last)  # faster convolutions
 
     def text_features(self, tokens: Tensor) -> Tensor:
         return text_features(self.clip, tokens)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         return self.clip.encode_image(pixels)
-
-
