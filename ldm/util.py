@@ -1,11 +1,12 @@
-"""Objects from configs, and the small helpers that every part of the package shares.
+"""Build objects from configs, and the small helpers that the whole package shares.
 
-Reading flags and configs needs them too, and should not wait for torch: it is imported where it is used.
+Reading flags and configs needs them too and must not wait for torch, so functions import it where they use it.
 """
 from __future__ import annotations
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,15 +14,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.common.annotations import annotated_kinds, described, fits
+from ldm.common.annotations import describe_type, matches_type, parameter_types
 from ldm.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-# What configs of runs by earlier versions call targets of ours that have moved.
+# Old targets that configs of earlier versions name, and where those classes are now.
 MOVED_TARGETS = {
+    "ldm.data.folder.PictureFolder": "ldm.data.folder.ImageFolder",
     "ldm.data.scenes.SceneDataset": "ldm.data.mini.scenes.SceneDataset",
     "ldm.models.diffusion.custom_diffusion.CustomDiffusion": "ldm.personalization.custom_diffusion.CustomDiffusion",
     "ldm.models.diffusion.dreambooth.DreamBooth": "ldm.personalization.dreambooth.DreamBooth",
@@ -32,25 +34,29 @@ MOVED_TARGETS = {
         "ldm.modules.encoders.attribute_binding.AttributeBindingCLIPEmbedder",
     "ldm.training.concept_progress.BeforeDuringAfter": "ldm.training.concept_callbacks.BeforeDuringAfter",
 }
-TAKEN_AT_ONCE = 2**16  # bytes (CUDA Runtime API, "API synchronization behavior")
-OF_THE_DEVICE = ("CUDA", "cuDNN", "HIP", "MPS")  # how errors begin that no value of the user's brings about
+NO_MODULE = ("__is_first_stage__", "__is_unconditional__")  # in place of a config, as latent diffusion writes it
+SYNCHRONOUS_COPY_LIMIT = 2**16  # bytes that CUDA copies at once (CUDA Runtime API, "API synchronization behavior")
+DEVICE_ERRORS = ("CUDA", "cuDNN", "HIP", "MPS")  # messages that begin so are not caused by a user's value
+OWN_PACKAGES = ("ldm", "evaluation", "scripts")
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device; one on CUDA is not waited for to have done what it was given before.
+    """Copy a tensor to a device without waiting for the work that is queued on a CUDA device.
 
-    It takes small tensors from anywhere, larger ones without waiting only from memory that cannot be swapped out.
+    CUDA copies small tensors at once from anywhere, and larger ones without waiting only from pinned memory.
     """
     if tensor.device.type != "cpu" or device.type != "cuda":
         return tensor.to(device)
-    return (tensor.pin_memory() if tensor.nbytes >= TAKEN_AT_ONCE else tensor).to(device, non_blocking=True)
+    if tensor.nbytes >= SYNCHRONOUS_COPY_LIMIT:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def forward_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make the `__getattr__` of a public module whose names live in other modules (PEP 562).
+    """Make the `__getattr__` of a public module whose names are defined in other modules (PEP 562).
 
-    A name is imported when it is first asked for. So an import of the public module costs nothing, and the module may
-    lie below the one that it forwards to.
+    A name is imported on first access. So importing the public module is free, and the module may belong to a lower
+    layer than the one that it forwards to.
 
     Args:
         module: the public module's `__name__`.
@@ -68,10 +74,10 @@ def forward_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]
 def get_obj_from_str(path: str) -> Any:
     """Import the object that a dotted path such as `ldm.modules.ema.LitEma` names.
 
-    Targets that configs of earlier versions name (`MOVED_TARGETS`) are found where they now are.
+    Targets of earlier versions are translated by `MOVED_TARGETS`.
 
     Raises:
-        UserError: there is no such module or no such name in it.
+        UserError: if the module or the name in it does not exist.
     """
     module, _, name = MOVED_TARGETS.get(str(path), str(path)).rpartition(".")
     try:
@@ -81,14 +87,15 @@ def get_obj_from_str(path: str) -> Any:
 
 
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
-    """Builds `config["target"]` with the keyword arguments of `config["params"]`, and `extra` on top of them.
+    """Build `config["target"]` with the keyword arguments `config["params"]`, which `extra` overrides.
 
-    The strings `__is_first_stage__` and `__is_unconditional__` stand for "no module here" and give None.
+    The strings `__is_first_stage__` and `__is_unconditional__` mean "no module" and give None.
 
     Raises:
-        UserError: no target is named, a param is not one that the target takes, or one that it needs is missing.
+        UserError: if there is no target, a param is unknown, missing or of the wrong type, or a library rejects a
+            value.
     """
-    if isinstance(config, str) and config in ("__is_first_stage__", "__is_unconditional__"):
+    if isinstance(config, str) and config in NO_MODULE:
         return None
     if not isinstance(config, Mapping) or "target" not in config:
         raise UserError(f"config section without a `target`: {config}")
@@ -96,16 +103,11 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     if unknown:
         raise UserError(f"config section of {config['target']}: unknown key {', '.join(unknown)}; "
                         "it has a target and params")
-    name, params = config["target"], config.get("params") or {}
-    target = get_obj_from_str(name)
-    if isinstance(params, DictConfig | ListConfig):
-        params = _resolved(name, params)
-    if not isinstance(params, Mapping):
-        raise UserError(f"params of {name}: not keys with values, but {params!r}")
-    params = rename_old_params(name, target, params)
+    name, target = config["target"], get_obj_from_str(config["target"])
+    params = rename_old_params(name, target, _plain_params(name, config.get("params") or {}))
     check_param_names(name, target, params)
     given = {**params, **extra}
-    missing = [p.name for p in _named(target) if p.default is p.empty and p.name not in given]
+    missing = [p.name for p in _named_parameters(target) if p.default is p.empty and p.name not in given]
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)} in its params")
     check_param_types(name, target, params)
@@ -113,9 +115,30 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         return target(**given)
 
 
+def _plain_params(name: str, params: Any) -> Mapping[str, Any]:
+    """Return params as plain Python values, with OmegaConf's references resolved."""
+    if isinstance(params, DictConfig | ListConfig):
+        try:
+            params = OmegaConf.to_container(params, resolve=True)
+        except OmegaConfBaseException as error:
+            raise UserError(f"params of {name}: {str(error).splitlines()[0]}") from None
+    if not isinstance(params, Mapping):
+        raise UserError(f"params of {name}: must be keys with values, not {params!r}")
+    return params
+
+
+# Errors of libraries
+
+
 @contextmanager
 def user_error_for(what: str, *also: type[Exception]) -> Iterator[None]:
-    """Turns what libraries raise for values that they cannot use, and `also`, into a UserError that begins so."""
+    """Turn errors that libraries raise for a user's values into a UserError that begins with `what`.
+
+    Bugs of this project (see `_is_own_bug`), errors of the device and too little memory pass unchanged.
+
+    Args:
+        also: further exception types to turn into a UserError.
+    """
     from torch import OutOfMemoryError
 
     try:
@@ -123,24 +146,37 @@ def user_error_for(what: str, *also: type[Exception]) -> Iterator[None]:
     except OutOfMemoryError:
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, *also) as error:
-        if str(error).startswith(OF_THE_DEVICE):
+        if str(error).startswith(DEVICE_ERRORS) or _is_own_bug(error):
             raise
         reason = " ".join(str(error).split()) or "no reason given"
         raise UserError(f"{what} ({type(error).__name__}: {reason[:300]}); change them") from error
 
 
-def _resolved(name: str, params: DictConfig | ListConfig) -> Any:
-    try:
-        return OmegaConf.to_container(params, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"params of {name}: {str(error).splitlines()[0]}") from None
+def _is_own_bug(error: Exception) -> bool:
+    """Return whether an error arose in this project's code rather than in a library that the code calls.
+
+    Call it in `user_error_for` only: it skips the two outermost frames, which are that function's and its caller's. An
+    error without further frames was raised by the function that the caller called with the user's values.
+
+    torch's operators leave no frame of their own. They raise plain RuntimeErrors, which this project's code never does.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][2:]
+    if not frames or type(error) is RuntimeError:
+        return False
+    module = frames[-1].f_globals.get("__name__", "")
+    return module.partition(".")[0] in OWN_PACKAGES
+
+
+# Parameters of constructors and functions
 
 
 def known_params(target: Any) -> set[str]:
-    """The names of what `target` can be given; where a constructor passes `**kwargs` on, its base classes' too."""
-    known = {p.name for p in _named(target)}
+    """Return the names of all keyword arguments of `target`, those that `**kwargs` passes to base classes included."""
+    known = {parameter.name for parameter in _named_parameters(target)}
     if inspect.isclass(target):
-        known |= {p.name for base in _constructors(target) for p in _named(base)} - {"self"}
+        for constructor in _constructors(target):
+            known |= {parameter.name for parameter in _named_parameters(constructor)}
+        known.discard("self")
     return known
 
 
@@ -162,10 +198,7 @@ def rename_old_params(name: str, target: Any, params: Mapping[str, Any]) -> dict
 
 
 def check_param_names(name: str, target: Any, params: Mapping[str, Any]) -> None:
-    """Raises a UserError that names the params which `target` would not read, and those it would.
-
-    What `known_params` does not name counts as unknown.
-    """
+    """Raise UserError if `target` does not know one of the params. The message names it and lists the known ones."""
     known = known_params(target)
     unknown = sorted(set(map(str, params)) - known)
     if unknown:
@@ -173,18 +206,18 @@ def check_param_names(name: str, target: Any, params: Mapping[str, Any]) -> None
 
 
 def check_param_types(name: str, target: Any, params: Mapping[str, Any]) -> None:
-    """Raises a UserError where a param is of another kind than the annotation says, such as text for a number."""
+    """Raise UserError if a param does not have its annotated type, such as text in place of a number."""
     functions = list(_constructors(target)) if inspect.isclass(target) else [target]
-    kinds: dict[str, Any] = {}
+    expected: dict[str, Any] = {}
     for function in reversed(functions):
-        kinds |= annotated_kinds(function)
+        expected |= parameter_types(function)
     for key, value in params.items():
-        if key in kinds and not fits(value, kinds[key]):
-            raise UserError(f"{name}: {key} must be {described(kinds[key])}, not {value!r}")
+        if key in expected and not matches_type(value, expected[key]):
+            raise UserError(f"{name}: {key} must be {describe_type(expected[key])}, not {value!r}")
 
 
 def _constructors(cls: type) -> Iterator[Callable[..., None]]:
-    """The `__init__` of a class and, as long as each takes `**kwargs`, those of the classes after it."""
+    """Yield the `__init__` of a class and, while each one takes `**kwargs`, those of the next classes in its MRO."""
     for owner in cls.__mro__:
         function = vars(owner).get("__init__")
         if inspect.isfunction(function):
@@ -193,8 +226,8 @@ def _constructors(cls: type) -> Iterator[Callable[..., None]]:
                 return
 
 
-def _named(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters that can be given by name; none where Python cannot tell."""
+def _named_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters that accept keywords, or none if Python cannot read the signature."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -202,26 +235,29 @@ def _named(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
+# Values, modules and devices
+
+
 def default(value: T | None, fallback: T) -> T:
-    """`value`, or `fallback` where it is None."""
+    """Return `value`, or `fallback` if it is None."""
     return fallback if value is None else value
 
 
 def has_trainable_parameters(module: torch.nn.Module) -> bool:
-    """Whether any parameter of it is."""
+    """Return whether any parameter of `module` requires a gradient."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def count_params(model: torch.nn.Module, trainable_only: bool = False) -> int:
-    """How many numbers the parameters of `model` hold."""
+    """Return the number of elements of all parameters, or of the trainable ones."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`, or the best one there is: cuda, then mps, then cpu.
+    """Return the device called `name`, by default the best available: cuda, then mps, then cpu.
 
     Raises:
-        UserError: the named device is not there.
+        UserError: if the named device does not exist.
     """
     import torch
 
@@ -229,7 +265,7 @@ def pick_device(name: str | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" and what is not there cannot do this
+        torch.zeros(1, device=device).item()  # fails for "meta" and for devices that do not exist
     except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"--device {name}: there is no such device on this machine; leave the flag out") from None
+        raise UserError(f"--device {name}: this machine has no such device; leave the flag out") from None
     return device

@@ -79,7 +79,7 @@ def test_stable_diffusions_schedule_is_flat_after_warm_up() -> None:
 
 
 @given(st.integers(0, 600), st.floats(0, 1), st.integers(0, 50), st.integers(1, 500))
-def test_rises_then_falls_within_its_bounds(step: int, low: float, warm_up: int, decay: int) -> None:
+def test_the_factor_rises_then_falls_within_its_bounds(step: int, low: float, warm_up: int, decay: int) -> None:
     for schedule in (
         LambdaWarmUpCosineScheduler(warm_up, low, 1.0, low, warm_up + decay),
         LambdaLinearScheduler([warm_up], [low], [1.0], [low], [warm_up + decay]),
@@ -112,7 +112,7 @@ def learning_rates(settings: dict[str, Any], read: Callable[[torch.optim.Optimiz
     return rates
 
 
-def test_the_optimiser_follows() -> None:
+def test_the_optimizer_follows_the_schedule() -> None:
     rates = learning_rates({**SINGLE, "warm_up_steps": 2}, lambda optimizer: optimizer.param_groups[0]["lr"])
     factor = LambdaWarmUpCosineScheduler(**{**SINGLE, "warm_up_steps": 2})
     assert rates == pytest.approx([2 * factor(step) for step in range(4)])

@@ -103,13 +103,13 @@ def test_unknown_params_are_refused_by_name(name: str, params: dict[Any, Any], n
     assert str(refused.value) == f"test_util.{name} does not know {named}; it knows {known}"
 
 
-def test_unknown_params_of_other_peoples_classes() -> None:
+def test_unknown_params_of_library_classes() -> None:
     check_param_names("a linear layer", nn.Linear, {"in_features": 1, "bias": False, "device": "cpu"})
     with pytest.raises(UserError, match="a linear layer does not know in_feature;"):
         check_param_names("a linear layer", nn.Linear, {"in_feature": 1})
 
 
-def test_functions_and_what_else_can_be_called() -> None:
+def test_functions_and_other_callables() -> None:
     assert built("double", value=4) == 8
     assert built("halve", value=4) == 2
     assert isinstance(instantiate_from_config({"target": "torch.nn.Identity"}), nn.Identity)
@@ -121,7 +121,7 @@ def test_missing_params_are_named() -> None:
         built("Base", colour="blue")
 
 
-def test_extra_goes_before_params() -> None:
+def test_extra_overrides_params() -> None:
     config = {"target": "test_util.Base", "params": {"size": 1, "depth": 2}}
     assert instantiate_from_config(config, size=5).given == {"size": 5, "colour": "red", "depth": 2}
     assert instantiate_from_config({"target": "test_util.Base"}, size=5).given["size"] == 5
@@ -135,14 +135,14 @@ def test_omegaconf_is_resolved_to_plain_values() -> None:
     assert given["size"] == 4 and type(given["colour"]) is dict and type(given["colour"]["list"]) is list
 
 
-def test_omegaconf_that_refers_to_nothing() -> None:
+def test_dangling_omegaconf_references() -> None:
     config = OmegaConf.create({"target": "test_util.Base", "params": {"size": "${width}"}})
     with pytest.raises(UserError, match=r"test_util.Base.*width"):
         instantiate_from_config(config)
 
 
 @pytest.mark.parametrize("word", ["__is_first_stage__", "__is_unconditional__"])
-def test_words_for_no_module(word: str) -> None:
+def test_strings_that_mean_no_module(word: str) -> None:
     assert instantiate_from_config(word) is None
 
 
@@ -153,7 +153,7 @@ def test_sections_without_a_target(config: Any) -> None:
 
 
 @pytest.mark.parametrize("params", [[1, 2], "size=3", OmegaConf.create([1])])
-def test_params_that_are_no_mapping(params: Any) -> None:
+def test_params_must_be_a_mapping(params: Any) -> None:
     with pytest.raises(UserError, match=r"test_util.Base"):
         instantiate_from_config({"target": "test_util.Base", "params": params})
 
@@ -161,13 +161,13 @@ def test_params_that_are_no_mapping(params: Any) -> None:
 @pytest.mark.parametrize(
     "target", ["no.such.module.Thing", "torch.nn.NoSuchLayer", "nodots", "", ".nn.Linear", "torch..nn.Linear", None, 5]
 )
-def test_targets_that_do_not_import(target: Any) -> None:
+def test_targets_that_cannot_be_imported(target: Any) -> None:
     with pytest.raises(UserError, match="cannot be imported") as refused:
         get_obj_from_str(target)
     assert "\n" not in str(refused.value)
 
 
-def test_the_target_is_found() -> None:
+def test_targets_are_imported() -> None:
     assert get_obj_from_str("torch.nn.Linear") is nn.Linear
 
 
@@ -182,7 +182,7 @@ def test_counting_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu", "tpu", "meta", "cuda:99", "xla", "vulkan", "cpu:x", ""])
-def test_devices_that_are_not_there(name: str) -> None:
+def test_missing_devices_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="--device"):
         pick_device(name)
 
@@ -201,13 +201,13 @@ def test_a_named_device() -> None:
     assert pick_device("cpu") == torch.device("cpu")
 
 
-class Noting:
+class RecordingTensor:
     """A tensor of so many bytes that notes how it is copied."""
 
     def __init__(self, nbytes: int, device: str = "cpu") -> None:
         self.nbytes, self.device, self.pinned = nbytes, torch.device(device), False
 
-    def pin_memory(self) -> Noting:
+    def pin_memory(self) -> RecordingTensor:
         self.pinned = True
         return self
 
@@ -218,10 +218,10 @@ class Noting:
 @pytest.mark.parametrize(("nbytes", "source", "target", "waits", "pinned"), [
     (100, "cpu", "cuda", False, False), (2**20, "cpu", "cuda", False, True), (2**20, "cpu", "mps", True, False),
     (2**20, "cpu", "cpu", True, False), (2**20, "cuda", "cpu", True, False)])  # others might read what is not there yet
-def test_who_waits_for_a_copy(nbytes: int, source: str, target: str, waits: bool, pinned: bool) -> None:
-    assert to_device(Noting(nbytes, source), torch.device(target)) == (target, not waits, pinned)
+def test_which_copies_wait(nbytes: int, source: str, target: str, waits: bool, pinned: bool) -> None:
+    assert to_device(RecordingTensor(nbytes, source), torch.device(target)) == (target, not waits, pinned)
 
 
-def test_copies_are_equal() -> None:
+def test_copies_equal_the_original() -> None:
     x = torch.randn(3, 2)
     assert torch.equal(to_device(x, torch.device("cpu")), x)

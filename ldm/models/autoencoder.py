@@ -9,21 +9,22 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.load import load_weights
 from ldm.models.first_stage import FirstStage, image_batch
+from ldm.models.initial_weights import LoadsInitialWeights
 from ldm.models.vq import VQModel, VQModelInterface
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 __all__ = ["AutoencoderKL", "IdentityFirstStage", "VQModel", "VQModelInterface", "image_batch"]
 
 
-class AutoencoderKL(FirstStage):
+class AutoencoderKL(LoadsInitialWeights, FirstStage):
     """An autoencoder with a Gaussian latent: images (B, 3, H, W) in [-1, 1] to latents (B, embed_dim, H/f, W/f).
 
-    Args (beside those of `FirstStage`):
+    Args (in addition to those of `FirstStage`):
         embed_dim: channels of the latent.
-        ckpt_path, ignore_keys: weights to start from, without the keys that begin with one of these.
-        train_encoder: False trains the decoder alone, so that models of the latents stay valid.
-        latent_noise: in training, latents get noise of a deviation drawn from 0 to this: samples of a diffusion model
-            are never exact, and such a decoder forgives it.
+        ckpt_path, ignore_keys: initial weights, without the keys that begin with one of `ignore_keys`.
+        train_encoder: if False, only the decoder is trained, so that diffusion models of the latents stay valid.
+        latent_noise: in training, latents get noise whose standard deviation is uniform in [0, latent_noise]. Samples
+            of a diffusion model are never exact; a decoder trained so tolerates it.
     """
 
     def __init__(self, ddconfig: Mapping[str, Any], lossconfig: Mapping[str, Any], embed_dim: int,
@@ -33,34 +34,43 @@ class AutoencoderKL(FirstStage):
                  latent_noise: float = 0.0) -> None:
         super().__init__(ddconfig, lossconfig, double_z=True, image_key=image_key, monitor=monitor,
                          scheduler_config=scheduler_config, colorize_nlabels=colorize_nlabels)
-        self.train_encoder, self.latent_noise = train_encoder, latent_noise
+        self.train_encoder = train_encoder
+        self.latent_noise = latent_noise
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], kernel_size=1)
         self.embed_dim = embed_dim
-        if ckpt_path is not None:
-            load_weights(self, ckpt_path, ignore_keys=ignore_keys)
+        self._initial_weights = (ckpt_path, ignore_keys)
+
+    def _load_initial_weights(self) -> None:
+        path, ignore_keys = self._initial_weights
+        if path is not None:
+            load_weights(self, path, ignore_keys=ignore_keys)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """Return the posterior of the latents (B, embed_dim, H/f, W/f) of images."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
+        """Return the images of latents."""
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        """Return the reconstructions of images, and the posterior of their latents."""
         posterior = self.encode(x)
         z = posterior.sample() if sample_posterior else posterior.mode()
         if self.training and self.latent_noise:
-            z = z + self.latent_noise * torch.rand(len(z), 1, 1, 1, device=z.device) * torch.randn_like(z)
+            std = self.latent_noise * torch.rand(len(z), 1, 1, 1, device=z.device)
+            z = z + std * torch.randn_like(z)
         return self.decode(z), posterior
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        trained = [*self.decoder.parameters(), *self.post_quant_conv.parameters()]
+        decoder = [*self.decoder.parameters(), *self.post_quant_conv.parameters()]
         encoder = [*self.encoder.parameters(), *self.quant_conv.parameters()]
         for parameter in encoder:
             parameter.requires_grad_(self.train_encoder)
-        return trained + (encoder if self.train_encoder else [])
+        return decoder + (encoder if self.train_encoder else [])
 
-    def shown(self, images: Tensor) -> Tensor:
+    def reconstruct_for_log(self, images: Tensor) -> Tensor:
         return self(images, sample_posterior=False)[0]
 
 

@@ -15,24 +15,25 @@ SETTINGS = "open_clip_config.json"
 
 @contextlib.contextmanager
 def silence_logging() -> Iterator[None]:
-    """Nothing is logged while this lasts: what goes wrong is raised as well.
+    """Log nothing within this context.
 
-    `open_clip` tells on the root logger of every step, and warns of a model without weights before it can be given any.
+    `open_clip` logs every step on the root logger, and warns about a model without weights before it can get any.
+    Errors are raised as well, so nothing is lost.
     """
-    before = logging.root.manager.disable
+    level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(level)
 
 
 def load_openclip(folder: str | Path) -> open_clip.CLIP:
-    """The CLIP in a folder as `open_clip` keeps it, packed word tables unpacked; parameters in float32.
+    """Load the CLIP of a folder in open_clip's layout, in float32. Packed embedding tables are unpacked.
 
     Raises:
-        UserError: its weights are cut off, or are not those of the model that its settings describe.
-        ValueError, OSError: what `open_clip` raises for settings that it cannot read.
+        UserError: if its weights are incomplete, or do not fit the model that its settings describe.
+        ValueError, OSError: if `open_clip` cannot read the settings.
     """
     with silence_logging():
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)

@@ -1,4 +1,4 @@
-"""What the Lightning modules here share: one step for training and validation, an optimiser with its schedule."""
+"""Base classes of the Lightning modules, and their optimizer with its learning-rate schedule."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -15,46 +15,62 @@ from ldm.util import instantiate_from_config
 
 def optimizer_and_schedule(optimizer: torch.optim.Optimizer, scheduler_config: Mapping[str, Any] | None
                            ) -> dict[str, Any]:
-    """Lightning's dictionary for `optimizer`, its learning rate multiplied each step by what the config describes."""
+    """Return Lightning's dictionary for `optimizer`, with the learning-rate multiplier that the config describes."""
     if scheduler_config is None:
         return {"optimizer": optimizer}
-    factor = instantiate_from_config(scheduler_config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor.schedule)
+    multiplier = instantiate_from_config(scheduler_config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=multiplier.schedule)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def can_use_fused_optimizer(module: pl.LightningModule) -> bool:
-    """Whether its optimiser may be a fused one: Lightning clips no gradients of those in mixed precision."""
-    trainer = module._trainer  # the property complains where there is none
-    return trainer is None or not (trainer.gradient_clip_val and "mixed" in str(trainer.precision))
+    """Return whether Lightning can clip the gradients of a fused optimizer: in mixed precision it cannot."""
+    trainer = module._trainer  # the property `trainer` raises if there is none
+    if trainer is None or not trainer.gradient_clip_val:
+        return True
+    return "mixed" not in str(trainer.precision)
 
 
 class ResumableModule(pl.LightningModule):
-    """A module that goes on from checkpoints of its own kind only."""
+    """A module that refuses checkpoints of other models, and moves its averages once per optimizer step."""
+
+    _last_averaged_step: int | None = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compares the weights of a checkpoint with those that this module would save.
+        """Compare the weights of a checkpoint with those that this module would save.
 
         Raises:
-            UserError: some are missing, unknown here or of another shape, so that it is another model's.
+            UserError: if weights are missing, unknown or of another shape, so the checkpoint is another model's.
         """
         own = {"state_dict": self.state_dict()}
         self.on_save_checkpoint(own)
-        ours, theirs = ({key: tuple(value.shape) for key, value in state["state_dict"].items()}
-                        for state in (own, checkpoint))
+        ours = {key: tuple(value.shape) for key, value in own["state_dict"].items()}
+        theirs = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
         differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if differing:
             first = differing[0]
-            raise UserError(f"--resume {self.trainer.ckpt_path}: is of another model than this config's: "
+            raise UserError(f"--resume {self.trainer.ckpt_path}: belongs to another model than this config: "
                             f"{len(differing)} weights differ ({printable(first)}: {theirs.get(first, 'none')} in the "
                             f"checkpoint, {ours.get(first, 'none')} in the config's model); give the run's own config")
+
+    def update_averages(self) -> None:
+        """Move the exponential moving averages of weights, if the module keeps any, towards the current weights."""
+
+    def on_train_start(self) -> None:
+        self._last_averaged_step = self.global_step
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        # Of several micro-batches only the last one ends in an optimizer step.
+        if self.global_step != self._last_averaged_step:
+            self._last_averaged_step = self.global_step
+            self.update_averages()
 
 
 class SharedStepModule(ResumableModule):
     """A module whose validation computes and logs what its training does, under "val/" instead of "train/"."""
 
     def step(self, batch: Mapping[str, Any], split: str) -> Tensor:
-        """The loss of a batch, its numbers logged under `split`."""
+        """Return the loss of a batch, and log its terms under `split`."""
         raise NotImplementedError
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

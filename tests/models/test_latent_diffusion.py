@@ -120,7 +120,7 @@ def test_the_objective(parameterization: str, loss_type: str, weighted: bool) ->
     assert model.model.diffusion_model.slope.grad.abs() > 0
 
 
-def test_weight_one_is_no_weight_and_weight_zero_hides_a_position() -> None:
+def test_weight_one_changes_nothing_and_weight_zero_hides_a_position() -> None:
     x, noise = draws(2, 2, 4, 4)
     t = torch.tensor([7, 30])
     model = pixel_model()
@@ -159,7 +159,7 @@ def test_a_learned_variance() -> None:
     assert any(parameter is model.logvar for parameter in model.trained_parameters())
 
 
-def test_noise_comes_by_the_models_own_buffers() -> None:
+def test_noise_is_added_with_the_models_buffers() -> None:
     x, noise = draws(2, 2, 4, 4)
     model, seen = pixel_model(), []
     model.apply_model = lambda x, t, cond: seen.append(x) or torch.zeros_like(x)
@@ -179,7 +179,7 @@ def test_masks_on_the_latent_grid() -> None:
 
 
 @pytest.mark.parametrize("shift", [1.0, 2.5])
-def test_training_steps_are_shifted_by_the_formula(shift: float) -> None:
+def test_training_timesteps_are_shifted_by_the_formula(shift: float) -> None:
     torch.manual_seed(0)
     t = pixel_model(timesteps=1000, timestep_shift=shift).sample_timesteps(20_000, torch.device("cpu"))
     assert t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999
@@ -188,7 +188,7 @@ def test_training_steps_are_shifted_by_the_formula(shift: float) -> None:
         assert t.float().quantile(quantile).item() == pytest.approx(expected, abs=12)
 
 
-def test_objects_weigh_as_much_more_as_asked() -> None:
+def test_object_weight_is_relative_to_the_background() -> None:
     batch = {"image": images(), "caption": ["a", "b"], "objects": torch.zeros(2, 1, 8, 8)}
     batch["objects"][0, :, :4] = 1
     batch["objects"][1, :, :1, :2] = 1  # half of one position
@@ -203,7 +203,7 @@ def test_objects_weigh_as_much_more_as_asked() -> None:
     ({"parameterization": "w"}, "eps, v, x0"), ({"loss_type": "l3"}, "l1, l2"), ({"conditioning_key": "text"}, "adm"),
     ({"use_positional_encodings": True}, "use_positional_encodings"), ({"beta_schedule": "steep"}, "cosine"),
 ])
-def test_params_that_no_model_can_have(params: dict[str, Any], named: str) -> None:
+def test_illegal_params_are_refused(params: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         pixel_model(**params)
 
@@ -216,7 +216,7 @@ def test_several_conditioning_timesteps_are_refused() -> None:
 # Averages
 
 
-def test_averages_move_each_batch_and_are_used_where_they_should() -> None:
+def test_averages_move_with_each_step_and_apply_in_ema_scope() -> None:
     model = pixel_model(use_ema=True)
     line = model.model.diffusion_model
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_averages_move_each_batch_and_are_used_where_they_should() -> None:
     assert float(line.slope) == pytest.approx(1.7)
 
 
-def test_validation_reports_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_logs_weights_and_averages(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: dict[str, float] = {}
     for use_ema in (False, True):
         model = pixel_model(use_ema=use_ema)
@@ -244,7 +244,7 @@ def test_validation_reports_both(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("val/loss_simple_ema" in logged) == use_ema and "val/loss_simple" in logged
 
 
-def test_without_averages_the_network_is_itself() -> None:
+def test_ema_scope_without_averages_changes_nothing() -> None:
     model = pixel_model()
     model.on_train_batch_end(None, None, 0)
     with model.ema_scope():
@@ -305,7 +305,7 @@ def test_frozen_stages_stay_in_evaluation_and_get_no_gradient(tmp_path: Path) ->
     assert trained == {id(parameter) for parameter in model.model.parameters()}
 
 
-def test_a_condition_encoder_that_is_trained_along(tmp_path: Path) -> None:
+def test_a_trainable_condition_encoder(tmp_path: Path) -> None:
     tower = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
              "params": {"version": tiny_models.write_text_tower(tmp_path / "tower"), "max_length": 16, "freeze": False}}
     model = tiny_models.build_model(tmp_path, use_ema=False, cond_stage_config=tower, cond_stage_trainable=True)
@@ -315,7 +315,7 @@ def test_a_condition_encoder_that_is_trained_along(tmp_path: Path) -> None:
     assert set(map(id, model.cond_stage_model.parameters())) < set(map(id, model.trained_parameters()))
 
 
-def test_a_measured_scale() -> None:
+def test_the_scale_factor_is_measured_on_the_first_batch() -> None:
     batch = {"image": 3 * images(8), "caption": ["a"] * 8}
     model = latent_model(scale_by_std=True, scale_factor=2.0)
     model.on_train_batch_start(batch, 0)
@@ -342,7 +342,7 @@ def test_state_dict_keys() -> None:
     assert "lvlb_weights" in dict(latent_model().named_buffers())
 
 
-def test_a_checkpoint_gives_the_same_model_back(tmp_path: Path) -> None:
+def test_a_checkpoint_restores_the_same_model(tmp_path: Path) -> None:
     model = tiny_models.build_model(tmp_path, use_ema=True)
     model.on_train_batch_end(None, None, 0)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "x.ckpt")
@@ -361,7 +361,7 @@ def _network_file(folder: Path, model: LatentDiffusion) -> Path:
     return folder / "network.ckpt"
 
 
-def test_the_schedule_is_the_configs_and_not_a_files_rounded_one(tmp_path: Path) -> None:
+def test_the_schedule_comes_from_the_config_and_not_from_a_half_precision_file(tmp_path: Path) -> None:
     model = latent_model()
     torch.save({key: value.half() for key, value in model.state_dict().items()}, tmp_path / "half.ckpt")
     again = latent_model(ckpt_path=str(tmp_path / "half.ckpt"))
@@ -395,7 +395,7 @@ def test_lightning_trains_and_resumes_it(tmp_path: Path) -> None:
     assert not torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"].keys() & {"lvlb_weights", "logvar"}
 
 
-def test_a_picture_depends_on_its_own_seed_alone(tmp_path: Path) -> None:
+def test_an_image_depends_only_on_its_own_seed(tmp_path: Path) -> None:
     weights = tiny_models.write_weights(tmp_path)
     model = load_model({"model": tiny_models.latent_diffusion_config(tmp_path)}, weights)
 
@@ -411,7 +411,7 @@ def test_a_picture_depends_on_its_own_seed_alone(tmp_path: Path) -> None:
     assert not torch.allclose(drawn(["a cat"], [2]), both[1:], atol=1e-3)
 
 
-def test_pictures_for_the_log(tmp_path: Path) -> None:
+def test_images_for_the_log(tmp_path: Path) -> None:
     model = tiny_models.build_model(tmp_path, use_ema=True).eval()
     batch = {"image": torch.rand(3, 3, 16, 16), "caption": ["a cat", "a dog", "a cup"]}
     shown = model.log_images(batch, N=2, ddim_steps=2)

@@ -31,11 +31,11 @@ from ldm.util import instantiate_from_config
 EVERY = pytest.mark.parametrize("name", SAMPLER_CLASSES)
 
 
-def whole_grid(name: str, steps: int, model: TinyModel | None = None) -> TimeGrid:
+def full_grid(name: str, steps: int, model: TinyModel | None = None) -> TimeGrid:
     return SAMPLER_CLASSES[name](model or TinyModel(convolution_network)).make_grid(steps)
 
 
-def drawn(
+def sample(
     name: str, model: TinyModel, steps: int = 8, batch: int = 2, cond: object = None, **settings: object
 ) -> Tensor:
     return SAMPLER_CLASSES[name](model).sample(steps, batch, SHAPE, cond, verbose=False, **settings)[0]
@@ -49,21 +49,21 @@ def flow(grid: TimeGrid, x: Tensor, mean: float, std: float) -> Tensor:
 
 
 @EVERY
-def test_one_step_follows_the_only_prediction(name):
+def test_a_single_step_follows_its_prediction(name):
     model, x = TinyModel(convolution_network), start_noise()
-    grid = whole_grid(name, 1)
+    grid = full_grid(name, 1)
     guess = guided_denoiser(model, grid, None, None, 1.0)(x, 0)
-    torch.testing.assert_close(drawn(name, model, 1, x_T=x), add_noise(guess, grid.alpha_bar_next[0]))
+    torch.testing.assert_close(sample(name, model, 1, x_T=x), add_noise(guess, grid.alpha_bar_next[0]))
     assert len(model.calls) == 2
 
 
 @EVERY
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
-def test_a_denoiser_that_knows_its_image_is_led_there(name, kind):
+def test_a_denoiser_that_knows_its_image_reaches_it(name, kind):
     """Exactly, but for the noise of the very first time, 0.03, in which the grid of latent diffusion ends."""
     known, x = start_noise(seed=5), start_noise()
-    model, grid = gaussian_denoiser(known, 0.0, kind), whole_grid(name, 12)
-    got = drawn(name, model, 12, x_T=x)
+    model, grid = gaussian_denoiser(known, 0.0, kind), full_grid(name, 12)
+    got = sample(name, model, 12, x_T=x)
     if name in ("ddim", *DETERMINISTIC):  # the noise of the start stays what it is
         eps = (x - math.sqrt(grid.alpha_bar[0]) * known) / math.sqrt(1 - grid.alpha_bar[0])
         torch.testing.assert_close(got, add_noise(Prediction(eps, known), grid.alpha_bar_next[-1]), rtol=1e-3, atol=2e-4)
@@ -71,21 +71,21 @@ def test_a_denoiser_that_knows_its_image_is_led_there(name, kind):
 
 
 @EVERY
-def test_parameterization_does_not_matter_to_an_exact_denoiser(name):
+def test_an_exact_denoiser_gives_the_same_image_in_every_parameterization(name):
     x = start_noise()
-    results = [drawn(name, gaussian_denoiser(0.5, 0.7, kind), 20, x_T=x, eta=0.0) for kind in ("eps", "v", "x0")]
+    results = [sample(name, gaussian_denoiser(0.5, 0.7, kind), 20, x_T=x, eta=0.0) for kind in ("eps", "v", "x0")]
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(results[2], results[0], rtol=1e-3, atol=1e-4)
 
 
 def distance_from_flow(name: str, kind: str, steps: int) -> float:
     model, x = gaussian_denoiser(0.8, 0.5, kind), start_noise()
-    got = drawn(name, model, steps, x_T=x, eta=0.0)
-    return (got - flow(whole_grid(name, steps), x, 0.8, 0.5)).abs().max().item()
+    got = sample(name, model, steps, x_T=x, eta=0.0)
+    return (got - flow(full_grid(name, steps), x, 0.8, 0.5)).abs().max().item()
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
-def test_the_flow_of_a_gaussian_is_followed(kind):
+def test_samplers_follow_the_flow_of_a_gaussian(kind):
     """Methods of first order: four times the steps, about a quarter of the error; those of higher order beat them."""
     plain = {name: [distance_from_flow(name, kind, steps) for steps in (25, 100)] for name in ("ddim", "euler")}
     for few, many in plain.values():
@@ -108,7 +108,7 @@ def test_all_steps_of_the_schedule_recover_a_gaussian(eta):
 def test_full_eta_on_the_full_grid_is_ddpm():
     """One step of every pair of neighbours: mean and variance are those of q(x_{t-1} | x_t, x_0)."""
     model = TinyModel(convolution_network, "x0", timesteps=40)
-    grid = whole_grid("ddim", 40, model)
+    grid = full_grid("ddim", 40, model)
     denoise = guided_denoiser(model, grid, None, None, 1.0)
     assert grid.times == tuple(range(39, -1, -1))
     x = start_noise()
@@ -123,17 +123,17 @@ def test_full_eta_on_the_full_grid_is_ddpm():
 @EVERY
 def test_the_same_seed_gives_the_same_images(name):
     model = TinyModel(convolution_network)
-    first, again, other = (drawn(name, model, batch=1, generators=[seeded_generator(s)]) for s in (1, 1, 2))
+    first, again, other = (sample(name, model, batch=1, generators=[seeded_generator(s)]) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
     torch.manual_seed(4)
-    unseeded = drawn(name, model)
+    unseeded = sample(name, model)
     torch.manual_seed(4)
-    assert torch.equal(unseeded, drawn(name, model))
+    assert torch.equal(unseeded, sample(name, model))
 
 
 @EVERY
-def test_an_image_depends_on_its_own_seed_prompt_and_original_only(name):
+def test_an_image_depends_only_on_its_own_seed_prompt_and_original(name):
     rows = [{"seed": seed, "cond": torch.randn(1, 3, 4, generator=seeded_generator(seed)), "x0": start_noise(1, seed)}
             for seed in (7, 8, 9)]
     mask = torch.zeros(1, 1, 6, 6)
@@ -141,7 +141,7 @@ def test_an_image_depends_on_its_own_seed_prompt_and_original_only(name):
 
     def draw(chosen: list[dict]) -> Tensor:
         cond, x0 = (torch.cat([row[key] for row in chosen]) for key in ("cond", "x0"))
-        return drawn(
+        return sample(
             name, TinyModel(convolution_network), 6, len(chosen), cond, x0=x0, strength=0.7, mask=mask,
             unconditional_conditioning=torch.zeros_like(cond), unconditional_guidance_scale=2.0,
             eta=0.8 if SAMPLER_CLASSES[name].supports_eta else None, generators=[seeded_generator(row["seed"]) for row in chosen])
@@ -152,18 +152,18 @@ def test_an_image_depends_on_its_own_seed_prompt_and_original_only(name):
 
 
 @EVERY
-def test_guidance_of_one_is_no_guidance(name):
+def test_guidance_scale_one_means_no_guidance(name):
     cond, uncond = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
     model = TinyModel(convolution_network)
     settings = {"x_T": start_noise(), "eta": 0.0}
-    plain = drawn(name, model, 6, cond=cond, **settings)
-    at_one = drawn(name, model, 6, cond=cond, unconditional_conditioning=uncond, **settings)
+    plain = sample(name, model, 6, cond=cond, **settings)
+    at_one = sample(name, model, 6, cond=cond, unconditional_conditioning=uncond, **settings)
     assert torch.equal(plain, at_one)
     assert all(len(x) == 2 for x, _, _ in model.calls)
     for scale, lone in ((0.0, uncond), (1.0, cond)):
-        guided = drawn(name, model, 6, cond=cond, unconditional_conditioning=uncond, unconditional_guidance_scale=scale,
+        guided = sample(name, model, 6, cond=cond, unconditional_conditioning=uncond, unconditional_guidance_scale=scale,
                        **settings)
-        torch.testing.assert_close(guided, drawn(name, model, 6, cond=lone, **settings))
+        torch.testing.assert_close(guided, sample(name, model, 6, cond=lone, **settings))
 
 
 @EVERY
@@ -175,16 +175,16 @@ def test_guidance_extrapolates_the_output(name, kind):
 
     cond, uncond = torch.full((2, 3, 4), 0.2), torch.full((2, 3, 4), -0.1)
     settings = {"x_T": start_noise(), "eta": 0.0}
-    guided = drawn(name, TinyModel(affine, kind), 6, cond=cond, unconditional_conditioning=uncond,
+    guided = sample(name, TinyModel(affine, kind), 6, cond=cond, unconditional_conditioning=uncond,
                    unconditional_guidance_scale=3.0, **settings)
-    direct = drawn(name, TinyModel(affine, kind), 6, cond=uncond + 3 * (cond - uncond), **settings)
+    direct = sample(name, TinyModel(affine, kind), 6, cond=uncond + 3 * (cond - uncond), **settings)
     torch.testing.assert_close(guided, direct, rtol=1e-4, atol=1e-4)
 
 
 @EVERY
-def test_times_reach_the_network_whole_where_the_schedule_has_them(name):
+def test_integer_timesteps_reach_the_network_as_integers(name):
     model = TinyModel(convolution_network)
-    drawn(name, model, 6)
+    sample(name, model, 6)
     times = [t for _, t, _ in model.calls]
     assert all(t.shape == (2,) and 0 <= t[0] <= 999 and t[0] == t[1] for t in times)
     assert {t.dtype for t in times} == ({torch.float32} if name in ("dpm", "euler", "heun") else {torch.int64})
@@ -208,7 +208,7 @@ class TextLayer(nn.Module):
 
 @EVERY
 @pytest.mark.parametrize("plain_tensor", [False, True])
-def test_the_guidance_batch_is_built_once_and_its_keys_are_kept(name, plain_tensor, monkeypatch):
+def test_the_guidance_batch_is_built_once_and_caches_its_keys(name, plain_tensor, monkeypatch):
     joins = []
     original = PromptContext.cat
     monkeypatch.setattr(PromptContext, "cat", staticmethod(lambda parts: joins.append(parts) or original(parts)))
@@ -216,7 +216,7 @@ def test_the_guidance_batch_is_built_once_and_its_keys_are_kept(name, plain_tens
     model = TinyModel(layer)
     cond, empty = PromptContext.plain(torch.randn(2, 3, 4)), torch.randn(2, 3, 4)
     uncond = empty if plain_tensor else PromptContext.plain(empty)
-    drawn(name, model, 9, cond=cond, unconditional_conditioning=uncond, unconditional_guidance_scale=2.0)
+    sample(name, model, 9, cond=cond, unconditional_conditioning=uncond, unconditional_guidance_scale=2.0)
     contexts = [context for _, _, context in model.calls]
     assert len(joins) == 1
     assert all(context is contexts[0] for context in contexts)
@@ -224,7 +224,7 @@ def test_the_guidance_batch_is_built_once_and_its_keys_are_kept(name, plain_tens
     assert len(layer.computed) == 1
 
 
-def test_nothing_stays_stored_in_the_callers_context():
+def test_the_callers_context_stays_without_cache():
     """Weights may change between two samplings, as during training."""
     layer = TextLayer()
     model, cond = TinyModel(layer), PromptContext.plain(torch.randn(2, 3, 4), cache=True)
@@ -259,7 +259,7 @@ def test_progress_bar_can_be_turned_off(capfd):
     assert "3/3" in capfd.readouterr().err
 
 
-def test_the_unet_takes_times_between_whole_ones():
+def test_the_unet_accepts_fractional_timesteps():
     network = randomize(instantiate_from_config(unet_config(context_dim=4))).eval()
     x, text = torch.randn(1, 4, 8, 8, generator=seeded_generator(1)), torch.randn(1, 3, 4, generator=seeded_generator(2))
     with torch.no_grad():
@@ -269,33 +269,33 @@ def test_the_unet_takes_times_between_whole_ones():
 
 
 @EVERY
-def test_a_mask_keeps_the_known_part(name):
+def test_a_mask_keeps_the_known_region(name):
     known = torch.full((2, *SHAPE), 0.3)
     mask = torch.zeros(1, 1, 6, 6)
     mask[..., :3] = 1
     model = gaussian_denoiser(-0.9, 0.1)
-    samples = drawn(name, model, 50, mask=mask, x0=known, generators=[seeded_generator(1), seeded_generator(2)])
+    samples = sample(name, model, 50, mask=mask, x0=known, generators=[seeded_generator(1), seeded_generator(2)])
     assert torch.equal(samples[..., :3], known[..., :3])
     assert (samples[..., 3:] + 0.9).abs().mean() < 0.15
     # the first network input follows q(x_t | x_0) where the mask is 1, with noise that comes second from the generator
     sources = [seeded_generator(1), seeded_generator(2)]
     start, noise = (torch.stack([torch.randn(SHAPE, generator=s) for s in sources]) for _ in range(2))
-    expected = torch.where(mask.bool(), at_first_time(name, 50, known, noise), start)
+    expected = torch.where(mask.bool(), noised_at_first_step(name, 50, known, noise), start)
     torch.testing.assert_close(model.calls[0][0], expected)
 
 
-def at_first_time(name: str, steps: int, x0: Tensor, noise: Tensor) -> Tensor:
-    alpha_bar = whole_grid(name, steps).alpha_bar[0]
+def noised_at_first_step(name: str, steps: int, x0: Tensor, noise: Tensor) -> Tensor:
+    alpha_bar = full_grid(name, steps).alpha_bar[0]
     return math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * noise
 
 
 @EVERY
-def test_a_start_part_way_takes_the_last_steps_from_the_noised_original(name):
+def test_strength_runs_the_last_steps_from_the_noised_original(name):
     original, model = start_noise(seed=6), TinyModel(convolution_network)
     numbers = []
-    drawn(name, model, 20, x0=original, strength=0.3, generators=[seeded_generator(1), seeded_generator(2)], callback=numbers.append)
+    sample(name, model, 20, x0=original, strength=0.3, generators=[seeded_generator(1), seeded_generator(2)], callback=numbers.append)
     assert numbers == list(range(6))
-    grid = whole_grid(name, 20)
+    grid = full_grid(name, 20)
     first, t, _ = model.calls[0]
     noise = torch.cat([torch.randn(1, *SHAPE, generator=seeded_generator(seed)) for seed in (1, 2)])
     assert t[0].item() == pytest.approx(grid.times[14])
@@ -304,11 +304,11 @@ def test_a_start_part_way_takes_the_last_steps_from_the_noised_original(name):
 
 
 @EVERY
-def test_full_strength_is_a_full_walk_and_little_strength_stays_near(name):
+def test_full_strength_runs_all_steps_and_low_strength_stays_close(name):
     original, model = start_noise(seed=6), gaussian_denoiser(0.0, 1.0)
 
     def draw(**settings: object) -> Tensor:
-        return drawn(name, model, 20, generators=[seeded_generator(1), seeded_generator(2)], **settings)
+        return sample(name, model, 20, generators=[seeded_generator(1), seeded_generator(2)], **settings)
 
     assert torch.equal(draw(x0=original, strength=1.0), draw())
     apart = [(draw(x0=original, strength=share) - original).abs().mean().item() for share in (0.001, 0.3, 0.6, 1.0)]
@@ -356,7 +356,7 @@ BAD_REQUESTS = {
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 @pytest.mark.parametrize("name", ["ddim", "euler_a"])
-def test_what_cannot_be_sampled_is_refused_before_the_model_runs(name, case):
+def test_bad_arguments_are_refused_before_the_model_runs(name, case):
     changes, message = BAD_REQUESTS[case]
     model = TinyModel(convolution_network)
     if name == "euler_a":
@@ -369,15 +369,15 @@ def test_what_cannot_be_sampled_is_refused_before_the_model_runs(name, case):
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_deterministic_samplers_refuse_noise(name):
     with pytest.raises(UserError, match=f"{re.escape(SAMPLER_CLASSES[name].label)} adds no noise, so eta must be 0, not 0.5"):
-        drawn(name, TinyModel(convolution_network), eta=0.5)
+        sample(name, TinyModel(convolution_network), eta=0.5)
 
 
-def test_the_usual_eta():
+def test_the_default_eta():
     x, sources = start_noise(), {"generators": [seeded_generator(1), seeded_generator(2)]}
     for name, cls in SAMPLER_CLASSES.items():
         assert cls.resolve_eta(None) == cls.default_eta == (1.0 if name == "euler_a" else 0.0)
-    given = drawn("euler_a", TinyModel(convolution_network), x_T=x, eta=1.0, generators=[seeded_generator(1), seeded_generator(2)])
-    assert torch.equal(drawn("euler_a", TinyModel(convolution_network), x_T=x, **sources), given)
+    given = sample("euler_a", TinyModel(convolution_network), x_T=x, eta=1.0, generators=[seeded_generator(1), seeded_generator(2)])
+    assert torch.equal(sample("euler_a", TinyModel(convolution_network), x_T=x, **sources), given)
 
 
 def test_unknown_parameters_and_parameterizations_are_refused():

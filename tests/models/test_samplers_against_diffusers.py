@@ -68,7 +68,7 @@ def theirs(scheduler: Any, x: Tensor, network: Callable[..., Tensor] = convoluti
     return x
 
 
-def own_scale(scheduler: Any, x: Tensor) -> Tensor:
+def to_x_t_scale(scheduler: Any, x: Tensor) -> Tensor:
     """The start noise as schedulers that walk on x_0 + sigma eps have it, or as it is."""
     if isinstance(scheduler, (EulerDiscreteScheduler, HeunDiscreteScheduler, EulerAncestralDiscreteScheduler)):
         return x * (1 + scheduler.sigmas.max() ** 2) ** 0.5
@@ -84,7 +84,7 @@ def ours(name: str, kind: str, steps: int, **settings: Any) -> Tensor:
     *((name, kind) for name in ("dpm", "euler", "heun") for kind in ("eps", "v")), ("dpm", "x0"), ("euler", "x0")])
 def test_deterministic_samplers(name, kind, steps):
     x, scheduler = start_noise(), scheduler_of(name, kind, steps)
-    torch.testing.assert_close(ours(name, kind, steps, x_T=x), theirs(scheduler, own_scale(scheduler, x)), **CLOSE)
+    torch.testing.assert_close(ours(name, kind, steps, x_T=x), theirs(scheduler, to_x_t_scale(scheduler, x)), **CLOSE)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 10, 20, 50])
@@ -121,7 +121,7 @@ def test_ddim(steps, kind, eta):
 def test_ancestral_euler(kind, steps):
     x, scheduler = start_noise(), scheduler_of("euler_a", kind, steps)
     got = ours("euler_a", kind, steps, x_T=x, generators=[seeded_generator(5), seeded_generator(6)])
-    expected = theirs(scheduler, own_scale(scheduler, x), generator=[seeded_generator(5), seeded_generator(6)])
+    expected = theirs(scheduler, to_x_t_scale(scheduler, x), generator=[seeded_generator(5), seeded_generator(6)])
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
@@ -130,13 +130,13 @@ def test_ancestral_euler_without_its_noise_is_euler(steps):
     scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     x = start_noise()
-    expected = theirs(scheduler, own_scale(scheduler, x))
+    expected = theirs(scheduler, to_x_t_scale(scheduler, x))
     torch.testing.assert_close(ours("euler_a", "eps", steps, x_T=x, eta=0.0), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLER_CLASSES if name != "plms"])
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.8])
-def test_starting_part_way(name, strength):
+def test_img2img_start(name, strength):
     """As diffusers' image-to-image pipelines do it; that of PNDM's steps begins at a place of its own."""
     steps, original, noise = 20, start_noise(seed=3), start_noise(seed=4)
     scheduler = scheduler_of(name, "eps", steps)

@@ -87,7 +87,7 @@ def test_v_posterior_moves_the_variance_to_beta():
     torch.testing.assert_close(middle, (low + high) / 2)
 
 
-def test_noising_and_velocity_match_diffusers(schedule, reference):
+def test_adding_noise_and_velocity_match_diffusers(schedule, reference):
     x, noise = images(0), images(1)
     torch.testing.assert_close(q_sample(schedule, x, STEPS, noise), reference.add_noise(x, noise, STEPS))
     torch.testing.assert_close(get_v(schedule, x, noise, STEPS), reference.get_velocity(x, noise, STEPS))
@@ -118,7 +118,7 @@ def test_bound_weights_are_the_divergence_of_posteriors(buffers, schedule, param
     torch.testing.assert_close(lvlb_weights(buffers, parameterization)[t], expected, rtol=1e-4, atol=0)
 
 
-def test_bound_weights_of_eps_are_those_of_ddpm(buffers):
+def test_bound_weights_of_eps_match_ddpm(buffers):
     exact = {name: tensor.double() for name, tensor in buffers.items()}
     beta, alpha_bar, variance = exact["betas"], exact["alphas_cumprod"], exact["posterior_variance"]
     expected = beta**2 / (2 * variance * (1 - beta) * (1 - alpha_bar))

@@ -20,14 +20,14 @@ EVERY = pytest.mark.parametrize("spacing", SPACINGS, ids=lambda spacing: spacing
 @EVERY
 @settings(max_examples=30, deadline=None)
 @given(steps=st.integers(1, 60), timesteps=st.integers(60, 1000))
-def test_any_number_of_steps_fits_any_schedule(spacing, steps, timesteps):
+def test_every_number_of_steps_gives_a_valid_grid(spacing, steps, timesteps):
     schedule = diffusion_buffers("linear", timesteps, 0.00085, 0.012)["alphas_cumprod"]
     check(spacing(schedule, steps), steps, timesteps)
 
 
 @EVERY
 @pytest.mark.parametrize("steps", [1, 7, 333, 600, 999, 1000])
-def test_up_to_all_steps_fit(spacing, steps):
+def test_up_to_all_timesteps_give_a_valid_grid(spacing, steps):
     check(spacing(SCHEDULE, steps), steps, 1000)
 
 
@@ -39,7 +39,7 @@ def check(grid: grids.TimeGrid, steps: int, timesteps: int) -> None:
     assert all(0 < alpha_bar < after <= 1 for alpha_bar, after in zip(grid.alpha_bar, grid.alpha_bar_next, strict=True))
 
 
-def test_where_the_grids_begin_and_end():
+def test_first_and_last_step_of_the_grids():
     known = SCHEDULE.double()
     ours, trailing, sigmas = (spacing(SCHEDULE, 20) for spacing in SPACINGS)
     assert ours.times == tuple(range(951, 0, -50)) and ours.alpha_bar_next[-1] == known[0]
@@ -60,7 +60,7 @@ def test_karras_sigmas_and_their_times_match_diffusers(steps):
     np.testing.assert_allclose(grid.times, scheduler.timesteps, rtol=1e-4, atol=1e-2)
 
 
-def test_schedules_that_end_in_pure_noise_start_where_images_do():
+def test_sigma_is_limited_on_schedules_that_end_in_pure_noise():
     cosine = diffusion_buffers("cosine", 1000)["alphas_cumprod"]
     grid = grids.karras_grid(cosine, 10)
     check(grid, 10, 1000)
@@ -70,7 +70,7 @@ def test_schedules_that_end_in_pure_noise_start_where_images_do():
     assert known[int(grid.times[0]) + 1] < grid.alpha_bar[0] <= known[int(grid.times[0])]
 
 
-def test_the_end_of_a_grid():
+def test_the_last_steps_of_a_grid():
     grid = grids.karras_grid(SCHEDULE, 9)
     assert grid.end(9) == grid
     last = grid.end(2)

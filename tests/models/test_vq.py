@@ -24,26 +24,26 @@ VQ_LOSS = {"target": "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
            "params": {"disc_start": 0, "disc_ndf": 8, "perceptual_weight": 0.0, "disc_num_layers": 1}}
 
 
-def built(kind: type[VQModel] = VQModel, embed_dim: int = 3, n_embed: int = 24, lossconfig: Any = None,
+def build_model(kind: type[VQModel] = VQModel, embed_dim: int = 3, n_embed: int = 24, lossconfig: Any = None,
           ddconfig: dict[str, Any] | None = None, **params: Any) -> VQModel:
     torch.manual_seed(0)
     model = kind(ddconfig={**SETTINGS, **(ddconfig or {})}, lossconfig=lossconfig or NO_LOSS, n_embed=n_embed,
                  embed_dim=embed_dim, **params)
-    return spread(model)
+    return spread_codebook(model)
 
 
-def spread(model: VQModel) -> VQModel:
+def spread_codebook(model: VQModel) -> VQModel:
     """Random weights, with a codebook about as wide as the latents, so that many codes are used."""
     randomize(model, scale=0.1)
     with torch.no_grad():
-        latents = model.encode_to_prequant(pictures())
+        latents = model.encode_to_prequant(random_images())
         scale = latents.std((0, 2, 3)), latents.mean((0, 2, 3))
         noise = torch.randn(model.quantize.embedding.weight.shape, generator=torch.Generator().manual_seed(1))
         model.quantize.embedding.weight.copy_(noise * scale[0] + scale[1])
     return model.eval()
 
 
-def pictures(count: int = 2, side: int = 16) -> Tensor:
+def random_images(count: int = 2, side: int = 16) -> Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
@@ -59,11 +59,11 @@ def oracle(model: VQModel, levels: int) -> diffusers.VQModel:
 @pytest.mark.parametrize("changes", [{}, {"ch_mult": (1, 1, 2)}, {"attn_type": "none", "num_res_blocks": 2}])
 @torch.no_grad()
 def test_equals_diffusers(changes: dict[str, Any]) -> None:
-    model, levels = built(ddconfig=changes), len({**SETTINGS, **changes}["ch_mult"])
+    model, levels = build_model(ddconfig=changes), len({**SETTINGS, **changes}["ch_mult"])
     theirs = oracle(model, levels)
     theirs.load_state_dict(diffusers_vae_state(model.state_dict(), levels))
     theirs.eval()
-    x = pictures()
+    x = random_images()
     latents = theirs.encode(x).latents
     quant, loss, (_, _, codes) = model.encode(x)
     their_quant, their_loss, (_, _, their_codes) = theirs.quantize(latents)
@@ -73,7 +73,7 @@ def test_equals_diffusers(changes: dict[str, Any]) -> None:
     assert torch.allclose(model.decode(quant), theirs.decode(quant, force_not_quantize=True).sample, atol=1e-4)
     assert torch.allclose(model(x)[0], theirs(x).sample, atol=1e-4)
 
-    interface = built(VQModelInterface, ddconfig=changes)
+    interface = build_model(VQModelInterface, ddconfig=changes)
     interface.load_state_dict(model.state_dict())
     assert torch.allclose(interface.encode(x), latents, atol=1e-4)
     for kept in (False, True):
@@ -83,9 +83,9 @@ def test_equals_diffusers(changes: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_codes_are_those_of_the_nearest_vectors() -> None:
-    model = built(sane_index_shape=True)
-    x = pictures()
+def test_codes_are_the_nearest_vectors() -> None:
+    model = build_model(sane_index_shape=True)
+    x = random_images()
     latents, book = model.encode_to_prequant(x), model.quantize.embedding.weight
     quant, loss, (_, _, codes) = model.encode(x)
     for place in np.ndindex(2, 8, 8):
@@ -101,21 +101,21 @@ def test_codes_are_those_of_the_nearest_vectors() -> None:
 
 
 def test_gradients_pass_through_quantization() -> None:
-    model, x = built(), pictures()
+    model, x = build_model(), random_images()
     reconstructions, loss = model(x)
     (reconstructions.square().mean() + loss).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert model.encoder.conv_in.weight.grad.abs().sum() > 0
 
 
-def test_codes_may_be_counted_among_those_in_use(tmp_path: Path) -> None:
+def test_codes_index_the_remapped_codebook(tmp_path: Path) -> None:
     used = [3, 5, 8, 13]
     np.save(tmp_path / "used.npy", np.array(used))
-    plain = built(sane_index_shape=True)
+    plain = build_model(sane_index_shape=True)
     torch.save(plain.state_dict(), tmp_path / "plain.ckpt")
     model = VQModel({**SETTINGS}, NO_LOSS, n_embed=24, embed_dim=3, sane_index_shape=True,
                     remap=str(tmp_path / "used.npy"), ckpt_path=str(tmp_path / "plain.ckpt"))
-    codes, all_codes = model.encode(pictures())[2][2], plain.encode(pictures())[2][2]
+    codes, all_codes = model.encode(random_images())[2][2], plain.encode(random_images())[2][2]
     assert codes.shape == all_codes.shape and codes.max() < len(used)
     for place, code in enumerate(used):
         assert (codes[all_codes == code] == place).all()
@@ -127,29 +127,29 @@ def test_codes_may_be_counted_among_those_in_use(tmp_path: Path) -> None:
      ({"batch_resize_range": [32, 16]}, "batch_resize_range"), ({"ddconfig": {"double_z": True}}, "double_z: false"),
      ({"ddconfig": {"chanels": 3}}, "chanels")],
 )
-def test_settings_that_cannot_be(params: dict[str, Any], named: str) -> None:
+def test_bad_settings_are_refused(params: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        built(**params)
+        build_model(**params)
 
 
 def test_batches_are_resized_for_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = built(batch_resize_range=[16, 70]), {"image": pictures(side=48)}
-    assert model.pictures(batch, "train").shape[2:] == (64, 64)  # the first steps: the largest
-    assert model.pictures(batch, "val").shape[2:] == (48, 48)
+    model, batch = build_model(batch_resize_range=[16, 70]), {"image": random_images(side=48)}
+    assert model.input_images(batch, "train").shape[2:] == (64, 64)  # the first steps: the largest
+    assert model.input_images(batch, "val").shape[2:] == (48, 48)
     monkeypatch.setattr(VQModel, "global_step", 10)
-    sides = {model.pictures(batch, "train").shape[2] for _ in range(60)}
+    sides = {model.input_images(batch, "train").shape[2] for _ in range(60)}
     assert sides == {16, 32, 48, 64}
 
 
-def test_public_losses_name_is_ours() -> None:
+def test_the_public_loss_name_maps_to_our_class() -> None:
     """taming's own class would fetch a network from the web here."""
-    model = built(lossconfig={"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+    model = build_model(lossconfig={"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
                               "params": {"disc_start": 0, "disc_conditional": False, "disc_in_channels": 3}})
     assert type(model.loss) is VQLPIPSWithDiscriminator and model.loss.perceptual_loss is None
 
 
-def test_learning_rates_and_what_they_are_for() -> None:
-    model = built(lossconfig=VQ_LOSS, lr_g_factor=0.5)
+def test_learning_rates_of_the_parameter_groups() -> None:
+    model = build_model(lossconfig=VQ_LOSS, lr_g_factor=0.5)
     model.learning_rate = 1e-3
     autoencoder, discriminator = model.configure_optimizers()["optimizer"].param_groups
     assert (autoencoder["lr"], discriminator["lr"], autoencoder["betas"]) == (5e-4, 1e-3, (0.5, 0.9))
@@ -159,9 +159,9 @@ def test_learning_rates_and_what_they_are_for() -> None:
 
 
 def test_moving_averages(tmp_path: Path) -> None:
-    plain = built(lossconfig=VQ_LOSS)
+    plain = build_model(lossconfig=VQ_LOSS)
     torch.save(plain.state_dict(), tmp_path / "plain.ckpt")
-    model = built(lossconfig=VQ_LOSS, use_ema=True)
+    model = build_model(lossconfig=VQ_LOSS, use_ema=True)
     assert "model_ema.encoderconv_inweight" in model.state_dict()
     started = instantiate_from_config({"target": "ldm.models.autoencoder.VQModel", "params": {
         "ddconfig": {**SETTINGS, "ch_mult": [1, 2]}, "lossconfig": VQ_LOSS, "n_embed": 24, "embed_dim": 3,
@@ -178,7 +178,7 @@ def test_moving_averages(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_label_maps_are_shown_in_colours() -> None:
+def test_label_maps_are_shown_in_colors() -> None:
     labels = torch.nn.functional.one_hot(torch.randint(5, (2, 16, 16)), 5)  # channels last, as datasets give them
     shape = {**SETTINGS, "in_channels": 5, "out_ch": 5}
     model = VQModel(shape, NO_LOSS, n_embed=24, embed_dim=3, image_key="segmentation", colorize_nlabels=5)
@@ -197,4 +197,4 @@ def test_label_maps_are_shown_in_colours() -> None:
 
 def test_a_loss_that_trains_nothing_is_refused_when_training_starts() -> None:
     with pytest.raises(UserError, match="Identity trains nothing"):
-        built().setup("fit")
+        build_model().setup("fit")

@@ -1,4 +1,4 @@
-"""DDIM: Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models"."""
+"""DDIM: Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models"; the update is `ddim_update` in sampling.py."""
 from __future__ import annotations
 
 from ldm.models.diffusion.sampling import Sampler
@@ -11,5 +11,5 @@ class DDIMSampler(Sampler):
     label = "DDIM"
 
     def make_grid(self, steps: int) -> TimeGrid:
-        """The times of latent diffusion's DDIM."""
+        """Return the timesteps of latent diffusion's DDIM."""
         return leading_grid(self.model.alphas_cumprod, steps)

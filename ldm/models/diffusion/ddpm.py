@@ -1,4 +1,4 @@
-"""The public path of the diffusion models: configs name `ldm.models.diffusion.ddpm.…`; the code lies beside it."""
+"""The public path of the diffusion models, which configs name as `ldm.models.diffusion.ddpm.LatentDiffusion`."""
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import DDPM
 from ldm.models.diffusion.wrapper import DiffusionWrapper

@@ -1,8 +1,8 @@
 """DPM-Solver++(2M): Lu, Zhou, Bao, Chen, Li & Zhu 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion
-Probabilistic Models", algorithm 2.
+Probabilistic Models", Algorithm 2.
 
-The exact solution of the flow over a step is DDIM's step with a weighted mean of the guesses of the image along it.
-The method takes for that mean the line through this guess and the last one, at the middle of the step in lambda.
+The exact solution of the flow over a step is DDIM's step with a weighted mean of the predicted x_0 along the step. The
+method approximates that mean by the line through the last two predictions of x_0, at the middle of the step in lambda.
 """
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from ldm.models.diffusion.time_grid import TimeGrid, karras_grid
 
 
 def extrapolation_weight(grid: TimeGrid, i: int) -> float:
-    """1 / (2 r_i): the middle of step i, counted from its start in lengths of the step before; 0 at both ends.
+    """Return 1 / (2 r_i) with r_i = h_{i-1} / h_i, the step lengths in lambda; 0 for the first and the last step.
 
-    The first step has none before it, and the last one leads to a clean image, where lambda is infinite.
+    The first step has no earlier prediction. The last one leads to a clean image, where lambda is infinite.
     """
     if not 0 < i < len(grid) - 1:
         return 0.0
-    before, here, after = (grid.half_log_snr(place) for place in (i - 1, i, i + 1))
-    return (after - here) / (here - before) / 2
+    previous, current, following = (grid.half_log_snr(index) for index in (i - 1, i, i + 1))
+    return (following - current) / (current - previous) / 2
 
 
 class DPMSolverSampler(Sampler):
-    """Deterministic, on sigmas spaced after Karras et al.; near to the flow from some 20 steps on."""
+    """Deterministic, on the noise levels of Karras et al.; accurate from about 20 steps."""
 
     label = "DPM-Solver++"
     supports_eta = False
 
     def make_grid(self, steps: int) -> TimeGrid:
-        """Sigmas dense where little noise is left, as the last step is of first order only."""
+        """Return noise levels that are dense where little noise is left, since the last step is of first order."""
         return karras_grid(self.model.alphas_cumprod, steps)
 
     def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
-        """Predictions that remember the last guess of the image."""
-        guesses: deque[Tensor] = deque(maxlen=2)
+        """Predict with x_0 extrapolated from this and the previous step."""
+        history: deque[Tensor] = deque(maxlen=2)
 
         def predict(x: Tensor, i: int) -> Prediction:
-            guesses.append(denoise(x, i).x0)
-            drift = guesses[-1] - guesses[0]
-            return prediction_from_x0(x, guesses[-1] + extrapolation_weight(grid, i) * drift, grid.alpha_bar[i])
+            history.append(denoise(x, i).x0)
+            # D_i = x_i + (x_i - x_{i-1}) / (2 r_i), Algorithm 2, line 9
+            change = history[-1] - history[0]
+            x0 = history[-1] + extrapolation_weight(grid, i) * change
+            return prediction_from_x0(x, x0, grid.alpha_bar[i])
 
         return predict

@@ -1,7 +1,7 @@
-"""Heun's method of second order: Karras et al. 2022, algorithm 1 without its churn (see `ldm.models.diffusion.euler`).
+"""Heun's method of second order: Karras et al. 2022, Algorithm 1 without its churn (see `ldm.models.diffusion.euler`).
 
-A step looks at its start and at where Euler's method would lead, and follows the mean of both directions. The last
-one, which leads to a clean image, stays with Euler, so S steps cost 2 S - 1 evaluations of the model.
+A step averages the directions at its start and at the point where Euler's method would lead. The last step, which leads
+to a clean image, stays with Euler, so S steps cost 2 S - 1 evaluations of the model.
 """
 from __future__ import annotations
 
@@ -12,29 +12,35 @@ from ldm.models.diffusion.schedule import Prediction, add_noise, prediction_from
 from ldm.models.diffusion.time_grid import TimeGrid, karras_grid
 
 
-def average_eps(denoise: Denoiser, grid: TimeGrid, here: Prediction, i: int) -> Tensor:
-    """The mean of the noise (B, ...) at both ends of step i, `here` at its start; not for the last step of the grid."""
-    ahead = denoise(add_noise(here, grid.alpha_bar_next[i]), i + 1)
-    return (here.eps + ahead.eps) / 2
+def average_eps(denoise: Denoiser, grid: TimeGrid, start: Prediction, i: int) -> Tensor:
+    """Return the mean of eps (B, ...) at both ends of step i. Not for the last step of the grid.
+
+    Args:
+        start: the prediction at the start of the step.
+    """
+    # Euler step to the end of the interval (Algorithm 1, line 7), then the direction there (line 9)
+    end = denoise(add_noise(start, grid.alpha_bar_next[i]), i + 1)
+    return (start.eps + end.eps) / 2
 
 
 class HeunSampler(Sampler):
-    """Deterministic, on sigmas spaced after Karras et al.; nearer to the flow than Euler at twice the cost per step."""
+    """Deterministic, on the noise levels of Karras et al.; more accurate than Euler, at twice the cost per step."""
 
     label = "Heun"
     supports_eta = False
 
     def make_grid(self, steps: int) -> TimeGrid:
-        """Sigmas dense where little noise is left."""
+        """Return noise levels that are dense where little noise is left."""
         return karras_grid(self.model.alphas_cumprod, steps)
 
     def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
-        """Predictions from the mean of the noise at both ends of a step."""
+        """Predict with the mean of eps at both ends of a step."""
 
         def predict(x: Tensor, i: int) -> Prediction:
-            here = denoise(x, i)
+            start = denoise(x, i)
             if i + 1 == len(grid):
-                return here
-            return prediction_from_eps(x, average_eps(denoise, grid, here, i), grid.alpha_bar[i])
+                return start
+            # trapezoidal rule (Algorithm 1, line 10)
+            return prediction_from_eps(x, average_eps(denoise, grid, start, i), grid.alpha_bar[i])
 
         return predict

@@ -14,9 +14,9 @@ from ldm.models.diffusion.sampling import Denoiser, Sampler
 from ldm.models.diffusion.schedule import Prediction, prediction_from_eps
 from ldm.models.diffusion.time_grid import TimeGrid, leading_grid
 
-# Adams-Bashforth by the number of noise estimates at hand, the newest first; order 4 is the paper's linear multistep.
-# It takes the times as evenly spaced; where S does not divide the schedule, neighbours differ by one, which is below
-# the error of the method itself at any usual S.
+# Adams-Bashforth weights by the number of available estimates of eps, the newest first; order 4 is Eq. 12 of the paper.
+# The method assumes evenly spaced timesteps. If S does not divide the schedule, intervals differ by one timestep, which
+# is below the error of the method itself for any common S.
 ADAMS_BASHFORTH = (
     (1.0,),
     (3 / 2, -1 / 2),
@@ -26,31 +26,32 @@ ADAMS_BASHFORTH = (
 
 
 def multistep_eps(newest_first: list[Tensor]) -> Tensor:
-    """The noise estimate for a step from the last one to four estimates (B, ...), the newest first."""
+    """Combine the last one to four estimates of eps (B, ...), the newest first, into the eps of the next step."""
     weights = ADAMS_BASHFORTH[len(newest_first) - 1]
     return sum(weight * eps for weight, eps in zip(weights, newest_first, strict=True))
 
 
 class PLMSSampler(Sampler):
-    """Fewer steps than DDIM for the same quality, and deterministic."""
+    """Deterministic; needs fewer steps than DDIM for the same quality."""
 
     label = "PLMS"
     supports_eta = False
 
     def make_grid(self, steps: int) -> TimeGrid:
-        """The times of latent diffusion's DDIM."""
+        """Return the timesteps of latent diffusion's DDIM."""
         return leading_grid(self.model.alphas_cumprod, steps)
 
     def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
-        """Predictions that remember the noise estimates of up to three steps before."""
+        """Predict with the estimates of eps from this and up to three earlier steps."""
         estimates: deque[Tensor] = deque(maxlen=len(ADAMS_BASHFORTH))
 
         def predict(x: Tensor, i: int) -> Prediction:
-            here = denoise(x, i)
-            estimates.appendleft(here.eps)
-            # a grid of one has no next time to look at and stays with DDIM's step
+            start = denoise(x, i)
+            estimates.appendleft(start.eps)
+            # The first step has no history and looks ahead instead. A grid of one step has no next timestep to look at
+            # and takes DDIM's step.
             warm_up = i == 0 and len(grid) > 1
-            eps = average_eps(denoise, grid, here, i) if warm_up else multistep_eps(list(estimates))
+            eps = average_eps(denoise, grid, start, i) if warm_up else multistep_eps(list(estimates))
             return prediction_from_eps(x, eps, grid.alpha_bar[i])
 
         return predict

@@ -2,11 +2,11 @@
 
 Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (cosine schedule), Salimans & Ho 2022 (v-prediction).
 
-Legend, with a(t) the share of the image's variance that is left after t steps:
-    alphas_cumprod                  a(t), a product of 1 - betas
-    q(x_t | x_0)                    N(sqrt(a) x_0, 1 - a)                            DDPM eq. 4
-    eps                             the noise in x_t = sqrt(a) x_0 + sqrt(1 - a) eps
-    v                               sqrt(a) eps - sqrt(1 - a) x_0                    Salimans & Ho, section 4
+Legend, with alpha_bar the share of the image's variance that is left at timestep t:
+    alphas_cumprod                  alpha_bar of all timesteps, the products of 1 - betas
+    q(x_t | x_0)                    N(sqrt(alpha_bar) x_0, 1 - alpha_bar)                         DDPM Eq. 4
+    eps                             the noise in x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
+    v                               sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0                 Salimans & Ho, Sec. 4
 """
 from __future__ import annotations
 
@@ -20,27 +20,30 @@ from ldm.common.errors import UserError
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
 
 PARAMETERIZATIONS = ("eps", "v", "x0")
-Level = float | Tensor  # a(t), within 0..1; a tensor broadcasts to (B, ...)
+AlphaBar = float | Tensor  # in [0, 1]; a tensor broadcasts to (B, ...)
 
 
 class NoiseSchedule(Protocol):
-    """Whatever carries the tensors that the conversions read, such as a model that registered `diffusion_buffers`."""
+    """Any object with the tensors that the conversions read, such as a model that registered `diffusion_buffers`."""
 
     sqrt_alphas_cumprod: Tensor
     sqrt_one_minus_alphas_cumprod: Tensor
 
 
 class Prediction(NamedTuple):
-    """What a network's output says about x_t: the noise in it and the image behind it, both (B, ...)."""
+    """A network's prediction at x_t: the noise in it and the image behind it, both (B, ...)."""
 
     eps: Tensor
     x0: Tensor
 
 
 def check_parameterization(name: str) -> None:
-    """Raises a UserError that lists the legal names unless `name` is one of them."""
+    """Raise UserError unless `name` is a known parameterization."""
     if name not in PARAMETERIZATIONS:
         raise UserError(f"parameterization {name!r} is unknown; choose one of {', '.join(PARAMETERIZATIONS)}")
+
+
+# The schedule
 
 
 def diffusion_buffers(
@@ -52,16 +55,16 @@ def diffusion_buffers(
     given_betas: Sequence[float] | Tensor | None = None,
     v_posterior: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Every tensor of the schedule under the name of its buffer, each (timesteps,) in float32, computed in float64.
+    """Return all tensors of the schedule by buffer name, each (timesteps,) in float32, computed in float64.
 
     Args:
-        beta_schedule: a name that `make_beta_schedule` knows; not read where `given_betas` is there.
-        given_betas: betas between 0 and 1 to take instead; their number then decides the number of steps.
-        v_posterior: 0..1, where the variance of the reverse step lies between its lower bound, the posterior's,
-            and its upper bound, beta (DDPM section 3.2).
+        beta_schedule: a name that `make_beta_schedule` knows; ignored if `given_betas` is not None.
+        given_betas: betas in (0, 1) to use instead; their number replaces `timesteps`.
+        v_posterior: 0..1, interpolates the variance of the reverse step between its lower bound, the posterior's
+            variance, and its upper bound, beta (DDPM Sec. 3.2).
 
     Raises:
-        UserError: fewer than two betas, one outside 0..1, or `v_posterior` outside 0..1.
+        UserError: if there are fewer than two betas, one is outside (0, 1), or `v_posterior` is outside 0..1.
     """
     if given_betas is None:
         if timesteps < 2:
@@ -72,7 +75,7 @@ def diffusion_buffers(
     betas = torch.as_tensor(given_betas, dtype=torch.float64, device="cpu").detach()
     _check_betas(betas)
     if not 0 <= v_posterior <= 1:
-        raise UserError(f"v_posterior {v_posterior} must lie between 0 and 1")
+        raise UserError(f"v_posterior {v_posterior} must be between 0 and 1")
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     tensors = {
@@ -91,7 +94,7 @@ def _check_betas(betas: Tensor) -> None:
 
 
 def _marginal_tensors(alpha_bar: Tensor) -> dict[str, Tensor]:
-    """The coefficients of q(x_t | x_0) and of its inversion for x_0."""
+    """Return the coefficients of q(x_t | x_0), and of its inversion for x_0."""
     return {
         "sqrt_alphas_cumprod": alpha_bar.sqrt(),
         "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
@@ -101,8 +104,12 @@ def _marginal_tensors(alpha_bar: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _posterior_tensors(betas: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, v_posterior: float) -> dict[str, Tensor]:
-    """Mean and variance of q(x_{t-1} | x_t, x_0), DDPM eq. 7; the first variance is 0, so its logarithm is clipped."""
+def _posterior_tensors(betas: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, v_posterior: float
+                       ) -> dict[str, Tensor]:
+    """Return mean and variance of q(x_{t-1} | x_t, x_0), DDPM Eq. 7.
+
+    The first variance is 0, so its logarithm is clipped.
+    """
     lower_bound = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
     variance = torch.lerp(lower_bound, betas, v_posterior)
     return {
@@ -114,64 +121,78 @@ def _posterior_tensors(betas: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor,
 
 
 def lvlb_weights(buffers: Mapping[str, Tensor], parameterization: str) -> Tensor:
-    """(timesteps,): what turns the squared error of a prediction into its term of the variational bound (DDPM eq. 8).
+    """Return (timesteps,) factors that turn a prediction's squared error into its term of the variational bound.
 
-    The bound compares posterior means, in which x_0 stands with `posterior_mean_coef1`. An error of eps or of v is an
-    error of x_0 scaled by sqrt(1/a - 1) or sqrt(1 - a), so the three weights are one bound in three coordinates; for
-    eps this is DDPM eq. 12. The first step has no variance and takes the weight of the second.
+    The bound (DDPM Eq. 8) compares posterior means, in which `posterior_mean_coef1` multiplies x_0. An error of eps or
+    v is an error of x_0 scaled by sqrt(1 / alpha_bar - 1) or sqrt(1 - alpha_bar). So the three weights are one bound in
+    three coordinates; for eps it is DDPM Eq. 12. The first timestep has no variance and takes the weight of the second.
 
     Raises:
-        UserError: the parameterization is unknown.
+        UserError: if the parameterization is unknown.
     """
     check_parameterization(parameterization)
     exact = {name: tensor.double() for name, tensor in buffers.items()}
-    of_x0 = exact["posterior_mean_coef1"] ** 2 / (2 * exact["posterior_variance"])
-    scale = {"eps": "sqrt_recipm1_alphas_cumprod", "v": "sqrt_one_minus_alphas_cumprod"}.get(parameterization)
-    weights = of_x0 if scale is None else of_x0 * exact[scale] ** 2
+    weights = exact["posterior_mean_coef1"] ** 2 / (2 * exact["posterior_variance"])
+    if parameterization == "eps":
+        weights = weights * exact["sqrt_recipm1_alphas_cumprod"] ** 2
+    elif parameterization == "v":
+        weights = weights * exact["sqrt_one_minus_alphas_cumprod"] ** 2
     return torch.cat([weights[1:2], weights[1:]]).float()
 
 
+# Training: x_t and v at random timesteps
+
+
 def q_sample(schedule: NoiseSchedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t of DDPM eq. 4 from x_0 (B, ...), the noise of the same shape, and the steps t (B,) in 0..timesteps-1."""
-    return _mix(t, (schedule.sqrt_alphas_cumprod, x_start), (schedule.sqrt_one_minus_alphas_cumprod, noise))
+    """Return x_t of DDPM Eq. 4 from x_0 (B, ...), noise of the same shape, and timesteps t (B,)."""
+    return _linear_combination(
+        t, (schedule.sqrt_alphas_cumprod, x_start), (schedule.sqrt_one_minus_alphas_cumprod, noise)
+    )
 
 
 def get_v(schedule: NoiseSchedule, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """v from x_0 (B, ...), eps and t (B,)."""
-    return _mix(t, (schedule.sqrt_alphas_cumprod, noise), (-schedule.sqrt_one_minus_alphas_cumprod, x_start))
+    """Return v from x_0 (B, ...), eps and timesteps t (B,)."""
+    return _linear_combination(
+        t, (schedule.sqrt_alphas_cumprod, noise), (-schedule.sqrt_one_minus_alphas_cumprod, x_start)
+    )
 
 
-def _mix(t: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
-    """The sum of tensors (B, ...), each times its coefficient at t."""
+def _linear_combination(t: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the sum of tensors (B, ...), each multiplied by its coefficient at the timesteps t (B,)."""
     return sum(extract_into_tensor(coefficients, t, tensor.shape) * tensor for coefficients, tensor in terms)
 
 
-def add_noise(prediction: Prediction, alpha_bar: Level) -> Tensor:
-    """x_t of DDPM eq. 4 from its two parts, where a(t) = `alpha_bar`."""
+# Sampling: conversions at a known alpha_bar
+
+
+def add_noise(prediction: Prediction, alpha_bar: AlphaBar) -> Tensor:
+    """Return x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM Eq. 4)."""
     return alpha_bar**0.5 * prediction.x0 + (1 - alpha_bar) ** 0.5 * prediction.eps
 
 
-def prediction_from_eps(x_t: Tensor, eps: Tensor, alpha_bar: Level) -> Prediction:
-    """`eps` and the image that it leaves of x_t (B, ...) at a(t) = `alpha_bar`."""
+def prediction_from_eps(x_t: Tensor, eps: Tensor, alpha_bar: AlphaBar) -> Prediction:
+    """Return the prediction that contains the noise `eps` of x_t (B, ...)."""
     return Prediction(eps, (x_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5)
 
 
-def prediction_from_x0(x_t: Tensor, x0: Tensor, alpha_bar: Level) -> Prediction:
-    """`x0` and the noise that it leaves of x_t (B, ...) at a(t) = `alpha_bar`."""
+def prediction_from_x0(x_t: Tensor, x0: Tensor, alpha_bar: AlphaBar) -> Prediction:
+    """Return the prediction that contains the image `x0` behind x_t (B, ...)."""
     return Prediction((x_t - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5, x0)
 
 
-def prediction_from_v(x_t: Tensor, v: Tensor, alpha_bar: Level) -> Prediction:
-    """Noise and image of x_t (B, ...) that moves with `v` at a(t) = `alpha_bar`."""
-    return Prediction(alpha_bar**0.5 * v + (1 - alpha_bar) ** 0.5 * x_t, alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * v)
+def prediction_from_v(x_t: Tensor, v: Tensor, alpha_bar: AlphaBar) -> Prediction:
+    """Return the prediction that corresponds to the velocity `v` at x_t (B, ...)."""
+    eps = alpha_bar**0.5 * v + (1 - alpha_bar) ** 0.5 * x_t
+    x0 = alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * v
+    return Prediction(eps, x0)
 
 
-def prediction_from_output(parameterization: str, x_t: Tensor, alpha_bar: Level, output: Tensor) -> Prediction:
-    """Noise and image from a network's `output` (B, ...) on x_t at a(t) = `alpha_bar`, whichever of the three it means.
+def prediction_from_output(parameterization: str, x_t: Tensor, alpha_bar: AlphaBar, output: Tensor) -> Prediction:
+    """Return the prediction that a network's `output` (B, ...) at x_t means.
 
     Raises:
-        UserError: the parameterization is unknown.
+        UserError: if the parameterization is unknown.
     """
     check_parameterization(parameterization)
-    readings = {"eps": prediction_from_eps, "v": prediction_from_v, "x0": prediction_from_x0}
-    return readings[parameterization](x_t, output, alpha_bar)
+    conversions = {"eps": prediction_from_eps, "v": prediction_from_v, "x0": prediction_from_x0}
+    return conversions[parameterization](x_t, output, alpha_bar)

@@ -1,4 +1,4 @@
-"""The U-Net behind the one door through which a condition reaches it."""
+"""Wrap the U-Net and route each kind of conditioning to it."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ Condition = Tensor | PromptContext | Sequence[Any] | Mapping[str, Sequence[Any]]
 
 
 class DiffusionWrapper(nn.Module):
-    """`diffusion_model` with its condition as channels of the input, as cross-attention's context, or as classes.
+    """Calls `diffusion_model` with its condition as input channels, cross-attention context, or classes.
 
     Args:
         diff_model_config: config of the U-Net.
         conditioning_key: None, "concat" (channels), "crossattn" (context), "hybrid" (both) or "adm" (classes).
 
     Attributes:
-        graphs: what calls the U-Net in its place, see `enable_fast_inference`; None: nothing.
+        graphs: CUDA graphs that run the U-Net, see `enable_fast_inference`; None: the U-Net itself runs.
     """
 
     def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
@@ -39,7 +39,14 @@ class DiffusionWrapper(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, c_concat: Sequence[Tensor] | None = None,
                 c_crossattn: Sequence[Tensor | PromptContext] | None = None) -> Tensor:
-        """x (B, C, H, W), t (B,); several contexts of the same prompts are joined along the tokens."""
+        """Return the U-Net's output.
+
+        Args:
+            x: (B, C, H, W).
+            t: (B,) timesteps.
+            c_concat: tensors (B, c, H, W) to append to the channels of x.
+            c_crossattn: contexts of the same prompts, concatenated along the tokens; with "adm" the classes.
+        """
         if self.conditioning_key in ("concat", "hybrid"):
             x = torch.cat([x, *(c_concat or ())], dim=1)
         if self.conditioning_key in ("crossattn", "hybrid"):
@@ -53,8 +60,10 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t)
 
     def enable_fast_inference(self, dtype: torch.dtype) -> None:
-        """Makes a frozen U-Net on a CUDA device as fast as it can be: in `dtype`, of 16 bits, with fused norms, and
-        without dropout by graphs."""
+        """Make a frozen U-Net on a CUDA device fast, for inference and for training around it.
+
+        It gets 16-bit weights of `dtype`, fused kernels, and CUDA graphs if it has no dropout.
+        """
         to_sixteen_bits(self.diffusion_model, dtype)
         if can_fuse(next(self.diffusion_model.parameters()).device, dtype):
             fuse(self.diffusion_model)
@@ -63,19 +72,19 @@ class DiffusionWrapper(nn.Module):
 
 
 def concat_contexts(contexts: Sequence[Tensor | PromptContext]) -> Tensor | PromptContext | None:
-    """One context of several: a single one as it is, tensors (B, N, d) one after another along N."""
+    """Concatenate contexts (B, N, d) along N. A single one is returned unchanged, and no context gives None."""
     if len(contexts) < 2:
         return contexts[0] if contexts else None
     if any(isinstance(context, PromptContext) for context in contexts):
-        raise ValueError("a PromptContext cannot be joined with further contexts along the tokens")
+        raise ValueError("a PromptContext cannot be concatenated with other contexts along the tokens")
     return torch.cat(list(contexts), dim=1)
 
 
 def as_model_kwargs(condition: Condition, conditioning_key: str | None) -> Mapping[str, Sequence[Any]]:
-    """The condition under the keyword of `DiffusionWrapper.forward` that it belongs to."""
+    """Return the condition under its keyword of `DiffusionWrapper.forward`."""
     if condition is None:
         return {}
     if isinstance(condition, Mapping):
         return condition
-    several = condition if isinstance(condition, list | tuple) else [condition]
-    return {"c_concat" if conditioning_key == "concat" else "c_crossattn": several}
+    conditions = condition if isinstance(condition, list | tuple) else [condition]
+    return {"c_concat" if conditioning_key == "concat" else "c_crossattn": conditions}
