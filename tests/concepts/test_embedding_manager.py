@@ -32,7 +32,7 @@ def embedder() -> PromptEncoder:
     return built
 
 
-def test_vectors_start_at_their_words(embedder: PromptEncoder) -> None:
+def test_vectors_start_at_their_initializer_words(embedder: PromptEncoder) -> None:
     manager = EmbeddingManager(embedder, ["*", "<mug>"], ["cat"])
     prompts = ["a photo of *, here", "a * by a <mug>", "a dog"]
     with torch.no_grad():
@@ -41,8 +41,8 @@ def test_vectors_start_at_their_words(embedder: PromptEncoder) -> None:
         manager.vectors[1].copy_(embedder.token_table[embedder.word_pieces("dog")])
         assert torch.allclose(manager(embedder, prompts[1:2]), embedder(["a cat by a dog"]), atol=1e-5)
     table = embedder.token_table
-    unguided = EmbeddingManager(embedder, num_vectors_per_token=99).vectors[0].detach()
-    assert float(unguided.std()) == pytest.approx(float(table.std()), rel=0.2)
+    without_word = EmbeddingManager(embedder, num_vectors_per_token=99).vectors[0].detach()
+    assert float(without_word.std()) == pytest.approx(float(table.std()), rel=0.2)
 
 
 def test_several_vectors_stand_for_one_word(embedder: PromptEncoder) -> None:
@@ -57,7 +57,7 @@ def test_several_vectors_stand_for_one_word(embedder: PromptEncoder) -> None:
         manager(embedder, ["* " * 10])
 
 
-def test_only_the_vectors_learn(embedder: PromptEncoder) -> None:
+def test_only_the_vectors_are_trained(embedder: PromptEncoder) -> None:
     manager = EmbeddingManager(embedder, ["*"], ["cat"])
     assert manager.distance() == 0 and len(list(manager.parameters())) == 1
     manager(embedder, ["a * here"]).square().sum().backward()
@@ -67,7 +67,7 @@ def test_only_the_vectors_learn(embedder: PromptEncoder) -> None:
     assert float(manager.distance().detach()) == pytest.approx(8 * 4, rel=1e-4)
 
 
-def test_a_saved_file_brings_words_and_vectors(embedder: PromptEncoder, tmp_path: Path) -> None:
+def test_a_file_restores_placeholders_and_vectors(embedder: PromptEncoder, tmp_path: Path) -> None:
     manager = EmbeddingManager(embedder, ["*", "<mug>"], ["cat", "cup"], num_vectors_per_token=2)
     path = manager.save(tmp_path / "embeddings.safetensors")
     assert path.stat().st_size < 1500
@@ -80,7 +80,7 @@ def test_a_saved_file_brings_words_and_vectors(embedder: PromptEncoder, tmp_path
         assert sorted(opened.keys()) == ["0.vectors", "1.vectors"]
 
 
-def test_files_of_another_kind(embedder: PromptEncoder, tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_refused(embedder: PromptEncoder, tmp_path: Path) -> None:
     manager = EmbeddingManager(embedder)
     other = save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(2)}, {})
     with pytest.raises(UserError, match="not a concept"):
@@ -108,8 +108,8 @@ def fit(section: dict[str, Any], root: Path, steps: int, resumed: Path | None = 
     return model, trainer
 
 
-def taught(name: str, tmp_path: Path) -> tuple[nn.Module, dict[str, Any], nn.Module, pl.Trainer]:
-    """A base model, the config that teaches it, and the result of two steps."""
+def train_stand_in(name: str, tmp_path: Path) -> tuple[nn.Module, dict[str, Any], nn.Module, pl.Trainer]:
+    """Return a base model, the config that trains its vectors, and the result of two steps."""
     base = instantiate_from_config(stand_ins.stand_in(name, tmp_path, personalization_config=None))
     for part, scale in ((base.model, 0.1), (base.first_stage_model, 0.05), (base.cond_stage_model, 0.3)):
         randomize(part, scale=scale)
@@ -119,35 +119,35 @@ def taught(name: str, tmp_path: Path) -> tuple[nn.Module, dict[str, Any], nn.Mod
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_stand_in_learns_its_vectors_alone(name: str, tmp_path: Path) -> None:
-    base, section, model, trainer = taught(name, tmp_path)
+def test_a_stand_in_trains_its_vectors_only(name: str, tmp_path: Path) -> None:
+    base, section, model, trainer = train_stand_in(name, tmp_path)
     manager, state = model.embedding_manager, model.state_dict()
     start = base.cond_stage_model.token_table[base.cond_stage_model.word_pieces("sculpture")].mean(0, keepdim=True)
     assert torch.allclose(manager.start_0, start) and not torch.equal(manager.vectors[0], start)
     assert all(torch.equal(state[key], value) for key, value in base.state_dict().items())
     assert trainer.callback_metrics["train/embedding_distance"] > 0
-    drawing = instantiate_from_config(section).eval()
-    drawing.embedding_manager.load(tmp_path / "run" / "embeddings.safetensors")
+    restored = instantiate_from_config(section).eval()
+    restored.embedding_manager.load(tmp_path / "run" / "embeddings.safetensors")
     with torch.no_grad():
-        assert torch.equal(drawing.get_learned_conditioning(["a *"]), model.eval().get_learned_conditioning(["a *"]))
-        assert not torch.equal(drawing.get_learned_conditioning(["a *"]), base.get_learned_conditioning(["a *"]))
-        (concept,) = load_concepts(tmp_path / "run" / "embeddings.safetensors")  # as the scripts that draw read it
+        assert torch.equal(restored.get_learned_conditioning(["a *"]), model.eval().get_learned_conditioning(["a *"]))
+        assert not torch.equal(restored.get_learned_conditioning(["a *"]), base.get_learned_conditioning(["a *"]))
+        (concept,) = load_concepts(tmp_path / "run" / "embeddings.safetensors")  # as the generation scripts load it
         scripts = prompt_encoder(base, [concept]).encode(["a *"]).encoding
-        assert torch.allclose(scripts, drawing.get_learned_conditioning(["a *"]), atol=1e-6)
+        assert torch.allclose(scripts, restored.get_learned_conditioning(["a *"]), atol=1e-6)
     assert (concept.super_category, concept.steps, concept.parameter_count) == ("sculpture", 2, concept.vectors.numel())
 
 
-def test_runs_keep_their_vectors_and_go_on(tmp_path: Path) -> None:
-    _, section, model, _ = taught(CONFIGS[1], tmp_path)
+def test_a_resumed_run_continues_with_its_vectors(tmp_path: Path) -> None:
+    _, section, model, _ = train_stand_in(CONFIGS[1], tmp_path)
     checkpoint = tmp_path / "run" / "last.ckpt"
-    kept = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert list(kept) == ["embedding_manager.vectors.0"]
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert list(state) == ["embedding_manager.vectors.0"]
     resumed, trainer = fit(section, tmp_path / "more", 2, checkpoint)  # those two steps are done already
     assert trainer.global_step == 2
     assert torch.equal(resumed.embedding_manager.vectors[0], model.embedding_manager.vectors[0])
 
 
-def test_where_nothing_can_be_learned(tmp_path: Path) -> None:
+def test_models_without_trainable_vectors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no base model to train on"):
         fit(stand_ins.stand_in(CONFIGS[1], tmp_path), tmp_path, 1)
     personal = stand_ins.model_section(CONFIGS[0])["params"]["personalization_config"]

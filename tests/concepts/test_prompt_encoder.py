@@ -1,4 +1,4 @@
-"""Prompts with concepts, against transformers' own model with the concept in its word table and Eq. 3 in float64."""
+"""Prompts with concepts, against Transformers' model with the concept in its embedding table and Eq. 3 in float64."""
 from __future__ import annotations
 
 import copy
@@ -25,7 +25,7 @@ from ldm.modules.rank_one import invert_covariance
 
 WIDTH, LENGTH, START, END, INNER, LAYER = 16, 12, 49406, 49407, 8, "middle_block.1.attn2"
 PROMPT = "a photo of a <my-teddy> outside"
-PLACE = 5  # of the placeholder among the tokens of PROMPT, the start counted
+POSITION = 5  # of the placeholder among the tokens of PROMPT, including the start token
 
 
 @pytest.fixture(scope="module")
@@ -50,35 +50,39 @@ def inverse() -> Tensor:
 
 
 def encoded_by_transformers(encoder: FrozenCLIPEmbedder, prompt: str, words: dict[str, Tensor]) -> Tensor:
-    """(1, N, d): a copy of the tower with rows appended to its table; words in the prompt must stand apart."""
+    """Encode with a copy of the text model that has the words appended to its table; return (1, N, d).
+
+    Words must be separated by spaces in the prompt.
+    """
     tower = copy.deepcopy(encoder.transformer)
     table = torch.cat([encoder.token_table, *words.values()])
     tower.set_input_embeddings(nn.Embedding.from_pretrained(table))
-    numbers = {word: END + 1 + place for place, word in enumerate(words)}
-    pieces = [number for word in prompt.split() for number in (
-        [numbers[word]] if word in numbers else encoder.tokenizer(word, add_special_tokens=False)["input_ids"])]
+    ids = {word: END + 1 + index for index, word in enumerate(words)}
+    pieces: list[int] = []
+    for word in prompt.split():
+        pieces += [ids[word]] if word in ids else encoder.tokenizer(word, add_special_tokens=False)["input_ids"]
     row = [START, *pieces] + [END] * (LENGTH - 1 - len(pieces))
     return tower(input_ids=torch.tensor([row])).last_hidden_state
 
 
 @pytest.fixture(scope="module")
 def concept(encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace]) -> Concept:
-    draw = torch.Generator().manual_seed(3)
-    embedding = torch.randn(1, WIDTH, generator=draw)
-    target = encoded_by_transformers(encoder, PROMPT, {"<my-teddy>": embedding})[0, PLACE]
-    return Concept("<my-teddy>", "teddy bear", embedding, target, torch.randn(WIDTH, generator=draw),
-                   {LAYER: torch.randn(INNER, generator=draw)}, bias=0.6, temperature=0.1,
+    generator = torch.Generator().manual_seed(3)
+    embedding = torch.randn(1, WIDTH, generator=generator)
+    target = encoded_by_transformers(encoder, PROMPT, {"<my-teddy>": embedding})[0, POSITION]
+    return Concept("<my-teddy>", "teddy bear", embedding, target, torch.randn(WIDTH, generator=generator),
+                   {LAYER: torch.randn(INNER, generator=generator)}, bias=0.6, temperature=0.1,
                    base=base_fingerprint(layers))
 
 
-def other(concept: Concept, placeholder: str = "<mug>") -> Concept:
+def make_other(concept: Concept, placeholder: str = "<mug>") -> Concept:
     return Concept(placeholder, "mug", -concept.embedding, concept.target_input.flip(0), concept.super_input.flip(0),
                    {LAYER: concept.target_outputs_v[LAYER].flip(0)}, base=concept.base)
 
 
 def closed_form(encoding: Tensor, concept: Concept, weight: Tensor, output: Tensor, inverse: Tensor,
                 bias: float, temperature: float) -> Tensor:
-    """Eq. 3 in float64, one token at a time: (1, N, d) to (1, N, p)."""
+    """Evaluate Eq. 3 in float64, one token at a time: (1, N, d) -> (1, N, p)."""
     target, metric = concept.target_input.double(), inverse.double()
     rows = []
     for e in encoding[0].double():
@@ -92,7 +96,7 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
     assert torch.allclose(got.double(), expected.double(), atol=2e-4), (got - expected).abs().max()
 
 
-def test_without_concepts_it_is_the_text_encoder_alone(
+def test_without_concepts_prompts_are_encoded_as_usual(
     encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace]
 ) -> None:
     context = ConceptPromptEncoder(encoder, layers, []).encode(["a cat", ""])
@@ -117,48 +121,48 @@ def test_one_concept_is_equation_3(
     assert_close(keys, closed_form(encoding, concept, weights[0], locked, inverse, bias, temperature))
     learned = concept.target_outputs_v[LAYER]
     assert_close(values, closed_form(encoding, concept, weights[1], learned, inverse, bias, temperature))
-    assert context.gates[0, PLACE, 0] == pytest.approx(torch.sigmoid(torch.tensor((1 - bias) / temperature)).item())
+    assert context.gates[0, POSITION, 0] == pytest.approx(torch.sigmoid(torch.tensor((1 - bias) / temperature)).item())
 
 
-def test_global_locking_takes_keys_from_the_super_categorys_prompt(
+def test_global_locking_takes_keys_from_the_prompt_with_the_super_category(
     encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace], concept: Concept, inverse: Tensor
 ) -> None:
     prompts = ConceptPromptEncoder(encoder, layers, [concept], inverse)
     local, locked = prompts.encode([PROMPT]), prompts.encode([PROMPT], global_locking=True)
     layer = layers[LAYER]
     keys, values = locked.keys_values(LAYER, layer.to_k, layer.to_v)
-    # "teddy bear" is two word pieces, but stands for one token
-    stand_in = encoder.token_table[encoder.word_pieces("teddy bear")]
-    assert len(stand_in) == 2
-    super_encoding = encoded_by_transformers(encoder, PROMPT, {"<my-teddy>": stand_in.mean(0, keepdim=True)})
+    # "teddy bear" is two word pieces, but one virtual token
+    pieces = encoder.token_table[encoder.word_pieces("teddy bear")]
+    assert len(pieces) == 2
+    super_encoding = encoded_by_transformers(encoder, PROMPT, {"<my-teddy>": pieces.mean(0, keepdim=True)})
     assert_close(keys, layer.to_k(super_encoding))
     local_keys, local_values = local.keys_values(LAYER, layer.to_k, layer.to_v)
     assert torch.equal(values, local_values)
     assert (keys - local_keys).abs().max() > 0.01
 
 
-def test_two_concepts_each_with_its_own_word_and_settings(
+def test_two_concepts_use_their_own_words_and_settings(
     encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace], concept: Concept, inverse: Tensor
 ) -> None:
-    both = [concept, other(concept)]
+    both = [concept, make_other(concept)]
     prompts = ConceptPromptEncoder(encoder, layers, both, inverse)
     text = "a <mug> by a <my-teddy>"
     context = prompts.encode([text], biases=[0.5, 0.7], temperatures=[0.2])
     encoding = encoded_by_transformers(encoder, text, {c.placeholder: c.embedding for c in both})
     assert_close(context.encoding, encoding)
-    for place, (one, bias) in enumerate(zip(both, (0.5, 0.7), strict=True)):
+    for index, (one, bias) in enumerate(zip(both, (0.5, 0.7), strict=True)):
         target, metric = one.target_input.double(), inverse.double()
         scores = encoding[0].double() @ metric @ target / (target @ metric @ target)
-        assert_close(context.gates[0, :, place], torch.sigmoid((scores - bias) / 0.2))
-    # nothing of either direction is left
+        assert_close(context.gates[0, :, index], torch.sigmoid((scores - bias) / 0.2))
+    # e_perp has no component along either direction
     targets = torch.stack([c.target_input for c in both])
-    left, before = (e @ inverse @ targets.mT for e in (context.projected, encoding))
-    assert left.abs().max() < 1e-3 * before.abs().max()
+    after, before = (e @ inverse @ targets.mT for e in (context.projected, encoding))
+    assert after.abs().max() < 1e-3 * before.abs().max()
     with pytest.raises(UserError, match="3 values of bias for 2 concepts"):
         prompts.encode([text], biases=[0.5, 0.6, 0.7])
 
 
-def test_concepts_that_no_text_names_are_left_out(
+def test_a_subset_has_only_the_concepts_that_texts_contain(
     encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace], concept: Concept, inverse: Tensor
 ) -> None:
     words = ["<my-teddy>", "<my-teddy>-2", "<mug>"]
@@ -166,23 +170,24 @@ def test_concepts_that_no_text_names_are_left_out(
               for shift, word in enumerate(words)]
     prompts = ConceptPromptEncoder(encoder, layers, loaded, inverse)
     assert prompts.subset_for(["a <mug>", "a <MY-teddy>", "<my-teddy>-2"]) is prompts
-    assert prompts.subset_for(["a <my-teddy>-2"]).placeholders == ["<my-teddy>-2"], "the shorter word is only a part of it"
+    # the shorter placeholder is a part of the longer one, but does not occur itself
+    assert prompts.subset_for(["a <my-teddy>-2"]).placeholders == ["<my-teddy>-2"]
     assert prompts.subset_for(["a cat", ""]).concepts == []
-    fewer = prompts.subset_for(["a photo of a <mug>", ""])
-    assert fewer is prompts.subset_for(["<mug>"]), "with what it has brought to the device"
+    subset = prompts.subset_for(["a photo of a <mug>", ""])
+    assert subset is prompts.subset_for(["<mug>"]), "the last subset is cached with its tensors on the device"
     assert prompts.subset_for(["a <my-teddy>"]).placeholders == ["<my-teddy>"]
     two = prompts.subset_for(["a <my-teddy>-2 by a <mug>"])
-    assert two.subset_for(["a <my-teddy>-2"]).placeholders == ["<my-teddy>-2"], "its own first, not that of all"
+    assert two.subset_for(["a <my-teddy>-2"]).placeholders == ["<my-teddy>-2"], "indices count its own concepts"
     texts, layer = ["a photo of a <mug>", "a cat"], layers[LAYER]
-    found, expected = fewer.encode(texts), prompts.mask_concepts(prompts.encode(texts), ["a <mug>"] * 2)
+    found, expected = subset.encode(texts), prompts.mask_concepts(prompts.encode(texts), ["a <mug>"] * 2)
     assert (found.concept_count, expected.concept_count) == (1, 3)
     for ours, theirs in zip(found.keys_values(LAYER, layer.to_k, layer.to_v),
                             expected.keys_values(LAYER, layer.to_k, layer.to_v), strict=True):
         assert_close(ours, theirs)
 
 
-def test_settings_leave_the_given_concepts_alone(concept: Concept) -> None:
-    changed = override_settings([concept, other(concept)], biases=[0.4], temperatures=[0.2, 0.3])
+def test_overridden_settings_do_not_modify_the_given_concepts(concept: Concept) -> None:
+    changed = override_settings([concept, make_other(concept)], biases=[0.4], temperatures=[0.2, 0.3])
     assert [(c.bias, c.temperature) for c in changed] == [(0.4, 0.2), (0.4, 0.3)]
     assert concept.bias == 0.6
     assert override_settings([concept]) == [concept]
@@ -193,11 +198,11 @@ def test_settings_leave_the_given_concepts_alone(concept: Concept) -> None:
         override_settings([concept], temperatures=[])
 
 
-def test_what_cannot_be_used_is_refused(
+def test_invalid_concepts_and_prompts_are_refused(
     encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace], concept: Concept, inverse: Tensor
 ) -> None:
     for concepts, message in (
-        ([concept, other(concept, "<My-Teddy>")], "share a placeholder .*--placeholders"),
+        ([concept, make_other(concept, "<My-Teddy>")], "share a placeholder .*--placeholders"),
         ([replace(concept, base="0" * 64)], "was trained on base model 000000000000"),
     ):
         with pytest.raises(UserError, match=message):
@@ -208,7 +213,7 @@ def test_what_cannot_be_used_is_refused(
         ConceptPromptEncoder(encoder, layers, [concept], inverse).encode(["a <my-teddy> " + "word " * 9])
 
 
-def test_words_that_no_concept_has_and_concepts_that_no_prompt_names(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_placeholders_are_refused_and_unused_concepts_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     for check in (check_placeholders, warn_unused_concepts):
         check(["a <MY-teddy>, here", "a <mug>"], ["<my-teddy>", "<mug>"])
     check_placeholders(["1 < 2 and 3 > 2", "I <3 it"], [])
@@ -216,7 +221,7 @@ def test_words_that_no_concept_has_and_concepts_that_no_prompt_names(caplog: pyt
     for loaded, message in (([], "none is loaded"), (["<a>", "<b>"], "loaded are <a>, <b>")):
         with pytest.raises(UserError, match=f"names <mug>.*{message}"):
             check_placeholders(["a cat", "a <mug>"], loaded)
-    warn_unused_concepts(["a mask", "a cup"], ["sks", "cup"])  # in "mask" no encoder would find "sks"
+    warn_unused_concepts(["a mask", "a cup"], ["sks", "cup"])  # "mask" does not contain the word "sks"
     assert [record.getMessage() for record in caplog.records if "sks" in record.getMessage()]
     assert not [record for record in caplog.records if "cup" in record.getMessage()]
     caplog.clear()
@@ -224,7 +229,7 @@ def test_words_that_no_concept_has_and_concepts_that_no_prompt_names(caplog: pyt
     assert [message.split()[2] for message in caplog.messages] == ["sks"]
 
 
-def test_a_concept_of_another_covariance_is_named_once(
+def test_a_concept_trained_with_another_covariance_is_warned_of_once(
     encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace], concept: Concept, inverse: Tensor,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -233,29 +238,29 @@ def test_a_concept_of_another_covariance_is_named_once(
     here = float(target @ inverse.double() @ target)
     near, far = (replace(concept, target_energy=here * factor) for factor in (1.015, 1.03))
     for one in (concept, near, far, far):
-        ConceptPromptEncoder(encoder, layers, [one, other(concept)], inverse).encode([PROMPT])
+        ConceptPromptEncoder(encoder, layers, [one, make_other(concept)], inverse).encode([PROMPT])
     (line,) = caplog.messages
-    assert line.startswith("warning: concept <my-teddy> was taught with another covariance")
+    assert line.startswith("warning: concept <my-teddy> was trained with another covariance")
     assert f"was {1.03 * here:.4g} and is {here:.4g}" in line and line.endswith("configs/...-project.yaml)")
 
 
-def test_all_tokens_of_a_word_wherever_it_stands(
+def test_all_tokens_of_a_word_at_each_occurrence(
     encoder: FrozenCLIPEmbedder, layers: dict[str, SimpleNamespace], concept: Concept, inverse: Tensor
 ) -> None:
-    prompts = ConceptPromptEncoder(encoder, layers, [concept, other(concept)], inverse)
-    for prompt, word, places in (
-        (PROMPT, "<my-teddy>", [PLACE]), (PROMPT, "<My-Teddy>", [PLACE]), ("a <my-teddy>, a <mug>", "<mug>", [5]),
+    prompts = ConceptPromptEncoder(encoder, layers, [concept, make_other(concept)], inverse)
+    for prompt, word, positions in (
+        (PROMPT, "<my-teddy>", [POSITION]), (PROMPT, "<My-Teddy>", [POSITION]), ("a <my-teddy>, a <mug>", "<mug>", [5]),
         (PROMPT, "photo of", [2, 3]), ("a cat and a Cat", "cat", [2, 5]), ("a cat", "a cat", [1, 2]),
     ):
-        assert word_positions(prompts, prompt, word).nonzero().flatten().tolist() == places, (prompt, word)
+        assert word_positions(prompts, prompt, word).nonzero().flatten().tolist() == positions, (prompt, word)
     several = SimpleNamespace(encoder=encoder, tokens=lambda texts: encoder.tokenize(texts, ["<x>"], [3]))
     assert word_positions(several, "a <x> here", "<x>").nonzero().flatten().tolist() == [2, 3, 4]
     for word in ("cat", "phot", "<mug>", " "):
-        with pytest.raises(UserError, match="does not stand in the prompt"):
+        with pytest.raises(UserError, match="does not occur in the prompt"):
             word_positions(prompts, PROMPT, word)
 
 
-def test_word_vector(encoder: FrozenCLIPEmbedder) -> None:
+def test_the_vector_of_several_word_pieces_is_their_mean(encoder: FrozenCLIPEmbedder) -> None:
     table = encoder.token_table
     (cat,) = encoder.word_pieces("cat")
     assert torch.equal(word_vector(encoder, "cat"), table[cat : cat + 1])

@@ -1,4 +1,4 @@
-"""What a concept holds while it is learned: where its target outputs start, and what checkpoints keep."""
+"""A concept in training: where its target outputs start, and what checkpoints contain."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -10,23 +10,23 @@ from torch import nn
 from ldm.concepts.trainable_concept import TrainableConcept
 
 
-def layers() -> dict[str, SimpleNamespace]:
+def make_layers() -> dict[str, SimpleNamespace]:
     return {name: SimpleNamespace(to_k=nn.Linear(4, width, bias=False), to_v=nn.Linear(4, width, bias=False))
             for name, width in (("inner", 6), ("outer", 5))}
 
 
 @pytest.mark.parametrize(("locking", "tables"), [("local", "v"), ("trained", "vk")])
-def test_checkpoints_hold_what_is_learned(locking: str, tables: str) -> None:
-    concept = TrainableConcept(torch.randn(1, 3), torch.randn(4), layers(), locking)
-    outputs = {f"target_outputs_{table}.{place}" for table in tables for place in range(2)}
+def test_checkpoints_contain_what_is_trained(locking: str, tables: str) -> None:
+    concept = TrainableConcept(torch.randn(1, 3), torch.randn(4), make_layers(), locking)
+    outputs = {f"target_outputs_{table}.{index}" for table in tables for index in range(2)}
     assert set(concept.state_dict()) == {"embedding", "super_input", "target_input"} | outputs
     assert {name for name, _ in concept.named_parameters()} == {"embedding"} | outputs
     assert len(concept.values()) == len(outputs)
 
 
 @pytest.mark.parametrize("locking", ["local", "trained"])
-def test_outputs_start_at_the_super_categorys(locking: str) -> None:
-    text_layers, super_input = layers(), torch.randn(4)
+def test_target_outputs_start_at_those_of_the_super_category(locking: str) -> None:
+    text_layers, super_input = make_layers(), torch.randn(4)
     concept = TrainableConcept(torch.randn(1, 3), super_input, text_layers, locking)
     edit = concept.edit(0.75, 0.1)
     for name, layer in text_layers.items():
@@ -38,4 +38,4 @@ def test_outputs_start_at_the_super_categorys(locking: str) -> None:
 
 def test_an_unknown_locking_is_refused() -> None:
     with pytest.raises(ValueError, match="'global' is not one of local, trained"):
-        TrainableConcept(torch.randn(1, 3), torch.randn(4), layers(), "global")
+        TrainableConcept(torch.randn(1, 3), torch.randn(4), make_layers(), "global")

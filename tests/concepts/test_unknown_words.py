@@ -1,4 +1,4 @@
-"""Words that say nothing to a text encoder, since training never met them."""
+"""Words that a text encoder does not know, because its training never contained them."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> FrozenCLIPEmbedder:
-    """One that was taught "teddy", "bear" and "a"."""
+    """A text encoder that knows "teddy", "bear" and "a" only."""
     embedder = FrozenCLIPEmbedder(tiny_models.write_text_tower(tmp_path / "tower"), max_length=16)
     embedder.token_table.data[:] = 1.0
     for number, word in enumerate(("teddy", "bear", "a")):
@@ -22,10 +22,10 @@ def encoder(tmp_path: Path) -> FrozenCLIPEmbedder:
     return embedder
 
 
-def test_words_that_training_never_met(encoder: FrozenCLIPEmbedder, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_words_are_refused_or_warned_of(encoder: FrozenCLIPEmbedder, caplog: pytest.LogCaptureFixture) -> None:
     assert encoder.unknown_words('A "Teddy", a cat - and a (cat)?') == ["cat", "and"]
     assert encoder.known_words() == ["a", "bear", "teddy"]
-    with pytest.raises(UserError, match="never taught the word tedy; give another, it knows teddy$"):
+    with pytest.raises(UserError, match="does not know the word tedy; give another, it knows teddy$"):
         check_super_category(encoder, "tedy")
     with pytest.raises(UserError, match="big, cat; give another, it knows a, bear, teddy$"):
         check_super_category(encoder, "big cat")
@@ -34,7 +34,7 @@ def test_words_that_training_never_met(encoder: FrozenCLIPEmbedder, caplog: pyte
     assert not caplog.records
     check_super_category(encoder, "big bear")
     warn_unknown_words(encoder, ["a <cat> bear <my-cat>"], ["<cat>"])
-    assert ["never taught big" in caplog.messages[0], "never taught my-cat" in caplog.messages[1]] == [True, True]
+    assert ["does not know big" in caplog.messages[0], "does not know my-cat" in caplog.messages[1]] == [True, True]
 
 
 def test_a_table_without_a_common_row_knows_all_words(encoder: FrozenCLIPEmbedder) -> None:
