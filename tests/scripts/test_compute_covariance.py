@@ -1,7 +1,7 @@
-"""The covariance script as a user runs it: once as a process on a tiny model, otherwise in this one with its parts."""
+"""The script that computes the covariance: once as a process on a tiny model, otherwise in this process."""
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 import os
 import subprocess
@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import CLIPTextConfig
 
+from ldm.checkpoints import load
 from ldm.modules.covariance import encoder_fingerprint, load_covariance, token_covariance
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import instantiate_from_config
@@ -27,10 +28,7 @@ LONG = "one two three four five six seven eight nine ten eleven"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compute_covariance", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("scripts.compute_covariance")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def embedder(encoder_config: dict[str, object]) -> FrozenCLIPEmbedder:
 
 @pytest.fixture
 def files(tmp_path: Path) -> SimpleNamespace:
-    """A config that names no real model, captions, and where the result goes."""
+    """A config without a real model, a file of captions, and the output file."""
     config, captions = tmp_path / "config.yaml", tmp_path / "captions.txt"
     config.write_text("model: {target: none}\n")
     captions.write_text("\n\n".join([*CAPTIONS, LONG]), encoding="utf8")
@@ -59,9 +57,9 @@ def files(tmp_path: Path) -> SimpleNamespace:
 
 
 @pytest.fixture
-def loaded(script: ModuleType, embedder: FrozenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of a model that is loaded: one that is nothing but its text encoder."""
-    monkeypatch.setattr(script, "load_model", lambda *_: SimpleNamespace(cond_stage_model=embedder))
+def loaded(embedder: FrozenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces loading a model: the model has nothing but a text encoder."""
+    monkeypatch.setattr(load, "load_model", lambda *_: SimpleNamespace(cond_stage_model=embedder))
 
 
 def run(script: ModuleType, files: SimpleNamespace, *flags: object) -> None:
@@ -83,14 +81,14 @@ def latent_diffusion(encoder_config: dict[str, object]) -> dict[str, object]:
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet}}}
 
 
-@pytest.mark.parametrize("names_it_already", [False, True])
-def test_a_model_on_disk_becomes_a_covariance_on_disk(
-    encoder_config: dict[str, object], files: SimpleNamespace, tmp_path: Path, names_it_already: bool
+@pytest.mark.parametrize("config_names_output", [False, True])
+def test_the_script_writes_the_covariance_of_a_checkpoint(
+    encoder_config: dict[str, object], files: SimpleNamespace, tmp_path: Path, config_names_output: bool
 ) -> None:
     section = latent_diffusion(encoder_config)
     model = instantiate_from_config(section)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "model.ckpt")
-    if names_it_already:
+    if config_names_output:
         section = {"target": "ldm.personalization.perfusion.Perfusion",
                    "params": {**section["params"], "covariance": str(files.output)}}
     OmegaConf.save({"model": section}, files.config)
@@ -108,7 +106,7 @@ def test_a_model_on_disk_becomes_a_covariance_on_disk(
 
 @pytest.mark.parametrize(("tokens", "count"), [("words", 6 + 4 + 5), ("no_padding", 15 + 6), ("all", 36)])
 @pytest.mark.usefixtures("loaded")
-def test_the_report_says_what_was_counted(
+def test_the_report_tells_how_many_tokens_count(
     script: ModuleType, files: SimpleNamespace, embedder: FrozenCLIPEmbedder, tokens: str, count: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -122,7 +120,7 @@ def test_the_report_says_what_was_counted(
 
 
 @pytest.mark.usefixtures("loaded")
-def test_a_limit_holds_for_given_and_for_default_captions(
+def test_the_limit_applies_to_given_and_default_captions(
     script: ModuleType, files: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -138,7 +136,7 @@ def test_a_limit_holds_for_given_and_for_default_captions(
 @pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize(("content", "message"), [
     (None, "no such file"), (b"\n", "no captions in it"), (b"\x00\x01\xff", "not a UTF-8 text file")])
-def test_a_caption_file_that_is_none_is_one_line(
+def test_an_unusable_caption_file_is_a_one_line_error(
     script: ModuleType, files: SimpleNamespace, content: bytes | None, message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -158,14 +156,15 @@ def failure(script: ModuleType, files: SimpleNamespace, capsys: pytest.CaptureFi
     return capsys.readouterr().err
 
 
-def test_what_cannot_be_used_is_named(
+def test_errors_name_what_cannot_be_used(
     script: ModuleType, files: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "no base model: name its checkpoint with --ckpt" in failure(script, files, capsys)
     assert "is a folder" in failure(script, files, capsys, "--output", files.config.parent)
     assert "nothing.yaml: not readable as a config" in failure(script, files, capsys, "--config", "nothing.yaml")
     assert "--limit: 0: must be 1 or more" in failure(script, files, capsys, "--limit", 0)
-    monkeypatch.setattr(script, "load_model", lambda *_: SimpleNamespace(cond_stage_model=None))
+    assert "--tokens some: give one of words" in failure(script, files, capsys, "--tokens", "some")
+    monkeypatch.setattr(load, "load_model", lambda *_: SimpleNamespace(cond_stage_model=None))
     assert "has no text encoder" in failure(script, files, capsys)
     files.config.write_text("data: {}\n")
     assert "describes no model" in failure(script, files, capsys)
