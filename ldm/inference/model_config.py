@@ -1,7 +1,9 @@
 """What a model's config says about generating with it. Loads no weights and imports no torch."""
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
-from ldm.inference.settings import GenerationSettings
+from ldm.inference.settings import AUTO, GenerationSettings
 from ldm.models.diffusion.samplers import sampler_class
 from ldm.util import check_param_types
 
@@ -150,10 +152,27 @@ def complete_settings(settings: GenerationSettings, config: DictConfig | None, d
     steps = either(settings.num_inference_steps, defaults.num_inference_steps)
     scale = either(settings.guidance_scale, defaults.guidance_scale)
     eta = sampler_class(sampler).resolve_eta(settings.eta)
+    _check_numbers(replace(settings, guidance_scale=scale))
     if config is not None:
         check_steps(config, steps)
         latent_size(config, settings.height, settings.width)
     return replace(settings, sampler=sampler, num_inference_steps=steps, guidance_scale=scale, eta=eta)
+
+
+def _check_numbers(settings: GenerationSettings) -> None:
+    """Raise UserError if the guidance, a bias or a temperature is no number that can be used."""
+    if not _is_finite(settings.guidance_scale) or settings.guidance_scale < 0:
+        raise UserError(f"guidance_scale {settings.guidance_scale!r} must be a number of at least 0")
+    for bias in settings.biases or ():
+        if bias is not None and bias != AUTO and not _is_finite(bias):
+            raise UserError(f"bias {bias!r} must be a number or {AUTO!r}")
+    for temperature in settings.temperatures or ():
+        if temperature is not None and not (_is_finite(temperature) and temperature > 0):
+            raise UserError(f"temperature {temperature!r} must be a number above 0")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def model_setting(config: DictConfig, path: str, default: Any = None) -> Any:

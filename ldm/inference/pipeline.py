@@ -263,12 +263,15 @@ class PerfusionPipeline:
             raise UserError("negative prompts act through guidance, and a guidance_scale of 1 is none; raise it")
         chosen = override_settings(self.concepts if concepts is None else concepts, settings.biases,
                                    settings.temperatures, settings.all_layers)
+        batch_size = self.batch_size if batch_size is None else batch_size
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} must be 1 or more")
         prompts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
         check_placeholders(prompts, [concept.placeholder for concept in chosen])
         encoded = self.encode(prompts, chosen, settings.global_locking)
         self._accelerate_for(chosen)
         start = None if source is None else source.encode(self.model, self.latent_size(settings))
-        images = self._images(encoded, requests, settings, start, batch_size or self.batch_size, progress)
+        images = self._images(encoded, requests, settings, start, batch_size, progress)
         return images if source is None else map(source.composite, images)
 
     def complete(self, settings: GenerationSettings) -> GenerationSettings:
@@ -374,9 +377,13 @@ class PerfusionPipeline:
     def _source(self, image: ImageLike | None, strength: float | None, mask_image: ImageLike | None,
                 mask_border: int | None, settings: GenerationSettings) -> SourceImage | None:
         if image is None:
-            if strength is not None or mask_image is not None:
+            if (strength, mask_image, mask_border) != (None, None, None):
                 raise UserError("strength and mask_image act on an image; give one to start from")
             return None
+        if mask_image is None and mask_border is not None:
+            raise UserError("mask_border acts on a mask_image; give one")
+        if mask_border is not None and mask_border < 0:
+            raise UserError(f"mask_border {mask_border} must be 0 or more")
         default = IMG2IMG_STRENGTH if mask_image is None else INPAINT_STRENGTH
         height, width = image_size(self._known_config(), self.latent_size(settings))
         source = SourceImage.load(image, (width, height), default if strength is None else strength)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.common.errors import UserError
 from ldm.data.images import crop_and_resize, largest_crop_size, read_image, to_tensor
-from ldm.data.masks import feather_mask, grown, mask_to_image, read_binary_mask, unmasked_cells
+from ldm.data.masks import dilate_mask, feather_mask, mask_to_image, read_binary_mask, unmasked_cells
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class SourceImage:
             border: see the class; None: 1/32 of the shorter side.
         """
         width = min(self.image.size) // BORDER_SHARE if border is None else border
-        return SourceImage(self.image, self.strength, grown(mask, grow), width, self.name, self.original_size)
+        return SourceImage(self.image, self.strength, dilate_mask(mask, grow), width, self.name, self.original_size)
 
     @cached_property
     def weights(self) -> Tensor:
