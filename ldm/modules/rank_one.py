@@ -241,7 +241,19 @@ def apply_edit(projected: Tensor, gates: Tensor, weight: Tensor, target_outputs:
     # W e_perp: what the layer outputs without the concepts
     plain = functional.linear(projected, weight)
     # + sum_j g_j o*_j: the concepts, as far as their gates are open
-    return plain + gates.to(plain.dtype) @ target_outputs.to(plain.dtype)
+    return plain + _gated_sum(gates.to(plain.dtype), target_outputs.to(plain.dtype))
+
+
+def _gated_sum(gates: Tensor, target_outputs: Tensor) -> Tensor:
+    """Return sum_j g_j o*_j. Among concepts in training, one that has diverged does not reach the others.
+
+    A gate of 0 keeps a concept out of a prompt, but 0 times NaN is NaN: in the sum, and in the gradients of all o*.
+    """
+    if len(target_outputs) < 2 or not target_outputs.requires_grad:
+        return gates @ target_outputs
+    total = gates @ target_outputs.nan_to_num(0.0, 0.0, 0.0)
+    total.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
+    return total
 
 
 def _dual(vectors: Tensor, inverse_covariance: Tensor) -> Tensor:

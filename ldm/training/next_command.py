@@ -7,9 +7,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ldm.common.paths import quote_command, resolve_path
+from ldm.inference.model_config import inference_defaults, model_setting
 
-DEFAULT_CONFIG = "configs/perfusion.yaml"  # what scripts/txt2img.py uses without --config
-MODEL_PARAMS = ("ckpt_path", "covariance")  # what makes a base model another one
+DEFAULT_CONFIG = "models/mini/config.yaml"  # what scripts/txt2img.py uses without --config
 
 
 def generation_command(logdir: str | Path, concepts: Sequence[Path], placeholders: Sequence[str]) -> str:
@@ -30,9 +30,13 @@ def config_flag(logdir: str | Path) -> str:
     if not configs:
         return ""
     default = resolve_path(DEFAULT_CONFIG)
-    own_params = OmegaConf.load(configs[-1]).model.params
-    if default.is_file():
-        params = OmegaConf.load(default).model.params
-        if all(own_params.get(name) == params.get(name) for name in MODEL_PARAMS):
-            return ""
+    if default.is_file() and _base_model(default) == _base_model(configs[-1]):
+        return ""
     return f"--config {quote_command(configs[-1])} "
+
+
+def _base_model(path: Path) -> tuple[str | None, str | None]:
+    """Return the weights and the covariance that a config names."""
+    config = OmegaConf.load(path)
+    covariance = model_setting(config, "params.covariance") or inference_defaults(config).covariance
+    return model_setting(config, "params.ckpt_path"), covariance

@@ -59,3 +59,62 @@ def test_a_mistake_of_ours_is_not_taken_for_the_users(tmp_path: Path, monkeypatc
     monkeypatch.setattr("ldm.training.config.OmegaConf.load", broken)
     with pytest.raises(TypeError):
         read("--base", str(tmp_path / "x.yaml"))
+
+
+# Values that a config leaves to the user
+
+SD = ("--base", "configs/perfusion-sd-v1.yaml")
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    ((), ("--data_root", "--init_word")), (("--data_root", "photos"), ("--init_word",)),
+    (("--init_word", "teddy bear"), ("--data_root",)),
+])
+@pytest.mark.parametrize("model", ["sd-v1", "sd-v2", "ldm"])
+def test_required_values_are_requested_by_name(model: str, arguments: tuple[str, ...], named: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as error:
+        read("--base", f"configs/perfusion-{model}.yaml", *arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    assert [flag for flag in ("--data_root", "--init_word") if flag in message] == list(named)
+
+
+def test_required_values_may_be_given_as_flags_or_overrides() -> None:
+    by_flags = read(*SD, "--data_root", "photos", "--init_word", "cat")
+    by_overrides = read(*SD, "data.params.train.params.data_root=photos", "model.params.super_category=cat")
+    assert by_flags == by_overrides and by_flags.model.params.super_category == "cat"
+
+
+def test_any_other_required_value_is_requested_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("model: {params: {inference_bias: '???'}}")
+    key = "model.params.inference_bias"
+    with pytest.raises(UserError, match=f"{key} is required: give {key}=VALUE"):
+        read("--base", "configs/perfusion.yaml", str(tmp_path / "x.yaml"))
+
+
+# Sections and spellings
+
+
+def test_the_section_inference_is_read_and_checked() -> None:
+    config = read("--base", "configs/perfusion.yaml", "inference.guidance_scale=2.5")
+    assert config.inference.guidance_scale == 2.5
+    with pytest.raises(UserError, match="unknown key guidance"):
+        read("--base", "configs/perfusion.yaml", "inference.guidance=2.5")
+
+
+def test_spellings_of_earlier_versions_still_override(tmp_path: Path) -> None:
+    config = read("--base", "configs/perfusion.yaml", "lightning.callbacks.pictures.params.steps=3",
+                  "lightning.callbacks.pictures.params.scale=5.0")
+    params = config.lightning.callbacks.previews.params
+    assert (params.num_inference_steps, params.guidance_scale) == (3, 5.0) and len(config.lightning.callbacks) == 1
+    assert read("--base", "configs/perfusion.yaml", "lightning.callbacks.pictures=null").lightning.callbacks == {
+        "previews": None}
+    (tmp_path / "old.yaml").write_text("lightning: {callbacks: {pictures: null}}")
+    config = read("--base", "configs/perfusion.yaml", str(tmp_path / "old.yaml"))
+    assert config.lightning.callbacks == {"previews": None}
+
+
+def test_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = read("--base", "configs/perfusion.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert read("--base", "configs/perfusion.yaml") == expected
