@@ -1,4 +1,4 @@
-"""Settings that hold for every test, and the world that what draws is tried in."""
+"""Fixtures and settings for all tests."""
 from __future__ import annotations
 
 import logging
@@ -18,28 +18,28 @@ from hypothesis import settings  # noqa: E402
 from ldm.common.errors import set_log_level  # noqa: E402
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: it then runs on the CPU, number by number
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: it then runs on the CPU
 
-# A first example pays for imports and caches, and machines are shared: time says nothing about correctness here.
+# The first example of a test includes imports and caching, and machines are shared, so there is no deadline.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def seeded_module() -> None:
-    """What is drawn for all tests of a file does not depend on the tests before them."""
+    """Seed all generators, so that fixtures of a module do not depend on the tests before them."""
     _seed()
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Nor does what a test draws: it passes alone where it passes among others, and always."""
+    """Seed all generators, so that a test does not depend on the tests before it."""
     _seed()
 
 
 @pytest.fixture(autouse=True)
-def nothing_told_by_the_way() -> None:
-    """A command that a test or a fixture runs in this process has its loggers tell more, for good."""
+def reset_log_level() -> None:
+    """Undo the log level that a command sets when a test or a fixture runs it in this process."""
     set_log_level(logging.NOTSET)
 
 
@@ -51,11 +51,12 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def shared_model_files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    return write_model_files(tmp_path_factory.mktemp("world"))
+    """The files of a tiny model and two concepts, written once."""
+    return write_model_files(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def model_files(shared_model_files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> ModelFiles:
-    """Its files, and its cache in use."""
+    """The files of a tiny model and two concepts, with their cache in use."""
     monkeypatch.setenv("PERFUSION_CACHE", str(shared_model_files.folder / "cache"))
     return shared_model_files

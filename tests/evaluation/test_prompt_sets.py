@@ -30,13 +30,13 @@ def test_the_bundled_lists_cover_all_categories(path: Path, least: int, most: in
 
 
 def test_the_list_of_the_bundled_model_uses_only_words_of_its_captions() -> None:
-    wheres = [where for _, phrases in BACKGROUNDS.values() for where in phrases]
-    phrases = [*PLAIN_TEMPLATES, *STYLES, *wheres, *RELATIONS, *SIZES, *COLORS, *PATTERNS,
+    locations = [location for _, phrases in BACKGROUNDS.values() for location in phrases]
+    phrases = [*PLAIN_TEMPLATES, *STYLES, *locations, *RELATIONS, *SIZES, *COLORS, *PATTERNS,
                *(word for kind in KINDS for word in kind.words)]
     known = {"{}", "a", "an"} | {word for phrase in phrases for word in phrase.split()}
     for prompt in read_prompts(MINI_PROMPTS):
         assert set(prompt.text.split()) <= known
-        assert prompt.text.endswith(tuple(wheres))
+        assert prompt.text.endswith(tuple(locations))
 
 
 def test_the_word_replaces_the_braces_and_the_article_fits_it() -> None:
@@ -56,7 +56,8 @@ def test_placeholders_of_any_form_are_replaced(text: str, placeholder: str, expe
 def test_files_may_have_headings_and_comments(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeff# mine\na {} first\n\n[ my style ]\n  a {} second  \n", encoding="utf-8")
-    assert read_prompts(path) == [EvaluationPrompt(UNCATEGORIZED, "a {} first"), EvaluationPrompt("my style", "a {} second")]
+    assert read_prompts(path) == [EvaluationPrompt(UNCATEGORIZED, "a {} first"),
+                                  EvaluationPrompt("my style", "a {} second")]
 
 
 @pytest.mark.parametrize(("content", "message"), [

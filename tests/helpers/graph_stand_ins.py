@@ -1,6 +1,6 @@
-"""CUDA graphs as far as they can be had without CUDA: everything is computed where it was the first time.
+"""Stand-ins for CUDA graphs that run on the CPU.
 
-Outputs and gradients lie in the same places in memory for every step, which is what callers have to beware of.
+Like CUDA graphs, they write outputs and gradients to the same memory in every step, which callers must account for.
 """
 from __future__ import annotations
 
@@ -14,37 +14,36 @@ from torch import Tensor
 
 def make_graphed_callables(function: Callable[..., Tensor], samples: Sequence[Tensor], **_: Any
                            ) -> Callable[..., Tensor]:
-    """In place of `torch.cuda.make_graphed_callables`, of one function."""
-    places = [sample.detach().clone().requires_grad_(sample.requires_grad) for sample in samples]
-    output = function(*places).detach()
-    gradients = [torch.zeros_like(place) if place.requires_grad else None for place in places]
+    """Replaces `torch.cuda.make_graphed_callables` for one function."""
+    buffers = [sample.detach().clone().requires_grad_(sample.requires_grad) for sample in samples]
+    output = function(*buffers).detach()
+    gradients = [torch.zeros_like(buffer) if buffer.requires_grad else None for buffer in buffers]
 
     class Graphed(torch.autograd.Function):
         @staticmethod
         def forward(context: Any, *tensors: Tensor) -> Tensor:
             with torch.no_grad():
-                for place, tensor in zip(places, tensors, strict=True):
-                    assert place.shape == tensor.shape and place.dtype == tensor.dtype
-                    place.copy_(tensor)
-                output.copy_(function(*places))
+                for buffer, tensor in zip(buffers, tensors, strict=True):
+                    assert buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
+                    buffer.copy_(tensor)
+                output.copy_(function(*buffers))
             return output.detach()
 
         @staticmethod
         def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-            wanted = [place for place in places if place.requires_grad]
+            trainable = [buffer for buffer in buffers if buffer.requires_grad]
             with torch.enable_grad():
-                found = torch.autograd.grad(function(*places), wanted, gradient, allow_unused=True)
-            new = iter(found)
-            for place in gradients:
-                if place is not None and (value := next(new)) is not None:
-                    place.copy_(value)
-            return tuple(place if place is None else place.detach() for place in gradients)
+                computed = iter(torch.autograd.grad(function(*buffers), trainable, gradient, allow_unused=True))
+            for buffer in gradients:
+                if buffer is not None and (value := next(computed)) is not None:
+                    buffer.copy_(value)
+            return tuple(buffer if buffer is None else buffer.detach() for buffer in gradients)
 
     return Graphed.apply
 
 
 class Graph:
-    """In place of `torch.cuda.CUDAGraph`: what `captured_into` was told is computed again into the same output."""
+    """Replaces `torch.cuda.CUDAGraph`: a replay computes the recorded call again, into the same output."""
 
     def __init__(self) -> None:
         self.work: Callable[[], Tensor] | None = None
@@ -58,12 +57,12 @@ class Graph:
 
 @contextmanager
 def recording(graph: Graph, network: Any) -> Iterator[None]:
-    """In place of `torch.cuda.graph`: the call of `network` within it is what the graph replays, into one place."""
+    """Replaces `torch.cuda.graph`: the graph replays the call of `network` that is made within the context."""
     plain = network.forward
 
     def recorded(*inputs: Any, **keywords: Any) -> Tensor:
         graph.work = lambda: plain(*inputs, **keywords)
-        graph.output = torch.full_like(plain(*inputs, **keywords), torch.nan)  # capturing computes nothing
+        graph.output = torch.full_like(plain(*inputs, **keywords), torch.nan)  # recording computes nothing
         return graph.output
 
     network.forward = recorded

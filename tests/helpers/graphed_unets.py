@@ -1,4 +1,4 @@
-"""A small frozen U-Net, and what it is called with: prompts, under the edit of a concept or not."""
+"""A small frozen U-Net and its inputs, with a concept in the prompts or without."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from helpers.oracles import randomize
 from helpers.tiny_models import WIDTH, unet_config
 from ldm.modules.attention import name_text_layers
-from ldm.modules.context import Edit, PromptContext
+from ldm.modules.context import PromptContext
+from ldm.modules.edit import Edit
 from ldm.util import instantiate_from_config
 
 BATCH, TOKENS = 2, 5
@@ -23,7 +24,15 @@ def frozen_unet(checkpointing: bool = False, seed: int = 0) -> nn.Module:
 
 @dataclass
 class UNetInputs:
-    """Latents, timesteps and encodings, and where there is a concept its i* and its target outputs, by layer."""
+    """Latents, timesteps and encodings for the U-Net, and what a concept adds.
+
+    Attributes:
+        x: (B, 4, 8, 8) latents.
+        timesteps: (B,).
+        encoding: (B, N, d), requires a gradient.
+        values: target outputs of values by layer, (1, p) each, require gradients; empty without a concept.
+        target_input: (1, d), i*.
+    """
 
     x: Tensor
     timesteps: Tensor
@@ -32,8 +41,8 @@ class UNetInputs:
     target_input: Tensor
 
     @property
-    def learned(self) -> list[Tensor]:
-        """The encodings and the first and last target outputs."""
+    def trainable(self) -> list[Tensor]:
+        """The encodings, and the target outputs of the first and the last layer."""
         values = list(self.values.values())
         return [self.encoding, *values[:1], *values[1:][-1:]]
 
@@ -46,27 +55,27 @@ class UNetInputs:
         return edit.context(self.encoding, torch.eye(WIDTH, device=self.x.device), cache=cache)
 
     def take_gradients(self) -> list[Tensor]:
-        """Those that have been added up, which begin at nothing again."""
-        found = [tensor.grad.clone() for tensor in self.learned]
+        """Return the accumulated gradients of `trainable`, and clear all gradients."""
+        gradients = [tensor.grad.clone() for tensor in self.trainable]
         for tensor in (self.encoding, *self.values.values()):
             tensor.grad = None
-        return found
+        return gradients
 
 
-def unet_inputs(edited: bool, seed: int = 1, device: str = "cpu") -> UNetInputs:
+def unet_inputs(with_concept: bool, seed: int = 1, device: str = "cpu") -> UNetInputs:
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    layers = name_text_layers(frozen_unet()) if edited else {}
-    return UNetInputs(drawn(BATCH, 4, 8, 8), torch.randint(1000, (BATCH,), generator=generator).to(device),
-                drawn(BATCH, TOKENS, WIDTH).requires_grad_(),
-                {name: drawn(1, len(layer.to_v.weight)).requires_grad_() for name, layer in layers.items()},
-                drawn(1, WIDTH))
+    layers = name_text_layers(frozen_unet()) if with_concept else {}
+    x, timesteps = normal(BATCH, 4, 8, 8), torch.randint(1000, (BATCH,), generator=generator).to(device)
+    encoding = normal(BATCH, TOKENS, WIDTH).requires_grad_()
+    values = {name: normal(1, len(layer.to_v.weight)).requires_grad_() for name, layer in layers.items()}
+    return UNetInputs(x, timesteps, encoding, values, normal(1, WIDTH))
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Relative to the whole."""
-    found, exact = found.detach().float(), exact.detach().float()
-    return float((found - exact).norm() / exact.norm())
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of `exact`."""
+    actual, exact = actual.detach().float(), exact.detach().float()
+    return float((actual - exact).norm() / exact.norm())

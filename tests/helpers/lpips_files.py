@@ -1,4 +1,4 @@
-"""The two files of the perceptual network, random and of a few channels, where the real ones would lie."""
+"""The two weight files of the perceptual network, with random weights and few channels."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from torchvision.models.vgg import make_layers
 from ldm.modules.losses.perceptual import SOURCES
 
 WIDTHS = (4, 4, "M", 6, 6, "M", 8, 8, 8, "M", 8, 8, 8, "M", 8, 8, 8, "M")  # VGG16's shape
-ENDS = (4, 6, 8, 8, 8)  # channels that each block ends in
+ENDS = (4, 6, 8, 8, 8)  # output channels of each block
 
 
 def write_lpips(folder: Path, widths: Sequence[int | str] = WIDTHS) -> nn.Sequential:
-    """Writes both; the network whose weights the first one has, as torchvision builds it."""
+    """Write both files; return the VGG whose weights the first one holds, as torchvision builds it."""
     torch.manual_seed(5)
     layers = make_layers(list(widths))
     vgg, linear = SOURCES

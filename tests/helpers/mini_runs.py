@@ -1,4 +1,4 @@
-"""Log folders of training runs, as main.py leaves them, made by hand."""
+"""Log folders of training runs, as main.py leaves them."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 def write_log_folder(run: Path, model: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None, steps: int = 3,
                seed: int = 5) -> Path:
-    """A run with its configs and a checkpoint."""
+    """Write the configs and a checkpoint of a run; return its folder."""
     data = {"target": "main.DataModuleFromConfig", "params": {"batch_size": 4, "train": {
         "target": "ldm.data.mini.scenes.SceneDataset", "params": {"seed": 2}}}}
     for name in ("configs", "checkpoints"):
@@ -26,7 +26,7 @@ def write_log_folder(run: Path, model: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def write_scalars(run: Path, name: str, values: Sequence[float], start: float) -> None:
-    """Numbers logged every tenth step, two seconds apart, in a TensorBoard file of their own that begins at `start`."""
+    """Write values of every tenth step, two seconds apart, to their own TensorBoard file, from `start` on."""
     with SummaryWriter(run / "tensorboard", filename_suffix=f".{name.replace('/', '-')}.{start:.0f}") as writer:
-        for place, value in enumerate(values):
-            writer.add_scalar(name, value, 10 * (place + 1), walltime=start + 2 * place)
+        for index, value in enumerate(values):
+            writer.add_scalar(name, value, 10 * (index + 1), walltime=start + 2 * index)

@@ -1,4 +1,4 @@
-"""A tiny world to draw in, its files, and the drawing scripts run on it, in this process or in another."""
+"""The files of a tiny model and two concepts, and the scripts run on them, in this process or in another."""
 from __future__ import annotations
 
 import importlib.util
@@ -18,7 +18,9 @@ from transformers import CLIPTextConfig
 
 from helpers.oracles import randomize
 from ldm.common.files import save_tensors
-from ldm.concepts.concept import Concept, base_fingerprint, save_perfusion_concepts
+from ldm.concepts.concept import Concept
+from ldm.concepts.concept_file import save_perfusion_concepts
+from ldm.concepts.fingerprint import base_fingerprint
 from ldm.modules import covariance
 from ldm.modules.attention import name_text_layers
 from ldm.util import instantiate_from_config
@@ -27,14 +29,20 @@ ROOT = Path(__file__).resolve().parents[2]
 WIDTH, LENGTH, START, END = 16, 16, 49406, 49407
 PROMPT = "a photo of a <teddy> outside"
 QUICK = ("--ddim_steps", "3", "--scale", "2", "--device", "cpu")
-ROUNDING = 2  # of 255 levels: batches of another size round differently
+ROUNDING = 2  # of 255 levels: rounding depends on the batch size
 Generate = Callable[..., np.ndarray]
 Main = Callable[[list[str]], None]
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A tiny base model, its config and checkpoint, and two concepts in files."""
+    """Files of a tiny base model and two concepts.
+
+    Attributes:
+        folder: holds all of them, and the cache of the covariance.
+        config, checkpoint: of the base model.
+        teddy, mug: concept files.
+    """
 
     folder: Path
     config: Path
@@ -59,7 +67,10 @@ def model_config(text_encoder: Path) -> dict[str, object]:
 
 
 def write_model_files(folder: Path) -> ModelFiles:
-    """Writes all files of a `World`; with its cache as PERFUSION_CACHE, nothing slow is computed."""
+    """Write the files of a tiny model and of three concepts, one of which belongs to another model.
+
+    With PERFUSION_CACHE set to the folder's cache, nothing slow is computed.
+    """
     CLIPTextConfig(hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                    vocab_size=END + 1, max_position_embeddings=LENGTH, bos_token_id=START, eos_token_id=END,
                    pad_token_id=END).save_pretrained(folder / "text")
@@ -69,30 +80,31 @@ def write_model_files(folder: Path) -> ModelFiles:
     save_tensors(checkpoint, {k: v for k, v in model.state_dict().items() if not k.startswith("model_ema.")}, {})
     config["model"]["params"]["ckpt_path"] = str(checkpoint)
     OmegaConf.save(OmegaConf.create(config), folder / "base.yaml")
-    with pytest.MonkeyPatch.context() as patch:  # the full corpus takes a while even here
+    with pytest.MonkeyPatch.context() as patch:  # the full corpus takes long even for this model
         patch.setattr(covariance, "default_captions", lambda *_: [f"a photo of a {w}" for w in ("dog", "mug", "hat")])
         covariance.cached_covariance(model.cond_stage_model, folder / "cache", progress=False)
     teddy = random_concept(model, "<teddy>", "teddy bear", seed=1)
-    save_perfusion_concepts(folder / "teddy.safetensors", [teddy], precision=None)
-    save_perfusion_concepts(folder / "mug.safetensors", [random_concept(model, "<mug>", "mug", seed=2)], precision=None)
-    save_perfusion_concepts(folder / "foreign.safetensors", [replace(teddy, base="0" * 64)], precision=None)
-    return ModelFiles(folder, folder / "base.yaml", checkpoint, folder / "teddy.safetensors", folder / "mug.safetensors")
+    mug = random_concept(model, "<mug>", "mug", seed=2)
+    for name, concept in {"teddy": teddy, "mug": mug, "foreign": replace(teddy, base="0" * 64)}.items():
+        save_perfusion_concepts(folder / f"{name}.safetensors", [concept], precision=None)
+    return ModelFiles(folder, folder / "base.yaml", checkpoint, folder / "teddy.safetensors",
+                      folder / "mug.safetensors")
 
 
 def random_concept(model: torch.nn.Module, placeholder: str, super_category: str, seed: int) -> Concept:
-    """A concept whose gate is wide open on its word in PROMPT, with target outputs that nobody can overlook."""
-    draw = torch.Generator().manual_seed(seed)
+    """Return a concept whose gate is wide open for its word in PROMPT, with large target outputs."""
+    generator = torch.Generator().manual_seed(seed)
     encoder, layers = model.cond_stage_model, name_text_layers(model.model.diffusion_model)
-    embedding = torch.randn(1, WIDTH, generator=draw)
+    embedding = torch.randn(1, WIDTH, generator=generator)
     tokens = encoder.tokenize([PROMPT.replace("<teddy>", placeholder)], [placeholder])
     target = encoder.encode_tokens(tokens, embedding)[tokens > END].squeeze(0)
-    values = {name: 3 * torch.randn(len(layer.to_v.weight), generator=draw) for name, layer in layers.items()}
-    return Concept(placeholder, super_category, embedding, target, torch.randn(WIDTH, generator=draw), values,
+    values = {name: 3 * torch.randn(len(layer.to_v.weight), generator=generator) for name, layer in layers.items()}
+    return Concept(placeholder, super_category, embedding, target, torch.randn(WIDTH, generator=generator), values,
                    base=base_fingerprint(layers))
 
 
 def load_main(name: str) -> Main:
-    """The main function of a script."""
+    """Return the main function of a script."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -100,7 +112,7 @@ def load_main(name: str) -> Main:
 
 
 def script_generator(main: Main, config: Path, folder: Path) -> Generate:
-    """Runs a script in this process; returns the pictures of the run as (n, H, W, 3) integers."""
+    """Return a function that runs a script in this process and returns its images as (n, H, W, 3) integers."""
 
     def run(*arguments: object, outdir: str = "out") -> np.ndarray:
         before = image_paths(folder / outdir)
@@ -111,7 +123,7 @@ def script_generator(main: Main, config: Path, folder: Path) -> Generate:
 
 
 def error_line(main: Main, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line in which a script refuses its arguments."""
+    """Return the one line with which a script rejects its arguments."""
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     error = capsys.readouterr().err
@@ -121,21 +133,21 @@ def error_line(main: Main, arguments: list[str], capsys: pytest.CaptureFixture[s
 
 
 def run_script(name: str, *arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
-    """A script run as a user does, from the project's folder."""
+    """Run a script as a user does, from the project's folder."""
     return subprocess.run([sys.executable, ROOT / "scripts" / f"{name}.py", *map(str, arguments)], capture_output=True,
                           text=True, check=False, cwd=ROOT, env={**os.environ, "PERFUSION_CACHE": str(cache)})
 
 
 def image_paths(outdir: Path) -> list[Path]:
-    """What a script drew, in the order of drawing."""
+    """Return the images that a script wrote, in order."""
     return sorted((outdir / "samples").glob("*.png"))
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """A picture's pixels, 0..255."""
+    """Return the pixels of an image, (H, W, 3) integers from 0 to 255."""
     return np.asarray(Image.open(path), dtype=int)
 
 
 def max_difference(one: np.ndarray, other: np.ndarray) -> int:
-    """How many levels the two differ by at most."""
+    """Return the largest difference of two arrays, in levels."""
     return int(np.abs(one - other).max())

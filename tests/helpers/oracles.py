@@ -1,4 +1,4 @@
-"""Weights of our modules under the names that diffusers' independent implementation of the same networks uses."""
+"""State dicts of our U-Nets with the names of diffusers' independent implementation."""
 from __future__ import annotations
 
 import re
@@ -18,7 +18,7 @@ SELF_ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}
 
 
 def randomize(module: nn.Module, seed: int = 0, scale: float = 0.05) -> nn.Module:
-    """Fills every parameter, the zero-initialised ones too, so that no branch is silent; norms stay near one."""
+    """Fill every parameter with noise, so that no branch is zero; weights of norms stay near one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -29,20 +29,20 @@ def randomize(module: nn.Module, seed: int = 0, scale: float = 0.05) -> nn.Modul
 
 
 def diffusers_unet_state(state: dict[str, Tensor], num_res_blocks: int) -> dict[str, Tensor]:
-    """The state dict of a UNetModel with spatial transformers, as `UNet2DConditionModel` takes it."""
-    return {_place(key, num_res_blocks): tensor for key, tensor in state.items()}
+    """Rename the state dict of a UNetModel with spatial transformers for `UNet2DConditionModel`."""
+    return {_diffusers_name(key, num_res_blocks): tensor for key, tensor in state.items()}
 
 
 def diffusers_self_attention_state(
     state: dict[str, Tensor], num_res_blocks: int, head_width: int
 ) -> dict[str, Tensor]:
-    """The state dict of a UNetModel with attention blocks, as `UNet2DModel` takes it.
+    """Convert the state dict of a UNetModel with attention blocks for `UNet2DModel`.
 
-    There 1x1 convolutions over positions are linear layers, and q, k, v, stacked head by head here, are apart.
+    Diffusers has linear layers instead of our 1x1 convolutions, and separate q, k, v instead of one stack per head.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        path = _place(key, num_res_blocks)
+        path = _diffusers_name(key, num_res_blocks)
         tensor = value.squeeze(-1) if value.ndim == 3 else value
         block, _, rest = path.rpartition("attentions.")
         index, name, kind = rest.split(".") if block else ("", "", "")
@@ -54,7 +54,7 @@ def diffusers_self_attention_state(
     return renamed
 
 
-def _place(key: str, per_level: int) -> str:
+def _diffusers_name(key: str, per_level: int) -> str:
     for ours, theirs in ENDS.items():
         if key.startswith(ours + "."):
             return theirs + key.removeprefix(ours)
@@ -65,15 +65,15 @@ def _place(key: str, per_level: int) -> str:
     half, block, layer, rest = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", key).groups()
     if half == "input":
         level, index = divmod(int(block) - 1, per_level + 1)
-        place = f"down_blocks.{level}"
+        path = f"down_blocks.{level}"
     else:
         level, index = divmod(int(block), per_level + 1)
-        place = f"up_blocks.{level}"
+        path = f"up_blocks.{level}"
     if rest.startswith("op."):
-        return f"{place}.downsamplers.0.conv.{rest.removeprefix('op.')}"
+        return f"{path}.downsamplers.0.conv.{rest.removeprefix('op.')}"
     if rest.startswith("conv."):
-        return f"{place}.upsamplers.0.{rest}"
-    return f"{place}.{'resnets' if layer == '0' else 'attentions'}.{index}.{_inner(rest)}"
+        return f"{path}.upsamplers.0.{rest}"
+    return f"{path}.{'resnets' if layer == '0' else 'attentions'}.{index}.{_inner(rest)}"
 
 
 def _inner(rest: str) -> str:

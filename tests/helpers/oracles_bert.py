@@ -1,4 +1,4 @@
-"""Weights of LDM's text encoder under the names that diffusers' independent implementation of it uses."""
+"""State dicts of LDM's text encoder with the names of diffusers' independent implementation."""
 from __future__ import annotations
 
 import re
@@ -13,13 +13,13 @@ FEED_FORWARD = {"0": "final_layer_norm", "1.net.0.0": "fc1", "1.net.2": "fc2"}
 
 
 def diffusers_bert_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a `TransformerWrapper` as `LDMBertModel` takes it; there two layers of ours are one."""
-    return {_place(*key.rsplit(".", 1)): value for key, value in state.items()}
+    """Rename the state dict of a `TransformerWrapper` for `LDMBertModel`, where one layer is two of ours."""
+    return {_diffusers_name(*key.rsplit(".", 1)): value for key, value in state.items()}
 
 
-def _place(path: str, kind: str) -> str:
-    found = re.fullmatch(r"attn_layers\.layers\.(\d+)\.(.*)", path)
-    if not found:
+def _diffusers_name(path: str, kind: str) -> str:
+    match = re.fullmatch(r"attn_layers\.layers\.(\d+)\.(.*)", path)
+    if match is None:
         return f"{ENDS[path]}.{kind}"
-    layer, second = divmod(int(found[1]), 2)
-    return f"model.layers.{layer}.{(FEED_FORWARD if second else ATTENTION)[found[2]]}.{kind}"
+    layer, second = divmod(int(match[1]), 2)
+    return f"model.layers.{layer}.{(FEED_FORWARD if second else ATTENTION)[match[2]]}.{kind}"

@@ -1,4 +1,4 @@
-"""Weights of our first stage under the names that diffusers' independent implementation of the same network uses."""
+"""State dicts of our first stage with the names of diffusers' independent implementation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from torch import Tensor
 
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-PLACES = (  # our path, theirs; a level's number is written L on both sides
+RENAMES = (  # regular expression of our path, and its replacement
     (r"\.norm_out\.", ".conv_norm_out."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
@@ -23,22 +23,21 @@ PLACES = (  # our path, theirs; a level's number is written L on both sides
 
 
 def diffusers_vae_state(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """The state dict of an `AutoencoderKL` of `levels` resolutions as diffusers' class of that name takes it.
+    """Convert the state dict of an `AutoencoderKL` with `levels` resolutions for diffusers' class of that name.
 
-    There decoder levels are counted from the coarsest, and attention's 1x1 convolutions are linear layers.
+    Diffusers counts decoder levels from the coarsest, and has linear layers instead of 1x1 convolutions in attention.
     """
-    return {
-        _theirs(key, levels): value.flatten(1) if _is_attention_weight(key) else value for key, value in state.items()
-    }
+    return {_diffusers_name(key, levels): value.flatten(1) if _is_attention_weight(key) else value
+            for key, value in state.items()}
 
 
 def _is_attention_weight(key: str) -> bool:
     return re.search(r"attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", key) is not None
 
 
-def _theirs(key: str, levels: int) -> str:
-    key = re.sub(r"attn(_1|\.\d+)\.(\w+)\.", lambda found: f"attn{found[1]}.{ATTENTION[found[2]]}.", key)
-    key = re.sub(r"\.up\.(\d+)\.", lambda found: f".up.{levels - 1 - int(found[1])}.", key)
-    for ours, theirs in PLACES:
+def _diffusers_name(key: str, levels: int) -> str:
+    key = re.sub(r"attn(_1|\.\d+)\.(\w+)\.", lambda match: f"attn{match[1]}.{ATTENTION[match[2]]}.", key)
+    key = re.sub(r"\.up\.(\d+)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", key)
+    for ours, theirs in RENAMES:
         key = re.sub(ours, theirs, key)
     return key

@@ -1,4 +1,4 @@
-"""Models of a few numbers for samplers to walk on, one of them with a known answer."""
+"""Tiny models for samplers, one of them with a known solution."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,11 +14,20 @@ from ldm.models.diffusion.schedule import diffusion_buffers
 
 SHAPE = (2, 6, 6)
 SAMPLER_CLASSES: dict[str, type[Sampler]] = {name: sampler_class(name) for name in SAMPLERS}
-DETERMINISTIC = ("plms", "dpm", "euler", "heun")
+DETERMINISTIC = tuple(name for name, cls in SAMPLER_CLASSES.items() if not cls.supports_eta)
 
 
 class TinyModel(nn.Module):
-    """What a sampler sees of a LatentDiffusion; `network` (x, t, cond) -> output. Counts and keeps its calls."""
+    """The part of a LatentDiffusion that a sampler uses.
+
+    Args:
+        network: (x, t, cond) -> output.
+        parameterization: what the output is: "eps", "v" or "x0".
+        timesteps: of the noise schedule.
+
+    Attributes:
+        calls: the arguments of all calls of `apply_model`.
+    """
 
     def __init__(self, network: Callable[..., Tensor], parameterization: str = "eps", timesteps: int = 1000) -> None:
         super().__init__()
@@ -32,7 +41,7 @@ class TinyModel(nn.Module):
         return self.network(x, t, cond)
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """a(t) for whole and fractional t (B,), (B, 1, 1, 1) in float64."""
+        """Return alpha_bar(t), (B, 1, 1, 1) in float64, for integer and fractional t, (B,)."""
         sigmas = ((1 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt()
         between = np.interp(t.double(), np.arange(len(sigmas)), sigmas.log())
         return 1 / (1 + torch.from_numpy(between).mul(2).exp()).view(-1, 1, 1, 1)
@@ -50,14 +59,15 @@ WEIGHT = torch.randn(2, 2, 3, 3, generator=seeded_generator(11)) * 0.3
 
 
 def convolution_network(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-    """A smooth made-up network that reads all it is given."""
+    """A smooth network whose output depends on all its inputs."""
     clock = torch.sin(t.float() / 150).view(-1, 1, 1, 1)
     text = 0 if cond is None else cond.mean(dim=(1, 2)).view(-1, 1, 1, 1)
     return torch.tanh(F.conv2d(x, WEIGHT, padding=1) + clock + text)
 
 
-def gaussian_denoiser(mean: float | Tensor, std: float, parameterization: str = "eps", timesteps: int = 1000) -> TinyModel:
-    """The exact denoiser of independent pixels N(mean, std^2); with a std of 0, one that knows its image."""
+def gaussian_denoiser(mean: float | Tensor, std: float, parameterization: str = "eps", timesteps: int = 1000
+                      ) -> TinyModel:
+    """Return the exact denoiser of independent pixels N(mean, std^2); with std 0, it always predicts `mean`."""
 
     def network(x: Tensor, t: Tensor, cond: object) -> Tensor:
         alpha_bar = model.alpha_bar(t)

@@ -1,4 +1,4 @@
-"""Public configs made small: the same parts in the same places, with so few channels that a test can train them."""
+"""Public configs made small: the same modules, with so few channels that a test can train them."""
 from __future__ import annotations
 
 import json
@@ -18,13 +18,13 @@ SEGMENT_CLASSES = 5
 
 
 def model_section(config: str) -> dict[str, Any]:
-    """The section `model` of a config, target and params."""
+    """Return the section `model` of a config: target and params."""
     section = OmegaConf.to_container(OmegaConf.load(ROOT / config).model, resolve=True)
     return {"target": section["target"], "params": section["params"]}
 
 
 def open_clip_arch(folder: Path) -> str:
-    """A small architecture that open_clip knows by name from then on."""
+    """Register a small architecture with open_clip; return its name."""
     path = folder / "tiny-for-tests.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({
@@ -35,11 +35,11 @@ def open_clip_arch(folder: Path) -> str:
 
 
 def stand_in(config: str, folder: Path, **params: Any) -> dict[str, Any]:
-    """The section `model` of a config with small numbers, and `params` in place of its own."""
+    """Return the section `model` of a config with small sizes, and with `params` replaced."""
     section = model_section(config)
     given = section["params"]
     unet, stage = given["unet_config"]["params"], given["first_stage_config"]["params"]
-    given["image_size"] = 2 ** (len(unet["channel_mult"]) - 1)  # that the U-Net halves to a single place
+    given["image_size"] = 2 ** (len(unet["channel_mult"]) - 1)  # the U-Net halves it to a single position
     unet |= {"model_channels": 32, "num_res_blocks": 1}
     if "context_dim" in unet:
         unet["context_dim"] = WIDTH
@@ -55,7 +55,7 @@ def stand_in(config: str, folder: Path, **params: Any) -> dict[str, Any]:
 
 
 def image_side(section: dict[str, Any]) -> int:
-    """The side of its pictures."""
+    """Return the side of the model's images, in pixels."""
     params = section["params"]
     return params["image_size"] * 2 ** (len(params["first_stage_config"]["params"]["ddconfig"]["ch_mult"]) - 1)
 
@@ -71,7 +71,7 @@ def _small_encoder(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def batch_for(section: dict[str, Any]) -> dict[str, Any]:
-    """Two random pictures, and a condition of the kind that the config's encoder takes."""
+    """Return two random images, and a condition of the kind that the config's encoder takes."""
     params = section["params"]
     side = image_side(section)
     batch: dict[str, Any] = {params["first_stage_key"]: torch.rand(2, 3, side, side) * 2 - 1}

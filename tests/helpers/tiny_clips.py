@@ -1,4 +1,4 @@
-"""CLIPs and a segmenter of a few thousand numbers apart from the word table."""
+"""Tiny CLIPs and a tiny segmenter, with random weights."""
 from __future__ import annotations
 
 import gzip
@@ -19,20 +19,20 @@ from ldm.modules.encoders.clip import special_tokens
 from ldm.modules.encoders.modules import TOKENIZER
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)  # of what the segmenter looks at
-SIDE = 16  # of the pictures that they look at
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)  # of the segmenter's inputs
+SIDE = 16  # pixels, of the CLIP's inputs
 OPEN_TOWERS = {"text_config": {"width": 16, "layers": 2, "heads": 2}, "embed_dim": 8,
                "vision_config": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 32}}
 
 
 def tiny_openclip(seed: int = 0, max_length: int = 16, **settings: float) -> OpenCLIPTrainer:
-    """A CLIP in training, of random weights, its image tower a residual network for pictures of 32 x 32."""
+    """Return an open_clip CLIP in training, with a residual network for images of 32 x 32."""
     torch.manual_seed(seed)
     return OpenCLIPTrainer(str(TOKENIZER), **OPEN_TOWERS, max_length=max_length, **settings)
 
 
 def overfit(trainer: SharedStepModule, batch: Mapping[str, Any], steps: int) -> list[float]:
-    """The losses of so many steps of training on one batch."""
+    """Train on one batch; return the loss of each step."""
     optimizer, losses = trainer.configure_optimizers()["optimizer"], []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -44,7 +44,7 @@ def overfit(trainer: SharedStepModule, batch: Mapping[str, Any], steps: int) -> 
 
 
 def write_clip(folder: Path, seed: int = 0) -> Path:
-    """One as `transformers` keeps it, of two transformers."""
+    """Write a CLIP of `transformers`; return its folder."""
     torch.manual_seed(seed)
     words = special_tokens(CLIPTokenizer.from_pretrained(TOKENIZER))
     CLIPModel(CLIPConfig(text_config={**TOWER, **words, "max_position_embeddings": 16}, projection_dim=8,
@@ -53,7 +53,7 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
 
 
 def tiny_tokenizer(merges: int = 100) -> CLIPTokenizer:
-    """CLIP's own tokenizer with only the first of its merges."""
+    """Return CLIP's tokenizer with only its first merges."""
     with gzip.open(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf8") as lines:
         pairs = [tuple(line.split()) for line in itertools.islice(lines, 1, merges + 1)]
     letters = list(bytes_to_unicode().values())
@@ -62,8 +62,8 @@ def tiny_tokenizer(merges: int = 100) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=pairs)
 
 
-def write_segmenter(place: Path) -> Path:
-    """A saved CLIPSeg of 16 channels, run at 32 pixels in patches of 8, with random weights."""
+def write_segmenter(folder: Path) -> Path:
+    """Write a CLIPSeg with 16 channels that works on 32 x 32 pixels in patches of 8; return its folder."""
     tokenizer = tiny_tokenizer()
     rows = len(tokenizer)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -78,8 +78,8 @@ def write_segmenter(place: Path) -> Path:
     with torch.no_grad():
         for parameter in model.decoder.parameters():
             parameter.normal_(std=0.5)
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     sizes = {"size": {"height": 48, "width": 48}, "image_mean": MEAN, "image_std": STD, "resample": 2}
-    (place / "preprocessor_config.json").write_text(json.dumps(sizes))
-    return place
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
+    return folder

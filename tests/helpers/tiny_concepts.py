@@ -1,4 +1,4 @@
-"""Photos of a concept, and as much of a training as a test needs, for the methods that teach one."""
+"""Photos of a concept and a minimal training, for tests of personalization methods."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -20,7 +20,7 @@ WORD = "<toy>"
 
 
 def write_base(folder: Path) -> None:
-    """A base model's weights in `folder`/base.ckpt, and beside them its text encoder's covariance."""
+    """Write `folder`/base.ckpt with a base model's weights, and the covariance of its text encoder beside it."""
     base = tiny_models.build_model(folder, use_ema=False)
     torch.save({"state_dict": base.state_dict()}, folder / "base.ckpt")
     words = base.get_learned_conditioning(["a cat in a red box", "the dog and a cup", "a bear on a bike"]).flatten(0, 1)
@@ -29,7 +29,7 @@ def write_base(folder: Path) -> None:
 
 
 def write_photos(folder: Path) -> None:
-    """Two photos of noise in `folder`/photos."""
+    """Write two photos of noise to `folder`/photos."""
     (folder / "photos").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     for number, photo in enumerate(pixels):
@@ -40,8 +40,9 @@ def load_photos(folder: Path) -> PersonalizedBase:
     return PersonalizedBase(folder / "photos", size=16, placeholder_token=WORD, templates=tiny_models.TEMPLATES)
 
 
-def attach_trainer(model: PersonalizationMethod, data: object, micro_batches: int = 1, root: str = "unused") -> PersonalizationMethod:
-    """The model with as much of a trainer as it looks at."""
+def attach_trainer(model: PersonalizationMethod, data: object, micro_batches: int = 1, root: str = "unused"
+                   ) -> PersonalizationMethod:
+    """Give the model a stand-in for the trainer; return the model."""
     model.trainer = SimpleNamespace(
         datamodule=SimpleNamespace(datasets={"train": data}), default_root_dir=root, global_step=0,
         world_size=1, accumulate_grad_batches=micro_batches, gradient_clip_val=None, precision="32-true",
@@ -51,7 +52,7 @@ def attach_trainer(model: PersonalizationMethod, data: object, micro_batches: in
 
 
 class RepeatedBatch(pl.LightningDataModule):
-    """One batch, again and again."""
+    """Yields the same batch again and again."""
 
     def __init__(self, folder: Path, batch: dict[str, Any]) -> None:
         super().__init__()
@@ -62,8 +63,8 @@ class RepeatedBatch(pl.LightningDataModule):
 
 
 def train_method(model: PersonalizationMethod, data: RepeatedBatch, root: Path, steps: int, resumed: Path | None = None,
-            **settings: Any) -> PersonalizationMethod:
-    """The model after so many steps, its checkpoint at `root`/last.ckpt."""
+                 **settings: Any) -> PersonalizationMethod:
+    """Train the model up to `steps` and write `root`/last.ckpt; return the model."""
     trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
                          enable_progress_bar=False, enable_model_summary=False, default_root_dir=root,
                          callbacks=[ConceptSaver()], **settings)

@@ -1,4 +1,4 @@
-"""Models of Stable Diffusion 1's kind and keys, of a few thousand numbers apart from the word table."""
+"""Tiny models with the modules and keys of Stable Diffusion 1."""
 from __future__ import annotations
 
 import json
@@ -16,7 +16,7 @@ TEMPLATES = ("a photo of a {}", "the {} in a picture")
 
 
 def write_text_tower(folder: Path) -> str:
-    """A folder with the config of a small CLIP text tower, whose weights come with a checkpoint."""
+    """Write the config of a small CLIP text tower, without weights; return its folder."""
     config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 49408,
               "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
               "max_position_embeddings": 16, "projection_dim": WIDTH, "hidden_act": "quick_gelu",
@@ -34,7 +34,7 @@ def unet_config(**changes: Any) -> dict[str, Any]:
 
 
 def first_stage_config() -> dict[str, Any]:
-    """Images of 16 x 16 to latents of 8 x 8."""
+    """Return the config of an autoencoder from images of 16 x 16 to latents of 8 x 8."""
     shape = {"double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
              "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
     return {"target": "ldm.models.autoencoder.AutoencoderKL",
@@ -42,7 +42,7 @@ def first_stage_config() -> dict[str, Any]:
 
 
 def latent_diffusion_config(folder: Path, target: str = "ddpm.LatentDiffusion", **params: Any) -> dict[str, Any]:
-    """A config's section `model`; `folder` takes the text tower's config."""
+    """Return the section `model` of a config; `folder` receives the text tower's config."""
     shared = {"linear_start": 0.00085, "linear_end": 0.012, "image_size": 8, "channels": 4, "scale_factor": 0.18215,
               "conditioning_key": "crossattn", "cond_stage_key": "caption", "unet_config": unet_config(),
               "first_stage_config": first_stage_config(),
@@ -52,14 +52,14 @@ def latent_diffusion_config(folder: Path, target: str = "ddpm.LatentDiffusion", 
 
 
 def write_weights(folder: Path, seed: int = 0, name: str = "base.ckpt", **params: Any) -> Path:
-    """A checkpoint of such a model, every parameter random."""
+    """Write a checkpoint of `build_model`; return its path."""
     model = build_model(folder, seed, use_ema=False, **params)
     torch.save({"state_dict": model.state_dict()}, folder / name)
     return folder / name
 
 
 def build_model(folder: Path, seed: int = 0, **params: Any) -> Any:
-    """Such a model with random weights."""
+    """Return a model of `latent_diffusion_config` with random weights."""
     model = instantiate_from_config(latent_diffusion_config(folder, **params))
     randomize(model.model, seed, scale=0.1)
     randomize(model.first_stage_model, seed + 1)
@@ -68,6 +68,6 @@ def build_model(folder: Path, seed: int = 0, **params: Any) -> Any:
 
 
 def _randomise_tower(encoder: nn.Module | None, seed: int) -> None:
-    """Large enough that encodings differ clearly from word to word."""
+    """Fill the encoder with weights so large that encodings differ clearly from word to word."""
     if encoder is not None:
         randomize(encoder, seed, scale=0.3)

@@ -1,4 +1,4 @@
-"""Runs of main.py on the bundled model: in this process, or as a user's own."""
+"""Training runs of main.py on the bundled model, in this process or in another."""
 from __future__ import annotations
 
 import contextlib
@@ -37,7 +37,7 @@ def run_main(arguments: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def in_project_root(threads: int = 1) -> Any:
-    """In the project's folder and on one core, as the processes of `command` are: sums are rounded alike."""
+    """Work in the project's folder with one thread, so that sums are rounded as in other processes of the tests."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -49,7 +49,7 @@ def in_project_root(threads: int = 1) -> Any:
 
 
 def train_main(folder: Path, *arguments: object, threads: int = 1) -> Path:
-    """Runs main.py's function on the bundled example, unless arguments say otherwise; the log folder."""
+    """Train on the bundled example, unless arguments say otherwise; return the log folder."""
     with in_project_root(threads):
         run_main([*BASE, "-l", str(folder), *map(str, arguments)])
     (logdir,) = folder.iterdir()
@@ -63,14 +63,14 @@ def resume_run(logdir: Path, *arguments: object) -> Path:
 
 
 def start_process(*command: object) -> subprocess.Popen[str]:
-    """A process in the project's folder, its stderr to be read along with stdout."""
+    """Start a process in the project's folder, with stderr merged into stdout."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
 
 
 def process_output(*command: object) -> str:
-    """What a process printed that ended well."""
+    """Run a process and return what it printed; fail if it fails."""
     process = start_process(*command)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -78,12 +78,12 @@ def process_output(*command: object) -> str:
 
 
 def load_state(logdir: Path) -> dict[str, Any]:
-    """The last checkpoint of a run."""
+    """Return the last checkpoint of a run."""
     return torch.load(logdir / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
 
 
 class LossRecorder(pl.Callback):
-    """Writes the loss on always the same latents, noise and timesteps, before and after training: `losses.json`."""
+    """Writes `losses.json`: the loss before and after training, on the same latents, noise and timesteps."""
 
     TIMESTEPS = 8
 
@@ -98,7 +98,7 @@ class LossRecorder(pl.Callback):
 
 
 class PhotoRecorder(pl.Callback):
-    """Keeps the photos of the last run in this process."""
+    """Remembers the photos of the last run in this process."""
 
     photos: PersonalizedBase
 
@@ -107,7 +107,11 @@ class PhotoRecorder(pl.Callback):
 
 
 class InterruptAt(pl.Callback):
-    """Presses it while a batch is at work, counted from 0."""
+    """Sends Ctrl-C while a batch is trained.
+
+    Args:
+        batch: its number, from 0; -1: never.
+    """
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -118,7 +122,11 @@ class InterruptAt(pl.Callback):
 
 
 class WaitForInterrupt(pl.Callback):
-    """Says so while a batch is at work, counted from 0, and waits for Ctrl-C: no machine is too fast or too slow."""
+    """Prints a line while a batch is trained, and then waits for Ctrl-C, however fast the machine is.
+
+    Args:
+        batch: its number, from 0; -1: never.
+    """
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -135,12 +143,14 @@ class WaitForInterrupt(pl.Callback):
 
 @torch.no_grad()
 def fixed_loss(model: Perfusion, data: PersonalizedBase, timesteps: int) -> float:
-    """Mean loss of every photo at `timesteps` noise levels, in prompts that take turns."""
+    """Return the mean loss of every photo at `timesteps` noise levels, with alternating prompts."""
     generator = torch.Generator().manual_seed(99)
     photos = torch.arange(len(data.images)).repeat_interleave(timesteps)
-    latents = model.scale_factor * DiagonalGaussianDistribution(model.cached_latents.moments[photos, 0]).sample(generator)
+    posterior = DiagonalGaussianDistribution(model.cached_latents.moments[photos, 0])
+    latents = model.scale_factor * posterior.sample(generator)
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.linspace(0.05, 0.95, timesteps).mul(model.num_timesteps).long().repeat(len(data.images))
-    prompts = [fill_template(data.templates[n % len(data.templates)], model.placeholders[0]) for n in range(len(latents))]
+    templates = [data.templates[index % len(data.templates)] for index in range(len(latents))]
+    prompts = [fill_template(template, model.placeholders[0]) for template in templates]
     weight = resize_mask_to_latents(torch.stack([data.mask(int(photo)) for photo in photos]), latents.shape[-2:])
     return float(model.p_losses(latents, model.prompt_context(prompts), t, noise, weight)[0])
