@@ -14,7 +14,7 @@ from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT, check_folder, resolve_path
 from ldm.inference.requests import SEED_LIMIT
 from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, ModelSettings, SourceSettings
-from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.samplers import SAMPLERS, describe_samplers
 
 DEFAULT_CONFIG = "models/mini/config.yaml"
 ONE_OR_EACH = "one for all concepts, or one for each in the order of the files"
@@ -99,8 +99,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     which = group.add_mutually_exclusive_group()
     which.add_argument("--sampler", choices=tuple(SAMPLERS),
-                       help="dpm is DPM-Solver++(2M), good from 20 steps on; euler_a, ancestral Euler, adds noise in "
-                       f"each step; heun takes twice the time per step ({BY_MODEL} ddim)")
+                       help=f"{describe_samplers()} ({BY_MODEL} ddim)")
     which.add_argument("--plms", action="store_const", dest="sampler", const="plms", default=argparse.SUPPRESS,
                        help="short for --sampler plms")
     group.add_argument("--ddim_steps", "--steps", dest="ddim_steps", type=whole(1), metavar="N",

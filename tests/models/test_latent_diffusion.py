@@ -1,4 +1,4 @@
-"""DDPM and LatentDiffusion: objective, averages, what is frozen, and how weights are named and kept."""
+"""DDPM and LatentDiffusion: objective, averages, frozen parts, conditions, and the names of weights."""
 from __future__ import annotations
 
 import math
@@ -28,19 +28,19 @@ SCHEDULE = {
 
 
 class Line(nn.Module):
-    """A network that is a straight line: 0.7 x + t / 2000, plus the mean of what it is conditioned on."""
+    """A linear network: 0.7 x + t / 2000, plus the mean of its condition."""
 
     def __init__(self) -> None:
         super().__init__()
         self.slope = nn.Parameter(torch.tensor(0.7))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        told = sum(given.flatten(1).mean(1) for given in (context, y) if given is not None)
-        return self.slope * x + (t / 2000 + told).view(-1, 1, 1, 1)
+        offset = sum(condition.flatten(1).mean(1) for condition in (context, y) if condition is not None)
+        return self.slope * x + (t / 2000 + offset).view(-1, 1, 1, 1)
 
 
 class Words(nn.Module):
-    """Encodes a text as its length; knows three ways to be called."""
+    """Encodes a text as its length, by one of three methods."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,22 +63,22 @@ class Lengths(Words):
         return -self(texts)
 
 
-def here(cls: type) -> dict[str, str]:
+def locate(cls: type) -> dict[str, str]:
     return {"target": f"{__name__}.{cls.__name__}"}
 
 
 def pixel_model(**params: Any) -> DDPM:
-    return DDPM(here(Line), **{"timesteps": 50, "image_size": 4, "channels": 2, "use_ema": False, **params})
+    return DDPM(locate(Line), **{"timesteps": 50, "image_size": 4, "channels": 2, "use_ema": False, **params})
 
 
 def latent_model(**params: Any) -> LatentDiffusion:
     given = {"first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"}, "timesteps": 50,
-             "cond_stage_config": here(Words), "cond_stage_key": "caption", "conditioning_key": "crossattn",
-             "image_size": 4, "channels": 3, "use_ema": False, "unet_config": here(Line)}
+             "cond_stage_config": locate(Words), "cond_stage_key": "caption", "conditioning_key": "crossattn",
+             "image_size": 4, "channels": 3, "use_ema": False, "unet_config": locate(Line)}
     return LatentDiffusion(**{**given, **params})
 
 
-def draws(*shape: int) -> tuple[Tensor, Tensor]:
+def random_pair(*shape: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(*shape, generator=generator), torch.randn(*shape, generator=generator)
 
@@ -92,7 +92,7 @@ def images(count: int = 2, channels: int = 3) -> Tensor:
 
 def expected_errors(parameterization: str, x: Tensor, noise: Tensor, t: Tensor, power: int, weight: Tensor | None
                     ) -> np.ndarray:
-    """(B,) in float64, from nothing but the definition of the latent-diffusion schedule."""
+    """Return the errors (B,) in float64, from the definition of latent diffusion's schedule alone."""
     betas = np.linspace(math.sqrt(1e-4), math.sqrt(2e-2), 50) ** 2
     alpha_bar = np.cumprod(1 - betas)[t.numpy()].reshape(-1, 1, 1, 1)
     x, noise = x.double().numpy(), noise.double().numpy()
@@ -107,7 +107,7 @@ def expected_errors(parameterization: str, x: Tensor, noise: Tensor, t: Tensor, 
 @pytest.mark.parametrize("loss_type", ["l1", "l2"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_objective(parameterization: str, loss_type: str, weighted: bool) -> None:
-    x, noise = draws(3, 2, 4, 4)
+    x, noise = random_pair(3, 2, 4, 4)
     t = torch.tensor([0, 20, 49])
     weight = torch.rand(3, 1, 4, 4) if weighted else None
     model = pixel_model(parameterization=parameterization, loss_type=loss_type, l_simple_weight=3.0)
@@ -121,21 +121,21 @@ def test_the_objective(parameterization: str, loss_type: str, weighted: bool) ->
 
 
 def test_weight_one_changes_nothing_and_weight_zero_hides_a_position() -> None:
-    x, noise = draws(2, 2, 4, 4)
+    x, noise = random_pair(2, 2, 4, 4)
     t = torch.tensor([7, 30])
     model = pixel_model()
     plain = model.p_losses(x, None, t, noise)[0]
     assert torch.equal(plain, model.p_losses(x, None, t, noise, torch.ones(2, 1, 4, 4))[0])
     half = torch.ones(2, 1, 4, 4)
     half[..., :2] = 0
-    seen = model.p_losses(x, None, t, noise, half)[0]
+    masked = model.p_losses(x, None, t, noise, half)[0]
     x[..., :2] += 5
-    assert torch.equal(seen, model.p_losses(x, None, t, noise, half)[0])
+    assert torch.equal(masked, model.p_losses(x, None, t, noise, half)[0])
 
 
 def test_the_variational_bound() -> None:
     """DDPM eq. 12: beta^2 / (2 sigma^2 alpha (1 - alpha_bar)) before the squared error."""
-    x, noise = draws(3, 2, 4, 4)
+    x, noise = random_pair(3, 2, 4, 4)
     t = torch.tensor([1, 20, 49])
     loss, numbers = pixel_model(original_elbo_weight=0.5).p_losses(x, None, t, noise)
     betas = np.linspace(math.sqrt(1e-4), math.sqrt(2e-2), 50) ** 2
@@ -148,7 +148,7 @@ def test_the_variational_bound() -> None:
 
 
 def test_a_learned_variance() -> None:
-    x, noise = draws(2, 2, 4, 4)
+    x, noise = random_pair(2, 2, 4, 4)
     t = torch.tensor([3, 3])
     model = pixel_model(learn_logvar=True, logvar_init=0.4)
     loss = model.p_losses(x, None, t, noise)[0]
@@ -160,12 +160,12 @@ def test_a_learned_variance() -> None:
 
 
 def test_noise_is_added_with_the_models_buffers() -> None:
-    x, noise = draws(2, 2, 4, 4)
-    model, seen = pixel_model(), []
-    model.apply_model = lambda x, t, cond: seen.append(x) or torch.zeros_like(x)
+    x, noise = random_pair(2, 2, 4, 4)
+    model, inputs = pixel_model(), []
+    model.apply_model = lambda x, t, cond: inputs.append(x) or torch.zeros_like(x)
     model.p_losses(x, None, torch.tensor([0, 49]), noise)
-    assert torch.equal(seen[0], q_sample(model, x, torch.tensor([0, 49]), noise))
-    assert torch.allclose(seen[0][0], x[0], atol=0.1)
+    assert torch.equal(inputs[0], q_sample(model, x, torch.tensor([0, 49]), noise))
+    assert torch.allclose(inputs[0][0], x[0], atol=0.1)
 
 
 def test_masks_on_the_latent_grid() -> None:
@@ -183,7 +183,7 @@ def test_training_timesteps_are_shifted_by_the_formula(shift: float) -> None:
     torch.manual_seed(0)
     t = pixel_model(timesteps=1000, timestep_shift=shift).sample_timesteps(20_000, torch.device("cpu"))
     assert t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999
-    for quantile in (0.1, 0.5, 0.9):  # of the uniform u, mapped as the docstring says
+    for quantile in (0.1, 0.5, 0.9):  # of uniform u, mapped by the formula of the docstring
         expected = 1000 * shift * quantile / (1 + (shift - 1) * quantile)
         assert t.float().quantile(quantile).item() == pytest.approx(expected, abs=12)
 
@@ -213,44 +213,6 @@ def test_several_conditioning_timesteps_are_refused() -> None:
         latent_model(num_timesteps_cond=2)
 
 
-# Averages
-
-
-def test_averages_move_with_each_step_and_apply_in_ema_scope() -> None:
-    model = pixel_model(use_ema=True)
-    line = model.model.diffusion_model
-    with torch.no_grad():
-        line.slope.fill_(1.7)
-    model.on_train_batch_end(None, None, 0)
-    average = 0.7 + (1 - 2 / 11) * 1.0  # the first update weighs the past with (1 + 1) / (10 + 1)
-    assert float(model.model_ema.diffusion_modelslope) == pytest.approx(average)
-    with model.ema_scope():
-        assert float(line.slope) == pytest.approx(average)
-    assert float(line.slope) == pytest.approx(1.7)
-
-
-def test_validation_logs_weights_and_averages(monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: dict[str, float] = {}
-    for use_ema in (False, True):
-        model = pixel_model(use_ema=use_ema)
-        slopes = []
-        monkeypatch.setattr(model, "log_dict", lambda numbers, **_: logged.update(numbers))
-        monkeypatch.setattr(model, "apply_model", lambda x, t, cond, model=model, slopes=slopes: slopes.append(
-            float(model.model.diffusion_model.slope)) or x)
-        with torch.no_grad():
-            model.model.diffusion_model.slope.fill_(9.0)
-        model.validation_step({"image": images(channels=2)}, 0)
-        assert slopes == [9.0] + [pytest.approx(0.7)] * use_ema
-        assert ("val/loss_simple_ema" in logged) == use_ema and "val/loss_simple" in logged
-
-
-def test_ema_scope_without_averages_changes_nothing() -> None:
-    model = pixel_model()
-    model.on_train_batch_end(None, None, 0)
-    with model.ema_scope():
-        assert float(model.model.diffusion_model.slope) == pytest.approx(0.7)
-
-
 # Conditions
 
 
@@ -258,7 +220,7 @@ def test_ema_scope_without_averages_changes_nothing() -> None:
     (Words, None, 5.0), (Words, "shout", 10.0), (Words, "guess", 5.0), (Lengths, None, -5.0), (Lengths, "shout", 10.0),
 ])
 def test_how_conditions_are_encoded(encoder: type, method: str | None, expected: float) -> None:
-    model = latent_model(cond_stage_config=here(encoder), cond_stage_forward=method)
+    model = latent_model(cond_stage_config=locate(encoder), cond_stage_forward=method)
     assert float(model.get_learned_conditioning(["a cat"])) == expected
 
 
@@ -353,7 +315,7 @@ def test_a_checkpoint_restores_the_same_model(tmp_path: Path) -> None:
     network_only = instantiate_from_config(config, ckpt_path=str(_network_file(tmp_path, model)), load_only_unet=True)
     weight = model.model.diffusion_model.out[2].weight
     assert torch.equal(network_only.model.diffusion_model.out[2].weight, weight)
-    assert torch.equal(network_only.model_ema.diffusion_modelout2weight, weight)  # where averages then start
+    assert torch.equal(network_only.model_ema.diffusion_modelout2weight, weight)  # averages start there
 
 
 def _network_file(folder: Path, model: LatentDiffusion) -> Path:
@@ -399,16 +361,16 @@ def test_an_image_depends_only_on_its_own_seed(tmp_path: Path) -> None:
     weights = tiny_models.write_weights(tmp_path)
     model = load_model({"model": tiny_models.latent_diffusion_config(tmp_path)}, weights)
 
-    def drawn(texts: list[str], seeds: list[int]) -> Tensor:
+    def sample(texts: list[str], seeds: list[int]) -> Tensor:
         cond, empty = (model.get_learned_conditioning(given) for given in (texts, [""] * len(texts)))
         return model.sample_images(cond, len(texts), 3, 2.0, empty,
                                    generators=[torch.Generator().manual_seed(seed) for seed in seeds])
 
-    both = drawn(["a cat", "a dog"], [1, 2])
+    both = sample(["a cat", "a dog"], [1, 2])
     assert both.shape == (2, 3, 16, 16) and both.abs().max() <= 1
-    assert torch.allclose(drawn(["a dog"], [2]), both[1:], atol=1e-4)
-    assert not torch.allclose(drawn(["a dog"], [3]), both[1:], atol=1e-2)
-    assert not torch.allclose(drawn(["a cat"], [2]), both[1:], atol=1e-3)
+    assert torch.allclose(sample(["a dog"], [2]), both[1:], atol=1e-4)
+    assert not torch.allclose(sample(["a dog"], [3]), both[1:], atol=1e-2)
+    assert not torch.allclose(sample(["a cat"], [2]), both[1:], atol=1e-3)
 
 
 def test_images_for_the_log(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""What every sampler has to do: closed forms, guidance, seeds, masks, starting part way, refusals."""
+"""Every sampler: closed forms, guidance, seeds, masks, strength, bad arguments. And the table of samplers."""
 from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,11 @@ from helpers.sampling_models import (
 from helpers.tiny_models import unet_config
 from torch import Tensor, nn
 
+from ldm.cli.generation import add_sampling_flags
+from ldm.cli.parser import Parser
 from ldm.common.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.samplers import SAMPLERS, SamplerEntry, sampler_class
 from ldm.models.diffusion.sampling import ddim_step, guided_denoiser
 from ldm.models.diffusion.schedule import Prediction, add_noise
 from ldm.models.diffusion.time_grid import TimeGrid
@@ -29,6 +33,7 @@ from ldm.modules.context import PromptContext
 from ldm.util import instantiate_from_config
 
 EVERY = pytest.mark.parametrize("name", SAMPLER_CLASSES)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def full_grid(name: str, steps: int, model: TinyModel | None = None) -> TimeGrid:
@@ -42,7 +47,7 @@ def sample(
 
 
 def flow(grid: TimeGrid, x: Tensor, mean: float, std: float) -> Tensor:
-    """Where the probability flow of N(mean, std^2) takes x: its standardized value never changes."""
+    """Return where the probability flow of N(mean, std^2) leads x: its standardized value never changes."""
     first, last = grid.alpha_bar[0], grid.alpha_bar_next[-1]
     standard = (x - math.sqrt(first) * mean) / math.sqrt(first * std**2 + 1 - first)
     return math.sqrt(last) * mean + math.sqrt(last * std**2 + 1 - last) * standard
@@ -52,21 +57,22 @@ def flow(grid: TimeGrid, x: Tensor, mean: float, std: float) -> Tensor:
 def test_a_single_step_follows_its_prediction(name):
     model, x = TinyModel(convolution_network), start_noise()
     grid = full_grid(name, 1)
-    guess = guided_denoiser(model, grid, None, None, 1.0)(x, 0)
-    torch.testing.assert_close(sample(name, model, 1, x_T=x), add_noise(guess, grid.alpha_bar_next[0]))
+    prediction = guided_denoiser(model, grid, None, None, 1.0)(x, 0)
+    torch.testing.assert_close(sample(name, model, 1, x_T=x), add_noise(prediction, grid.alpha_bar_next[0]))
     assert len(model.calls) == 2
 
 
 @EVERY
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 def test_a_denoiser_that_knows_its_image_reaches_it(name, kind):
-    """Exactly, but for the noise of the very first time, 0.03, in which the grid of latent diffusion ends."""
+    """Exactly, except for the noise of the first timestep, 0.03, at which the grid of latent diffusion ends."""
     known, x = start_noise(seed=5), start_noise()
     model, grid = gaussian_denoiser(known, 0.0, kind), full_grid(name, 12)
     got = sample(name, model, 12, x_T=x)
-    if name in ("ddim", *DETERMINISTIC):  # the noise of the start stays what it is
+    if name in ("ddim", *DETERMINISTIC):  # the noise of the start does not change
         eps = (x - math.sqrt(grid.alpha_bar[0]) * known) / math.sqrt(1 - grid.alpha_bar[0])
-        torch.testing.assert_close(got, add_noise(Prediction(eps, known), grid.alpha_bar_next[-1]), rtol=1e-3, atol=2e-4)
+        expected = add_noise(Prediction(eps, known), grid.alpha_bar_next[-1])
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-4)
     assert (got - known).abs().max() < (0.15 if name in ("ddim", "plms") else 2e-4)
 
 
@@ -86,14 +92,14 @@ def distance_from_flow(name: str, kind: str, steps: int) -> float:
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 def test_samplers_follow_the_flow_of_a_gaussian(kind):
-    """Methods of first order: four times the steps, about a quarter of the error; those of higher order beat them."""
+    """First-order methods: four times the steps give about a quarter of the error. Higher orders are more accurate."""
     plain = {name: [distance_from_flow(name, kind, steps) for steps in (25, 100)] for name in ("ddim", "euler")}
     for few, many in plain.values():
         assert 3 < few / many < 5
     assert distance_from_flow("ddim", kind, 400) < 0.02
     for name in ("plms", "heun", "dpm"):
         few, many = (distance_from_flow(name, kind, steps) for steps in (25, 100))
-        assert few < plain["ddim"][0] / 5 and many < 3e-3  # the last step, to a clean image, stays of first order
+        assert few < plain["ddim"][0] / 5 and many < 3e-3  # the last step, to a clean image, is of first order
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -106,7 +112,7 @@ def test_all_steps_of_the_schedule_recover_a_gaussian(eta):
 
 
 def test_full_eta_on_the_full_grid_is_ddpm():
-    """One step of every pair of neighbours: mean and variance are those of q(x_{t-1} | x_t, x_0)."""
+    """The mean and variance of each step are those of q(x_{t-1} | x_t, x_0)."""
     model = TinyModel(convolution_network, "x0", timesteps=40)
     grid = full_grid("ddim", 40, model)
     denoise = guided_denoiser(model, grid, None, None, 1.0)
@@ -115,9 +121,10 @@ def test_full_eta_on_the_full_grid_is_ddpm():
     for noise in (torch.zeros_like(x), torch.ones_like(x)):
         step = ddim_step(denoise, grid, 1.0, lambda noise=noise: noise)
         for i, t in enumerate(grid.times):
-            after, x0 = step(x, i)
+            x_next, x0 = step(x, i)
             mean = model.posterior_mean_coef1[t] * x0 + model.posterior_mean_coef2[t] * x
-            torch.testing.assert_close(after, mean + model.posterior_variance[t].sqrt() * noise, rtol=1e-3, atol=1e-4)
+            expected = mean + model.posterior_variance[t].sqrt() * noise
+            torch.testing.assert_close(x_next, expected, rtol=1e-3, atol=1e-4)
 
 
 @EVERY
@@ -139,16 +146,17 @@ def test_an_image_depends_only_on_its_own_seed_prompt_and_original(name):
     mask = torch.zeros(1, 1, 6, 6)
     mask[..., :2] = 1
 
-    def draw(chosen: list[dict]) -> Tensor:
+    def sample_rows(chosen: list[dict]) -> Tensor:
         cond, x0 = (torch.cat([row[key] for row in chosen]) for key in ("cond", "x0"))
         return sample(
             name, TinyModel(convolution_network), 6, len(chosen), cond, x0=x0, strength=0.7, mask=mask,
             unconditional_conditioning=torch.zeros_like(cond), unconditional_guidance_scale=2.0,
-            eta=0.8 if SAMPLER_CLASSES[name].supports_eta else None, generators=[seeded_generator(row["seed"]) for row in chosen])
+            eta=0.8 if SAMPLER_CLASSES[name].supports_eta else None,
+            generators=[seeded_generator(row["seed"]) for row in chosen])
 
-    together = draw(rows)
+    together = sample_rows(rows)
     for row, alone in enumerate(rows):
-        torch.testing.assert_close(together[row : row + 1], draw([alone]))
+        torch.testing.assert_close(together[row : row + 1], sample_rows([alone]))
 
 
 @EVERY
@@ -160,16 +168,16 @@ def test_guidance_scale_one_means_no_guidance(name):
     at_one = sample(name, model, 6, cond=cond, unconditional_conditioning=uncond, **settings)
     assert torch.equal(plain, at_one)
     assert all(len(x) == 2 for x, _, _ in model.calls)
-    for scale, lone in ((0.0, uncond), (1.0, cond)):
-        guided = sample(name, model, 6, cond=cond, unconditional_conditioning=uncond, unconditional_guidance_scale=scale,
-                       **settings)
-        torch.testing.assert_close(guided, sample(name, model, 6, cond=lone, **settings))
+    for scale, only in ((0.0, uncond), (1.0, cond)):
+        guided = sample(name, model, 6, cond=cond, unconditional_conditioning=uncond,
+                        unconditional_guidance_scale=scale, **settings)
+        torch.testing.assert_close(guided, sample(name, model, 6, cond=only, **settings))
 
 
 @EVERY
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 def test_guidance_extrapolates_the_output(name, kind):
-    """A network that is affine in its text is guided to what it says of the extrapolated text."""
+    """For a network that is affine in its text, guidance gives the output for the extrapolated text."""
     def affine(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         return 0.5 * x + cond.mean(dim=(1, 2)).view(-1, 1, 1, 1)
 
@@ -187,12 +195,14 @@ def test_integer_timesteps_reach_the_network_as_integers(name):
     sample(name, model, 6)
     times = [t for _, t, _ in model.calls]
     assert all(t.shape == (2,) and 0 <= t[0] <= 999 and t[0] == t[1] for t in times)
-    assert {t.dtype for t in times} == ({torch.float32} if name in ("dpm", "euler", "heun") else {torch.int64})
+    fractional = any(isinstance(time, float) for time in full_grid(name, 6).times)
+    assert fractional or name not in ("dpm", "euler", "heun")
+    assert {t.dtype for t in times} == ({torch.float32} if fractional else {torch.int64})
     assert len(times) == {"plms": 7, "heun": 11}.get(name, 6)
 
 
 class TextLayer(nn.Module):
-    """Reads a PromptContext as a cross-attention does; keeps what was computed for it, each once."""
+    """Reads a PromptContext as cross-attention does, and records the values that were computed for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,23 +219,24 @@ class TextLayer(nn.Module):
 @EVERY
 @pytest.mark.parametrize("plain_tensor", [False, True])
 def test_the_guidance_batch_is_built_once_and_caches_its_keys(name, plain_tensor, monkeypatch):
-    joins = []
+    batches = []
     original = PromptContext.cat
-    monkeypatch.setattr(PromptContext, "cat", staticmethod(lambda parts: joins.append(parts) or original(parts)))
+    record = staticmethod(lambda contexts: batches.append(contexts) or original(contexts))
+    monkeypatch.setattr(PromptContext, "cat", record)
     layer = TextLayer()
     model = TinyModel(layer)
     cond, empty = PromptContext.plain(torch.randn(2, 3, 4)), torch.randn(2, 3, 4)
     uncond = empty if plain_tensor else PromptContext.plain(empty)
     sample(name, model, 9, cond=cond, unconditional_conditioning=uncond, unconditional_guidance_scale=2.0)
     contexts = [context for _, _, context in model.calls]
-    assert len(joins) == 1
+    assert len(batches) == 1
     assert all(context is contexts[0] for context in contexts)
     torch.testing.assert_close(contexts[0].encoding, torch.cat([empty, cond.encoding]))
     assert len(layer.computed) == 1
 
 
 def test_the_callers_context_stays_without_cache():
-    """Weights may change between two samplings, as during training."""
+    """Weights may change between two sampling runs, as during training."""
     layer = TextLayer()
     model, cond = TinyModel(layer), PromptContext.plain(torch.randn(2, 3, 4), cache=True)
     settings = {"x_T": start_noise(), "verbose": False}
@@ -238,17 +249,17 @@ def test_the_callers_context_stays_without_cache():
 
 
 def test_intermediates_and_callbacks():
-    numbers, guesses = [], []
+    indices, predictions = [], []
     x = start_noise()
-    samples, alpha_bar = DDIMSampler(TinyModel(convolution_network)).sample(
+    samples, intermediates = DDIMSampler(TinyModel(convolution_network)).sample(
         10, 2, SHAPE, x_T=x, log_every_t=4, verbose=False,
-        callback=numbers.append, img_callback=lambda guess, i: guesses.append((guess, i)),
+        callback=indices.append, img_callback=lambda pred_x0, i: predictions.append((pred_x0, i)),
     )
-    assert numbers == [i for _, i in guesses] == list(range(10))
-    assert len(alpha_bar["x_inter"]) == len(alpha_bar["pred_x0"]) == 5  # the noise, then steps 0, 1, 5 and 9
-    assert torch.equal(alpha_bar["x_inter"][0], x) and torch.equal(alpha_bar["x_inter"][-1], samples)
-    for place, i in enumerate((0, 1, 5, 9), start=1):
-        assert torch.equal(alpha_bar["pred_x0"][place], guesses[i][0])
+    assert indices == [i for _, i in predictions] == list(range(10))
+    assert len(intermediates["x_inter"]) == len(intermediates["pred_x0"]) == 5  # the noise, then steps 0, 1, 5 and 9
+    assert torch.equal(intermediates["x_inter"][0], x) and torch.equal(intermediates["x_inter"][-1], samples)
+    for position, i in enumerate((0, 1, 5, 9), start=1):
+        assert torch.equal(intermediates["pred_x0"][position], predictions[i][0])
 
 
 def test_progress_bar_can_be_turned_off(capfd):
@@ -261,11 +272,12 @@ def test_progress_bar_can_be_turned_off(capfd):
 
 def test_the_unet_accepts_fractional_timesteps():
     network = randomize(instantiate_from_config(unet_config(context_dim=4))).eval()
-    x, text = torch.randn(1, 4, 8, 8, generator=seeded_generator(1)), torch.randn(1, 3, 4, generator=seeded_generator(2))
+    x = torch.randn(1, 4, 8, 8, generator=seeded_generator(1))
+    text = torch.randn(1, 3, 4, generator=seeded_generator(2))
     with torch.no_grad():
-        whole, same, later, much_later = (network(x, torch.tensor([t]), text) for t in (600, 600.0, 600.01, 600.5))
-    assert torch.equal(whole, same)
-    assert 0 < (later - whole).abs().max() < (much_later - whole).abs().max()
+        integer, same, later, much_later = (network(x, torch.tensor([t]), text) for t in (600, 600.0, 600.01, 600.5))
+    assert torch.equal(integer, same)
+    assert 0 < (later - integer).abs().max() < (much_later - integer).abs().max()
 
 
 @EVERY
@@ -277,7 +289,7 @@ def test_a_mask_keeps_the_known_region(name):
     samples = sample(name, model, 50, mask=mask, x0=known, generators=[seeded_generator(1), seeded_generator(2)])
     assert torch.equal(samples[..., :3], known[..., :3])
     assert (samples[..., 3:] + 0.9).abs().mean() < 0.15
-    # the first network input follows q(x_t | x_0) where the mask is 1, with noise that comes second from the generator
+    # Where the mask is 1, the first network input follows q(x_t | x_0), with the generator's second noise.
     sources = [seeded_generator(1), seeded_generator(2)]
     start, noise = (torch.stack([torch.randn(SHAPE, generator=s) for s in sources]) for _ in range(2))
     expected = torch.where(mask.bool(), noised_at_first_step(name, 50, known, noise), start)
@@ -292,9 +304,10 @@ def noised_at_first_step(name: str, steps: int, x0: Tensor, noise: Tensor) -> Te
 @EVERY
 def test_strength_runs_the_last_steps_from_the_noised_original(name):
     original, model = start_noise(seed=6), TinyModel(convolution_network)
-    numbers = []
-    sample(name, model, 20, x0=original, strength=0.3, generators=[seeded_generator(1), seeded_generator(2)], callback=numbers.append)
-    assert numbers == list(range(6))
+    indices = []
+    sample(name, model, 20, x0=original, strength=0.3, callback=indices.append,
+           generators=[seeded_generator(1), seeded_generator(2)])
+    assert indices == list(range(6))
     grid = full_grid(name, 20)
     first, t, _ = model.calls[0]
     noise = torch.cat([torch.randn(1, *SHAPE, generator=seeded_generator(seed)) for seed in (1, 2)])
@@ -307,12 +320,13 @@ def test_strength_runs_the_last_steps_from_the_noised_original(name):
 def test_full_strength_runs_all_steps_and_low_strength_stays_close(name):
     original, model = start_noise(seed=6), gaussian_denoiser(0.0, 1.0)
 
-    def draw(**settings: object) -> Tensor:
+    def sample_20(**settings: object) -> Tensor:
         return sample(name, model, 20, generators=[seeded_generator(1), seeded_generator(2)], **settings)
 
-    assert torch.equal(draw(x0=original, strength=1.0), draw())
-    apart = [(draw(x0=original, strength=share) - original).abs().mean().item() for share in (0.001, 0.3, 0.6, 1.0)]
-    assert apart == sorted(apart) and apart[0] < 0.2 and apart[3] > 0.8
+    assert torch.equal(sample_20(x0=original, strength=1.0), sample_20())
+    distances = [(sample_20(x0=original, strength=strength) - original).abs().mean().item()
+                 for strength in (0.001, 0.3, 0.6, 1.0)]
+    assert distances == sorted(distances) and distances[0] < 0.2 and distances[3] > 0.8
 
 
 def test_temperature_scales_the_noise_of_eta():
@@ -368,16 +382,19 @@ def test_bad_arguments_are_refused_before_the_model_runs(name, case):
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_deterministic_samplers_refuse_noise(name):
-    with pytest.raises(UserError, match=f"{re.escape(SAMPLER_CLASSES[name].label)} adds no noise, so eta must be 0, not 0.5"):
+    label = re.escape(SAMPLER_CLASSES[name].label)
+    with pytest.raises(UserError, match=f"{label} adds no noise, so eta must be 0, not 0.5"):
         sample(name, TinyModel(convolution_network), eta=0.5)
 
 
 def test_the_default_eta():
-    x, sources = start_noise(), {"generators": [seeded_generator(1), seeded_generator(2)]}
+    def ancestral(**settings: object) -> Tensor:
+        return sample("euler_a", TinyModel(convolution_network), x_T=start_noise(),
+                      generators=[seeded_generator(1), seeded_generator(2)], **settings)
+
     for name, cls in SAMPLER_CLASSES.items():
         assert cls.resolve_eta(None) == cls.default_eta == (1.0 if name == "euler_a" else 0.0)
-    given = sample("euler_a", TinyModel(convolution_network), x_T=x, eta=1.0, generators=[seeded_generator(1), seeded_generator(2)])
-    assert torch.equal(sample("euler_a", TinyModel(convolution_network), x_T=x, **sources), given)
+    assert torch.equal(ancestral(), ancestral(eta=1.0))
 
 
 def test_unknown_parameters_and_parameterizations_are_refused():
@@ -385,3 +402,17 @@ def test_unknown_parameters_and_parameterizations_are_refused():
         DDIMSampler(TinyModel(convolution_network)).sample(5, 1, SHAPE, guidence=2.0)
     with pytest.raises(UserError, match="eps, v, x0"):
         DDIMSampler(TinyModel(convolution_network, "score"))
+
+
+def test_one_line_in_the_table_adds_a_sampler(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "copy", SamplerEntry("ddim.DDIMSampler", "a copy of DDIM"))
+    assert sampler_class("copy") is DDIMSampler
+    parser = Parser("")
+    add_sampling_flags(parser)
+    assert parser.parse_args(["--sampler", "copy"]).sampler == "copy"
+    assert "copy: a copy of DDIM" in " ".join(parser.format_help().split())
+
+
+def test_the_docs_name_every_sampler():
+    docs = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in docs for name in SAMPLERS)

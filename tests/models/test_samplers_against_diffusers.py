@@ -39,19 +39,19 @@ SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
     "heun": (HeunDiscreteScheduler, KARRAS),
     "euler_a": (EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}),
 }
-MEANINGS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
 
 def scheduler_of(name: str, kind: str, steps: int) -> Any:
     cls, settings = SETTINGS[name]
-    scheduler = cls(**SCHEDULE, **settings, prediction_type=MEANINGS[kind])
+    scheduler = cls(**SCHEDULE, **settings, prediction_type=PREDICTION_TYPES[kind])
     scheduler.set_timesteps(steps)
     return scheduler
 
 
 def network_times(scheduler: Any) -> Tensor:
-    """The times of its sigmas: of Karras' sigmas, diffusers' DPM-Solver rounds them, and its Euler does not."""
+    """Return the exact timesteps of a scheduler's sigmas. With Karras' sigmas diffusers' DPM-Solver rounds them."""
     if not isinstance(scheduler, DPMSolverMultistepScheduler):
         return scheduler.timesteps
     return scheduler_of("euler", "eps", len(scheduler.timesteps)).timesteps
@@ -59,8 +59,8 @@ def network_times(scheduler: Any) -> Tensor:
 
 def theirs(scheduler: Any, x: Tensor, network: Callable[..., Tensor] = convolution_network, skipped: int = 0,
            **step_settings: Any) -> Tensor:
-    """diffusers' loop, from the place `skipped` on; x in the scheduler's own scale."""
-    if hasattr(scheduler, "set_begin_index"):  # rounded times may stand there twice
+    """Run diffusers' loop from step `skipped` on, with x in the scheduler's own scale."""
+    if hasattr(scheduler, "set_begin_index"):  # rounded timesteps may occur twice
         scheduler.set_begin_index(skipped)
     for t, exact in zip(scheduler.timesteps[skipped:], network_times(scheduler)[skipped:], strict=True):
         output = network(scheduler.scale_model_input(x, t), exact.expand(len(x)))
@@ -68,15 +68,16 @@ def theirs(scheduler: Any, x: Tensor, network: Callable[..., Tensor] = convoluti
     return x
 
 
-def to_x_t_scale(scheduler: Any, x: Tensor) -> Tensor:
-    """The start noise as schedulers that walk on x_0 + sigma eps have it, or as it is."""
+def to_scheduler_scale(scheduler: Any, x: Tensor) -> Tensor:
+    """Return the start noise in the scale of schedulers that work on x_0 + sigma eps; unchanged for others."""
     if isinstance(scheduler, (EulerDiscreteScheduler, HeunDiscreteScheduler, EulerAncestralDiscreteScheduler)):
         return x * (1 + scheduler.sigmas.max() ** 2) ** 0.5
     return x
 
 
 def ours(name: str, kind: str, steps: int, **settings: Any) -> Tensor:
-    return SAMPLER_CLASSES[name](TinyModel(convolution_network, kind)).sample(steps, 2, SHAPE, verbose=False, **settings)[0]
+    sampler = SAMPLER_CLASSES[name](TinyModel(convolution_network, kind))
+    return sampler.sample(steps, 2, SHAPE, verbose=False, **settings)[0]
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50])
@@ -84,7 +85,8 @@ def ours(name: str, kind: str, steps: int, **settings: Any) -> Tensor:
     *((name, kind) for name in ("dpm", "euler", "heun") for kind in ("eps", "v")), ("dpm", "x0"), ("euler", "x0")])
 def test_deterministic_samplers(name, kind, steps):
     x, scheduler = start_noise(), scheduler_of(name, kind, steps)
-    torch.testing.assert_close(ours(name, kind, steps, x_T=x), theirs(scheduler, to_x_t_scale(scheduler, x)), **CLOSE)
+    expected = theirs(scheduler, to_scheduler_scale(scheduler, x))
+    torch.testing.assert_close(ours(name, kind, steps, x_T=x), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 10, 20, 50])
@@ -121,7 +123,7 @@ def test_ddim(steps, kind, eta):
 def test_ancestral_euler(kind, steps):
     x, scheduler = start_noise(), scheduler_of("euler_a", kind, steps)
     got = ours("euler_a", kind, steps, x_T=x, generators=[seeded_generator(5), seeded_generator(6)])
-    expected = theirs(scheduler, to_x_t_scale(scheduler, x), generator=[seeded_generator(5), seeded_generator(6)])
+    expected = theirs(scheduler, to_scheduler_scale(scheduler, x), generator=[seeded_generator(5), seeded_generator(6)])
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
@@ -130,18 +132,19 @@ def test_ancestral_euler_without_its_noise_is_euler(steps):
     scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     x = start_noise()
-    expected = theirs(scheduler, to_x_t_scale(scheduler, x))
+    expected = theirs(scheduler, to_scheduler_scale(scheduler, x))
     torch.testing.assert_close(ours("euler_a", "eps", steps, x_T=x, eta=0.0), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLER_CLASSES if name != "plms"])
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.8])
 def test_img2img_start(name, strength):
-    """As diffusers' image-to-image pipelines do it; that of PNDM's steps begins at a place of its own."""
+    """As diffusers' image-to-image pipelines start. PNDM is left out: its steps start elsewhere."""
     steps, original, noise = 20, start_noise(seed=3), start_noise(seed=4)
     scheduler = scheduler_of(name, "eps", steps)
     skipped = (steps - int(strength * steps)) * scheduler.order
     start = scheduler.add_noise(original, noise, scheduler.timesteps[skipped].expand(2))
     fresh = {"generator": [seeded_generator(5), seeded_generator(6)]} if name == "euler_a" else {}
-    got = ours(name, "eps", steps, x0=original, x_T=noise, strength=strength, generators=[seeded_generator(5), seeded_generator(6)])
+    got = ours(name, "eps", steps, x0=original, x_T=noise, strength=strength,
+               generators=[seeded_generator(5), seeded_generator(6)])
     torch.testing.assert_close(got, theirs(scheduler, start, skipped=skipped, **fresh), **CLOSE)

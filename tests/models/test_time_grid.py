@@ -1,4 +1,4 @@
-"""The times that sampling visits, against diffusers' and against the papers' formulas."""
+"""The noise levels of sampling, against diffusers and the formulas of the papers."""
 from __future__ import annotations
 
 import numpy as np
@@ -36,16 +36,18 @@ def check(grid: grids.TimeGrid, steps: int, timesteps: int) -> None:
     assert grid.times[-1] >= 0 and grid.times[0] <= timesteps - 1
     assert list(grid.times) == sorted(grid.times, reverse=True)
     assert grid.alpha_bar[1:] == grid.alpha_bar_next[:-1]
-    assert all(0 < alpha_bar < after <= 1 for alpha_bar, after in zip(grid.alpha_bar, grid.alpha_bar_next, strict=True))
+    steps_of_grid = zip(grid.alpha_bar, grid.alpha_bar_next, strict=True)
+    assert all(0 < start < end <= 1 for start, end in steps_of_grid)
 
 
 def test_first_and_last_step_of_the_grids():
     known = SCHEDULE.double()
-    ours, trailing, sigmas = (spacing(SCHEDULE, 20) for spacing in SPACINGS)
-    assert ours.times == tuple(range(951, 0, -50)) and ours.alpha_bar_next[-1] == known[0]
+    leading, trailing, karras = (spacing(SCHEDULE, 20) for spacing in SPACINGS)
+    assert leading.times == tuple(range(951, 0, -50)) and leading.alpha_bar_next[-1] == known[0]
     assert trailing.times == tuple(range(999, 0, -50)) and trailing.alpha_bar_next[-1] == 1
-    assert sigmas.times[0] == pytest.approx(999) and sigmas.times[-1] == pytest.approx(0) and sigmas.alpha_bar_next[-1] == 1
-    for grid in (ours, trailing):
+    assert karras.times[0] == pytest.approx(999) and karras.times[-1] == pytest.approx(0)
+    assert karras.alpha_bar_next[-1] == 1
+    for grid in (leading, trailing):
         assert grid.alpha_bar == tuple(known[list(grid.times)].tolist())
 
 
@@ -74,7 +76,8 @@ def test_the_last_steps_of_a_grid():
     grid = grids.karras_grid(SCHEDULE, 9)
     assert grid.end(9) == grid
     last = grid.end(2)
-    assert (last.times, last.alpha_bar, last.alpha_bar_next) == (grid.times[7:], grid.alpha_bar[7:], grid.alpha_bar_next[7:])
+    assert (last.times, last.alpha_bar) == (grid.times[7:], grid.alpha_bar[7:])
+    assert last.alpha_bar_next == grid.alpha_bar_next[7:]
     assert grid.half_log_snr(3) == pytest.approx(0.5 * np.log(grid.alpha_bar[3] / (1 - grid.alpha_bar[3])))
 
 
