@@ -1,8 +1,10 @@
-"""Passes of frozen networks as CUDA graphs: all kernels are launched at once, where Python would launch them singly.
+"""Run frozen networks by CUDA graphs, which launch all kernels at once instead of one by one from Python.
 
-Each of Stable Diffusion's passes is thousands of kernels. Up to a batch of about 8 a fast GPU is done with one before
-Python can give it the next. What is captured once is replayed with new numbers in the same places in memory, so every
-shape of inputs has a graph of its own (Nvidia, "CUDA C++ Programming Guide", CUDA Graphs; `torch.cuda.graph`).
+A pass through Stable Diffusion's U-Net launches thousands of kernels. Up to a batch of about 8, a fast GPU finishes a
+kernel before Python launches the next one. A graph is captured once and then replayed with new values in the same
+memory, so every shape of inputs needs a graph of its own.
+
+Source: Nvidia, "CUDA C++ Programming Guide", CUDA Graphs; `torch.cuda.graph`, `torch.cuda.make_graphed_callables`.
 """
 from __future__ import annotations
 
@@ -14,178 +16,202 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.context import TABLES, PromptContext
+from ldm.modules.context import PER_LAYER, PromptContext
 
 Context = Tensor | PromptContext
-MOST_SHAPES = 4  # that are trained on: each keeps memory for all activations of its own
-PROMPTS = 4  # a multiple of which, of more than two, are encoded at a time
+MAX_TRAINING_GRAPHS = 4  # each graph keeps memory for all activations
+PROMPT_MULTIPLE = 4  # more than two prompts are padded to a multiple of this, so that few shapes occur
 
 
 class GraphedUNet:
-    """Calls a frozen U-Net by its graphs where it can, and as it is where not.
+    """Call a frozen U-Net by CUDA graphs, and directly where no graph applies.
 
     Args:
-        unet: on a CUDA device, without dropout. Its weights must stay where they are.
+        unet: the U-Net, on a CUDA device and without dropout. Its weights must stay where they are in memory.
+
+    Raises:
+        ValueError: if the U-Net has dropout.
     """
 
     def __init__(self, unet: nn.Module) -> None:
         if has_dropout(unet):
-            raise ValueError("a graph would repeat the same dropout in every step")
+            raise ValueError("a CUDA graph would repeat the same dropout mask in every step")
         self.unet = unet
-        self.training = TrainingGraphs()
-        self.sampling: SamplingSteps | None = None
+        self.training_graphs = TrainingGraphs()
+        self.sampling_graph: SamplingGraph | None = None
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Context) -> Tensor:
-        """What the U-Net makes of x (B, C, H, W) at timesteps (B,) under a context of B prompts."""
+        """Compute the U-Net's output for x (B, C, H, W), timesteps (B,) and a context of B prompts."""
         if torch.is_grad_enabled():
-            return self._with_gradient(x, timesteps, context)
+            return self._call_with_gradient(x, timesteps, context)
         if not (isinstance(context, PromptContext) and context.cache):
-            return self.unet(x, timesteps, context=context)  # nobody says that it will come again
-        if self.sampling is None or not self.sampling.fits(x, timesteps, context):
-            self.sampling = None  # before the next one, to have its memory back
-            self.sampling = SamplingSteps(self.unet, x, timesteps)
-        return self.sampling(x, timesteps, context)
+            return self.unet(x, timesteps, context=context)  # the prompts may not come again
+        if self.sampling_graph is None or not self.sampling_graph.fits(x, timesteps, context):
+            self.sampling_graph = None  # frees its memory before the next one takes some
+            self.sampling_graph = SamplingGraph(self.unet, x, timesteps)
+        return self.sampling_graph(x, timesteps, context)
 
-    def _with_gradient(self, x: Tensor, timesteps: Tensor, context: Context) -> Tensor:
-        tensors, rebuilt = unpacked(context)
-        return self.training(lambda x, t, *rest: self.unet(x, t, context=rebuilt(rest)), (x, timesteps, *tensors),
-                             rebuilt)
+    def _call_with_gradient(self, x: Tensor, timesteps: Tensor, context: Context) -> Tensor:
+        tensors, layout = flatten_context(context)
+
+        def call_unet(x: Tensor, timesteps: Tensor, *tensors: Tensor) -> Tensor:
+            return self.unet(x, timesteps, context=layout.rebuild(tensors))
+
+        return self.training_graphs(call_unet, (x, timesteps, *tensors), layout)
 
 
 class TrainingGraphs:
-    """Calls a function of tensors, of which some want gradients, by graphs: one for each of the first few shapes."""
+    """Call a function of tensors by CUDA graphs, forward and backward, with one graph for each shape of inputs."""
 
     def __init__(self) -> None:
         self.graphs: dict[object, Callable[..., Tensor]] = {}
 
-    def __call__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], kind: object = None) -> Tensor:
-        """`function(*inputs)`; the same as in former calls unless `kind` is another."""
-        shape = (kind, *((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs))
-        if shape not in self.graphs:
-            if len(self.graphs) == MOST_SHAPES:
+    def __call__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], layout: object = None) -> Tensor:
+        """Compute `function(*inputs)`; it must be the same function as in earlier calls with this `layout`."""
+        shapes = (layout, *((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs))
+        if shapes not in self.graphs:
+            if len(self.graphs) == MAX_TRAINING_GRAPHS:
                 return function(*inputs)
-            self.graphs[shape] = captured(function, inputs)
-        return self.graphs[shape](*inputs)
+            self.graphs[shapes] = capture_with_gradient(function, inputs)
+        return self.graphs[shapes](*inputs)
 
 
 class GraphedEncoder:
-    """Calls a frozen text encoder by graphs where it is to give gradients.
+    """Call a frozen text encoder by CUDA graphs if gradients are needed.
 
-    A batch has now more, now fewer distinct prompts: they are filled up to a number that comes again.
+    The number of distinct prompts varies from batch to batch. The batch is padded, so that few numbers occur.
     """
 
     def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
-        self.encode, self.training = encode, TrainingGraphs()
+        self.encode, self.training_graphs = encode, TrainingGraphs()
 
     def __call__(self, embedded: Tensor) -> Tensor:
-        """What `encode` makes of embedded prompts (B, N, width)."""
+        """Compute `encode` of embedded prompts (B, N, width)."""
         if not embedded.requires_grad:
             return self.encode(embedded)
         count = len(embedded)
-        lacking = (-count) % (PROMPTS if count > 2 else 1)
-        filled = torch.cat([embedded, embedded[:1].detach().expand(lacking, -1, -1)])
-        return self.training(self.encode, (filled,))[:count]
+        padding = (-count) % (PROMPT_MULTIPLE if count > 2 else 1)
+        padded = torch.cat([embedded, embedded[:1].detach().expand(padding, -1, -1)])
+        return self.training_graphs(self.encode, (padded,))[:count]
 
 
-def has_dropout(unet: nn.Module) -> bool:
-    """Whether a pass through it may differ from the next by what it leaves out."""
-    return any(isinstance(module, nn.Dropout) and module.p for module in unet.modules())
+def has_dropout(network: nn.Module) -> bool:
+    """Return whether a network has dropout with a rate above 0."""
+    return any(isinstance(module, nn.Dropout) and module.p for module in network.modules())
 
 
-class SamplingSteps:
-    """The steps of samplings of one shape: the first of each by the U-Net itself, which keeps keys and values of its
-    prompts, then all by one graph, into which those are copied.
+class SamplingGraph:
+    """The sampling steps of one shape, replayed by a single graph.
+
+    The U-Net itself runs the first step of each sampling, which computes the keys and values of the prompts. They are
+    copied into the graph's memory, and the graph runs all further steps.
 
     Args:
-        unet, x, timesteps: what the first step is of.
+        unet: the U-Net.
+        x, timesteps: inputs of the first step.
     """
 
     def __init__(self, unet: nn.Module, x: Tensor, timesteps: Tensor) -> None:
         self.unet, self.inputs = unet, (x.clone(), timesteps.clone())
-        self.begun: PromptContext | None = None  # the prompts of the sampling that is going on
-        self.captured: PromptContext | None = None  # a copy that nobody else reads, with their keys and values
+        self.current_context: PromptContext | None = None  # the prompts of the sampling in progress
+        self.captured_context: PromptContext | None = None  # the graph's own copy of prompts, keys and values
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Tensor | None = None
 
     def fits(self, x: Tensor, timesteps: Tensor, context: PromptContext) -> bool:
-        """Whether a step is one of these, or may be the first of another such sampling."""
-        same = all(new.shape == old.shape and new.dtype == old.dtype
-                   for new, old in zip((x, timesteps), self.inputs, strict=True))
-        return same and (self.captured is None or context.shape == self.captured.shape)
+        """Return whether the graph can run a step with these inputs."""
+        same_shapes = all(new.shape == old.shape and new.dtype == old.dtype
+                          for new, old in zip((x, timesteps), self.inputs, strict=True))
+        return same_shapes and (self.captured_context is None or context.shape == self.captured_context.shape)
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: PromptContext) -> Tensor:
-        if context is not self.begun:
-            first = self.unet(x, timesteps, context=context)
-            self.begun = context
-            if self.captured is not None:
-                self.captured.copy_cached_from(context)
-            return first
-        for place, new in zip(self.inputs, (x, timesteps), strict=True):
-            place.copy_(new)
+        # The first step of a sampling: compute keys and values, and give them to the graph if there is one.
+        if context is not self.current_context:
+            output = self.unet(x, timesteps, context=context)
+            self.current_context = context
+            if self.captured_context is not None:
+                self.captured_context.copy_cached_from(context)
+            return output
+
+        # Further steps: replay the graph.
+        for static_input, new in zip(self.inputs, (x, timesteps), strict=True):
+            static_input.copy_(new)
         if self.graph is None:
             self._capture(context)
         self.graph.replay()
-        return self.output.clone()  # the next step writes into the same place
+        return self.output.clone()  # the next step overwrites the graph's output
 
     def _capture(self, context: PromptContext) -> None:
-        """Keeps nothing unless all goes well: where memory is short, a later sampling tries again."""
-        captured, graph = context.clone_cached(), torch.cuda.CUDAGraph()
+        """Capture the graph. If that fails for lack of memory, nothing changes, and a later sampling tries again."""
+        captured_context, graph = context.clone_cached(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output = self.unet(*self.inputs, context=captured)
-        self.captured, self.graph, self.output = captured, graph, output
+            output = self.unet(*self.inputs, context=captured_context)
+        self.captured_context, self.graph, self.output = captured_context, graph, output
 
 
 @dataclass(frozen=True)
-class Rebuilt:
-    """Makes a context of the tensors that `unpacked` took out of one; those that are built alike are equal.
+class ContextLayout:
+    """How to rebuild a context from the tensors of `flatten_context`. Contexts with equal layouts share a graph.
 
     Attributes:
-        names: what the tensors are of a `PromptContext`; none: the only one is the context.
-        layers: of each table of target outputs the names and widths of its layers, in the order of its columns.
+        names: the attributes of a `PromptContext` that the tensors are; empty: the only tensor is the context.
+        layers: table of target outputs -> (name, width) of its layers, in the order of its columns.
     """
 
     names: tuple[str, ...] = ()
     layers: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict, hash=False)
 
-    def __call__(self, tensors: Sequence[Tensor]) -> Context:
+    def rebuild(self, tensors: Sequence[Tensor]) -> Context:
+        """Return a context of these tensors."""
         if not self.names:
             return tensors[0]
-        values: dict[str, Any] = {**dict.fromkeys(TABLES, {}), **dict(zip(self.names, tensors, strict=True))}
-        for name, layers in self.layers.items():
-            columns = values[name].split([width for _, width in layers], dim=1)
-            values[name] = dict(zip((layer for layer, _ in layers), columns, strict=True))
+        values: dict[str, Any] = {**dict.fromkeys(PER_LAYER, {}), **dict(zip(self.names, tensors, strict=True))}
+        for table, layers in self.layers.items():
+            columns = values[table].split([width for _, width in layers], dim=1)
+            values[table] = dict(zip((name for name, _ in layers), columns, strict=True))
         return PromptContext(**values)
 
 
-def unpacked(context: Context) -> tuple[list[Tensor], Rebuilt]:
-    """The tensors of a context, as few as they can be, and what makes one like it of as many others.
+def flatten_context(context: Context) -> tuple[list[Tensor], ContextLayout]:
+    """Take a context apart into few tensors, because every input of a graph is copied on its own.
 
-    Target outputs of all layers are joined: a graph's inputs are copied one by one.
+    The target outputs of all layers are joined into one tensor.
+
+    Returns:
+        The tensors, and the layout that rebuilds a context from tensors like them.
     """
     if isinstance(context, Tensor):
-        return [context], Rebuilt()
-    named = context.per_prompt_tensors()
-    tables = {name: table for name in TABLES if (table := getattr(context, name))}
+        return [context], ContextLayout()
+    per_prompt = context.per_prompt_tensors()
+    tables = {name: table for name in PER_LAYER if (table := getattr(context, name))}
     joined = {name: torch.cat(list(table.values()), dim=1) for name, table in tables.items()}
     layers = {name: tuple((layer, outputs.shape[1]) for layer, outputs in table.items())
               for name, table in tables.items()}
-    return [*named.values(), *joined.values()], Rebuilt((*named, *joined), layers)
+    return [*per_prompt.values(), *joined.values()], ContextLayout((*per_prompt, *joined), layers)
 
 
-def captured(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """`function`, forward and backward as graphs, for inputs of these shapes that want gradients where these do.
+def capture_with_gradient(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """Capture the forward and backward passes of a function as CUDA graphs.
 
-    A graph writes outputs and gradients to the same places in every step. What is handed out are copies.
+    A graph writes outputs and gradients to the same memory in every step. Callers get copies.
+
+    Args:
+        function: the function.
+        inputs: inputs with the shapes to capture; gradients are computed for those that require them.
     """
     samples = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs)
-    with torch.autocast("cuda", enabled=False), warnings.catch_warnings():  # autocast keeps casts that a graph drops
-        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # that of samples, which take no gradient
+    with torch.autocast("cuda", enabled=False), warnings.catch_warnings():  # autocast caches casts that a graph frees
+        # The warning is about the samples, whose gradients are not used.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
         graphed = torch.cuda.make_graphed_callables(function, samples, allow_unused_input=True)
-    return lambda *tensors: graphed(*map(OwnGradient.apply, tensors)).clone()
+    return lambda *tensors: graphed(*map(CopyGradient.apply, tensors)).clone()
 
 
-class OwnGradient(torch.autograd.Function):
-    """The identity, whose gradient is a copy: a parameter that adds up those of several steps may keep what it gets."""
+class CopyGradient(torch.autograd.Function):
+    """The identity, with a copy of the gradient.
+
+    A parameter that accumulates gradients may keep the tensor it gets, which must not be the graph's memory.
+    """
 
     @staticmethod
     def forward(context: object, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""A frozen U-Net whose norms, SiLUs, GEGLUs and sums are computed by kernels of its own (`ldm.modules.fast.kernels`).
+"""Replace norms, SiLUs, GEGLUs and sums of a frozen U-Net by fused kernels (`ldm.modules.fast.kernels`).
 
-A good part of the time that Stable Diffusion's U-Net takes on a fast GPU goes into passing over what convolutions and
-matrix products give. What follows them is done in as few passes as there can be. Parameters keep their names.
+On a fast GPU, a large part of the time of Stable Diffusion's U-Net is memory traffic between convolutions and matrix
+products. The fused layers read and write feature maps as few times as possible. Parameters keep their names.
 """
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ log = logging.getLogger(__name__)
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """The group norm of maps (B, C, H, W); a gradient for the maps alone."""
+    """Group norm of feature maps (B, C, H, W). Gradients reach the maps only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _normalized(self, x, silu=False)[1]
+        return _group_norm(self, x, silu=False)[1]
 
 
 class FusedSpatialTransformer(SpatialTransformer):
-    """Transformer blocks over a map whose norm has few passes."""
+    """A spatial transformer with a fused group norm."""
 
     def _normalized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _normalized(self.norm, x, silu=False)
+        return _group_norm(self.norm, x, silu=False)
 
 
 class FusedGEGLU(GEGLU):
-    """GEGLU with one pass behind its projection."""
+    """GEGLU with one fused kernel after its projection."""
 
     def forward(self, x: Tensor) -> Tensor:
         from ldm.modules.fast.kernels.geglu import GatedGELU
@@ -43,25 +43,29 @@ class FusedGEGLU(GEGLU):
 
 
 class FusedResBlock(ResBlock):
-    """A residual block whose biases, embedding, norms and SiLUs have no passes of their own."""
+    """A residual block that fuses biases, timestep embedding, norms and SiLUs."""
 
     def _residual(self, x: Tensor, emb: Tensor) -> Tensor:
         from ldm.modules.fast.kernels.residual import BiasedSum
 
+        # The first norm, SiLU and convolution. The bias is left to the second norm.
         norm, _, conv = self.in_layers
-        x, h = _normalized(norm, x, silu=True)
-        h = _convolved(h, conv)
-        norm, _, dropout, out = self.out_layers
-        _, h = _normalized(norm, h, silu=True, added=self.emb_layers(emb).to(h.dtype) + conv.bias)
+        x, h = _group_norm(norm, x, silu=True)
+        h = _conv_without_bias(conv, h)
+
+        # The second norm also adds the first convolution's bias and the timestep embedding.
+        norm, _, dropout, out_conv = self.out_layers
+        _, h = _group_norm(norm, h, silu=True, added=self.emb_layers(emb).to(h.dtype) + conv.bias)
+
+        # The last sum adds the biases of the second convolution and of the skip connection.
+        bias = out_conv.bias
         if isinstance(self.skip_connection, nn.Conv2d):
-            x, bias = _convolved(x, self.skip_connection), out.bias + self.skip_connection.bias
-        else:
-            bias = out.bias
-        return BiasedSum.apply(x, _convolved(dropout(h), out), bias)
+            x, bias = _conv_without_bias(self.skip_connection, x), bias + self.skip_connection.bias
+        return BiasedSum.apply(x, _conv_without_bias(out_conv, dropout(h)), bias)
 
 
 class FusedTransformerBlock(BasicTransformerBlock):
-    """A transformer block that adds up and normalizes in one pass."""
+    """A transformer block that fuses each sum with the layer norm after it."""
 
     @staticmethod
     def _sum_normalized(norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -70,12 +74,13 @@ class FusedTransformerBlock(BasicTransformerBlock):
         return SumLayerNorm.apply(x, added, norm.weight, norm.bias, norm.eps)
 
 
-def _convolved(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The convolution without its bias, which torch would add in a pass of its own."""
+def _conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a convolution without its bias, which torch would add by a kernel of its own."""
     return nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
-def _normalized(norm: nn.GroupNorm, x: Tensor, silu: bool, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return x and its group norm; see `GroupNormSiLU`."""
     from ldm.modules.fast.kernels.group_norm import GroupNormSiLU
 
     return GroupNormSiLU.apply(x, added, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
@@ -85,9 +90,9 @@ FUSED = {GEGLU: FusedGEGLU, BasicTransformerBlock: FusedTransformerBlock, Spatia
 
 
 def fuse(network: nn.Module) -> None:
-    """Turns the layers of a network, none of whose weights is trained, into such ones; its parameters stay."""
+    """Replace the layers of a frozen network by fused ones, in place. Parameters and their names stay."""
     for module in network.modules():
-        if type(module) is ResBlock and _is_plain(module):
+        if type(module) is ResBlock and _can_fuse_block(module):
             module.__class__ = FusedResBlock
         elif type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
@@ -95,31 +100,32 @@ def fuse(network: nn.Module) -> None:
             module.out[0].__class__ = FusedGroupNorm
 
 
-def _is_plain(block: ResBlock) -> bool:
-    """Whether it is of two dimensions, and nothing comes between its norms, SiLUs and convolutions."""
+def _can_fuse_block(block: ResBlock) -> bool:
+    """Return whether a block is two-dimensional and has nothing between its norms, SiLUs and convolutions."""
     two_dimensions = isinstance(block.in_layers[-1], nn.Conv2d)
     return two_dimensions and block.resample is None and not block.use_scale_shift_norm
 
 
 @functools.cache
 def can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run there, forward and backward, which takes Triton, a C compiler and no old GPU.
+    """Return whether the kernels run on a device, forward and backward; log a warning if they fail on CUDA.
 
-    They are compiled when they are first called; those of a small network are nearly all that larger ones need.
+    They need Triton, a C compiler and a GPU that Triton supports. The test compiles the kernels of a small network,
+    which are nearly all that a larger one needs.
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     try:
-        _try_out(device, dtype)
-    except Exception as error:  # noqa: BLE001 - whatever is missing says so in its own way
+        _run_kernels(device, dtype)
+    except Exception as error:  # noqa: BLE001 - each missing part raises another exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("the U-Net's norms are not fused, which would be faster: %s", reason)
         return False
     return True
 
 
-def _try_out(device: torch.device, dtype: torch.dtype) -> None:
-    """Calls every kernel."""
+def _run_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Run every kernel once, forward and backward."""
     width, side = 2 * NORM_GROUPS, 8
     blocks = nn.ModuleList([ResBlock(width, width, 0.0), SpatialTransformer(width, 1, width)])
     blocks.to(device, dtype).requires_grad_(False)

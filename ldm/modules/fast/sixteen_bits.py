@@ -1,7 +1,8 @@
-"""A frozen U-Net in 16 bits: half the memory, and a fifth less time than 32-bit weights that autocast casts each step.
+"""Store the weights of a frozen U-Net in 16 bits.
 
-The numbers are those that autocast makes of the weights, once instead of in every step. What stays in 32 bits are the
-projections of the encoded text: they make a base model known (`ldm.concepts.concept.base_fingerprint`), and are few.
+This takes half the memory, and a fifth less time than 32-bit weights that autocast converts in every step. The weights
+have the values that autocast would give them. The projections of the encoded text stay in 32 bits: they are small, and
+`ldm.concepts.fingerprint.base_fingerprint` identifies a base model by them.
 """
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from ldm.util import has_trainable_parameters
 
 
 def to_sixteen_bits(unet: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the weights of `unet`, none of which is trained, in a dtype of 16 bits.
+    """Convert the weights of a frozen U-Net to a 16-bit dtype, in place.
 
     Raises:
-        ValueError: some are to be trained, and steps would be lost in the rounding.
+        ValueError: if a weight is trained, because updates would be lost in rounding.
     """
     if has_trainable_parameters(unet):
         raise ValueError("weights that are trained stay in 32 bits")
     layers = name_text_layers(unet).values()
-    kept = {id(weight) for layer in layers for weight in (layer.to_k.weight, layer.to_v.weight)}
+    text_projections = {id(weight) for layer in layers for weight in (layer.to_k.weight, layer.to_v.weight)}
     for parameter in unet.parameters():
-        if id(parameter) not in kept:
+        if id(parameter) not in text_projections:
             parameter.data = parameter.data.to(dtype)

@@ -1,1 +1,1 @@
-"""Triton kernels for what a frozen U-Net would otherwise pass over memory for again and again."""
+"""Triton kernels that fuse the memory-bound operations of a frozen U-Net (Tillet et al. 2019, "Triton")."""

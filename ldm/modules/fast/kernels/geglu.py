@@ -1,6 +1,6 @@
-"""GEGLU's product, value * GELU(gate), of both halves of one tensor, forward and backward in one pass each.
+"""GEGLU's product, value * GELU(gate), of the two halves of a tensor, in one kernel forward and one backward.
 
-Shapes: M positions of twice F numbers, (M, 2F) to (M, F); Shazeer 2020 (arXiv:2002.05202), Eq. 6.
+Shapes: M rows of 2F values, (M, 2F) to (M, F). Source: Shazeer 2020 (arXiv:2002.05202), Eq. 6.
 """
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ ROOT_HALF, DENSITY = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804
 
 @triton.jit
 def _halves(both, width, COLUMNS: tl.constexpr):
-    """Value and gate of this program's numbers, where they are, and which exist."""
+    """Load this program's values and gates. Return them, their offsets, and a mask of those that exist."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = column < width
-    place = tl.program_id(0).to(tl.int64) * 2 * width + column
-    value = tl.load(both + place, mask=there, other=0.0).to(tl.float32)
-    gate = tl.load(both + place + width, mask=there, other=0.0).to(tl.float32)
-    return value, gate, place, there
+    exists = column < width
+    offset = tl.program_id(0).to(tl.int64) * 2 * width + column
+    value = tl.load(both + offset, mask=exists, other=0.0).to(tl.float32)
+    gate = tl.load(both + offset + width, mask=exists, other=0.0).to(tl.float32)
+    return value, gate, offset, exists
 
 
 @triton.jit
 def _forward(both, y, width, COLUMNS: tl.constexpr):
-    value, gate, place, there = _halves(both, width, COLUMNS)
-    found = value * gate * 0.5 * (1.0 + tl.erf(gate * ROOT_HALF))
-    tl.store(y + place - tl.program_id(0).to(tl.int64) * width, found.to(y.dtype.element_ty), mask=there)
+    value, gate, offset, exists = _halves(both, width, COLUMNS)
+    product = value * gate * 0.5 * (1.0 + tl.erf(gate * ROOT_HALF))
+    tl.store(y + offset - tl.program_id(0).to(tl.int64) * width, product.to(y.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def _backward(both, gradient, result, width, COLUMNS: tl.constexpr):
-    value, gate, place, there = _halves(both, width, COLUMNS)
-    found = tl.load(gradient + place - tl.program_id(0).to(tl.int64) * width, mask=there, other=0.0).to(tl.float32)
-    below = 0.5 * (1.0 + tl.erf(gate * ROOT_HALF))
-    slope = below + gate * DENSITY * tl.exp(-0.5 * gate * gate)
-    tl.store(result + place, (found * gate * below).to(result.dtype.element_ty), mask=there)
-    tl.store(result + place + width, (found * value * slope).to(result.dtype.element_ty), mask=there)
+    value, gate, offset, exists = _halves(both, width, COLUMNS)
+    y_offset = offset - tl.program_id(0).to(tl.int64) * width
+    grad_y = tl.load(gradient + y_offset, mask=exists, other=0.0).to(tl.float32)
+    cdf = 0.5 * (1.0 + tl.erf(gate * ROOT_HALF))  # of the standard normal distribution
+    gelu_slope = cdf + gate * DENSITY * tl.exp(-0.5 * gate * gate)
+    tl.store(result + offset, (grad_y * gate * cdf).to(result.dtype.element_ty), mask=exists)
+    tl.store(result + offset + width, (grad_y * value * gelu_slope).to(result.dtype.element_ty), mask=exists)
 
 
 class GatedGELU(torch.autograd.Function):
-    """value * GELU(gate) of (..., 2F), value first: (..., F)."""
+    """Compute value * GELU(gate) of a tensor (..., 2F), the values followed by the gates, to (..., F)."""
 
     @staticmethod
     def forward(context: Any, both: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Layer norms of short rows, forward and backward in one pass each, with the sum that blocks put before them.
+"""A sum and its layer norm, in one kernel forward and one backward.
 
-Shapes: M rows of C numbers, (M, C). A program has as many rows as make up NUMBERS.
+Shapes: M rows of C values, (M, C). A program computes as many rows as fit into BLOCK values.
 """
 from __future__ import annotations
 
@@ -11,83 +11,85 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUMBERS = 4096
+BLOCK = 4096
 
 
 @triton.jit
 def _tile(rows, channels, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Of this program's rows: where their numbers are, which of them exist, and the rows and columns."""
+    """Return the offsets of this program's values, a mask of those that exist, and the rows and columns."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    place = row.to(tl.int64)[:, None] * channels + column[None, :]
-    return place, (row < rows)[:, None] & (column < channels)[None, :], row, column
+    offset = row.to(tl.int64)[:, None] * channels + column[None, :]
+    return offset, (row < rows)[:, None] & (column < channels)[None, :], row, column
 
 
 @triton.jit
-def _forward(x, added, total, y, mean, deviation, weight, bias, rows, channels, epsilon, ADDED: tl.constexpr,
+def _forward(x, added, total, y, mean, rstd, weight, bias, rows, channels, epsilon, HAS_ADDED: tl.constexpr,
              ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    place, there, row, column = _tile(rows, channels, ROWS, WIDTH)
-    numbers = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
-    if ADDED:
-        numbers += tl.load(added + place, mask=there, other=0.0).to(tl.float32)
-        kept = numbers.to(total.dtype.element_ty)
-        tl.store(total + place, kept, mask=there)
-        numbers = kept.to(tl.float32)  # as the backward pass will read them
-    centre = tl.sum(numbers, 1) / channels
-    apart = tl.where(there, numbers - centre[:, None], 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(apart * apart, 1) / channels + epsilon)
-    slope = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
-    shift = tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
-    normal = apart * scale[:, None] * slope[None, :] + shift[None, :]
-    tl.store(y + place, normal.to(y.dtype.element_ty), mask=there)
-    tl.store(mean + row, centre, mask=row < rows)
-    tl.store(deviation + row, scale, mask=row < rows)
+    """Compute the sum of this program's rows and their norms."""
+    offset, exists, row, column = _tile(rows, channels, ROWS, WIDTH)
+    values = tl.load(x + offset, mask=exists, other=0.0).to(tl.float32)
+    if HAS_ADDED:
+        values += tl.load(added + offset, mask=exists, other=0.0).to(tl.float32)
+        stored = values.to(total.dtype.element_ty)
+        tl.store(total + offset, stored, mask=exists)
+        values = stored.to(tl.float32)  # as the backward kernel will read them
+    center = tl.sum(values, 1) / channels
+    deviations = tl.where(exists, values - center[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(deviations * deviations, 1) / channels + epsilon)
+    norm_weight = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
+    norm_bias = tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
+    normal = deviations * scale[:, None] * norm_weight[None, :] + norm_bias[None, :]
+    tl.store(y + offset, normal.to(y.dtype.element_ty), mask=exists)
+    tl.store(mean + row, center, mask=row < rows)
+    tl.store(rstd + row, scale, mask=row < rows)
 
 
 @triton.jit
-def _backward(total, gradient, of_total, result, mean, deviation, weight, rows, channels, ROWS: tl.constexpr,
+def _backward(total, grad_y, grad_total, result, mean, rstd, weight, rows, channels, ROWS: tl.constexpr,
               WIDTH: tl.constexpr):
-    place, there, row, column = _tile(rows, channels, ROWS, WIDTH)
-    centre = tl.load(mean + row, mask=row < rows, other=0.0)
-    scale = tl.load(deviation + row, mask=row < rows, other=0.0)
-    numbers = tl.load(total + place, mask=there, other=0.0).to(tl.float32)
-    normal = tl.where(there, (numbers - centre[:, None]) * scale[:, None], 0.0)
-    slope = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
-    found = tl.load(gradient + place, mask=there, other=0.0).to(tl.float32) * slope[None, :]
-    plain, along = tl.sum(found, 1) / channels, tl.sum(found * normal, 1) / channels
-    found = scale[:, None] * (found - plain[:, None] - normal * along[:, None])
-    found += tl.load(of_total + place, mask=there, other=0.0).to(tl.float32)
-    tl.store(result + place, found.to(result.dtype.element_ty), mask=there)
+    """Compute the gradient of this program's rows: through the norm, plus `grad_total`."""
+    offset, exists, row, column = _tile(rows, channels, ROWS, WIDTH)
+    center = tl.load(mean + row, mask=row < rows, other=0.0)
+    scale = tl.load(rstd + row, mask=row < rows, other=0.0)
+    values = tl.load(total + offset, mask=exists, other=0.0).to(tl.float32)
+    normal = tl.where(exists, (values - center[:, None]) * scale[:, None], 0.0)
+    norm_weight = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
+    grad = tl.load(grad_y + offset, mask=exists, other=0.0).to(tl.float32) * norm_weight[None, :]
+    grad_mean, product_mean = tl.sum(grad, 1) / channels, tl.sum(grad * normal, 1) / channels
+    grad = scale[:, None] * (grad - grad_mean[:, None] - normal * product_mean[:, None])
+    grad += tl.load(grad_total + offset, mask=exists, other=0.0).to(tl.float32)
+    tl.store(result + offset, grad.to(result.dtype.element_ty), mask=exists)
 
 
 class SumLayerNorm(torch.autograd.Function):
-    """x + added, or x where that is None, and the layer norm of that, twice (..., C).
+    """Compute the sum x + added (or x if `added` is None) and its layer norm, both (..., C).
 
-    Both are to be used: the gradient of the sum is added in the pass that makes that of the norm. Gradients are for x
-    and added alone.
+    Use both results: the backward kernel adds the gradient of the sum to that of the norm. Gradients reach x and
+    `added` only.
     """
 
     @staticmethod
     def forward(context: Any, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
                 ) -> tuple[Tensor, Tensor]:
-        x, adds = x.contiguous(), added is not None
-        added = added.contiguous() if adds else x
-        total, y = torch.empty_like(x) if adds else x, torch.empty_like(x)
+        x, has_added = x.contiguous(), added is not None
+        added = added.contiguous() if has_added else x
+        total, y = torch.empty_like(x) if has_added else x, torch.empty_like(x)
         channels, rows = x.shape[-1], x.numel() // x.shape[-1]
         width = triton.next_power_of_2(channels)
-        shape = (max(1, NUMBERS // width), width)
-        mean, deviation = x.new_empty((2, rows), dtype=torch.float32)
-        _forward[(triton.cdiv(rows, shape[0]),)](x, added, total, y, mean, deviation, weight, bias, rows, channels,
-                                                 epsilon, adds, *shape)
-        context.save_for_backward(total, mean, deviation, weight)
-        context.shape, context.adds = shape, adds
-        return total if adds else x.view_as(x), y
+        shape = (max(1, BLOCK // width), width)
+        mean, rstd = x.new_empty((2, rows), dtype=torch.float32)
+        _forward[(triton.cdiv(rows, shape[0]),)](x, added, total, y, mean, rstd, weight, bias, rows, channels,
+                                                 epsilon, has_added, *shape)
+        context.save_for_backward(total, mean, rstd, weight)
+        context.shape, context.has_added = shape, has_added
+        return total if has_added else x.view_as(x), y
 
     @staticmethod
-    def backward(context: Any, of_total: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        total, mean, deviation, weight = context.saved_tensors
+    def backward(context: Any, grad_total: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        total, mean, rstd, weight = context.saved_tensors
         channels, rows = total.shape[-1], mean.numel()
         result = torch.empty_like(total)
         _backward[(triton.cdiv(rows, context.shape[0]),)](
-            total, gradient.contiguous(), of_total.contiguous(), result, mean, deviation, weight, rows, channels,
+            total, grad_y.contiguous(), grad_total.contiguous(), result, mean, rstd, weight, rows, channels,
             *context.shape)
-        return result, result if context.adds else None, None, None, None
+        return result, result if context.has_added else None, None, None, None
