@@ -33,6 +33,10 @@ MOVED_TARGETS = {
     "ldm.modules.encoders.asides.AsideCLIPEmbedder":
         "ldm.modules.encoders.attribute_binding.AttributeBindingCLIPEmbedder",
     "ldm.training.concept_progress.BeforeDuringAfter": "ldm.training.concept_callbacks.BeforeDuringAfter",
+    # Public configs name these by main.py, which Python finds only if it runs in the project's root.
+    "main.DataModuleFromConfig": "ldm.data.module.DataModuleFromConfig",
+    "main.ImageLogger": "ldm.training.callbacks.ImageLogger",
+    "main.SetupCallback": "ldm.training.callbacks.SetupCallback",
 }
 NO_MODULE = ("__is_first_stage__", "__is_unconditional__")  # in place of a config, as latent diffusion writes it
 SYNCHRONOUS_COPY_LIMIT = 2**16  # bytes that CUDA copies at once (CUDA Runtime API, "API synchronization behavior")
