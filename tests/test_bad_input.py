@@ -24,7 +24,7 @@ from ldm.common.files import load_tensors, save_tensors
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import save_perfusion_concepts
 from ldm.concepts.fingerprint import base_fingerprint
-from ldm.inference.sampling import read_model_config
+from ldm.inference.model_config import read_model_config
 from ldm.modules.attention import name_text_layers
 from ldm.modules.covariance import save_covariance
 from ldm.training.log_folder import log_folder
@@ -36,7 +36,7 @@ Refusal = Callable[..., str]
 
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{name}_of_bad_input", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -323,7 +323,7 @@ def test_photos_that_cannot_be_read_are_named_and_the_others_used(
 
 
 def test_folders_that_cannot_be_written_to(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm.common.command_line.os.access", lambda *_: False)  # to root nothing is read-only
+    monkeypatch.setattr("ldm.common.paths.os.access", lambda *_: False)  # to root nothing is read-only
     for main, arguments in ((MAIN, (*BASE, "-l")), (TXT2IMG, ("--prompt", "a dog", "--outdir"))):
         assert "cannot be written to; choose another path" in refusal(main, *arguments, "{out}/deep")
 
