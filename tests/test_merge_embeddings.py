@@ -1,4 +1,4 @@
-"""The merge script as a user runs it: once as a process of its own, otherwise in this one to save time."""
+"""The merge script as a user runs it: once as its own process, otherwise in this process to save time."""
 from __future__ import annotations
 
 import subprocess
@@ -16,11 +16,12 @@ from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_co
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def concept_file(path: Path, placeholder: str, super_category: str, base: str = "f" * 64) -> Path:
+def save_concept(path: Path, placeholder: str, super_category: str, base: str = "f" * 64) -> Path:
     torch.manual_seed(len(str(path)))
     vectors = {"embedding": torch.randn(1, 4), "target_input": torch.randn(6), "super_input": torch.randn(6)}
     outputs = {"middle_block.1.attn2": torch.randn(5)}
-    return save_perfusion_concepts(path, [Concept(placeholder, super_category, target_outputs_v=outputs, base=base, **vectors)])
+    concept = Concept(placeholder, super_category, target_outputs_v=outputs, base=base, **vectors)
+    return save_perfusion_concepts(path, [concept])
 
 
 def merge(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -30,12 +31,12 @@ def merge(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
-    one = concept_file(tmp_path / "one.safetensors", "<pet>", "dog")
-    return one, concept_file(tmp_path / "other.safetensors", "<pet>", "teddy bear")
+    one = save_concept(tmp_path / "one.safetensors", "<pet>", "dog")
+    return one, save_concept(tmp_path / "other.safetensors", "<pet>", "teddy bear")
 
 
-def test_merging_says_what_came_from_where_and_how_to_use_it(files: tuple[Path, Path], tmp_path: Path) -> None:
-    output = tmp_path / "new place" / "both.safetensors"
+def test_the_output_lists_the_concepts_and_how_to_use_them(files: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "new folder" / "both.safetensors"
     command = [sys.executable, "merge_embeddings.py", "--manager_ckpts", *files, "--output_path", output]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
@@ -51,7 +52,7 @@ def test_merging_says_what_came_from_where_and_how_to_use_it(files: tuple[Path, 
     assert f'--concept {quote_command(output)} --prompt "a photo of a <pet> next to a <pet-2>"' in result.stdout
 
 
-def test_placeholders_can_be_given_and_the_output_can_be_an_input(
+def test_placeholders_can_be_given_and_an_input_can_be_overwritten(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--placeholders", "<rex>", "<bear>"]
@@ -60,11 +61,11 @@ def test_placeholders_can_be_given_and_the_output_can_be_an_input(
     assert "(replaced)" in capsys.readouterr().out
 
 
-def test_what_cannot_be_merged_is_one_line(
+def test_errors_are_one_line(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "both.safetensors"
-    foreign = concept_file(tmp_path / "foreign.safetensors", "<x>", "cat", base="0" * 64)
+    foreign = save_concept(tmp_path / "foreign.safetensors", "<x>", "cat", base="0" * 64)
     before = foreign.read_bytes()
     for inputs, target, words, message in (
         ((files[0], foreign), output, (), str(foreign)),
@@ -84,7 +85,7 @@ def test_what_cannot_be_merged_is_one_line(
     assert foreign.read_bytes() == before
 
 
-def test_script_does_not_wait_for_libraries_it_does_not_need() -> None:
+def test_the_script_does_not_import_slow_libraries() -> None:
     slow = "('pytorch_lightning', 'transformers')"
     probe = f"import sys, merge_embeddings; print([m for m in {slow} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -17,7 +17,7 @@ from ldm.common.files import save_tensors
 from ldm.concepts.embedding_manager import EmbeddingManager
 from ldm.concepts.finetuned_concept import FinetunedConcept
 from ldm.concepts.storage import load_concepts, save_concepts
-from ldm.inference.sampling import prompt_encoder
+from ldm.inference.encoding import build_prompt_encoder
 from ldm.modules.encoders.bert import BERTEmbedder
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.util import instantiate_from_config
@@ -132,8 +132,8 @@ def test_a_stand_in_trains_its_vectors_only(name: str, tmp_path: Path) -> None:
         assert torch.equal(restored.get_learned_conditioning(["a *"]), model.eval().get_learned_conditioning(["a *"]))
         assert not torch.equal(restored.get_learned_conditioning(["a *"]), base.get_learned_conditioning(["a *"]))
         (concept,) = load_concepts(tmp_path / "run" / "embeddings.safetensors")  # as the generation scripts load it
-        scripts = prompt_encoder(base, [concept]).encode(["a *"]).encoding
-        assert torch.allclose(scripts, restored.get_learned_conditioning(["a *"]), atol=1e-6)
+        generation = build_prompt_encoder(base, [concept]).encode(["a *"]).encoding
+        assert torch.allclose(generation, restored.get_learned_conditioning(["a *"]), atol=1e-6)
     assert (concept.super_category, concept.steps, concept.parameter_count) == ("sculpture", 2, concept.vectors.numel())
 
 

@@ -1,3 +1,4 @@
+"""Attention layers and transformer blocks against their formulas."""
 from __future__ import annotations
 
 import math
@@ -20,46 +21,46 @@ from ldm.modules.context import PromptContext
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(width)) v, head by head."""
+    """Return softmax(q k^T / sqrt(width)) v, computed head by head."""
     width = q.shape[-1] // heads
-    parts = []
+    outputs = []
     for head in range(heads):
-        own = slice(head * width, (head + 1) * width)
-        weights = torch.softmax(q[..., own] @ k[..., own].mT / math.sqrt(width), dim=-1)
-        parts.append(weights @ v[..., own])
-    return torch.cat(parts, dim=-1)
+        channels = slice(head * width, (head + 1) * width)
+        weights = torch.softmax(q[..., channels] @ k[..., channels].mT / math.sqrt(width), dim=-1)
+        outputs.append(weights @ v[..., channels])
+    return torch.cat(outputs, dim=-1)
 
 
 @pytest.mark.parametrize("kind", [CrossAttention, PerfusionCrossAttention])
-@pytest.mark.parametrize("to_itself", [False, True])
-def test_attention_against_its_formula(kind: type[CrossAttention], to_itself: bool) -> None:
-    layer = randomize(kind(16, None if to_itself else 10, heads=3, dim_head=8), scale=0.5)
+@pytest.mark.parametrize("self_attention", [False, True])
+def test_attention_against_its_formula(kind: type[CrossAttention], self_attention: bool) -> None:
+    layer = randomize(kind(16, None if self_attention else 10, heads=3, dim_head=8), scale=0.5)
     x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
-    source = x if to_itself else context
+    source = x if self_attention else context
     heads = attend(x @ layer.to_q.weight.T, source @ layer.to_k.weight.T, source @ layer.to_v.weight.T, heads=3)
     expected = heads @ layer.to_out[0].weight.T + layer.to_out[0].bias
-    assert torch.allclose(layer(x, None if to_itself else context), expected, atol=1e-5)
+    assert torch.allclose(layer(x, None if self_attention else context), expected, atol=1e-5)
     assert list(layer.state_dict()) == [
         "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"
     ]
 
 
-class GivenKeysValues(PromptContext):
-    """Records who asks, and answers with keys and values of its own."""
+class FakeContext(PromptContext):
+    """Records the arguments of `keys_values`, and returns modified keys and values."""
 
     def keys_values(self, layer_name: str, to_k: torch.nn.Linear, to_v: torch.nn.Linear) -> tuple[Tensor, Tensor]:
-        self.asked = layer_name, to_k, to_v
+        self.arguments = layer_name, to_k, to_v
         return to_k(self.encoding) + 1, to_v(self.encoding) * 2
 
 
-def test_a_prompt_context_decides_keys_and_values() -> None:
+def test_keys_and_values_come_from_the_prompt_context() -> None:
     layer = randomize(PerfusionCrossAttention(16, 10, heads=2, dim_head=8), scale=0.5)
-    layer.layer_name = "somewhere.attn2"
+    layer.layer_name = "some_block.attn2"
     x, encoding = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
-    context = GivenKeysValues(encoding, encoding, encoding.new_zeros(2, 5, 0), {}, {})
+    context = FakeContext(encoding, encoding, encoding.new_zeros(2, 5, 0), {}, {})
     heads = attend(layer.to_q(x), layer.to_k(encoding) + 1, layer.to_v(encoding) * 2, heads=2)
     assert torch.allclose(layer(x, context), layer.to_out(heads), atol=1e-5)
-    assert context.asked == ("somewhere.attn2", layer.to_k, layer.to_v)
+    assert context.arguments == ("some_block.attn2", layer.to_k, layer.to_v)
 
 
 def test_feed_forward_against_its_formula() -> None:
@@ -72,7 +73,7 @@ def test_feed_forward_against_its_formula() -> None:
     assert plain.net[2].weight.shape == (8, 32)
 
 
-def test_block_is_three_residuals() -> None:
+def test_a_block_is_three_residuals() -> None:
     block = randomize(BasicTransformerBlock(16, 2, 8, context_dim=10), scale=0.5)
     x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
     h = x + block.attn1(F.layer_norm(x, (16,), block.norm1.weight, block.norm1.bias))
@@ -81,7 +82,7 @@ def test_block_is_three_residuals() -> None:
     assert torch.allclose(block(x, context), h, atol=1e-5)
 
 
-def test_block_whose_first_attention_reads_the_context_too() -> None:
+def test_a_block_without_self_attention_reads_the_context_twice() -> None:
     block = randomize(BasicTransformerBlock(16, 2, 8, context_dim=10, disable_self_attn=True), scale=0.5)
     x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
     assert block.attn1.to_k.weight.shape == (16, 10)
@@ -89,22 +90,22 @@ def test_block_whose_first_attention_reads_the_context_too() -> None:
     assert torch.allclose(block(x, PromptContext.plain(context)), block(x, context), atol=1e-6)
 
 
-def test_concepts_reach_the_first_attention_too() -> None:
+def test_concepts_edit_the_first_attention_too() -> None:
     block = BasicTransformerBlock(16, 2, 8, context_dim=10, disable_self_attn=True)
     randomize(block, scale=0.5)
     name_text_layers(block)
     encoding = torch.randn(2, 5, 10)
     target = {name: torch.randn(1, 16) for name in ("attn1", "attn2")}
     results = []
-    for edited in ((), ("attn1",), ("attn2",)):
-        values = {name: target[name] if name in edited else torch.zeros(1, 16) for name in target}
+    for target_layers in ((), ("attn1",), ("attn2",)):
+        values = {name: target[name] if name in target_layers else torch.zeros(1, 16) for name in target}
         keys = {name: torch.zeros(1, 16) for name in target}
         context = PromptContext(encoding, encoding, torch.ones(2, 5, 1), values, keys)
         results.append(block(torch.ones(2, 9, 16), context))
     assert all(not torch.allclose(results[0], other, atol=1e-3) for other in results[1:])
 
 
-def test_block_without_text_attends_to_the_image_twice() -> None:
+def test_a_block_without_text_attends_to_the_image_twice() -> None:
     block = BasicTransformerBlock(16, 2, 8)
     assert block.attn2.to_k.weight.shape == (16, 16)
     assert name_text_layers(block) == {}

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from ldm.common.errors import UserError
-from ldm.concepts.prompt_encoder import word_vector
 from ldm.modules.covariance import estimate_covariance
 from ldm.modules.encoders.bert import BERT_TOKENIZER
 from ldm.modules.encoders.modules import BERTEmbedder, BERTTokenizer, TransformerEmbedder
+from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 PROMPTS = ["a photo of a teddy bear", "", "It's a CAFÉ -- with 3 supercalifragilistic owls!"]

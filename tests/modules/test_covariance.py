@@ -1,4 +1,4 @@
-"""The covariance against plain loops over what `transformers` computes by itself, its files and its cache."""
+"""The covariance against plain loops over the encodings of Transformers; its files and its cache."""
 from __future__ import annotations
 
 import logging
@@ -20,11 +20,11 @@ from ldm.modules.covariance import (
     default_captions,
     encoder_fingerprint,
     estimate_covariance,
-    evenly_spread,
     load_covariance,
     mean_energy,
     read_captions,
     save_covariance,
+    spread_evenly,
     token_covariance,
 )
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -49,26 +49,27 @@ def embedder(folder: Path) -> FrozenCLIPEmbedder:
     torch.manual_seed(0)
     embedder = FrozenCLIPEmbedder(str(folder), max_length=LENGTH)
     for parameter in embedder.parameters():
-        parameter.mul_(10)  # far from its start, so that words attend to each other
+        parameter.mul_(10)  # larger weights, so that words attend to each other
     return embedder
 
 
 def loop_covariance(embedder: FrozenCLIPEmbedder, captions: list[str], tokens: str) -> Tensor:
-    """One token after the other, padded to the full length by the tokenizer, in float64."""
+    """Average products token by token in float64, with captions padded to the full length by the tokenizer."""
     products = []
     for caption in captions:
         row = embedder.tokenizer(caption, padding="max_length", max_length=LENGTH, return_tensors="pt")["input_ids"]
         encoding = embedder.transformer(input_ids=row).last_hidden_state[0].double()
         words = LENGTH - 1 - int((row == END).sum())
-        for place, vector in enumerate(encoding):
-            if tokens == "all" or (tokens == "no_padding" and place <= words + 1) or 1 <= place <= words:
+        for position, vector in enumerate(encoding):
+            counts = 1 <= position <= words
+            if tokens == "all" or (tokens == "no_padding" and position <= words + 1) or counts:
                 products.append(torch.outer(vector, vector))
     return torch.stack(products).mean(0)
 
 
 @pytest.mark.parametrize("tokens", ["words", "no_padding", "all"])
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_it_is_the_mean_of_products_of_the_tokens_that_count(
+def test_the_covariance_is_the_mean_over_the_tokens_that_count(
     embedder: FrozenCLIPEmbedder, tokens: str, batch_size: int
 ) -> None:
     found = token_covariance(embedder, CAPTIONS, tokens, batch_size, progress=False)
@@ -77,12 +78,12 @@ def test_it_is_the_mean_of_products_of_the_tokens_that_count(
 
 
 @pytest.mark.parametrize(("tokens", "count"), [("words", 6 + 0 + 1 + 8 + 2), ("no_padding", 17 + 2 * 5), ("all", 60)])
-def test_what_was_counted_is_known(embedder: FrozenCLIPEmbedder, tokens: str, count: int) -> None:
+def test_an_estimate_reports_its_counts(embedder: FrozenCLIPEmbedder, tokens: str, count: int) -> None:
     found = estimate_covariance(embedder, CAPTIONS, tokens, progress=False)
     assert (found.tokens, found.captions, found.skipped) == (count, 5, 0)
 
 
-def test_captions_that_do_not_fit_are_left_out_and_counted(
+def test_captions_that_are_too_long_are_left_out_and_counted(
     embedder: FrozenCLIPEmbedder, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -92,13 +93,13 @@ def test_captions_that_do_not_fit_are_left_out_and_counted(
     assert torch.equal(found.covariance, token_covariance(embedder, CAPTIONS, progress=False))
 
 
-def test_a_caption_of_exactly_the_room_there_is_counts_wholly(embedder: FrozenCLIPEmbedder) -> None:
+def test_a_caption_of_the_maximum_length_counts_completely(embedder: FrozenCLIPEmbedder) -> None:
     longest = [LONG.rpartition(" ")[0]]
     for tokens, count in (("words", 10), ("no_padding", 12), ("all", 12)):
         assert estimate_covariance(embedder, longest, tokens, progress=False).tokens == count
 
 
-def test_an_encoder_that_reads_ahead_gets_its_padding(
+def test_an_encoder_that_is_not_causal_gets_padding(
     embedder: FrozenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = embedder.encode_tokens
@@ -119,14 +120,14 @@ def test_an_encoder_that_reads_ahead_gets_its_padding(
     (["", " "], "words", "no token"), ([], "all", "no token"), ([LONG], "all", "no token"),
     (["mug"], "some", "tokens 'some': give one of words, no_padding, all"),
 ])
-def test_nothing_to_count_is_an_error(
+def test_an_empty_selection_is_refused(
     embedder: FrozenCLIPEmbedder, captions: list[str], tokens: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         token_covariance(embedder, captions, tokens, progress=False)
 
 
-def test_encodings_that_are_not_finite_are_an_error(
+def test_encodings_that_are_not_finite_are_refused(
     embedder: FrozenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = embedder.encode_tokens
@@ -135,24 +136,24 @@ def test_encodings_that_are_not_finite_are_an_error(
         token_covariance(embedder, CAPTIONS, progress=False)
 
 
-def test_the_result_takes_part_in_training(embedder: FrozenCLIPEmbedder) -> None:
+def test_the_result_can_be_used_in_training(embedder: FrozenCLIPEmbedder) -> None:
     found = token_covariance(embedder, CAPTIONS, progress=False)
     vector = torch.ones(WIDTH, dtype=torch.float64, requires_grad=True)
     (found @ vector).square().sum().backward()  # fails for tensors of inference mode
     assert vector.grad.any()
 
 
-def test_the_default_captions_are_names_in_templates() -> None:
+def test_the_default_captions_are_class_names_in_templates() -> None:
     captions = default_captions()
     assert len(captions) == 80_000
     assert "a photo of a tench." in captions
-    assert default_captions(100) == evenly_spread(captions, 100)
+    assert default_captions(100) == spread_evenly(captions, 100)
 
 
 @pytest.mark.parametrize("limit", [1, 80, 800, 1000, 8192, 79_999])
-def test_a_subsample_is_spread_over_names_and_templates(limit: int) -> None:
+def test_a_subset_is_spread_over_names_and_templates(limit: int) -> None:
     pairs = [(name, template) for name in range(1000) for template in range(80)]
-    chosen = evenly_spread(pairs, limit)
+    chosen = spread_evenly(pairs, limit)
     assert len(set(chosen)) == len(chosen) == limit
     blocks = Counter(name // 10 for name, _ in chosen)
     templates = Counter(template for _, template in chosen)
@@ -160,10 +161,10 @@ def test_a_subsample_is_spread_over_names_and_templates(limit: int) -> None:
     assert max(templates.values()) <= limit / 80 + 1
 
 
-def test_a_larger_subsample_holds_the_smaller_one() -> None:
+def test_a_larger_subset_contains_the_smaller_one() -> None:
     words = [str(number) for number in range(97)]
-    assert evenly_spread(words, 50)[:20] == evenly_spread(words, 20)
-    assert evenly_spread(words, None) == evenly_spread(words, 97) == evenly_spread(words, 1000) == words
+    assert spread_evenly(words, 50)[:20] == spread_evenly(words, 20)
+    assert spread_evenly(words, None) == spread_evenly(words, 97) == spread_evenly(words, 1000) == words
 
 
 def test_the_estimate_converges(embedder: FrozenCLIPEmbedder) -> None:
@@ -175,7 +176,7 @@ def test_the_estimate_converges(embedder: FrozenCLIPEmbedder) -> None:
     assert many < 0.02
 
 
-def test_condition_number_is_that_of_what_is_inverted() -> None:
+def test_the_condition_number_is_that_of_the_ridged_covariance() -> None:
     rows = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     covariance = rows.T @ rows * torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])  # one column empty
     covariance[4] = 0
@@ -183,7 +184,7 @@ def test_condition_number_is_that_of_what_is_inverted() -> None:
     assert condition_number(covariance, ridge=1e-3) == pytest.approx(np.linalg.cond(inverse.numpy()), rel=1e-4)
 
 
-def test_mean_energy_is_that_of_the_corpus_and_bounds_similarity() -> None:
+def test_the_mean_energy_of_the_corpus_bounds_similarity() -> None:
     rows = torch.randn(500, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows[:, 0] += 5
     covariance = rows.T @ rows / len(rows)
@@ -195,7 +196,9 @@ def test_mean_energy_is_that_of_the_corpus_and_bounds_similarity() -> None:
     assert (similarities.square().mean(0).sqrt() <= energies.rsqrt() * (1 + 1e-6)).all()
 
 
-def test_the_fingerprint_is_of_weights_and_layer_not_of_storage(embedder: FrozenCLIPEmbedder, folder: Path) -> None:
+def test_the_fingerprint_depends_on_weights_and_layer_but_not_on_precision(
+    embedder: FrozenCLIPEmbedder, folder: Path
+) -> None:
     original = {name: tensor.clone() for name, tensor in embedder.state_dict().items()}
     fingerprints = []
     for layer in ({}, {"layer": "hidden", "layer_idx": 1}):
@@ -208,23 +211,23 @@ def test_the_fingerprint_is_of_weights_and_layer_not_of_storage(embedder: Frozen
     assert encoder_fingerprint(other) != fingerprints[2]
 
 
-def saved(path: Path, encoder: str = "e" * 64) -> Tensor:
+def save_random(path: Path, encoder: str = "e" * 64) -> Tensor:
     rows = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     save_covariance(path, rows.T @ rows, source="captions.txt", captions=9, tokens="words", encoder=encoder)
     return rows.T @ rows
 
 
-def test_a_file_holds_float32_and_what_it_belongs_to(tmp_path: Path) -> None:
+def test_a_file_contains_float32_and_its_origin(tmp_path: Path) -> None:
     path = tmp_path / "new" / "c.safetensors"
-    covariance = saved(path)
+    covariance = save_random(path)
     assert torch.equal(load_covariance(path), covariance.float())
     assert torch.equal(load_covariance(path, "e" * 64), covariance.float())
     assert load_tensors(path)[1]["covariance"] == {
         "format_version": 1, "source": "captions.txt", "captions": 9, "tokens": "words", "encoder": "e" * 64}
 
 
-def test_a_file_of_another_encoder_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    saved(tmp_path / "c.safetensors")
+def test_a_file_of_another_encoder_is_refused(tmp_path: Path) -> None:
+    save_random(tmp_path / "c.safetensors")
     with pytest.raises(UserError, match=r"c\.safetensors: .*eeeeeeeeeeee.*ffffffffffff.*compute_covariance\.py"):
         load_covariance(tmp_path / "c.safetensors", "f" * 64)
 
@@ -237,14 +240,16 @@ def test_a_file_of_another_encoder_is_refused_with_the_remedy(tmp_path: Path) ->
     ({"covariance": torch.ones(2, 3)}, {"covariance": {"format_version": 1, "encoder": ""}}),
     ({"covariance": torch.full((2, 2), float("nan"))}, {"covariance": {"format_version": 1, "encoder": ""}}),
 ])
-def test_other_files_are_refused(tmp_path: Path, tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+def test_files_without_a_covariance_are_refused(
+    tmp_path: Path, tensors: dict[str, Tensor], metadata: dict[str, object]
+) -> None:
     path = save_tensors(tmp_path / "c.safetensors", tensors, metadata)
     with pytest.raises(UserError, match=r"c\.safetensors: .*compute_covariance\.py"):
         load_covariance(path)
 
 
-class Watch:
-    """Counts how often an encoder runs."""
+class CallCounter:
+    """Counts the calls of a text encoder."""
 
     def __init__(self, embedder: FrozenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs, self.plain = 0, embedder.encode_tokens
@@ -254,50 +259,50 @@ class Watch:
         self.runs += 1
         return self.plain(tokens)
 
-    def ran(self) -> bool:
+    def was_called(self) -> bool:
         runs, self.runs = self.runs, 0
         return runs > 0
 
 
 @pytest.fixture
-def watch(embedder: FrozenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch) -> Watch:
-    return Watch(embedder, monkeypatch)
+def counter(embedder: FrozenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch) -> CallCounter:
+    return CallCounter(embedder, monkeypatch)
 
 
-def test_it_is_computed_once_per_encoder_corpus_and_choice(
-    embedder: FrozenCLIPEmbedder, watch: Watch, tmp_path: Path
+def test_it_is_computed_once_per_encoder_corpus_and_choice_of_tokens(
+    embedder: FrozenCLIPEmbedder, counter: CallCounter, tmp_path: Path
 ) -> None:
     first = cached_covariance(embedder, tmp_path, CAPTIONS, progress=False)
-    assert watch.ran()
+    assert counter.was_called()
     assert torch.equal(cached_covariance(embedder, tmp_path, CAPTIONS, progress=False), first)
-    assert not watch.ran()
+    assert not counter.was_called()
     torch.testing.assert_close(first, loop_covariance(embedder, CAPTIONS, "words").float(), rtol=1e-5, atol=1e-5)
     cached_covariance(embedder, tmp_path, CAPTIONS, "all", progress=False)
-    assert watch.ran()
+    assert counter.was_called()
     cached_covariance(embedder, tmp_path, CAPTIONS[1:], progress=False)
-    assert watch.ran()
+    assert counter.was_called()
     weight = embedder.token_table[700]
     weight += 1
     cached_covariance(embedder, tmp_path, CAPTIONS, progress=False)
     weight -= 1
-    assert watch.ran()
+    assert counter.was_called()
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_broken_cache_file_is_written_again(
-    embedder: FrozenCLIPEmbedder, watch: Watch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_broken_cache_file_is_replaced(
+    embedder: FrozenCLIPEmbedder, counter: CallCounter, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = cached_covariance(embedder, tmp_path, CAPTIONS, progress=False)
     path = next(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:100])
-    watch.ran()
+    counter.was_called()
     assert torch.equal(cached_covariance(embedder, tmp_path, CAPTIONS, progress=False), first)
-    assert watch.ran()
-    assert "now computed again" in caplog.text
+    assert counter.was_called()
+    assert "computing it again" in caplog.text
     assert torch.equal(load_covariance(path, encoder_fingerprint(embedder)), first)
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(
+def test_a_cache_that_cannot_be_written_is_not_an_error(
     embedder: FrozenCLIPEmbedder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -307,7 +312,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 
 
 @pytest.mark.parametrize("variable", [True, False])
-def test_the_cache_lies_where_the_user_says_or_at_home(
+def test_the_cache_is_in_the_users_folder_or_at_home(
     embedder: FrozenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: bool
 ) -> None:
     monkeypatch.setattr(module, "default_captions", lambda limit: [f"{limit} mugs"])
@@ -330,7 +335,7 @@ def test_caption_files_are_read_line_by_line(tmp_path: Path) -> None:
     (None, "no such file"), (b"", "no captions"), (b"\n \n", "no captions"), (b"\xff\xfe\x00a", "not a UTF-8 text"),
     (b"PK\x03\x00\x00", "not a UTF-8 text"),
 ])
-def test_other_caption_files_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_invalid_caption_files_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "captions.txt"
     if content is not None:
         path.write_bytes(content)

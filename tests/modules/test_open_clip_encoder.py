@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.common.errors import UserError
-from ldm.concepts.prompt_encoder import word_vector
 from ldm.modules.covariance import encoder_fingerprint, estimate_covariance
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
+from ldm.modules.encoders.prompts import word_vector
 
 PROMPTS = ["a photo of a teddy bear", "", "It’s a CAFÉ &amp; 3 “owls”  --\t🧸"]
 LAYERS = 3

@@ -1,4 +1,4 @@
-"""The edit against float64 closed forms written another way, against identities, and against another implementation."""
+"""The edit against closed forms in float64, against identities, and against another implementation."""
 from __future__ import annotations
 
 import numpy as np
@@ -22,19 +22,19 @@ WIDTH, INNER, BATCH, TOKENS = 12, 7, 2, 5
 BIAS, TEMPERATURE = 0.7, 0.15
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def some_covariance(seed: int = 100) -> Tensor:
-    """Like that of text encodings: a common direction in all of them, and axes of very different scale."""
+def make_covariance(seed: int = 100) -> Tensor:
+    """A covariance like that of text encodings, which share a direction and have axes of very different scales."""
     scale = torch.logspace(-1, 0.5, WIDTH)
-    encodings = draw(400, WIDTH, seed=seed) * scale + 2 * scale
+    encodings = randn(400, WIDTH, seed=seed) * scale + 2 * scale
     return encodings.T @ encodings / len(encodings)
 
 
-def edited(encoding: Tensor, targets: Tensor, inverse: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
-    """The whole of one layer, as `Edit.context` and `PromptContext.keys_values` do it."""
+def edit_layer(encoding: Tensor, targets: Tensor, inverse: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
+    """Compute one layer, as `Edit.context` and `PromptContext.keys_values` do."""
     count = len(targets)
     gates = gate(similarity(encoding, targets, inverse), torch.full((count,), BIAS), torch.full((count,), TEMPERATURE))
     projected = project_out(encoding, concept_basis(targets, inverse), inverse)
@@ -46,37 +46,38 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def oracle(encoding: Tensor, targets: Tensor, inverse: Tensor, weight: Tensor, outputs: Tensor) -> np.ndarray:
-    """h by Cholesky and QR, token by token, in float64: u = L^-T Q with Q R = L^T [i*_1 ... i*_J], L L^T = C^-1."""
+    """Compute h token by token in float64, with u = L^-T Q from Q R = L^T [i*_1 ... i*_J] and L L^T = C^-1."""
     e, i, metric, w, o = (x.double().numpy() for x in (encoding, targets, inverse, weight, outputs))
     lower = np.linalg.cholesky(metric)
     basis = np.linalg.solve(lower.T, np.linalg.qr(lower.T @ i.T)[0])
     result = np.empty((*e.shape[:2], len(w)))
-    for place in np.ndindex(*e.shape[:2]):
-        token = e[place]
-        rest = token - sum(u * (u @ metric @ token) for u in basis.T)
-        opened = [sigmoid((i_j @ metric @ token / (i_j @ metric @ i_j) - BIAS) / TEMPERATURE) for i_j in i]
-        result[place] = w @ rest + sum(g * o_j for g, o_j in zip(opened, o, strict=True))
+    for index in np.ndindex(*e.shape[:2]):
+        token = e[index]
+        e_perp = token - sum(u * (u @ metric @ token) for u in basis.T)
+        scores = [i_j @ metric @ token / (i_j @ metric @ i_j) for i_j in i]
+        gates = [sigmoid((s - BIAS) / TEMPERATURE) for s in scores]
+        result[index] = w @ e_perp + sum(g * o_j for g, o_j in zip(gates, o, strict=True))
     return result
 
 
 @pytest.fixture
 def inverse() -> Tensor:
-    return invert_covariance(some_covariance())
+    return invert_covariance(make_covariance())
 
 
 @pytest.fixture
 def case(inverse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Encodings with a concept's own direction among them, C^-1, W and two target outputs."""
-    encoding = draw(BATCH, TOKENS, WIDTH, seed=1)
-    return encoding, inverse, draw(INNER, WIDTH, seed=2), draw(2, INNER, seed=3)
+    """Encodings, C^-1, W and two target outputs."""
+    encoding = randn(BATCH, TOKENS, WIDTH, seed=1)
+    return encoding, inverse, randn(INNER, WIDTH, seed=2), randn(2, INNER, seed=3)
 
 
-# -- C^-1
+# C^-1
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-4, 0.1])
-def test_inverse_is_that_of_the_ridged_covariance(ridge: float) -> None:
-    covariance = some_covariance().double()
+def test_the_inverse_is_that_of_the_ridged_covariance(ridge: float) -> None:
+    covariance = make_covariance().double()
     expected = np.linalg.inv(covariance.numpy() + ridge * np.trace(covariance.numpy()) / WIDTH * np.eye(WIDTH))
     found = invert_covariance(covariance, ridge)
     assert found.dtype == torch.float32
@@ -84,8 +85,8 @@ def test_inverse_is_that_of_the_ridged_covariance(ridge: float) -> None:
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
-def test_ridge_makes_a_covariance_of_too_few_captions_invertible() -> None:
-    few = draw(WIDTH // 2, WIDTH)
+def test_the_ridge_makes_a_covariance_of_too_few_captions_invertible() -> None:
+    few = randn(WIDTH // 2, WIDTH)
     covariance = few.T @ few
     with pytest.raises(ValueError, match="not positive definite"):
         invert_covariance(covariance - 1e-3 * torch.eye(WIDTH), ridge=0.0)
@@ -105,37 +106,37 @@ def test_ridge_makes_a_covariance_of_too_few_captions_invertible() -> None:
         (-torch.eye(2), "positive definite"),
     ],
 )
-def test_what_is_no_covariance_is_refused(covariance: Tensor, message: str) -> None:
+def test_invalid_covariances_are_refused(covariance: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         invert_covariance(covariance)
 
 
-# -- closed forms
+# Closed forms
 
 
 def test_one_concept_is_equation_3(case: tuple[Tensor, ...]) -> None:
     encoding, inverse, weight, outputs = case
-    target = draw(1, WIDTH, seed=4)
+    target = randn(1, WIDTH, seed=4)
     e, i, metric, w, o = (x.double() for x in (encoding, target[0], inverse, weight, outputs[0]))
     s = (e @ metric @ i) / (i @ metric @ i)
     expected = (e - s[..., None] * i) @ w.T + torch.sigmoid((s - BIAS) / TEMPERATURE)[..., None] * o
-    found = edited(encoding, target, inverse, weight, outputs[:1])
+    found = edit_layer(encoding, target, inverse, weight, outputs[:1])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 40])
-def test_several_concepts_are_the_cholesky_form(inverse: Tensor, count: int) -> None:
+def test_several_concepts_equal_the_cholesky_form(inverse: Tensor, count: int) -> None:
     arguments = (
-        draw(BATCH, TOKENS, WIDTH, seed=5), draw(count, WIDTH, seed=6), inverse,
-        draw(INNER, WIDTH, seed=7), draw(count, INNER, seed=8),
+        randn(BATCH, TOKENS, WIDTH, seed=5), randn(count, WIDTH, seed=6), inverse,
+        randn(INNER, WIDTH, seed=7), randn(count, INNER, seed=8),
     )
-    np.testing.assert_allclose(edited(*arguments).numpy(), oracle(*arguments), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(edit_layer(*arguments).numpy(), oracle(*arguments), rtol=1e-4, atol=1e-5)
 
 
-def test_similarity_in_place_of_the_gate_is_rome(case: tuple[Tensor, ...]) -> None:
+def test_similarity_instead_of_the_gate_is_rome(case: tuple[Tensor, ...]) -> None:
     """ROME's rank-one update W' = W + (o* - W i*) (C^-1 i*)^T / ||i*||^2."""
     encoding, inverse, weight, outputs = case
-    target = draw(1, WIDTH, seed=4)
+    target = randn(1, WIDTH, seed=4)
     w, i, metric, o = weight.double(), target[0].double(), inverse.double(), outputs[0].double()
     updated = w + torch.outer(o - w @ i, metric @ i) / (i @ metric @ i)
     projected = project_out(encoding, concept_basis(target, inverse), inverse)
@@ -145,7 +146,7 @@ def test_similarity_in_place_of_the_gate_is_rome(case: tuple[Tensor, ...]) -> No
 
 def test_one_concept_equals_perfusion_pytorch() -> None:
     theirs = pytest.importorskip("perfusion_pytorch")
-    covariance, target, output = some_covariance(), draw(1, WIDTH, seed=9), draw(1, INNER, seed=10)
+    covariance, target, output = make_covariance(), randn(1, WIDTH, seed=9), randn(1, INNER, seed=10)
     layer = torch.nn.Linear(WIDTH, INNER, bias=False)
     module = theirs.Rank1EditModule(
         layer, num_concepts=1, C=covariance, text_seq_len=TOKENS, eval_beta=BIAS, eval_temperature=TEMPERATURE
@@ -153,17 +154,17 @@ def test_one_concept_equals_perfusion_pytorch() -> None:
     module.initted.fill_(True)
     module.ema_concept_text_encs.copy_(target)
     module.concept_outputs.data.copy_(output)
-    encoding = torch.cat([draw(BATCH, TOKENS - 1, WIDTH, seed=11), target.expand(BATCH, 1, WIDTH)], dim=1)
-    found = edited(encoding, target, invert_covariance(covariance, ridge=0.0), layer.weight, output)
+    encoding = torch.cat([randn(BATCH, TOKENS - 1, WIDTH, seed=11), target.expand(BATCH, 1, WIDTH)], dim=1)
+    found = edit_layer(encoding, target, invert_covariance(covariance, ridge=0.0), layer.weight, output)
     torch.testing.assert_close(found, module(encoding, concept_id=0), rtol=1e-4, atol=1e-4)
 
 
-# -- identities
+# Identities
 
 
-def test_open_gate_at_the_target_input_gives_the_target_output(case: tuple[Tensor, ...]) -> None:
+def test_an_open_gate_at_the_target_input_gives_the_target_output(case: tuple[Tensor, ...]) -> None:
     _, inverse, weight, outputs = case
-    target = draw(1, WIDTH, seed=4)
+    target = randn(1, WIDTH, seed=4)
     encoding = target[None]
     scores = similarity(encoding, target, inverse)
     assert scores.item() == 1.0
@@ -173,9 +174,9 @@ def test_open_gate_at_the_target_input_gives_the_target_output(case: tuple[Tenso
     torch.testing.assert_close(found[0], outputs[:1], rtol=1e-5, atol=1e-5)
 
 
-def test_orthogonal_encoding_with_a_closed_gate_is_left_alone(case: tuple[Tensor, ...]) -> None:
+def test_an_orthogonal_encoding_with_a_closed_gate_does_not_change(case: tuple[Tensor, ...]) -> None:
     encoding, inverse, weight, outputs = case
-    target = draw(1, WIDTH, seed=4)
+    target = randn(1, WIDTH, seed=4)
     i, metric = target[0].double(), inverse.double()
     orthogonal = encoding.double() - ((encoding.double() @ metric @ i) / (i @ metric @ i))[..., None] * i
     scores = similarity(orthogonal, target, inverse)
@@ -188,9 +189,9 @@ def test_orthogonal_encoding_with_a_closed_gate_is_left_alone(case: tuple[Tensor
 
 def test_one_concept_equals_the_same_concept_twice_with_half_the_output(case: tuple[Tensor, ...]) -> None:
     encoding, inverse, weight, outputs = case
-    target = draw(1, WIDTH, seed=4)
-    once = edited(encoding, target, inverse, weight, outputs[:1])
-    twice = edited(encoding, target.repeat(2, 1), inverse, weight, outputs[:1].repeat(2, 1) / 2)
+    target = randn(1, WIDTH, seed=4)
+    once = edit_layer(encoding, target, inverse, weight, outputs[:1])
+    twice = edit_layer(encoding, target.repeat(2, 1), inverse, weight, outputs[:1].repeat(2, 1) / 2)
     assert len(concept_basis(target.repeat(2, 1), inverse)) == 1
     torch.testing.assert_close(twice, once, rtol=1e-4, atol=1e-5)
 
@@ -201,42 +202,42 @@ def test_no_concept_is_the_plain_projection(case: tuple[Tensor, ...]) -> None:
     assert energy(none, inverse).shape == (0,)
     assert similarity(encoding, none, inverse).shape == (BATCH, TOKENS, 0)
     assert concept_basis(none, inverse).shape == (0, WIDTH)
-    found = edited(encoding, none, inverse, weight, torch.empty(0, INNER))
+    found = edit_layer(encoding, none, inverse, weight, torch.empty(0, INNER))
     assert torch.equal(found, encoding @ weight.T)
 
 
 @pytest.mark.parametrize(("difference", "rank"), [(0.0, 1), (1e-7, 1), (1e-2, 2), (0.3, 2)])
 def test_nearly_parallel_target_inputs(case: tuple[Tensor, ...], difference: float, rank: int) -> None:
     encoding, inverse, weight, outputs = case
-    first = draw(WIDTH, seed=4)
-    targets = torch.stack([first, first + difference * draw(WIDTH, seed=12)])
+    first = randn(WIDTH, seed=4)
+    targets = torch.stack([first, first + difference * randn(WIDTH, seed=12)])
     assert len(concept_basis(targets, inverse)) == rank
-    found = edited(encoding, targets, inverse, weight, outputs)
+    found = edit_layer(encoding, targets, inverse, weight, outputs)
     assert found.isfinite().all()
     if rank == 2:
         np.testing.assert_allclose(found.numpy(), oracle(encoding, targets, inverse, weight, outputs), atol=1e-3)
     else:
-        mean = edited(encoding, targets[:1], inverse, weight, outputs.sum(0, keepdim=True))
+        mean = edit_layer(encoding, targets[:1], inverse, weight, outputs.sum(0, keepdim=True))
         torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("targets", [torch.zeros(1, WIDTH), torch.full((1, WIDTH), torch.nan)])
-def test_target_input_without_energy_is_refused(inverse: Tensor, targets: Tensor) -> None:
+def test_a_target_input_without_energy_is_refused(inverse: Tensor, targets: Tensor) -> None:
     with pytest.raises(ValueError, match="energy"):
         similarity(torch.ones(1, 1, WIDTH), targets, inverse)
 
 
-# -- properties
+# Properties
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), count=st.integers(1, 5))
-def test_basis_is_orthonormal_and_projection_leaves_nothing_of_any_concept(seed: int, count: int) -> None:
-    inverse, targets = invert_covariance(some_covariance(seed)), draw(count, WIDTH, seed=seed)
+def test_the_basis_is_orthonormal_and_the_projection_removes_every_concept(seed: int, count: int) -> None:
+    inverse, targets = invert_covariance(make_covariance(seed)), randn(count, WIDTH, seed=seed)
     basis = concept_basis(targets, inverse)
     gram = basis.double() @ inverse.double() @ basis.double().T
     torch.testing.assert_close(gram, torch.eye(count).double(), rtol=0, atol=1e-4)
-    encoding = draw(BATCH, TOKENS, WIDTH, seed=seed + 1)
+    encoding = randn(BATCH, TOKENS, WIDTH, seed=seed + 1)
     projected = project_out(encoding, basis, inverse)
     assert similarity(projected, targets, inverse).abs().max() < 1e-3
     torch.testing.assert_close(project_out(projected, basis, inverse), projected, rtol=1e-3, atol=1e-3)
@@ -244,29 +245,29 @@ def test_basis_is_orthonormal_and_projection_leaves_nothing_of_any_concept(seed:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), scale=st.floats(1e-3, 1e3), factor=st.floats(-3, 3))
-def test_similarity_is_linear_and_blind_to_the_scale_of_c(seed: int, scale: float, factor: float) -> None:
-    covariance, targets = some_covariance(seed), draw(3, WIDTH, seed=seed)
+def test_similarity_is_linear_and_independent_of_the_scale_of_c(seed: int, scale: float, factor: float) -> None:
+    covariance, targets = make_covariance(seed), randn(3, WIDTH, seed=seed)
     inverse = invert_covariance(covariance)
-    encoding = draw(BATCH, TOKENS, WIDTH, seed=seed + 1)
+    encoding = randn(BATCH, TOKENS, WIDTH, seed=seed + 1)
     scores = similarity(encoding, targets, inverse)
     rescaled = similarity(encoding, targets, invert_covariance(covariance * scale))
     torch.testing.assert_close(rescaled, scores, rtol=1e-3, atol=1e-3)
-    own = similarity(factor * targets[None], targets, inverse)[0].diagonal()
-    torch.testing.assert_close(own, torch.full((3,), factor), rtol=1e-4, atol=1e-4)
+    at_targets = similarity(factor * targets[None], targets, inverse)[0].diagonal()
+    torch.testing.assert_close(at_targets, torch.full((3,), factor), rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), order=st.permutations(range(3)))
-def test_order_of_concepts_does_not_matter(seed: int, order: list[int]) -> None:
-    inverse, targets = invert_covariance(some_covariance(seed)), draw(3, WIDTH, seed=seed)
-    encoding, weight, outputs = draw(1, TOKENS, WIDTH, seed=1), draw(INNER, WIDTH, seed=2), draw(3, INNER, seed=3)
-    shuffled = edited(encoding, targets[order], inverse, weight, outputs[order])
-    torch.testing.assert_close(shuffled, edited(encoding, targets, inverse, weight, outputs), rtol=1e-3, atol=1e-3)
+def test_the_order_of_concepts_does_not_matter(seed: int, order: list[int]) -> None:
+    inverse, targets = invert_covariance(make_covariance(seed)), randn(3, WIDTH, seed=seed)
+    encoding, weight, outputs = randn(1, TOKENS, WIDTH, seed=1), randn(INNER, WIDTH, seed=2), randn(3, INNER, seed=3)
+    shuffled = edit_layer(encoding, targets[order], inverse, weight, outputs[order])
+    torch.testing.assert_close(shuffled, edit_layer(encoding, targets, inverse, weight, outputs), rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=50, deadline=None)
 @given(score=st.floats(-2, 3), bias=st.floats(0, 1), temperature=st.floats(0.05, 1))
-def test_gate_is_half_at_the_bias_and_grows(score: float, bias: float, temperature: float) -> None:
+def test_the_gate_is_one_half_at_the_bias_and_increases(score: float, bias: float, temperature: float) -> None:
     beta, tau = torch.tensor([bias]), torch.tensor([temperature])
     at = gate(torch.tensor([[[score]]]), beta, tau).item()
     assert at == pytest.approx(1 / (1 + np.exp(-(score - bias) / temperature)), abs=1e-5)
@@ -274,24 +275,24 @@ def test_gate_is_half_at_the_bias_and_grows(score: float, bias: float, temperatu
     assert gate(torch.tensor([score + 0.1]), beta, tau).item() >= at
 
 
-# -- gradients and precision
+# Gradients and precision
 
 
-def test_gradients_of_encoding_and_target_outputs(inverse: Tensor) -> None:
-    targets = draw(2, WIDTH, seed=4, dtype=torch.float64)
-    weight = draw(INNER, WIDTH, seed=2, dtype=torch.float64)
+def test_gradients_with_respect_to_encoding_and_target_outputs(inverse: Tensor) -> None:
+    targets = randn(2, WIDTH, seed=4, dtype=torch.float64)
+    weight = randn(INNER, WIDTH, seed=2, dtype=torch.float64)
 
-    def whole(encoding: Tensor, outputs: Tensor) -> Tensor:
-        return edited(encoding, targets, inverse.double(), weight, outputs)
+    def layer_output(encoding: Tensor, outputs: Tensor) -> Tensor:
+        return edit_layer(encoding, targets, inverse.double(), weight, outputs)
 
-    encoding = draw(1, 3, WIDTH, seed=1, dtype=torch.float64).requires_grad_()
-    outputs = draw(2, INNER, seed=3, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(whole, (encoding, outputs))
+    encoding = randn(1, 3, WIDTH, seed=1, dtype=torch.float64).requires_grad_()
+    outputs = randn(2, INNER, seed=3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(layer_output, (encoding, outputs))
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision_encodings_are_compared_in_float32(inverse: Tensor, half: torch.dtype) -> None:
-    encoding, targets = draw(BATCH, TOKENS, WIDTH, seed=1).to(half), draw(2, WIDTH, seed=4)
+    encoding, targets = randn(BATCH, TOKENS, WIDTH, seed=1).to(half), randn(2, WIDTH, seed=4)
     scores = similarity(encoding, targets, inverse)
     assert scores.dtype == torch.float32
     assert torch.equal(scores, similarity(encoding.float(), targets, inverse))
@@ -300,7 +301,7 @@ def test_half_precision_encodings_are_compared_in_float32(inverse: Tensor, half:
 
 
 def test_autocast_does_not_reach_the_inner_products(inverse: Tensor) -> None:
-    encoding, targets = draw(BATCH, TOKENS, WIDTH, seed=1), draw(2, WIDTH, seed=4)
+    encoding, targets = randn(BATCH, TOKENS, WIDTH, seed=1), randn(2, WIDTH, seed=4)
     expected = similarity(encoding, targets, inverse), concept_basis(targets, inverse)
     with torch.autocast("cpu", torch.bfloat16):
         found = similarity(encoding, targets, inverse), concept_basis(targets, inverse)
