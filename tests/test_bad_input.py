@@ -1,4 +1,4 @@
-"""What a user can get wrong, and a hostile one will: one line that names it and the remedy, status 2, nothing left."""
+"""Mistakes of users, and hostile files: one line that names the mistake and the remedy, status 2, nothing written."""
 from __future__ import annotations
 
 import errno
@@ -48,7 +48,7 @@ MERGE = merge_embeddings.main
 
 
 class Hostile:
-    """Pickled, a command that unpickling runs."""
+    """An object whose pickle contains a command that unpickling would run."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -64,7 +64,7 @@ def half_of(path: Path, source: Path) -> None:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of things to give: photos, configs, checkpoints, concepts."""
+    """A folder of photos, configs, checkpoints and concepts to give to the commands."""
     folder = tmp_path_factory.mktemp("given")
     for name in ("empty", "texts", "fakes", "cut", "tiny", "mixed", "few_masks", "black_masks"):
         (folder / name).mkdir()
@@ -141,7 +141,10 @@ def _concepts(folder: Path) -> None:
 @pytest.fixture
 def refusal(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
             caplog: pytest.LogCaptureFixture) -> Refusal:
-    """Runs a script's main function with arguments, `{here}` and `{out}` filled in; the one line that it leaves."""
+    """A function that runs a main function with arguments and returns the one line that it prints.
+
+    `{here}` and `{out}` in the arguments stand for the folders of inputs and of outputs.
+    """
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
@@ -151,17 +154,17 @@ def refusal(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         with pytest.raises(SystemExit) as stopped:
             main([argument.format(here=here, out=tmp_path / "out") for argument in arguments])
         printed = capsys.readouterr()
-        said = [record.getMessage() for record in caplog.records if record.name.startswith("ldm")]
+        logged = [record.getMessage() for record in caplog.records if record.name.startswith("ldm")]
         assert stopped.value.code == 2
         assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
-        assert not printed.out and not said
+        assert not printed.out and not logged
         assert not (tmp_path / "out").exists()
         return printed.err
 
     return run
 
 
-def shown(arguments: object) -> str:
+def command_line(arguments: object) -> str:
     return " ".join(arguments) if isinstance(arguments, tuple) else str(arguments)
 
 
@@ -211,12 +214,12 @@ FLAGS = [
     (("-l", "{here}/file"), "--logdir"), (("-l", "{here}/file/logs"), "is not a folder"),
     (("--placeholder", "two words"), "'two words': must be a word without white space"),
     (("--placeholder", ""), "placeholder"), (("--masks", "{here}/none"), "no such folder"),
-    (("--masks", "{here}/empty"), "no pictures"), (("--masks", "{here}/few_masks"), "no mask for 1.png"),
+    (("--masks", "{here}/empty"), "no images"), (("--masks", "{here}/few_masks"), "no mask for 1.png"),
     (("--masks", "{here}/black_masks"), "paint the concept white"),
 ]
 PHOTOS = [
-    ("{here}/none", "no such folder"), ("{here}/empty", "no pictures"), ("{here}/texts", "no pictures"),
-    ("", "no pictures"), ("{here}/file", "no such folder"), ("{here}/fakes", "a.png: cannot be read (not a picture)"),
+    ("{here}/none", "no such folder"), ("{here}/empty", "no images"), ("{here}/texts", "no images"),
+    ("", "no images"), ("{here}/file", "no such folder"), ("{here}/fakes", "a.png: cannot be read (not an image)"),
     ("{here}/cut", "a.png: cannot be read"), ("{here}/tiny", "a.png: 3x3 is too small"),
 ]
 BASES = [
@@ -227,12 +230,12 @@ BASES = [
     ("{here}/pickle.ckpt", "not run"), ("{here}/odd.safetensors", "2 keys unexpected (a, b), 0 keys of another shape"),
     ("{here}/odd.safetensors", "keys missing (model.diffusion_model."),
 ]
-WHEN_SET_UP = [  # found after Lightning has begun, in the base model's company
+FOUND_IN_SETUP = [  # after Lightning has started, with the base model loaded
     (("--init_word", ""), "no super-category"), (("--init_word", " "), "no super-category"),
     (("--init_word", "🧸"), "does not know the word 🧸; give another"), (("--init_word", "!!!"), "no word in it"),
     (("--init_word", "\u200b"), "no word in it"), (("--init_word", "qzxvk"), "does not know the word qzxvk"),
-    (("--init_word", "<my-teddy>"), "holds a placeholder"), (("--init_word", "teddy " * 60), "shorten it"),
-    (("--placeholder", "photo"), "stands in the training sentences by itself"),
+    (("--init_word", "<my-teddy>"), "contains a placeholder"), (("--init_word", "teddy " * 60), "shorten it"),
+    (("--placeholder", "photo"), "stands in the training prompts by itself"),
     (("model.params.ckpt_path=null",), "--actual_resume"),
     (("data.params.train.params.size=50",), "photos of 50 pixels"), (("model.params.channels=3",), "channels 3"),
     (("model.params.image_size=9",), "multiples of 4"),
@@ -247,45 +250,45 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), CONFIGS, ids=shown)
-def test_configs(refusal: Refusal, arguments: tuple[str, ...], message: str) -> None:
+@pytest.mark.parametrize(("arguments", "message"), CONFIGS, ids=command_line)
+def test_bad_configs(refusal: Refusal, arguments: tuple[str, ...], message: str) -> None:
     assert message in refusal(MAIN, *arguments, "-l", "{out}")
 
 
 @pytest.mark.parametrize("override", UNKNOWN_KEYS)
-def test_keys_that_nobody_reads(refusal: Refusal, override: str) -> None:
+def test_unknown_keys(refusal: Refusal, override: str) -> None:
     line = refusal(MAIN, *BASE, "-l", "{out}", override)
     assert "unknown key foo" in line or "does not know foo; it knows" in line
 
 
 @pytest.mark.parametrize(("override", "message"), OVERRIDES)
-def test_values_of_the_config(refusal: Refusal, override: str, message: str) -> None:
+def test_bad_values_of_the_config(refusal: Refusal, override: str, message: str) -> None:
     assert message in refusal(MAIN, *BASE, "-l", "{out}", override)
 
 
-@pytest.mark.parametrize(("arguments", "message"), FLAGS, ids=shown)
-def test_flags(refusal: Refusal, arguments: tuple[str, ...], message: str) -> None:
+@pytest.mark.parametrize(("arguments", "message"), FLAGS, ids=command_line)
+def test_bad_flags(refusal: Refusal, arguments: tuple[str, ...], message: str) -> None:
     assert message in refusal(MAIN, *BASE, "-l", "{out}", *arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_where_there_is_none(refusal: Refusal) -> None:
+def test_a_missing_gpu(refusal: Refusal) -> None:
     assert "No supported gpu" in refusal(MAIN, *BASE, "-l", "{out}", "--accelerator", "gpu")
 
 
 @pytest.mark.parametrize(("folder", "message"), PHOTOS)
-def test_folders_of_photos(refusal: Refusal, folder: str, message: str) -> None:
+def test_bad_folders_of_photos(refusal: Refusal, folder: str, message: str) -> None:
     assert message in refusal(MAIN, *BASE, "-l", "{out}", "--data_root", folder)
 
 
 @pytest.mark.parametrize(("path", "message"), BASES)
-def test_base_models(refusal: Refusal, here: Path, path: str, message: str) -> None:
+def test_bad_base_models(refusal: Refusal, here: Path, path: str, message: str) -> None:
     assert message in refusal(MAIN, *BASE, "-l", "{out}", "--actual_resume", path)
     assert not (here / "proof").exists()
 
 
-@pytest.mark.parametrize(("arguments", "message"), WHEN_SET_UP, ids=shown)
-def test_what_only_the_model_can_tell(refusal: Refusal, arguments: tuple[str, ...], message: str) -> None:
+@pytest.mark.parametrize(("arguments", "message"), FOUND_IN_SETUP, ids=command_line)
+def test_mistakes_that_only_the_model_can_find(refusal: Refusal, arguments: tuple[str, ...], message: str) -> None:
     masks = () if "segmenter" in arguments[0] else ("--masks", "none")
     quick = ("--max_steps", "1", "--accelerator", "cpu", *masks)
     assert message in refusal(MAIN, *BASE, "-l", "{out}", *quick, *arguments)
@@ -294,7 +297,7 @@ def test_what_only_the_model_can_tell(refusal: Refusal, arguments: tuple[str, ..
 @pytest.mark.parametrize(("error", "message"), [
     (torch.OutOfMemoryError("CUDA out of memory."), "memory is too short for batches of 16; lower data.params.batch_s"),
     (OSError(errno.ENOSPC, "No space left on device", "last.ckpt"), "last.ckpt: no room is left on the disk")])
-def test_a_machine_that_is_too_small(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_too_little_memory_or_disk_space(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                      error: Exception, message: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -305,13 +308,13 @@ def test_a_machine_that_is_too_small(refusal: Refusal, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(("run", "message"), RESUMED)
-def test_runs_that_cannot_go_on(refusal: Refusal, here: Path, run: str, message: str) -> None:
+def test_runs_that_cannot_be_resumed(refusal: Refusal, here: Path, run: str, message: str) -> None:
     before = sorted(here.rglob("*"))
     assert message in refusal(MAIN, *BASE, "--resume", f"{{here}}/{run}")
     assert sorted(here.rglob("*")) == before
 
 
-def test_photos_that_cannot_be_read_are_named_and_the_others_used(
+def test_unreadable_photos_are_named_and_the_others_used(
     here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -322,24 +325,24 @@ def test_photos_that_cannot_be_read_are_named_and_the_others_used(
     assert not (tmp_path / "logs").exists()
 
 
-def test_folders_that_cannot_be_written_to(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_without_write_permission(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldm.common.paths.os.access", lambda *_: False)  # to root nothing is read-only
     for main, arguments in ((MAIN, (*BASE, "-l")), (TXT2IMG, ("--prompt", "a dog", "--outdir"))):
         assert "cannot be written to; choose another path" in refusal(main, *arguments, "{out}/deep")
 
 
-def test_a_run_that_fails_early_takes_its_folder_along(tmp_path: Path) -> None:
-    for wanted, begun in (("new/deep/run", False), ("begun/run", True)):
-        with pytest.raises(KeyboardInterrupt), log_folder(tmp_path / wanted, lambda begun=begun: begun) as folder:
+def test_a_run_that_fails_early_removes_its_folder(tmp_path: Path) -> None:
+    for path, started in (("new/deep/run", False), ("started/run", True)):
+        with pytest.raises(KeyboardInterrupt), log_folder(tmp_path / path, lambda started=started: started) as folder:
             (folder / "file").write_text("")
             raise KeyboardInterrupt
-        assert (tmp_path / wanted / "file").is_file() == begun
+        assert (tmp_path / path / "file").is_file() == started
     with log_folder(tmp_path / "only/looked/at", lambda: False):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["started"]
 
 
-def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
+def test_runs_that_start_together_get_their_own_folders(tmp_path: Path) -> None:
     with log_folder(tmp_path / "now_cat", lambda: True) as first, pytest.raises(KeyError), \
             log_folder(tmp_path / "now_cat", lambda: False) as second:
         (first / "concept").write_text("first")
@@ -350,7 +353,7 @@ def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> N
 
 
 CONCEPT = ("--concept", "{here}/good.concept")
-DRAWN = [
+GENERATION = [
     *((("--concept", f"{{here}}/{name}.concept", "--prompt", "a <my-teddy>"), message) for name, message in (
         ("none", "no such file"), ("folder", "no such file"), ("void", "copy or make it again"),
         ("cut", "copy or make it again"), ("newer", "concept format 4, this version reads up to 3; update it"),
@@ -385,22 +388,22 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), DRAWN, ids=shown)
-def test_drawing(refusal: Refusal, here: Path, arguments: tuple[str, ...], message: str) -> None:
+@pytest.mark.parametrize(("arguments", "message"), GENERATION, ids=command_line)
+def test_bad_input_of_generation(refusal: Refusal, here: Path, arguments: tuple[str, ...], message: str) -> None:
     few = ("--outdir", "{out}", "--ddim_steps", "1", "--n_samples", "1", "--device", "cpu")
     assert message in refusal(TXT2IMG, *few, *arguments)
     assert not (here / "proof").exists()
 
 
 @pytest.mark.parametrize(("main", "arguments", "message"), OTHERS)
-def test_merging_and_measuring(refusal: Refusal, main: Callable[[list[str]], None], arguments: tuple[str, ...],
+def test_bad_input_of_merging_and_covariances(refusal: Refusal, main: Callable[[list[str]], None], arguments: tuple[str, ...],
                                message: str) -> None:
     first = ("--output_path", "{out}/x.safetensors") if main is MERGE else (
         "--config", "configs/perfusion.yaml", "--device", "cpu", "--output", "{out}/x.safetensors")
     assert message in refusal(main, *first, *arguments)
 
 
-def test_what_is_not_seen_in_a_prompt_is_a_warning(
+def test_unused_concepts_and_unknown_words_are_warned_about(
     here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -415,8 +418,8 @@ def test_what_is_not_seen_in_a_prompt_is_a_warning(
     ("main.py", *BASE, "--data_root", "no/such/folder"),
     ("main.py", *BASE, "--max_steps", "1", "--init_word", "qzxvk", "--masks", "none"),
     ("scripts/txt2img.py", "--prompt", "a <my-cat>"),
-], ids=shown)
-def test_as_processes(command: tuple[str, ...], tmp_path: Path) -> None:
+], ids=command_line)
+def test_bad_input_in_processes(command: tuple[str, ...], tmp_path: Path) -> None:
     folder = ("-l", tmp_path / "x") if command[0] == "main.py" else ("--outdir", tmp_path / "x")
     done = subprocess.run([sys.executable, *map(str, (*command, *folder))], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)

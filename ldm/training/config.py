@@ -1,13 +1,13 @@
 """The config of a training run: YAML files, which options and key=value overrides change."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.common.annotations import matches_type
@@ -182,11 +182,22 @@ def _set_keys(config: DictConfig, option: str, keys: Sequence[str], value: Any) 
 
 def _check_required(config: DictConfig) -> None:
     """Raise UserError that names every value that the config requires ("???") and nothing has set."""
-    missing = sorted(OmegaConf.missing_keys(config))
+    # References stay as they are, for one that leads nowhere is another error, and is found later.
+    missing = sorted(_missing_keys(OmegaConf.to_container(config, resolve=False)))
     if missing:
         demands = [f"{key} is required, {REQUIRED_VALUES[key]}" if key in REQUIRED_VALUES else
                    f"{key} is required: give {key}=VALUE" for key in missing]
         raise UserError("; ".join(demands))
+
+
+def _missing_keys(section: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted keys of the values "???" in nested dicts and lists."""
+    if section == MISSING:
+        yield path
+        return
+    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
+    for key, value in items:
+        yield from _missing_keys(value, f"{path}.{key}" if path else str(key))
 
 
 def _check_sections(config: DictConfig) -> None:
