@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CovarianceOptions:
-    """Everything that the script is asked for.
+    """Options of the script.
 
     Attributes:
         config: YAML file of the base model.

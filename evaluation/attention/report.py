@@ -21,7 +21,7 @@ def write_report(options: AttentionOptions, cases: Sequence[AttentionCase], rows
     """Write the figure of the first rows of each case, and the numbers of all rows as CSV and JSON; return the paths.
 
     Args:
-        options: what was asked for.
+        options: of the script.
         cases: in the order of the figure.
         rows: of each case.
     """

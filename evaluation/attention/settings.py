@@ -1,4 +1,4 @@
-"""What `scripts/attention_maps.py` is asked for, as plain values. Imports no torch."""
+"""Options of `scripts/attention_maps.py`, as plain values. Imports no torch."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ MIN_STEPS = 3  # one for each group of steps
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """Everything that the script is asked for.
+    """Options of the script.
 
     Attributes:
         prompt: the prompt of all images.

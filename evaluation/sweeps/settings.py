@@ -1,4 +1,4 @@
-"""What `clip_eval.py` and `pareto.py` are asked for, as plain values. Imports no torch."""
+"""Options of `clip_eval.py` and `pareto.py`, as plain values. Imports no torch."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class FolderSettings:
 
 @dataclass(frozen=True)
 class ClipEvalOptions:
-    """Everything that `clip_eval.py` is asked for.
+    """Options of `clip_eval.py`.
 
     Attributes:
         references: what images are compared with.
@@ -74,7 +74,7 @@ class ClipEvalOptions:
 
 @dataclass(frozen=True)
 class ParetoOptions:
-    """Everything that `pareto.py` is asked for.
+    """Options of `pareto.py`.
 
     Attributes:
         concepts: concept files, each of one concept and all of the same subject.

@@ -232,9 +232,9 @@ def _curve(name: str, source: Source, settings: GenerationSettings, biases: Sequ
     return Curve(name, tuple(Point(source, one) for one in points))
 
 
-def _lock_curve_name(source: Source, lock: str, among_others: bool) -> str:
+def _lock_curve_name(source: Source, lock: str, several_files: bool) -> str:
     """Return the name of a curve in the sweep over files and locks."""
     if not source.has_gate:
         return source.label
     keys = "trained keys" if source.lock == "trained" else f"{lock} lock"
-    return f"{source.label}, {keys}" if among_others and source.label != keys else keys
+    return f"{source.label}, {keys}" if several_files and source.label != keys else keys
