@@ -1,17 +1,18 @@
-"""Does it bear the concept's own marks? On the mini world that can be recognised.
+"""Subject fidelity: whether images show an example concept with its own attributes. Only the mini world can tell.
 
-What is an example concept's own is its kind and its look: a teddy bear with purple and yellow stripes. Real scenes can
-be composed of every kind in every look, in places that no photo of a concept shows; the mean description of such
-scenes is a prototype. There are prototypes of each concept's kind in its own colours, in each single colour and in the
-looks of all concepts, each twice: of the drawings that models know, and of the held-out drawing that the concept's
-photos show. A picture bears a concept's marks where the nearest of all prototypes is of its kind in its look; whether
-it is that very drawing as well is told apart. A thing beside another is looked for in its window, and there are
-prototypes of windows.
+The attributes of an example concept are its kind and its appearance, such as a teddy bear with purple and yellow
+stripes. Scenes can be composed of every kind in every appearance, on backgrounds that no photo of a concept shows. The
+mean descriptor of such scenes is a prototype. There are prototypes of each concept's kind in the sprites' own colors,
+in each single color and in the appearances of all concepts; each for the sprites that models were trained on, and for
+the held-out sprite in the concept's photos. An image matches a concept's attributes if the nearest of all prototypes
+has its kind and its appearance. It matches exactly if the prototype is also of the held-out sprite. A subject beside
+another is classified in its window, by prototypes of windows.
 
-A description is the embedding of a CLIP, which tells kinds, beside the colours of the picture, which tell looks: by
-the embedding alone, of known drawings in a concept's look only 55 in 100 real scenes are taken for that look. Near is
-meant as in Fisher's discriminant ("The Use of Multiple Measurements in Taxonomic Problems", 1936): directions in which
-scenes of one and the same thing differ count less, among them the colours of places.
+A descriptor is the embedding of a CLIP, which distinguishes kinds, beside a color histogram, which distinguishes
+appearances. (By the embedding alone, only 55 of 100 scenes with trained sprites in a concept's appearance are
+classified as that appearance.) The distance is that of Fisher's discriminant ("The Use of Multiple Measurements in
+Taxonomic Problems", 1936): directions in which scenes of the same class differ count less, among them the colors of
+backgrounds.
 """
 from __future__ import annotations
 
@@ -27,128 +28,151 @@ from tqdm import tqdm
 
 from evaluation.mini.world_prompts import window_at
 from ldm.data.images import to_tensor
-from ldm.data.mini.example_concepts import CONCEPTS, PHOTO_PLACES
+from ldm.data.mini.example_concepts import CONCEPTS, PHOTO_BACKGROUNDS
 from ldm.data.mini.scenes import (
-    BACKGROUNDS_PER_PLACE,
+    BACKGROUND_NAMES,
     EXTENT,
-    PLACE_NAMES,
     RELATIONS,
     SIDE_BY_SIDE,
-    Look,
-    Thing,
+    VARIANTS_PER_BACKGROUND,
+    Appearance,
+    SceneSubject,
     compose,
 )
 from ldm.data.mini.styles import STYLES
-from ldm.data.mini.world import COLOURS, KIND_NAMES, PATTERNS, drawings_of
+from ldm.data.mini.world import COLORS, KIND_NAMES, PATTERNS, sprite_sets
 
-FREE_PLACES = tuple(place for place in PLACE_NAMES if place not in PHOTO_PLACES)
+UNSEEN_BACKGROUNDS = tuple(name for name in BACKGROUND_NAMES if name not in PHOTO_BACKGROUNDS)
 PROTOTYPE_SEED, CEILING_SEED = 1, 2
-RIDGE = 0.1  # of the covariance within a class, in units of its mean eigenvalue: pictures to look at are no real scenes
-SHADES, SOFTNESS = 4, 0.3  # of each of red, green and blue in [-1, 1]; a colour counts for the shades next to it, too
-MARGIN = 8  # an eighth of the picture on every side is the place's
-SHOWN = {True: "concepts", False: "known drawings in their looks,"}  # in real scenes, by `Identity.held_out`
-WHERE, OTHERS = ("alone", "beside another thing"), "others taken for a concept"
-Spot = tuple[float, float]
+RIDGE = 0.1  # of the within-class covariance, in units of its mean eigenvalue: generated images differ from scenes
+LEVELS = 4  # per color channel of a histogram
+SOFTNESS = 0.3  # in units of [-1, 1]: a color counts for the neighboring levels, too
+BORDER = 8  # an eighth of the image on every side shows the background
+# Names of the ceilings.
+SPRITES = {True: "concepts", False: "trained sprites in their appearances,"}  # by `ExampleSubject.held_out`
+ALONE, BESIDE = "alone", "beside another subject"
+OTHERS = "others classified as a concept"
+PAIRS = "two concepts side by side, both"
+Position = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Identity:
-    """Something to tell apart: a kind in a look, by the drawings that models know or by the one that was held out."""
+class ExampleSubject:
+    """A class of subjects: a kind in an appearance, with the sprites of training or with the held-out one."""
 
     kind: str
-    look: Look
+    appearance: Appearance
     held_out: bool
 
     @property
     def concept(self) -> str | None:
-        """Name of the concept whose marks it bears, if any."""
-        return next((name for name, marks in CONCEPTS.items() if marks == (self.kind, self.look)), None)
+        """Name of the concept with this kind and appearance, if any."""
+        return next((name for name, attributes in CONCEPTS.items() if attributes == (self.kind, self.appearance)), None)
 
     @property
     def label(self) -> str:
-        """Such as "teddy bear, purple", and "held out" behind it where it is the drawing of a concept's photos."""
-        worn = [part for part in (self.look.colour, self.look.pattern, self.look.second) if part] or ["plain"]
-        return f"{self.kind}, {' '.join(worn)}{', held out' if self.held_out else ''}"
+        """Such as "teddy bear, purple", followed by ", held out" if it has the held-out sprite."""
+        look = self.appearance
+        attributes = [attribute for attribute in (look.color, look.pattern, look.second_color) if attribute]
+        return f"{self.kind}, {' '.join(attributes or ['plain'])}{', held out' if self.held_out else ''}"
 
     @property
-    def drawings(self) -> list[str]:
-        return drawings_of(self.kind, self.held_out)
+    def emoji_sets(self) -> list[str]:
+        """The emoji sets of its sprites."""
+        return sprite_sets(self.kind, self.held_out)
 
 
-def itself(name: str) -> Identity:
-    """The very thing that the photos of an example concept show."""
-    return Identity(*CONCEPTS[name], held_out=True)
+def example_subject(name: str) -> ExampleSubject:
+    """Return the class of the subject in the photos of an example concept."""
+    return ExampleSubject(*CONCEPTS[name], held_out=True)
 
 
-def identities() -> list[Identity]:
-    """The kinds of all concepts in all looks: their own colours, each single colour, and those of the concepts."""
-    looks = [Look(), *map(Look, COLOURS), *(look for _, look in CONCEPTS.values())]
-    return [Identity(kind, look, held_out) for kind, _ in CONCEPTS.values() for look in looks
-            for held_out in (False, True)]
+def candidate_subjects() -> list[ExampleSubject]:
+    """Return all classes: the kinds of all concepts in their own colors, in each color and as each concept looks."""
+    appearances = [Appearance(), *map(Appearance, COLORS), *(appearance for _, appearance in CONCEPTS.values())]
+    subjects = []
+    for kind, _ in CONCEPTS.values():
+        for appearance in appearances:
+            subjects += [ExampleSubject(kind, appearance, held_out) for held_out in (False, True)]
+    return subjects
 
 
-def spot_of(prompt: str) -> Spot | None:
-    """Where the thing that a prompt names first stands beside another; None where it is alone."""
-    found = [spots[0][0] for relation, (spots, _) in RELATIONS.items() if f" {relation} " in prompt]
-    return found[0] if found else None
+def first_subject_position(prompt: str) -> Position | None:
+    """Return the position of the subject that a prompt names first, if it names another one; None if it is alone."""
+    positions = [layout[0][0] for relation, (layout, _) in RELATIONS.items() if f" {relation} " in prompt]
+    return positions[0] if positions else None
 
 
-def leaves_marks(prompt: str) -> bool:
-    """Whether a prompt leaves a concept its colours: it asks for none, and for no style."""
+def keeps_attributes(prompt: str) -> bool:
+    """Return whether a prompt leaves a concept its own colors: it names no color, pattern or style."""
     styled = any(prompt.startswith(style.partition("{}")[0]) for style in STYLES)
-    return not styled and not {*COLOURS, *PATTERNS} & set(prompt.split())
+    return not styled and not {*COLORS, *PATTERNS} & set(prompt.split())
 
 
-def scene(identity: Identity, rng: np.random.Generator, size: int) -> Tensor:
-    """(3, size, size) in [-1, 1]: a real picture with nothing else in it."""
-    thing = _thing(identity, rng, (0.5, 0.55), EXTENT, 1.0)
-    return _composed([thing], rng, size)
+def compose_alone(subject: ExampleSubject, rng: np.random.Generator, size: int) -> Tensor:
+    """Compose a scene (3, size, size) in [-1, 1] of this subject alone."""
+    return _compose([_scene_subject(subject, rng, (0.5, 0.55), EXTENT, 1.0)], rng, size)
 
 
-def window(identity: Identity, rng: np.random.Generator, size: int) -> Tensor:
-    """(3, size, size) in [-1, 1]: its window in a real picture in which it stands beside a thing of another kind."""
-    spots = SIDE_BY_SIDE if rng.random() < 0.5 else SIDE_BY_SIDE[::-1]
-    kinds = [name for name in KIND_NAMES if name != identity.kind and drawings_of(name)]
-    other = Identity(kinds[rng.integers(len(kinds))], Look(), held_out=False)
-    things = [_thing(one, rng, *spot, 0.4) for one, spot in zip((identity, other), spots, strict=True)]
-    return window_at(_composed(things, rng, size), spots[0][0])
+def compose_window(subject: ExampleSubject, rng: np.random.Generator, size: int) -> Tensor:
+    """Compose a scene of this subject beside another kind, and return its window (3, size, size) in [-1, 1]."""
+    layout = SIDE_BY_SIDE if rng.random() < 0.5 else SIDE_BY_SIDE[::-1]
+    kinds = [name for name in KIND_NAMES if name != subject.kind and sprite_sets(name)]
+    other = ExampleSubject(kinds[rng.integers(len(kinds))], Appearance(), held_out=False)
+    scene_subjects = [_scene_subject(one, rng, *spot, 0.4) for one, spot in zip((subject, other), layout, strict=True)]
+    return window_at(_compose(scene_subjects, rng, size), layout[0][0])
 
 
-def pair(first: str, second: str, place: str | None, rng: np.random.Generator, size: int) -> Tensor:
-    """(3, size, size) in [-1, 1]: a real picture of two concepts, that named first on the left; None: at any place."""
-    both = [itself(name) for name in (first, second)]
-    things = [_thing(one, rng, *spot, 0.4) for one, spot in zip(both, SIDE_BY_SIDE, strict=True)]
-    return _composed(things, rng, size, place)
+def compose_pair(first: str, second: str, background: str | None, rng: np.random.Generator, size: int) -> Tensor:
+    """Compose a scene (3, size, size) in [-1, 1] of two concepts, the first one on the left.
 
-
-def _thing(identity: Identity, rng: np.random.Generator, centre: Spot, extent: float, loose: float) -> Thing:
-    shift, drawings = rng.uniform(-0.03, 0.03, 2) * loose, identity.drawings
-    return Thing(identity.kind, drawings[rng.integers(len(drawings))], identity.look,
-                 (centre[0] + shift[0], centre[1] + shift[1]), extent * rng.uniform(0.9, 1.1),
-                 float(rng.uniform(-6, 6)))
-
-
-def _composed(things: Sequence[Thing], rng: np.random.Generator, size: int, place: str | None = None) -> Tensor:
-    place = place or FREE_PLACES[rng.integers(len(FREE_PLACES))]
-    return to_tensor(compose(place, int(rng.integers(BACKGROUNDS_PER_PLACE)), things, size)[0])
-
-
-def colours(pictures: Tensor) -> Tensor:
-    """(N, 64), of length 1: how much of the middle of each picture (N, 3, H, W) in [-1, 1] has which colour.
-
-    Shares of 4 x 4 x 4 shades, and of them the square roots, whose distances are Hellinger's.
+    Args:
+        background: None: a random one that no photo shows.
     """
-    height, width = pictures.shape[-2:]
-    inner = pictures[..., height // MARGIN:height - height // MARGIN, width // MARGIN:width - width // MARGIN]
-    smooth = F.avg_pool2d(inner, 2).flatten(2)
-    shades = torch.linspace(-1, 1, SHADES, device=pictures.device)
-    nearness = (-(smooth[..., None] - shades) ** 2 / (2 * SOFTNESS**2)).softmax(-1)
-    shares = torch.einsum("npr,npg,npb->nrgb", *nearness.unbind(1)).flatten(1) / smooth.shape[-1]
-    return shares.sqrt()
+    subjects = [example_subject(name) for name in (first, second)]
+    scene_subjects = [_scene_subject(subject, rng, *spot, 0.4)
+                      for subject, spot in zip(subjects, SIDE_BY_SIDE, strict=True)]
+    return _compose(scene_subjects, rng, size, background)
+
+
+def _scene_subject(subject: ExampleSubject, rng: np.random.Generator, center: Position, extent: float, freedom: float
+           ) -> SceneSubject:
+    """Choose a sprite of a class, and a position and extent near those given."""
+    offset = rng.uniform(-0.03, 0.03, 2) * freedom
+    emoji_sets = subject.emoji_sets
+    return SceneSubject(subject.kind, emoji_sets[rng.integers(len(emoji_sets))], subject.appearance,
+                        (center[0] + offset[0], center[1] + offset[1]), extent * rng.uniform(0.9, 1.1),
+                        float(rng.uniform(-6, 6)))
+
+
+def _compose(subjects: Sequence[SceneSubject], rng: np.random.Generator, size: int, background: str | None = None
+             ) -> Tensor:
+    background = background or UNSEEN_BACKGROUNDS[rng.integers(len(UNSEEN_BACKGROUNDS))]
+    image, _ = compose(background, int(rng.integers(VARIANTS_PER_BACKGROUND)), subjects, size)
+    return to_tensor(image)
+
+
+def color_histogram(images: Tensor) -> Tensor:
+    """Return the square roots of a soft color histogram of each image's middle. Their distances are Hellinger's.
+
+    Args:
+        images: (N, 3, H, W) in [-1, 1].
+
+    Returns:
+        (N, 64), of length 1: 4 x 4 x 4 levels of red, green and blue.
+    """
+    height, width = images.shape[-2:]
+    middle = images[..., height // BORDER:height - height // BORDER, width // BORDER:width - width // BORDER]
+    pixels = F.avg_pool2d(middle, 2).flatten(2)
+    # Share out each channel of each pixel among the levels, then multiply the channels.
+    levels = torch.linspace(-1, 1, LEVELS, device=images.device)
+    weights = (-(pixels[..., None] - levels) ** 2 / (2 * SOFTNESS**2)).softmax(-1)
+    histogram = torch.einsum("npr,npg,npb->nrgb", *weights.unbind(1)).flatten(1) / pixels.shape[-1]
+    return histogram.sqrt()
 
 
 class Prototypes:
-    """Classes by some embeddings of each, and what is nearest to one of them.
+    """Classifies vectors by the nearest class mean, in the metric of Fisher's discriminant.
 
     Args:
         embeddings: (C, n, d), n of each class.
@@ -163,71 +187,92 @@ class Prototypes:
         self.whitening = vectors / values.sqrt()
         self.means = means @ self.whitening
 
-    def nearest(self, embeddings: Tensor) -> Tensor:
-        """(N,) the class of each of (N, d) embeddings."""
+    def classify(self, embeddings: Tensor) -> Tensor:
+        """Return the class of each of (N, d) embeddings, as indices (N,)."""
         return torch.cdist(embeddings @ self.whitening, self.means).argmin(1)
 
 
-class Marks:
-    """Recognises example concepts.
+class SubjectFidelity:
+    """Recognizes example concepts by their attributes.
 
     Args:
-        embedder: has `embed_images` as `evaluation.mini.recognise.ClipEncoder` does.
-        size: side of the scenes in pixels, that of the pictures to look at.
-        scenes: how many there are of each identity, alone and in windows.
+        embedder: a `ldm.models.clip_encoder.ClipEncoder`, or another with its `embed_images`.
+        size: side of the images to classify, and of the scenes, in pixels.
+        scenes: number of scenes of each class, alone and in windows.
     """
 
     def __init__(self, embedder: Any, size: int = 64, scenes: int = 32) -> None:
         self.embedder, self.size = embedder, size
-        self.identities = identities()
-        whole, cut = zip(*tqdm(self._embedded(scenes, PROTOTYPE_SEED), desc="prototypes", leave=False, disable=None,
-                               total=len(self.identities)), strict=True)
-        self.whole, self.cut = Prototypes(torch.stack(whole)), Prototypes(torch.stack(cut))
+        self.subjects = candidate_subjects()
+        progress = tqdm(self._scene_descriptors(scenes, PROTOTYPE_SEED), desc="prototypes", leave=False, disable=None,
+                        total=len(self.subjects))
+        alone, windows = zip(*progress, strict=True)
+        self.alone, self.windows = Prototypes(torch.stack(alone)), Prototypes(torch.stack(windows))
 
-    def nearest(self, pictures: Tensor, spots: Sequence[Spot | None]) -> list[Identity]:
-        """What each picture (N, 3, H, W) in [-1, 1] shows, or shows at its spot."""
-        if not len(pictures):
+    def classify(self, images: Tensor, positions: Sequence[Position | None]) -> list[ExampleSubject]:
+        """Return what each image shows, as a whole or at a position.
+
+        Args:
+            images: (N, 3, H, W) in [-1, 1].
+            positions: N positions of a subject beside another one; None for a subject alone.
+        """
+        if not len(images):
             return []
-        shown = torch.stack([picture if spot is None else window_at(picture, spot)
-                             for picture, spot in zip(pictures, spots, strict=True)])
-        seen, alone = self._described(shown), torch.tensor([spot is None for spot in spots])
-        rows = torch.where(alone, self.whole.nearest(seen), self.cut.nearest(seen))
-        return [self.identities[row] for row in rows.tolist()]
+        crops = torch.stack([image if position is None else window_at(image, position)
+                             for image, position in zip(images, positions, strict=True)])
+        descriptors = self._describe(crops)
+        is_alone = torch.tensor([position is None for position in positions])
+        classes = torch.where(is_alone, self.alone.classify(descriptors), self.windows.classify(descriptors))
+        return [self.subjects[index] for index in classes.tolist()]
 
-    def both(self, pictures: Tensor) -> list[tuple[Identity, Identity]]:
-        """What stands left and right in each picture (N, 3, H, W) in [-1, 1]."""
-        left, right = (self.nearest(pictures, [spot] * len(pictures)) for (spot, _) in SIDE_BY_SIDE)
+    def classify_pairs(self, images: Tensor) -> list[tuple[ExampleSubject, ExampleSubject]]:
+        """Return what each image (N, 3, H, W) in [-1, 1] shows on the left and on the right."""
+        left, right = (self.classify(images, [position] * len(images)) for position, _ in SIDE_BY_SIDE)
         return list(zip(left, right, strict=True))
 
-    def ceilings(self, scenes: int = 4) -> dict[str, list[float]]:
-        """100 or 0 for each of some real scenes: marks recognised on the concept itself and on known drawings in its
-        look, alone, in a window and both of a pair; others taken for a concept."""
-        hits: dict[str, list[float]] = {f"{shown} {where}": [] for shown in SHOWN.values() for where in WHERE}
+    def measure_ceilings(self, scenes: int = 4) -> dict[str, list[float]]:
+        """Classify composed scenes, which no generated image can be expected to beat.
+
+        Args:
+            scenes: number of scenes of each class.
+
+        Returns:
+            Name of a ceiling -> 100 or 0 for each scene: whether the attributes are recognized in the concept itself
+            and in trained sprites with its appearance, alone, in a window and in both of a pair; and whether other
+            classes are taken for a concept.
+        """
+        hits: dict[str, list[float]] = {
+            f"{sprites} {where}": [] for sprites in SPRITES.values() for where in (ALONE, BESIDE)}
         hits[OTHERS] = []
-        for one, embedded in zip(self.identities, self._embedded(scenes, CEILING_SEED), strict=True):
-            for prototypes, rows, where in zip((self.whole, self.cut), embedded, WHERE, strict=True):
-                seen = [self.identities[row].concept for row in prototypes.nearest(rows).tolist()]
-                if one.concept is None:
-                    hits[OTHERS] += [100.0 * (each is not None) for each in seen]
+        for subject, (alone, windows) in zip(
+                self.subjects, self._scene_descriptors(scenes, CEILING_SEED), strict=True):
+            for prototypes, descriptors, where in ((self.alone, alone, ALONE), (self.windows, windows, BESIDE)):
+                concepts = [self.subjects[index].concept for index in prototypes.classify(descriptors).tolist()]
+                if subject.concept is None:
+                    hits[OTHERS] += [100.0 * (concept is not None) for concept in concepts]
                 else:
-                    hits[f"{SHOWN[one.held_out]} {where}"] += [100.0 * (each == one.concept) for each in seen]
-        return {**hits, "two concepts side by side, both": list(self._both_hits(scenes))}
+                    name = f"{SPRITES[subject.held_out]} {where}"
+                    hits[name] += [100.0 * (concept == subject.concept) for concept in concepts]
+        hits[PAIRS] = list(self._pair_hits(scenes))
+        return hits
 
-    def _both_hits(self, scenes: int) -> Iterator[float]:
-        """100 or 0 for each of some real scenes of each concept and the next one."""
+    def _pair_hits(self, scenes: int) -> Iterator[float]:
+        """Yield 100 or 0 for each of some scenes of each concept and the next one."""
         names = list(CONCEPTS)
-        for number, both in enumerate(zip(names, names[1:] + names[:1], strict=True)):
-            rng = np.random.default_rng((CEILING_SEED, len(self.identities) + number))
-            made = torch.stack([pair(*both, None, rng, self.size) for _ in range(scenes)])
-            yield from (100.0 * ({one.concept for one in seen} == {*both}) for seen in self.both(made))
+        for index, pair in enumerate(zip(names, names[1:] + names[:1], strict=True)):
+            rng = np.random.default_rng((CEILING_SEED, len(self.subjects) + index))
+            images = torch.stack([compose_pair(*pair, None, rng, self.size) for _ in range(scenes)])
+            for recognized in self.classify_pairs(images):
+                yield 100.0 * ({subject.concept for subject in recognized} == {*pair})
 
-    def _embedded(self, scenes: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each identity descriptions (scenes, d) of it alone and of its windows."""
-        for number, identity in enumerate(self.identities):
-            rng = np.random.default_rng((seed, number))
-            made = [draw(identity, rng, self.size) for draw in (scene, window) for _ in range(scenes)]
-            yield self._described(torch.stack(made)).chunk(2)
+    def _scene_descriptors(self, scenes: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield descriptors (scenes, d) of each class alone, and of its windows."""
+        for index, subject in enumerate(self.subjects):
+            rng = np.random.default_rng((seed, index))
+            images = [compose_alone(subject, rng, self.size) for _ in range(scenes)]
+            images += [compose_window(subject, rng, self.size) for _ in range(scenes)]
+            yield self._describe(torch.stack(images)).chunk(2)
 
-    def _described(self, pictures: Tensor) -> Tensor:
-        """(N, d): what a CLIP sees in pictures (N, 3, H, W) in [-1, 1], and their colours; both of length 1."""
-        return torch.cat([self.embedder.embed_images(pictures), colours(pictures)], 1)
+    def _describe(self, images: Tensor) -> Tensor:
+        """Return descriptors (N, d) of images (N, 3, H, W): CLIP embedding and color histogram, both of length 1."""
+        return torch.cat([self.embedder.embed_images(images), color_histogram(images)], 1)

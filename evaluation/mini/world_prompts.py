@@ -1,19 +1,18 @@
-"""What the base model is asked to draw, and how what comes out is recognised: kinds of things and places.
+"""Prompts for the base model, and how kinds of subjects and backgrounds are recognized in its images.
 
-Prompts are captions of `SceneDataset` for scenes of plain things in their own colours. Since captions are put together
-from few words, training has seen most of such captions; the pictures are held out by their seeds, and the scenes that
-ceilings are measured on by seeds that no training used and, of drawings that no model was shown, by those as well.
+Prompts are captions of `SceneDataset` for scenes of plain subjects in their own colors. Such captions combine few
+words, so training has seen most of them. The images are held out by their seeds. The reference scenes, on which
+ceilings are measured, have seeds that no training used; those of held-out sprites also have subjects that no model saw.
 
-A thing alone is looked for in the whole picture. Of two things, each is looked for in its own window: the picture is
-cut where the prompt says that they are (two squares side by side, or one above the other), and both count as recognised
-where the two windows are recognised as the two kinds, whichever is where. Real scenes are cut in the same way.
+A single subject is recognized in the whole image. Of two subjects, each is recognized in its own window. The windows
+are where the prompt says that the subjects are: two squares side by side, or one above the other. The image counts as
+correct if the two windows show the two kinds, in either order. Reference scenes are cropped in the same way.
 """
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,12 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from evaluation.mini.recognise import closest
+from evaluation.mini.recognize import nearest_class
+from ldm.common.paths import PROJECT_ROOT
 from ldm.data.images import to_tensor
-from ldm.data.mini.backgrounds import PLACES
+from ldm.data.mini.backgrounds import BACKGROUNDS
 from ldm.data.mini.scenes import (
-    PLACE_NAMES,
+    BACKGROUND_NAMES,
     PLAIN_TEMPLATES,
     RELATIONS,
     Scene,
@@ -36,113 +36,146 @@ from ldm.data.mini.scenes import (
 )
 from ldm.data.mini.world import KIND_NAMES, KINDS
 
-WORLD = Path(__file__).resolve().parents[2] / "configs" / "mini" / "text2img.yaml"
-FIRST_SEED = 10_000  # of scenes here; the seeds of training and validation in configs/mini/ lie below
-PLAIN = {"coloured": 0.0, "patterned": 0.0, "sized": 0.0, "styled": 0.0, "empty_caption": 0.0}
+WORLD = PROJECT_ROOT / "configs" / "mini" / "text2img.yaml"
+FIRST_SEED = 10_000  # of the scenes here; the seeds of training and validation in configs/mini/ are smaller
+PLAIN = {"colored": 0.0, "patterned": 0.0, "sized": 0.0, "styled": 0.0, "empty_caption": 0.0}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt with the seed to draw it from, what has to be in the picture, and the scene it describes.
+class ScenePrompt:
+    """A prompt of the mini world.
 
     Attributes:
-        kinds: names of one kind or two.
-        place: None where the prompt does not say.
+        prompt: the text.
+        seed: of the image.
+        kinds: names of the one or two kinds that the image has to show.
+        background: name of the background; None if the prompt does not name it.
+        scene: a scene that the prompt describes.
     """
 
     prompt: str
     seed: int
     kinds: tuple[str, ...]
-    place: str | None
+    background: str | None
     scene: Scene
 
 
-def scenes(seed: int, things: int, held_out: bool = False) -> SceneDataset:
-    """Plain scenes as the text-to-image model is trained to draw them, with one thing or two in each."""
-    world = OmegaConf.to_container(OmegaConf.load(WORLD).data.params.validation.params, resolve=True)
-    kept = {key: value for key, value in world.items() if key not in ("seed", "length", "held_out", "two_things")}
-    return SceneDataset(**{**kept, **PLAIN}, seed=FIRST_SEED + seed, two_things=float(things == 2), held_out=held_out)
+def plain_scenes(seed: int, num_subjects: int, held_out: bool = False) -> SceneDataset:
+    """Return plain scenes as those that the text-to-image model was trained on, with one or two subjects in each."""
+    params = OmegaConf.to_container(OmegaConf.load(WORLD).data.params.validation.params, resolve=True)
+    for name in ("seed", "length", "held_out", "two_subjects"):
+        params.pop(name, None)
+    return SceneDataset(**{**params, **PLAIN}, seed=FIRST_SEED + seed, two_subjects=float(num_subjects == 2),
+                        held_out=held_out)
 
 
-def asked(count: int, seed: int, things: int, held_out: bool = False) -> list[Asked]:
-    """`count` prompts with the scenes they describe; a seed gives the same ones on every machine."""
-    source = scenes(seed, things, held_out)
-    return [_asked(source.plan(index), 1000 * seed + index) for index in range(count)]
+def scene_prompts(count: int, seed: int, num_subjects: int, held_out: bool = False) -> list[ScenePrompt]:
+    """Return `count` prompts with the scenes that they describe. They depend only on the arguments."""
+    dataset = plain_scenes(seed, num_subjects, held_out)
+    return [_scene_prompt(dataset.plan(index), 1000 * seed + index) for index in range(count)]
 
 
-def _asked(scene: Scene, seed: int) -> Asked:
-    place = scene.place if scene.caption.endswith(PLACES[scene.place][1]) else None
-    return Asked(scene.caption, seed, tuple(thing.kind for thing in scene.things), place, scene)
+def _scene_prompt(scene: Scene, seed: int) -> ScenePrompt:
+    _, phrases = BACKGROUNDS[scene.background]
+    background = scene.background if scene.caption.endswith(phrases) else None
+    return ScenePrompt(scene.caption, seed, tuple(subject.kind for subject in scene.subjects), background, scene)
 
 
-def real_pictures(wanted: Sequence[Asked], size: int = 64) -> Tensor:
-    """(N, 3, size, size) in [-1, 1]: the scenes that the prompts describe."""
-    return torch.stack([to_tensor(compose(a.scene.place, a.scene.variant, a.scene.things, size, a.scene.style)[0])
-                        for a in wanted])
+def reference_images(prompts: Sequence[ScenePrompt], size: int = 64) -> Tensor:
+    """Compose the scenes that the prompts describe: (N, 3, size, size) in [-1, 1]."""
+    images = []
+    for prompt in prompts:
+        scene = prompt.scene
+        image, _ = compose(scene.background, scene.variant, scene.subjects, size, scene.style)
+        images.append(to_tensor(image))
+    return torch.stack(images)
 
 
 def kind_texts() -> list[list[str]]:
-    """For each kind its texts: all its words in every plain template, and as a photo in every place."""
-    templates = [*PLAIN_TEMPLATES, *(f"{PLAIN_TEMPLATES[0]} {wheres[0]}" for _, wheres in PLACES.values())]
+    """Return the texts of each kind: all its words in every plain template, and as a photo on every background."""
+    templates = [*PLAIN_TEMPLATES, *(f"{PLAIN_TEMPLATES[0]} {phrases[0]}" for _, phrases in BACKGROUNDS.values())]
     return [[template.format(with_article(word)) for word in kind.words for template in templates] for kind in KINDS]
 
 
-def place_texts() -> list[list[str]]:
-    """For each place its texts: all that is said of it, with a photo of every kind there."""
-    return [[f"a photo of {with_article(name)} {where}" for name in KIND_NAMES for where in wheres]
-            for _, wheres in PLACES.values()]
+def background_texts() -> list[list[str]]:
+    """Return the texts of each background: all its phrases, with a photo of every kind."""
+    return [[f"a photo of {with_article(name)} {phrase}" for name in KIND_NAMES for phrase in phrases]
+            for _, phrases in BACKGROUNDS.values()]
 
 
-def windows(pictures: Tensor, wanted: Sequence[Asked]) -> Tensor:
-    """(2 N, 3, H, W): of each picture (N, 3, H, W) the windows of the things named first and second, enlarged."""
-    return torch.stack([window_at(picture, centre) for picture, one in zip(pictures, wanted, strict=True)
-                        for centre in _spots(one.scene)])
+def subject_windows(images: Tensor, prompts: Sequence[ScenePrompt]) -> Tensor:
+    """Crop the windows of the first and the second subject from each image, enlarged to its size.
+
+    Args:
+        images: (N, 3, H, W).
+        prompts: N prompts of two subjects.
+
+    Returns:
+        (2 N, 3, H, W)
+    """
+    windows = []
+    for image, prompt in zip(images, prompts, strict=True):
+        windows += [window_at(image, center) for center in _layout_centers(prompt.scene)]
+    return torch.stack(windows)
 
 
-def _spots(scene: Scene) -> list[tuple[float, float]]:
-    """Where two things are meant to stand, without the small shifts of this scene."""
-    middles = [thing.centre for thing in scene.things]
-    layouts = [spots for spots, _ in RELATIONS.values()]
-    best = min(layouts, key=lambda spots: sum((x - a) ** 2 + (y - b) ** 2
-                                              for (x, y), ((a, b), _) in zip(middles, spots, strict=True)))
-    return [centre for centre, _ in best]
+def _layout_centers(scene: Scene) -> list[tuple[float, float]]:
+    """Return where the relation puts the two subjects of a scene, without the scene's own small offsets."""
+    centers = [subject.center for subject in scene.subjects]
+
+    def squared_distance(layout: Sequence[tuple[tuple[float, float], float]]) -> float:
+        return sum((x - a) ** 2 + (y - b) ** 2 for (x, y), ((a, b), _) in zip(centers, layout, strict=True))
+
+    nearest = min((layout for layout, _ in RELATIONS.values()), key=squared_distance)
+    return [center for center, _ in nearest]
 
 
-def window_at(picture: Tensor, centre: tuple[float, float]) -> Tensor:
-    """(3, H, W): the window of a picture (3, H, W) around a spot of it, (x, y) in [0, 1], enlarged to the whole."""
-    height, width = picture.shape[-2:]
-    left, top, right, bottom = close_up_box(centre, width, height)
-    part = picture[None, :, top:bottom, left:right]
-    return F.interpolate(part, (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
+def window_at(image: Tensor, center: tuple[float, float]) -> Tensor:
+    """Crop the window of an image (3, H, W) around a position (x, y) in [0, 1], enlarged to the image's size."""
+    height, width = image.shape[-2:]
+    left, top, right, bottom = close_up_box(center, width, height)
+    crop = image[None, :, top:bottom, left:right]
+    return F.interpolate(crop, (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What was recognised in the pictures of some prompts; of two things, in the order of the words."""
+class RecognitionResults:
+    """What was recognized in the images of some prompts.
+
+    Attributes:
+        kinds: of each image, one kind, or two in the order of the prompt.
+        backgrounds: of each image.
+    """
 
     kinds: list[tuple[str, ...]]
-    places: list[str]
+    backgrounds: list[str]
 
-    def kind_hits(self, wanted: Sequence[Asked]) -> list[float]:
-        """100 for each picture in which all kinds are recognised, else 0."""
-        return [100.0 * (sorted(found) == sorted(one.kinds)) for found, one in zip(self.kinds, wanted, strict=True)]
+    def kind_hits(self, prompts: Sequence[ScenePrompt]) -> list[float]:
+        """Return 100 for each image in which all kinds are recognized, else 0."""
+        return [100.0 * (sorted(kinds) == sorted(prompt.kinds))
+                for kinds, prompt in zip(self.kinds, prompts, strict=True)]
 
-    def place_hits(self, wanted: Sequence[Asked]) -> list[float]:
-        """100 or 0 for each picture whose prompt names a place."""
-        return [100.0 * (found == one.place) for found, one in zip(self.places, wanted, strict=True) if one.place]
+    def background_hits(self, prompts: Sequence[ScenePrompt]) -> list[float]:
+        """Return 100 or 0 for each image whose prompt names a background."""
+        return [100.0 * (background == prompt.background)
+                for background, prompt in zip(self.backgrounds, prompts, strict=True) if prompt.background]
 
-    def records(self, wanted: Sequence[Asked], pictures: str) -> list[dict[str, Any]]:
-        """A line for a CSV file for each picture."""
-        return [{"pictures": pictures, "prompt": one.prompt, "seed": one.seed, "kinds": " + ".join(one.kinds),
-                 "recognised": " + ".join(kinds), "place": one.place or "", "recognised place": place}
-                for one, kinds, place in zip(wanted, self.kinds, self.places, strict=True)]
+    def records(self, prompts: Sequence[ScenePrompt], images: str) -> list[dict[str, Any]]:
+        """Return a record for a CSV file for each image; `images` says which images these are."""
+        records = []
+        for prompt, kinds, background in zip(prompts, self.kinds, self.backgrounds, strict=True):
+            records.append({
+                "images": images, "prompt": prompt.prompt, "seed": prompt.seed, "kinds": " + ".join(prompt.kinds),
+                "recognized kinds": " + ".join(kinds), "background": prompt.background or "",
+                "recognized background": background})
+        return records
 
 
-class WorldRecogniser:
-    """Recognises the kinds and the places of the mini world by the embeddings of a CLIP.
+class SceneRecognizer:
+    """Recognizes the kinds and the backgrounds of the mini world by the embeddings of a CLIP.
 
     Args:
-        embedder: has `embed_images` and `embed_classes` as `evaluation.mini.recognise.ClipEncoder` does.
+        embedder: a `ldm.models.clip_encoder.ClipEncoder`, or another with its `embed_images` and `embed_classes`.
     """
 
     def __init__(self, embedder: Any) -> None:
@@ -150,25 +183,33 @@ class WorldRecogniser:
 
     @functools.cached_property
     def kinds(self) -> Tensor:
-        """(100, d), one embedding for each kind; not everyone who asks for places asks for them."""
+        """(100, d), one embedding per kind. Computed on first use: recognizing backgrounds does not need them."""
         return self.embedder.embed_classes(kind_texts(), "texts about kinds")
 
     @functools.cached_property
-    def places(self) -> Tensor:
-        """(20, d), one embedding for each place."""
-        return self.embedder.embed_classes(place_texts(), "texts about places")
+    def backgrounds(self) -> Tensor:
+        """(20, d), one embedding per background."""
+        return self.embedder.embed_classes(background_texts(), "texts about backgrounds")
 
-    def places_in(self, pictures: Tensor) -> list[str]:
-        """Where pictures (N, 3, H, W) in [-1, 1] are."""
-        return self._nearest_places(self.embedder.embed_images(pictures))
+    def recognize_backgrounds(self, images: Tensor) -> list[str]:
+        """Return the background of each image (N, 3, H, W) in [-1, 1]."""
+        return self._nearest_backgrounds(self.embedder.embed_images(images))
 
-    def answers(self, pictures: Tensor, wanted: Sequence[Asked]) -> Answers:
-        """What is in pictures (N, 3, H, W) in [-1, 1] of N prompts, all with one thing or all with two."""
-        whole = self.embedder.embed_images(pictures)
-        things = len(wanted[0].kinds)
-        parts = whole if things == 1 else self.embedder.embed_images(windows(pictures, wanted))
-        kinds = [KIND_NAMES[number] for number in closest(parts, self.kinds).tolist()]
-        return Answers([tuple(kinds[i:i + things]) for i in range(0, len(kinds), things)], self._nearest_places(whole))
+    def recognize(self, images: Tensor, prompts: Sequence[ScenePrompt]) -> RecognitionResults:
+        """Recognize what images show.
 
-    def _nearest_places(self, embeddings: Tensor) -> list[str]:
-        return [PLACE_NAMES[number] for number in closest(embeddings, self.places).tolist()]
+        Args:
+            images: (N, 3, H, W) in [-1, 1].
+            prompts: N prompts, all with one subject or all with two.
+        """
+        embeddings = self.embedder.embed_images(images)
+        count = len(prompts[0].kinds)
+        subject_embeddings = embeddings
+        if count == 2:
+            subject_embeddings = self.embedder.embed_images(subject_windows(images, prompts))
+        kinds = [KIND_NAMES[index] for index in nearest_class(subject_embeddings, self.kinds).tolist()]
+        by_image = [tuple(kinds[start:start + count]) for start in range(0, len(kinds), count)]
+        return RecognitionResults(by_image, self._nearest_backgrounds(embeddings))
+
+    def _nearest_backgrounds(self, embeddings: Tensor) -> list[str]:
+        return [BACKGROUND_NAMES[index] for index in nearest_class(embeddings, self.backgrounds).tolist()]

@@ -1,29 +1,29 @@
-"""Scenes of the mini world composed by one core: training should never wait for them."""
+"""Scenes of the mini world, composed on one core: training should never wait for them."""
 from __future__ import annotations
 
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
 
-from scripts.benchmarks.common import Row, Settings, repeated
+from scripts.benchmarks.common import BenchmarkRow, BenchmarkSettings, time_calls
 
 COUNT, QUICK_COUNT = 200, 20
 
 
-def measure(settings: Settings) -> Iterator[Row]:
+def measure(settings: BenchmarkSettings) -> Iterator[BenchmarkRow]:
     from ldm.data.mini.scenes import SceneDataset
 
     count = QUICK_COUNT if settings.quick else COUNT
     wide = SceneDataset(seed=1)
-    narrow = SceneDataset(seed=3, jitter=0.3, flips=0.0, sources=("fluent", "noto", "twemoji"))
-    for what, take in (("for autoencoder and CLIP", wide.__getitem__), ("for the U-Net", narrow.__getitem__),
-                       ("their captions alone", wide.plan)):
+    narrow = SceneDataset(seed=3, jitter=0.3, flips=0.0, emoji_sets=("fluent", "noto", "twemoji"))
+    for name, compose in (("for autoencoder and CLIP", wide.__getitem__), ("for the U-Net", narrow.__getitem__),
+                          ("their captions alone", wide.plan)):
         starts = itertools.count(0, count)  # new scenes in every round, as in training
 
-        def work(take: Callable[[int], object] = take, starts: Iterator[int] = starts) -> None:
+        def compose_scenes(compose: Callable[[int], object] = compose, starts: Iterator[int] = starts) -> None:
             start = next(starts)
             for index in range(start, start + count):
-                take(index)
+                compose(index)
 
-        speeds = [count / taken for taken in repeated(work, settings.rounds)]
-        yield Row(f"scenes, {what}", statistics.median(speeds), "/s, core", min(speeds), max(speeds), len(speeds))
+        rates = [count / seconds for seconds in time_calls(compose_scenes, settings.rounds)]
+        yield BenchmarkRow(f"scenes, {name}", statistics.median(rates), "/s, core", min(rates), max(rates), len(rates))

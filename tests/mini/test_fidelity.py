@@ -1,4 +1,4 @@
-"""Recognising concepts by their marks: classes against a closed form, scenes, and what prompts leave to be seen."""
+"""Subject fidelity: classification against a closed form, composed scenes, and what prompts leave to be recognized."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.mini import fidelity as marks
+from evaluation.mini import fidelity
 from evaluation.mini.fidelity import (
     ExampleSubject,
-    SubjectFidelity,
     Prototypes,
-    colors,
+    SubjectFidelity,
     candidate_subjects,
+    color_histogram,
+    compose_alone,
+    compose_pair,
+    compose_window,
     example_subject,
-    keeps_attributes,
-    pair,
-    scene,
     first_subject_position,
-    window,
+    keeps_attributes,
 )
 from evaluation.mini.world_prompts import window_at
 from ldm.data.mini import example_concepts
@@ -32,107 +32,113 @@ FEW = ("teddy", "mug")
 
 
 class PixelEmbedder:
-    """Sees coarse pixels."""
+    """Embeds images as coarse pixels."""
 
     def embed_images(self, images: Tensor) -> Tensor:
         return F.normalize(F.interpolate(images, (6, 6), mode="area").flatten(1), dim=1)
 
 
 @pytest.fixture(scope="module")
-def recogniser() -> Iterator[SubjectFidelity]:
+def recognizer() -> Iterator[SubjectFidelity]:
     few = {name: example_concepts.CONCEPTS[name] for name in FEW}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(marks, "CONCEPTS", few)
-        patch.setattr(marks, "FREE_PLACES", ("snow", "desert"))
+        patch.setattr(fidelity, "CONCEPTS", few)
+        patch.setattr(fidelity, "UNSEEN_BACKGROUNDS", ("snow", "desert"))
         yield SubjectFidelity(PixelEmbedder(), size=32, scenes=8)
 
 
 def test_the_nearest_class_is_that_of_fishers_discriminant() -> None:
-    draw = np.random.default_rng(0)
-    means, shape = draw.normal(size=(5, 6)), draw.normal(size=(6, 6))
-    known = means[:, None] + draw.normal(size=(5, 40, 6)) @ shape
-    asked = draw.normal(size=(30, 6))
-    centres = known.mean(1)
-    within = (known - centres[:, None]).reshape(-1, 6)
+    rng = np.random.default_rng(0)
+    means, shape = rng.normal(size=(5, 6)), rng.normal(size=(6, 6))
+    known = means[:, None] + rng.normal(size=(5, 40, 6)) @ shape
+    queries = rng.normal(size=(30, 6))
+    centers = known.mean(1)
+    within = (known - centers[:, None]).reshape(-1, 6)
     covariance = within.T @ within / len(within)
-    inverse = np.linalg.inv(covariance + marks.RIDGE * np.trace(covariance) / 6 * np.eye(6))
-    away = asked[:, None] - centres
-    wanted = np.einsum("nci,ij,ncj->nc", away, inverse, away).argmin(1)
-    found = Prototypes(torch.from_numpy(known).float()).classify(torch.from_numpy(asked).float())
-    assert found.tolist() == wanted.tolist()
+    inverse = np.linalg.inv(covariance + fidelity.RIDGE * np.trace(covariance) / 6 * np.eye(6))
+    difference = queries[:, None] - centers
+    expected = np.einsum("nci,ij,ncj->nc", difference, inverse, difference).argmin(1)
+    classes = Prototypes(torch.from_numpy(known).float()).classify(torch.from_numpy(queries).float())
+    assert classes.tolist() == expected.tolist()
 
 
-def test_identities_are_kinds_in_looks_by_known_and_by_held_out_drawings() -> None:
-    every = candidate_subjects()
-    assert len({one.label for one in every}) == len(every) == 10 * (1 + 8 + 10) * 2
-    for one in every:
-        assert {(one.kind, load_sprite) in HELD_OUT for load_sprite in one.drawings} == {one.held_out}
-    bearers = [one for one in every if one.concept]
-    assert sorted(one.concept for one in bearers) == sorted([*example_concepts.CONCEPTS] * 2)
-    assert all(example_concepts.CONCEPTS[one.concept] == (one.kind, one.appearance) for one in bearers)
+def test_candidates_are_kinds_in_appearances_with_known_and_held_out_sprites() -> None:
+    subjects = candidate_subjects()
+    assert len({subject.label for subject in subjects}) == len(subjects) == 10 * (1 + 8 + 10) * 2
+    for subject in subjects:
+        assert {(subject.kind, emoji_set) in HELD_OUT for emoji_set in subject.emoji_sets} == {subject.held_out}
+    matching = [subject for subject in subjects if subject.concept]
+    assert sorted(subject.concept for subject in matching) == sorted([*example_concepts.CONCEPTS] * 2)
+    for subject in matching:
+        assert example_concepts.CONCEPTS[subject.concept] == (subject.kind, subject.appearance)
     assert ExampleSubject("cat", Appearance(), False).label == "cat, plain"
-    assert example_subject("cat").label == "cat, blue striped orange, held out" and example_subject("cat").concept == "cat"
+    assert example_subject("cat").label == "cat, blue striped orange, held out"
+    assert example_subject("cat").concept == "cat"
 
 
-def test_colours_are_shares_of_shades() -> None:
-    image = torch.full((2, 3, 64, 64), -1.0)
-    image[1, :, :, 32:] = 1.0
-    image[1, 1, :, 32:] = -1.0  # the right half is magenta
-    black, halves = colors(image).view(2, 4, 4, 4) ** 2
-    assert torch.allclose(colors(image).norm(dim=1), torch.ones(2))
+def test_a_color_histogram_holds_shares_of_levels() -> None:
+    images = torch.full((2, 3, 64, 64), -1.0)
+    images[1, :, :, 32:] = 1.0
+    images[1, 1, :, 32:] = -1.0  # the right half is magenta
+    black, halves = color_histogram(images).view(2, 4, 4, 4) ** 2
+    assert torch.allclose(color_histogram(images).norm(dim=1), torch.ones(2))
     assert black[0, 0, 0] == black.max() > 0.6
     assert torch.allclose(halves, (black + black.flip(0, 2)) / 2)
 
 
-def test_colours_do_not_look_at_the_border() -> None:
-    inside = torch.rand(1, 3, 64, 64) * 2 - 1
-    other = F.pad(inside[..., 8:-8, 8:-8], (8, 8, 8, 8), value=1.0)
-    assert torch.equal(colors(inside), colors(other))
+def test_a_color_histogram_ignores_the_border() -> None:
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    other = F.pad(image[..., 8:-8, 8:-8], (8, 8, 8, 8), value=1.0)
+    assert torch.equal(color_histogram(image), color_histogram(other))
 
 
-def test_scenes_show_the_thing_and_windows_it_beside_another() -> None:
-    identity = ExampleSubject("mug", Appearance("purple"), held_out=False)
-    for draw in (scene, window):
-        first, again, other = (draw(identity, np.random.default_rng(seed), 32) for seed in (1, 1, 2))
+def test_scenes_are_reproducible_and_pairs_have_their_order() -> None:
+    subject = ExampleSubject("mug", Appearance("purple"), held_out=False)
+    for compose in (compose_alone, compose_window):
+        first, again, other = (compose(subject, np.random.default_rng(seed), 32) for seed in (1, 1, 2))
         assert first.shape == (3, 32, 32) and torch.equal(first, again) and not torch.equal(first, other)
-    classify_pairs = pair("teddy", "mug", "snow", np.random.default_rng(3), 64)
-    left, right = (window_at(classify_pairs, spot) for spot, _ in SIDE_BY_SIDE)
+    pair = compose_pair("teddy", "mug", "snow", np.random.default_rng(3), 64)
+    left, right = (window_at(pair, position) for position, _ in SIDE_BY_SIDE)
     assert left[0].mean() < right[0].mean()  # purple on the left, orange on the right
 
 
-def test_concepts_are_recognised_in_real_scenes_and_others_are_not_taken_for_them(recogniser: SubjectFidelity) -> None:
-    measure_ceilings = {name: np.mean(hits) for name, hits in recogniser.measure_ceilings(8).items()}
-    others = measure_ceilings.pop("others taken for a concept")
-    assert min(measure_ceilings.values()) > 75 and others < 5
-    made = [pair("teddy", "mug", "snow", np.random.default_rng(seed), 32) for seed in range(10)]
-    assert recogniser.classify_pairs(torch.stack(made)).count((example_subject("teddy"), example_subject("mug"))) > 5
+def test_concepts_are_recognized_in_scenes_and_others_are_not_mistaken_for_them(recognizer: SubjectFidelity) -> None:
+    ceilings = {name: np.mean(hits) for name, hits in recognizer.measure_ceilings(8).items()}
+    others = ceilings.pop("others classified as a concept")
+    assert min(ceilings.values()) > 75 and others < 5
+    images = [compose_pair("teddy", "mug", "snow", np.random.default_rng(seed), 32) for seed in range(10)]
+    pairs = recognizer.classify_pairs(torch.stack(images))
+    assert pairs.count((example_subject("teddy"), example_subject("mug"))) > 5
 
 
-def test_marks_are_those_of_the_look_whatever_the_drawing(recogniser: SubjectFidelity) -> None:
+def test_attributes_match_with_any_sprite_in_the_appearance(recognizer: SubjectFidelity) -> None:
     kind, appearance = example_concepts.CONCEPTS["mug"]
-    for identity, wanted in ((ExampleSubject(kind, appearance, False), "mug"), (ExampleSubject(kind, Appearance("red"), True), None)):
-        made = torch.stack([scene(identity, np.random.default_rng(seed), 32) for seed in range(8)])
-        assert [one.concept for one in recogniser.classify(made, [None] * 8)].count(wanted) > 5
+    for subject, expected in ((ExampleSubject(kind, appearance, False), "mug"),
+                              (ExampleSubject(kind, Appearance("red"), True), None)):
+        images = torch.stack([compose_alone(subject, np.random.default_rng(seed), 32) for seed in range(8)])
+        assert [found.concept for found in recognizer.classify(images, [None] * 8)].count(expected) > 5
 
 
-def test_a_spot_chooses_the_window(recogniser: SubjectFidelity) -> None:
-    made = torch.stack([pair("teddy", "mug", "desert", np.random.default_rng(seed), 32) for seed in range(8)])
-    left = recogniser.classify(made, [first_subject_position("a teddy next to a mug")] * 8)
-    assert left == [first for first, _ in recogniser.classify_pairs(made)]
-    alone = torch.stack([scene(example_subject("mug"), np.random.default_rng(seed), 32) for seed in range(8)])
-    assert recogniser.classify(alone, [None] * 8).count(example_subject("mug")) > 5
-    assert recogniser.classify(made[:0], []) == []
+def test_a_position_selects_the_window(recognizer: SubjectFidelity) -> None:
+    images = torch.stack([compose_pair("teddy", "mug", "desert", np.random.default_rng(seed), 32)
+                          for seed in range(8)])
+    left = recognizer.classify(images, [first_subject_position("a teddy next to a mug")] * 8)
+    assert left == [first for first, _ in recognizer.classify_pairs(images)]
+    mug = example_subject("mug")
+    alone = torch.stack([compose_alone(mug, np.random.default_rng(seed), 32) for seed in range(8)])
+    assert recognizer.classify(alone, [None] * 8).count(mug) > 5
+    assert recognizer.classify(images[:0], []) == []
 
 
-@pytest.mark.parametrize(("prompt", "spot"), [
+@pytest.mark.parametrize(("prompt", "position"), [
     ("a photo of a cat in space", None), ("a cat next to a tulip in space", (0.27, 0.56)),
     ("a cat on top of a gift", (0.5, 0.27)), ("a cat right of a gift", (0.73, 0.56))])
-def test_where_the_first_thing_stands(prompt: str, spot: tuple[float, float] | None) -> None:
-    assert first_subject_position(prompt) == spot
+def test_position_of_the_first_subject(prompt: str, position: tuple[float, float] | None) -> None:
+    assert first_subject_position(prompt) == position
 
 
-@pytest.mark.parametrize(("prompt", "left"), [
+@pytest.mark.parametrize(("prompt", "keeps"), [
     ("a photo of a cat in space", True), ("a photo of a red cat", False), ("a photo of a striped cat", False),
     ("a sketch of a cat", False), ("pixel art of a cat", False), ("a photo of a cat next to a tulip", True)])
-def test_prompts_that_ask_for_other_looks_leave_no_marks(prompt: str, left: bool) -> None:
-    assert keeps_attributes(prompt) == left
+def test_prompts_with_colors_patterns_or_styles_do_not_keep_the_attributes(prompt: str, keeps: bool) -> None:
+    assert keeps_attributes(prompt) == keeps

@@ -1,4 +1,4 @@
-"""Figures of the parts on pictures, masks and captions whose answers are known."""
+"""Measurements of the parts on images, masks and captions with known results."""
 from __future__ import annotations
 
 import math
@@ -17,8 +17,8 @@ from ldm.common.errors import UserError
 from ldm.data.mini.world import KIND_NAMES
 
 
-class Fading(nn.Module):
-    """A first stage that loses a known part of each picture."""
+class FadingFirstStage(nn.Module):
+    """A first stage that darkens each image by a known factor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,13 +35,14 @@ def scene(value: float, caption: str = "", kind: int = 0, wide: int = 8) -> dict
     return {"image": torch.full((3, 16, 16), value), "caption": caption, "kind": kind, "mask": mask}
 
 
-def test_psnr_is_that_of_a_range_of_two() -> None:
-    images, copies = torch.zeros(2, 3, 4, 4), torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 5.0)])
-    assert parts.psnr(images, copies).tolist() == pytest.approx([20.0, 10 * math.log10(4)])  # beyond 1 is cut off
+def test_psnr_is_relative_to_a_range_of_two() -> None:
+    images = torch.zeros(2, 3, 4, 4)
+    reconstructions = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 5.0)])  # the latter is clamped
+    assert parts.psnr(images, reconstructions).tolist() == pytest.approx([20.0, 10 * math.log10(4)])
 
 
-def test_each_scene_counts_by_itself() -> None:
-    found = parts.reconstruction(Fading(), [scene(1.0), scene(0.5), scene(0.1)], 2)
+def test_each_scene_has_its_own_psnr() -> None:
+    found = parts.reconstruction_psnr(FadingFirstStage(), [scene(1.0), scene(0.5), scene(0.1)], 2)
     assert found == pytest.approx([10 * math.log10(4 / 0.01), 10 * math.log10(4 / 0.0025)], abs=1e-3)
 
 
@@ -54,24 +55,24 @@ def test_intersection_over_union() -> None:
 
 
 class LeftQuarter:
-    """A segmenter that always finds the left quarter, and remembers what it was asked."""
+    """A segmenter that always returns the left quarter, and records its texts."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.texts: list[str] = []
 
     def segment(self, images: Sequence[Image.Image], text: str, size: tuple[int, int]) -> Tensor:
-        self.asked.append(text)
+        self.texts.append(text)
         found = torch.zeros(len(images), *size)
         found[..., : size[1] // 4] = 0.9
         return found
 
 
-def test_things_are_looked_for_by_the_names_of_their_kinds() -> None:
+def test_subjects_are_segmented_by_the_names_of_their_kinds() -> None:
     segmenter = LeftQuarter()
     scenes = [scene(0, kind=kind, wide=wide) for kind, wide in ((0, 8), (3, 4), (0, 16))]
-    found = parts.overlaps(segmenter, scenes, 3)
+    found = parts.segmentation_ious(segmenter, scenes, 3)
     assert sorted(found) == pytest.approx([0.25, 0.5, 1.0])
-    assert sorted(segmenter.asked) == sorted([KIND_NAMES[0], KIND_NAMES[3]])
+    assert sorted(segmenter.texts) == sorted([KIND_NAMES[0], KIND_NAMES[3]])
 
 
 class Numbered:
@@ -84,24 +85,25 @@ class Numbered:
         return F.one_hot(torch.tensor([int(text) for text in texts]), 70).float()
 
 
-def test_captions_are_looked_for_among_sixty_four() -> None:
+def test_captions_are_compared_with_63_others() -> None:
     scenes = [scene(number / 100, str(number)) for number in range(64)] + [scene(0, "0")] * 40
     assert parts.caption_hits(Numbered(), scenes, 100) == [100.0] * 64
     wrong = [scene(((number + 1) % 64 if number < 16 else number) / 100, str(number)) for number in range(64)]
     assert sum(parts.caption_hits(Numbered(), wrong, 64)) == 100 * 48
-    assert sum(parts.caption_hits(Numbered(), [scene(0.05, "5")] * 64, 64)) == 6400  # all captions alike: all right
+    same = [scene(0.05, "5")] * 64
+    assert sum(parts.caption_hits(Numbered(), same, 64)) == 6400  # any of the equal captions is correct
 
 
-def test_weights_are_counted_without_what_only_training_needs(tmp_path: Path) -> None:
+def test_the_size_leaves_out_weights_for_training(tmp_path: Path) -> None:
     for name, size in (("model.safetensors", 1000), ("clip/model.safetensors", 500), ("parts/a.safetensors", 9000),
                        ("clip/config.json", 70)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size))
-    assert parts.megabytes(tmp_path) == pytest.approx(0.0015)
+    assert parts.weights_megabytes(tmp_path) == pytest.approx(0.0015)
 
 
-def test_commands_are_timed_from_start_to_end_on_few_threads() -> None:
+def test_commands_are_timed_with_few_threads() -> None:
     says = "import os, time; time.sleep(0.2); raise SystemExit(int(os.environ['OMP_NUM_THREADS']) > 2)"
-    assert 0.2 < parts.seconds_of([sys.executable, "-c", says]) < 10
+    assert 0.2 < parts.time_command([sys.executable, "-c", says]) < 10
     with pytest.raises(UserError, match="failed while it was timed: no such luck"):
-        parts.seconds_of([sys.executable, "-c", "raise SystemExit('no such luck')"])
+        parts.time_command([sys.executable, "-c", "raise SystemExit('no such luck')"])

@@ -1,4 +1,4 @@
-"""Prompts and their scenes, windows on two things, and answers of a recogniser whose embeddings are constructed."""
+"""Prompts and their scenes, windows of two subjects, and recognition by constructed embeddings."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from evaluation.mini.world_prompts import (
     RecognitionResults,
     ScenePrompt,
     SceneRecognizer,
-    scene_prompts,
-    kind_texts,
     background_texts,
+    kind_texts,
+    plain_scenes,
     reference_images,
-    scenes,
+    scene_prompts,
     subject_windows,
 )
 from ldm.data.mini.backgrounds import BACKGROUNDS
@@ -24,37 +24,43 @@ from ldm.data.mini.scenes import BACKGROUND_NAMES, RELATIONS, Appearance, Scene,
 from ldm.data.mini.world import HELD_OUT, KIND_NAMES, KINDS
 
 
-def two(relation: str, first: str = "cat", second: str = "dog") -> ScenePrompt:
-    """A scene of two things that are a little off their places."""
+def two_subjects(relation: str, first: str = "cat", second: str = "dog") -> ScenePrompt:
+    """A prompt with a scene whose two subjects are a little off the relation's positions."""
     subjects = [SceneSubject(name, "noto", Appearance(), (x + 0.02, y - 0.01), extent)
-              for name, ((x, y), extent) in zip((first, second), RELATIONS[relation][0], strict=True)]
-    return ScenePrompt(f"a {first} {relation} a {second}", 0, (first, second), None, Scene("snow", 0, subjects, [], ""))
+                for name, ((x, y), extent) in zip((first, second), RELATIONS[relation][0], strict=True)]
+    scene = Scene("snow", 0, subjects, [], "")
+    return ScenePrompt(f"a {first} {relation} a {second}", 0, (first, second), None, scene)
 
 
-@pytest.mark.parametrize("things", [1, 2])
-def test_prompts_are_of_plain_things_and_always_the_same(subjects: int) -> None:
-    wanted = scene_prompts(30, seed=4, subjects=subjects)
-    assert [one.prompt for one in scene_prompts(30, 4, subjects)] == [one.prompt for one in wanted]
-    assert [one.prompt for one in scene_prompts(30, 5, subjects)] != [one.prompt for one in wanted]
-    assert len({one.seed for one in wanted}) == 30
-    for one in wanted:
-        assert len(one.kinds) == subjects and all(subject.appearance == Appearance() for subject in one.scene.subjects)
-        words = [word for name in one.kinds for word in KINDS[KIND_NAMES.index(name)].words]
-        assert any(word in one.prompt for word in words)
-        assert one.background is None or one.prompt.endswith(BACKGROUNDS[one.background][1])
+@pytest.mark.parametrize("num_subjects", [1, 2])
+def test_prompts_are_of_plain_subjects_and_reproducible(num_subjects: int) -> None:
+    prompts = scene_prompts(30, seed=4, num_subjects=num_subjects)
+    texts = [prompt.prompt for prompt in prompts]
+    assert [prompt.prompt for prompt in scene_prompts(30, 4, num_subjects)] == texts
+    assert [prompt.prompt for prompt in scene_prompts(30, 5, num_subjects)] != texts
+    assert len({prompt.seed for prompt in prompts}) == 30
+    for prompt in prompts:
+        assert len(prompt.kinds) == num_subjects
+        assert all(subject.appearance == Appearance() for subject in prompt.scene.subjects)
+        words = [word for name in prompt.kinds for word in KINDS[KIND_NAMES.index(name)].words]
+        assert any(word in prompt.prompt for word in words)
+        assert prompt.background is None or prompt.prompt.endswith(BACKGROUNDS[prompt.background][1])
 
 
-def test_known_and_held_out_drawings_do_not_mix() -> None:
-    used = {held_out: {(subject.kind, subject.source) for one in scene_prompts(60, 1, 2, held_out) for subject in one.scene.subjects}
+def test_known_and_held_out_sprites_do_not_mix() -> None:
+    used = {held_out: {(subject.kind, subject.emoji_set) for prompt in scene_prompts(60, 1, 2, held_out)
+                       for subject in prompt.scene.subjects}
             for held_out in (False, True)}
     assert not used[False] & HELD_OUT and used[True] <= HELD_OUT
 
 
-def test_real_pictures_are_the_datasets() -> None:
-    assert torch.equal(reference_images(scene_prompts(3, 2, 1)), torch.stack([scenes(2, 1)[index]["image"] for index in range(3)]))
+def test_reference_images_are_those_of_the_dataset() -> None:
+    dataset = plain_scenes(2, 1)
+    expected = torch.stack([dataset[index]["image"] for index in range(3)])
+    assert torch.equal(reference_images(scene_prompts(3, 2, 1)), expected)
 
 
-def test_texts_name_what_they_are_about() -> None:
+def test_texts_name_their_class() -> None:
     for kind, texts in zip(KINDS, kind_texts(), strict=True):
         assert all(any(word in text for word in kind.words) for text in texts) and len(set(texts)) == len(texts)
     assert len(background_texts()) == len(BACKGROUND_NAMES)
@@ -64,17 +70,17 @@ def test_texts_name_what_they_are_about() -> None:
 @pytest.mark.parametrize(("relation", "first", "second"), [
     ("left of", "left", "right"), ("right of", "right", "left"), ("and", "left", "right"),
     ("on top of", "top", "bottom")])
-def test_windows_are_where_the_prompt_says_in_its_order(relation: str, first: str, second: str) -> None:
+def test_windows_are_at_the_prompts_positions_in_its_order(relation: str, first: str, second: str) -> None:
     ramp = torch.linspace(-1, 1, 64)
     image = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)])
-    middles = subject_windows(image[None], [two(relation)]).mean((2, 3))
+    means = subject_windows(image[None], [two_subjects(relation)]).mean((2, 3))
     side = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
-    for middle, (axis, sign) in zip(middles, (side[first], side[second]), strict=True):
-        assert sign * middle[axis] > 0.3
+    for mean, (axis, sign) in zip(means, (side[first], side[second]), strict=True):
+        assert sign * mean[axis] > 0.3
 
 
-class ColourEmbedder:
-    """Sees the mean red of a picture as the number of a kind and its mean green as that of a place."""
+class ColorEmbedder:
+    """Reads the index of a kind from an image's mean red, and that of a background from its mean green."""
 
     kinds, backgrounds = len(KIND_NAMES), len(BACKGROUND_NAMES)
 
@@ -88,8 +94,8 @@ class ColourEmbedder:
                 + F.one_hot(green.round().long() + self.kinds, self.kinds + self.backgrounds)).float()
 
 
-class SharpEmbedder(ColourEmbedder):
-    """Looks at the outer edge of what it is shown, where a window never holds the other thing."""
+class EdgeEmbedder(ColorEmbedder):
+    """Reads only the outer edge of an image, where a window never shows the other subject."""
 
     def embed_images(self, images: Tensor) -> Tensor:
         left, right = images[..., :2], images[..., -2:]
@@ -98,39 +104,42 @@ class SharpEmbedder(ColourEmbedder):
 
 
 def painted(kinds: Sequence[int], background: int) -> Tensor:
-    """A picture of one kind, or of one on the left and one on the right, as `ColourEmbedder` sees them."""
+    """An image of one kind, or of one on the left and one on the right, as `ColorEmbedder` reads them."""
     image = torch.full((3, 64, 64), -1.0)
     image[1] = background / 50 - 1
-    for number, half in zip(kinds, image[0].chunk(len(kinds), dim=1), strict=True):
-        half.fill_(number / 50 - 1)
+    for kind, part in zip(kinds, image[0].chunk(len(kinds), dim=1), strict=True):
+        part.fill_(kind / 50 - 1)
     return image
 
 
-def test_one_thing_is_recognised_in_the_whole_picture() -> None:
-    wanted = scene_prompts(3, 1, 1)
-    right = [painted([KIND_NAMES.index(one.kinds[0])], BACKGROUND_NAMES.index(one.scene.background)) for one in wanted]
-    right[1] = painted([(KIND_NAMES.index(wanted[1].kinds[0]) + 1) % 100],
-                       (BACKGROUND_NAMES.index(wanted[1].scene.background) + 1) % 20)
-    answers = SceneRecognizer(ColourEmbedder()).answers(torch.stack(right), wanted)
-    assert answers.kind_hits(wanted) == [100.0, 0.0, 100.0]
-    assert answers.backgrounds[0] == wanted[0].scene.background and answers.backgrounds[1] != wanted[1].scene.background
+def test_one_subject_is_recognized_in_the_whole_image() -> None:
+    prompts = scene_prompts(3, 1, 1)
+    kinds = [KIND_NAMES.index(prompt.kinds[0]) for prompt in prompts]
+    backgrounds = [BACKGROUND_NAMES.index(prompt.scene.background) for prompt in prompts]
+    kinds[1], backgrounds[1] = (kinds[1] + 1) % 100, (backgrounds[1] + 1) % 20  # both wrong
+    images = [painted([kind], background) for kind, background in zip(kinds, backgrounds, strict=True)]
+    results = SceneRecognizer(ColorEmbedder()).recognize(torch.stack(images), prompts)
+    assert results.kind_hits(prompts) == [100.0, 0.0, 100.0]
+    assert results.backgrounds[0] == prompts[0].scene.background
+    assert results.backgrounds[1] != prompts[1].scene.background
 
 
-def test_two_things_are_recognised_each_in_its_window() -> None:
-    numbers = [KIND_NAMES.index(name) for name in ("cat", "dog")]
-    images = torch.stack([painted(numbers, 3), painted(numbers[::-1], 3), painted([numbers[0]] * 2, 3)])
-    wanted = [two("left of")] * 3
-    answers = SceneRecognizer(SharpEmbedder()).answers(images, wanted)
-    assert answers.kinds == [("cat", "dog"), ("dog", "cat"), ("cat", "cat")]
-    assert answers.kind_hits(wanted) == [100.0, 100.0, 0.0]  # whichever is where, but both
+def test_two_subjects_are_recognized_each_in_its_window() -> None:
+    indices = [KIND_NAMES.index(name) for name in ("cat", "dog")]
+    images = torch.stack([painted(indices, 3), painted(indices[::-1], 3), painted([indices[0]] * 2, 3)])
+    prompts = [two_subjects("left of")] * 3
+    results = SceneRecognizer(EdgeEmbedder()).recognize(images, prompts)
+    assert results.kinds == [("cat", "dog"), ("dog", "cat"), ("cat", "cat")]
+    assert results.kind_hits(prompts) == [100.0, 100.0, 0.0]  # in either order, but both
 
 
-def test_the_arithmetic_of_answers() -> None:
-    wanted = [two("and"), ScenePrompt("a cat in space", 7, ("cat",), "space", two("and").scene),
-              ScenePrompt("a cat", 8, ("cat",), None, two("and").scene)]
-    answers = RecognitionResults([("dog", "cat"), ("cat",), ("owl",)], ["snow", "sea", "sea"])
-    assert answers.kind_hits(wanted) == [100.0, 100.0, 0.0]
-    assert answers.place_hits(wanted) == [0.0]  # only the one that names a place
-    second = answers.records(wanted, "drawn")[1]
-    assert second == {"pictures": "drawn", "prompt": "a cat in space", "seed": 7, "kinds": "cat", "recognised": "cat",
-                      "place": "space", "recognised place": "sea"}
+def test_hits_and_records() -> None:
+    scene = two_subjects("and").scene
+    prompts = [two_subjects("and"), ScenePrompt("a cat in space", 7, ("cat",), "space", scene),
+               ScenePrompt("a cat", 8, ("cat",), None, scene)]
+    results = RecognitionResults([("dog", "cat"), ("cat",), ("owl",)], ["snow", "sea", "sea"])
+    assert results.kind_hits(prompts) == [100.0, 100.0, 0.0]
+    assert results.background_hits(prompts) == [0.0]  # only the prompt that names a background
+    assert results.records(prompts, "generated")[1] == {
+        "images": "generated", "prompt": "a cat in space", "seed": 7, "kinds": "cat", "recognized kinds": "cat",
+        "background": "space", "recognized background": "sea"}

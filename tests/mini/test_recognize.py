@@ -1,4 +1,4 @@
-"""Embeddings against `transformers`' own logits, classes and their recognition on vectors with known answers."""
+"""Embeddings of CLIPs against the logits of `transformers` and `open_clip`, and zero-shot classification."""
 from __future__ import annotations
 
 import logging
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers.tiny_clips import SIDE, tiny_openclip, write_clip
 
-from evaluation.mini.recognise import closest
+from evaluation.mini.recognize import nearest_class
 from ldm.common.errors import UserError
 from ldm.models.clip_encoder import ClipEncoder, OpenClipEncoder
 from ldm.models.clip_images import normalize_for_clip
@@ -34,24 +34,24 @@ def open_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def images(count: int, side: int = SIDE) -> torch.Tensor:
+def random_images(count: int, side: int = SIDE) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_cosines_are_those_of_transformers(clip: ClipEncoder) -> None:
+def test_cosines_equal_those_of_transformers(clip: ClipEncoder) -> None:
     tokens = clip.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
-        expected = clip.model(**tokens, pixel_values=normalize_for_clip(images(4))).logits_per_text
-    cosines = clip.embed_texts(TEXTS) @ clip.embed_images(images(4)).T
+        expected = clip.model(**tokens, pixel_values=normalize_for_clip(random_images(4))).logits_per_text
+    cosines = clip.embed_texts(TEXTS) @ clip.embed_images(random_images(4)).T
     assert torch.allclose(cosines * clip.model.logit_scale.exp(), expected, atol=1e-4)
 
 
-def test_a_text_means_the_same_beside_longer_ones(clip: ClipEncoder) -> None:
+def test_an_embedding_does_not_depend_on_longer_texts_in_the_batch(clip: ClipEncoder) -> None:
     assert torch.allclose(clip.embed_texts(TEXTS)[:1], clip.embed_texts(TEXTS[:1]), atol=1e-5)
     assert clip.embed_texts(["cat " * 100]).shape == (1, 8)
 
 
-def test_pictures_of_any_size_are_brought_to_the_clips(clip: ClipEncoder) -> None:
+def test_images_of_any_size_are_resized(clip: ClipEncoder) -> None:
     smooth = F.interpolate(torch.tensor([[-0.8, 0.1], [0.3, 0.9]]).expand(1, 3, 2, 2), (64, 64), mode="bilinear")
     small = F.interpolate(smooth, (SIDE, SIDE), mode="area")
     assert (clip.embed_images(smooth) * clip.embed_images(small)).sum() > 0.99
@@ -64,32 +64,32 @@ def test_a_class_is_the_mean_direction_of_its_texts(clip: ClipEncoder) -> None:
     assert torch.allclose(second, clip.embed_texts(TEXTS[2:])[0], atol=1e-5)
 
 
-def test_the_closest_class_is_that_of_the_smallest_angle() -> None:
+def test_the_nearest_class_has_the_smallest_angle() -> None:
     classes = torch.eye(3)
-    seen = F.normalize(torch.tensor([[0.9, 0.8, 0.0], [0.0, 0.2, 0.3], [-1.0, 0.1, 0.0]]), dim=1)
-    assert closest(seen, classes).tolist() == [0, 2, 1]
+    embeddings = F.normalize(torch.tensor([[0.9, 0.8, 0.0], [0.0, 0.2, 0.3], [-1.0, 0.1, 0.0]]), dim=1)
+    assert nearest_class(embeddings, classes).tolist() == [0, 2, 1]
 
 
-def test_a_folder_says_by_itself_which_librarys_it_is(open_folder: Path) -> None:
+def test_the_library_of_a_folder_is_recognized(open_folder: Path) -> None:
     found, model = ClipEncoder.from_path(open_folder), tiny_openclip().clip.eval()
-    assert isinstance(found, OpenClipEncoder) and found.side == 32
+    assert isinstance(found, OpenClipEncoder) and found.image_size == 32
     with torch.no_grad():
         texts = model.encode_text(open_clip.SimpleTokenizer(context_length=16)(TEXTS), normalize=True)
-        images = model.encode_image(normalize_for_clip(images(4, 32)), normalize=True)
+        images = model.encode_image(normalize_for_clip(random_images(4, 32)), normalize=True)
     assert torch.allclose(found.embed_texts(TEXTS), texts, atol=5e-3)
-    assert torch.allclose(found.embed_images(images(4, 32)), images, atol=5e-3)
-    assert found.embed_images(images(2)).shape == (2, 8)
+    assert torch.allclose(found.embed_images(random_images(4, 32)), images, atol=5e-3)
+    assert found.embed_images(random_images(2)).shape == (2, 8)
     assert found.embed_texts(["cat " * 100]).shape == (1, 8)
 
 
-def test_names_of_open_clips_weights_are_its_own(monkeypatch: pytest.MonkeyPatch, open_folder: Path) -> None:
-    asked, model = [], ClipEncoder.from_path(open_folder).model
-    monkeypatch.setattr(open_clip, "create_model", lambda *names, device: asked.append(names) or model)
+def test_names_of_weights_go_to_open_clip(monkeypatch: pytest.MonkeyPatch, open_folder: Path) -> None:
+    names_given, model = [], ClipEncoder.from_path(open_folder).model
+    monkeypatch.setattr(open_clip, "create_model", lambda *names, device: names_given.append(names) or model)
     found = ClipEncoder.from_path("RN50/openai")
-    assert asked == [("RN50", "openai")] and isinstance(found, OpenClipEncoder)
+    assert names_given == [("RN50", "openai")] and isinstance(found, OpenClipEncoder)
 
 
-def test_what_cannot_be_downloaded_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch,
+def test_a_failed_download_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch,
                                                       caplog: pytest.LogCaptureFixture) -> None:
     def offline(*_: str, **__: object) -> None:
         logging.error("Failed to download weights")
@@ -101,23 +101,23 @@ def test_what_cannot_be_downloaded_is_said_in_a_line(monkeypatch: pytest.MonkeyP
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("name", "said"), [
+@pytest.mark.parametrize(("name", "message"), [
     ("ViT-B-32", "name the weights of ViT-B-32 as in ViT-B-32/WEIGHTS; available: openai, "),
-    ("ViT-B-32/nothing", "there are openai, "), ("nowhere", "no such folder"), ("/no/where", "no such folder")])
-def test_names_are_checked_before_anything_is_looked_for(name: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    ("ViT-B-32/nothing", "available: openai, "), ("nowhere", "no such folder"), ("/no/where", "no such folder")])
+def test_names_are_checked_before_any_download(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         ClipEncoder.from_path(name)
 
 
-def test_loading_a_folder_says_nothing(open_folder: Path, caplog: pytest.LogCaptureFixture,
+def test_loading_a_folder_logs_nothing(open_folder: Path, caplog: pytest.LogCaptureFixture,
                                        capsys: pytest.CaptureFixture[str]) -> None:
     with caplog.at_level(logging.INFO):
         ClipEncoder.from_path(open_folder)
         assert not caplog.records and capsys.readouterr() == ("", "")
-        logging.info("heard again")
-    assert caplog.messages == ["heard again"]
+        logging.info("logged again")
+    assert caplog.messages == ["logged again"]
 
 
-def test_what_is_no_clip_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_clip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         ClipEncoder.from_path(tmp_path)
