@@ -1,4 +1,4 @@
-"""What is not needed is not imported: --help and mistyped flags are answered before torch is loaded."""
+"""Heavy libraries are imported only when needed: --help and bad flags are answered without torch."""
 from __future__ import annotations
 
 import subprocess
@@ -30,13 +30,13 @@ finally:
 @pytest.mark.parametrize("script", ["main.py", "merge_embeddings.py", "scripts/txt2img.py", "scripts/img2img.py",
                                     "scripts/inpaint.py"])
 @pytest.mark.parametrize(("flags", "status"), [(["--help"], 0), (["--seed", "x", "--output_path"], 2)])
-def test_flags_are_answered_without_torch(script: str, flags: list[str], status: int) -> None:
+def test_help_and_bad_flags_need_no_torch(script: str, flags: list[str], status: int) -> None:
     result = subprocess.run([sys.executable, "-c", RUN, script, *flags], capture_output=True, text=True, cwd=ROOT,
                             check=False)
     assert "imported: []" in result.stdout and result.returncode == status, result.stdout + result.stderr
 
 
-def test_public_names_are_there_when_asked_for() -> None:
+def test_public_names_are_imported_lazily() -> None:
     assert get_obj_from_str("main.DataModuleFromConfig") is DataModuleFromConfig
     assert get_obj_from_str("main.ImageLogger") is ImageLogger and main.SetupCallback is SetupCallback
     assert get_obj_from_str("ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder") is FrozenOpenCLIPEmbedder

@@ -1,5 +1,4 @@
-"""Learning-rate factors at the steps where their formulas are easy to tell."""
-
+"""Learning-rate factors at steps where the formulas have simple values."""
 from __future__ import annotations
 
 import math

@@ -1,4 +1,4 @@
-"""Every config of a public model builds, and a small stand-in of each of its kind trains."""
+"""Every config of a public model builds, and a small version of each kind trains."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,7 +18,7 @@ FOLDERS = ("configs/stable-diffusion/*.yaml", "configs/latent-diffusion/*.yaml",
 CONFIGS = sorted(str(path.relative_to(ROOT)) for pattern in FOLDERS for path in ROOT.glob(pattern))
 BASES = [name for name in CONFIGS if model_section(name)["target"].endswith(".LatentDiffusion")
          and "personalization_config" not in model_section(name)["params"]]
-# What the authors' code prints of each as it starts, in millions.
+# Millions of parameters, as the authors' code prints them at its start.
 SIZES = {
     "configs/latent-diffusion/cin256-v2.yaml": 400.92, "configs/latent-diffusion/celebahq-ldm-vq-4.yaml": 274.06,
     "configs/latent-diffusion/lsun_churches-ldm-kl-8.yaml": 294.97,
@@ -28,7 +28,7 @@ SIZES = {
 
 
 def structure(name: str) -> str:
-    """What tells a config's stand-in from that of others."""
+    """Return a text that is equal for configs whose small versions would be equal."""
     params = model_section(name)["params"]
     parts = {key: params.get(key) for key in ("conditioning_key", "concat_mode", "parameterization", "scale_by_std")}
     unet = {key: value for key, value in params["unet_config"]["params"].items()
@@ -59,7 +59,7 @@ def test_every_config_builds(name: str) -> None:
 
 
 def trained(section: dict[str, Any], batch: dict[str, Any], root: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The model after one step of a Lightning run, and its weights before."""
+    """Train for one step. Return the model, and its weights before the step."""
     torch.manual_seed(0)
     model = instantiate_from_config(section)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -71,26 +71,26 @@ def trained(section: dict[str, Any], batch: dict[str, Any], root: Path) -> tuple
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_stand_in_of_every_base_model_trains(name: str, tmp_path: Path) -> None:
+def test_a_small_version_of_every_base_model_trains(name: str, tmp_path: Path) -> None:
     section = stand_in(name, tmp_path)
     batch = stand_ins.batch_for(section)
-    # so quick a start that one step of the public warm-up leaves a trace
+    # Without the public warm-up, so that one step changes the weights.
     section["params"].pop("scheduler_config", None)
     model, before = trained(section, batch, tmp_path)
-    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert {"model.diffusion_model.out.2.weight", "model.diffusion_model.out.2.bias"} <= moved
-    assert not any(key.startswith("first_stage_model.") for key in moved)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert {"model.diffusion_model.out.2.weight", "model.diffusion_model.out.2.bias"} <= changed
+    assert not any(key.startswith("first_stage_model.") for key in changed)
     cond = section["params"]["cond_stage_config"]
     trains_it = section["params"].get("cond_stage_trainable", False) and isinstance(cond, dict)
-    decays = any(key.startswith("cond_stage_model.") for key in moved)
-    assert decays == trains_it
+    encoder_changed = any(key.startswith("cond_stage_model.") for key in changed)
+    assert encoder_changed == trains_it
     expected = {"model.", "model_ema."} | ({"cond_stage_model."} if trains_it else set())
-    assert {key.split(".")[0] + "." for key in moved} - {"scale_factor."} <= expected
-    drawn = model.eval().sample_images(None if cond == "__is_unconditional__" else model.get_input(batch)[1], 2, 2)
-    assert drawn.shape == batch[section["params"]["first_stage_key"]].shape
+    assert {key.split(".")[0] + "." for key in changed} - {"scale_factor."} <= expected
+    samples = model.eval().sample_images(None if cond == "__is_unconditional__" else model.get_input(batch)[1], 2, 2)
+    assert samples.shape == batch[section["params"]["first_stage_key"]].shape
 
 
-def test_class_numbers_reach_the_network(tmp_path: Path) -> None:
+def test_class_labels_reach_the_network(tmp_path: Path) -> None:
     section = stand_in("configs/latent-diffusion/cin256-v2.yaml", tmp_path)
     model = instantiate_from_config(section).eval()
     torch.nn.init.normal_(model.model.diffusion_model.out[2].weight)
@@ -99,5 +99,5 @@ def test_class_numbers_reach_the_network(tmp_path: Path) -> None:
             torch.nn.init.normal_(block.proj_out.weight)
     x, t = torch.randn(1, 3, 8, 8).expand(2, -1, -1, -1), torch.tensor([5, 5])
     one, other = (model.apply_model(x, t, model.get_learned_conditioning({"class_label": torch.tensor(labels)}))
-                  for labels in ([7, 1000], [7, 3]))  # 1000 is the class of nothing in particular
+                  for labels in ([7, 1000], [7, 3]))  # class 1000 stands for no class
     assert torch.allclose(one[0], other[0]) and not torch.allclose(one[1], other[1], atol=1e-4)

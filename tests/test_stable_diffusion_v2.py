@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.x: that its public checkpoints fit, with diffusers' converters as the oracle of their layout."""
+"""Stable Diffusion 2.x: public checkpoints fit, with diffusers' converters as the oracle of their layout."""
 from __future__ import annotations
 
 from functools import cache
@@ -15,52 +15,53 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from helpers.stand_ins import ROOT, model_section
-from test_stable_diffusion_v1 import SHAPE_OF_UNET, SHAPE_OF_VAE, config_of_unet, of, shapes
+from test_stable_diffusion_v1 import UNET_CONFIG, VAE_CONFIG, config_of_unet, shapes, shapes_of
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.concepts.concept import Concept, save_perfusion_concepts
+from ldm.concepts.concept import Concept
+from ldm.concepts.concept_file import save_perfusion_concepts
 from ldm.models.diffusion.schedule import diffusion_buffers
 from ldm.modules.attention import name_text_layers
 from ldm.util import count_params, instantiate_from_config
 
 CONFIGS = ("configs/stable-diffusion/v2-inference.yaml", "configs/stable-diffusion/v2-inference-v.yaml")
-SHAPE_OF_UNET_2 = {**SHAPE_OF_UNET, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+UNET_CONFIG_2 = {**UNET_CONFIG, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
                    "use_linear_projection": True}
-SHAPE_OF_TEXT = {"vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+TEXT_CONFIG = {"vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
                  "num_attention_heads": 16, "max_position_embeddings": 77, "hidden_act": "gelu"}
 TEXT = "cond_stage_model.model."
 
 
 @cache
 def public_model(name: str = CONFIGS[0]) -> Any:
-    """The model of a public config, without memory for its weights."""
+    """Return the model of a public config, with weights on the meta device."""
     with torch.device("meta"):
         return instantiate_from_config(model_section(name))
 
 
 def test_the_unet_is_what_converters_expect() -> None:
-    ours = convert_ldm_unet_checkpoint(public_model().state_dict(), config_of_unet(**SHAPE_OF_UNET_2))
-    assert shapes(ours) == of(UNet2DConditionModel, **SHAPE_OF_UNET_2)
+    ours = convert_ldm_unet_checkpoint(public_model().state_dict(), config_of_unet(**UNET_CONFIG_2))
+    assert shapes(ours) == shapes_of(UNet2DConditionModel, **UNET_CONFIG_2)
 
 
 def test_the_first_stage_is_what_converters_expect() -> None:
-    ours = convert_ldm_vae_checkpoint(public_model().state_dict(), SHAPE_OF_VAE)
-    assert shapes(ours) == of(AutoencoderKL, **SHAPE_OF_VAE)
+    ours = convert_ldm_vae_checkpoint(public_model().state_dict(), VAE_CONFIG)
+    assert shapes(ours) == shapes_of(AutoencoderKL, **VAE_CONFIG)
 
 
 def test_the_text_encoder_is_what_converters_expect() -> None:
-    """They leave out the last layer and the projection, which nothing reads; those are compared by their shapes."""
-    config = CLIPTextConfig(**SHAPE_OF_TEXT)
+    """Converters leave out the unused last layer and projection, which are compared by shape here."""
+    config = CLIPTextConfig(**TEXT_CONFIG)
     state = public_model().state_dict()
     ours = shapes(convert_open_clip_checkpoint(SimpleNamespace(config=config), state))
-    theirs = of(CLIPTextModel, config)
+    theirs = shapes_of(CLIPTextModel, config)
 
-    def read(found: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        short = {key.removeprefix("text_model."): shape for key, shape in found.items()}
+    def used(weights: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        short = {key.removeprefix("text_model."): shape for key, shape in weights.items()}
         return {key: shape for key, shape in short.items()
                 if not key.startswith("encoder.layers.23.") and "position_ids" not in key}
 
-    assert read(ours) == read(theirs)
+    assert used(ours) == used(theirs)
     resblocks = [key for key in state if key.startswith(f"{TEXT}transformer.resblocks.")]
     assert len(resblocks) == 24 * 12
     last, first = ({key.replace(f".{n}.", ".N."): shape for key, shape in shapes(state).items()
@@ -81,7 +82,7 @@ def test_every_key_of_the_file() -> None:
 
 
 @pytest.mark.parametrize(("name", "predicts"), zip(CONFIGS, ("eps", "v"), strict=True))
-def test_what_the_configs_say(name: str, predicts: str) -> None:
+def test_the_values_of_the_configs(name: str, predicts: str) -> None:
     model = public_model(name)
     parts = (model.model.diffusion_model, model.first_stage_model, model.cond_stage_model)
     assert list(map(count_params, parts)) == [865_910_724, 83_653_863, 354_032_641]
@@ -91,14 +92,14 @@ def test_what_the_configs_say(name: str, predicts: str) -> None:
 
 
 def test_the_concept_config_describes_the_same_base_model() -> None:
-    public, taught = (model_section(name)["params"] for name in (CONFIGS[1], "configs/perfusion-sd-v2.yaml"))
+    public, trained = (model_section(name)["params"] for name in (CONFIGS[1], "configs/perfusion-sd-v2.yaml"))
     for part in ("linear_start", "linear_end", "timesteps", "scale_factor", "channels", "conditioning_key",
                  "parameterization", "cond_stage_config"):
-        assert public[part] == taught[part], part
+        assert public[part] == trained[part], part
     unets = ({key: value for key, value in params["unet_config"]["params"].items() if key != "use_fp16"}
-             for params in (public, taught))
+             for params in (public, trained))
     assert next(unets) == next(unets)
-    assert public["first_stage_config"]["params"]["ddconfig"] == taught["first_stage_config"]["params"]["ddconfig"]
+    assert public["first_stage_config"]["params"]["ddconfig"] == trained["first_stage_config"]["params"]["ddconfig"]
     model = public_model("configs/perfusion-sd-v2.yaml")
     assert shapes(model.state_dict()) == shapes(public_model().state_dict()) and model.latent_shape == (4, 96, 96)
     assert (ROOT / "configs/perfusion-sd-v2.yaml").read_text().count("parameterization=eps") == 1
@@ -106,10 +107,11 @@ def test_the_concept_config_describes_the_same_base_model() -> None:
 
 def test_a_concept_fits_in_40_kilobytes(tmp_path: Path) -> None:
     layers = name_text_layers(public_model().model.diffusion_model)
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     concept = Concept(
         placeholder="<my-teddy>", super_category="teddy bear", base="0" * 64, steps=400,
-        embedding=torch.randn(1, 1024, generator=draw), target_input=torch.randn(1024, generator=draw),
-        super_input=torch.randn(1024, generator=draw),
-        target_output_v={name: torch.randn(layer.to_v.out_features, generator=draw) for name, layer in layers.items()})
+        embedding=torch.randn(1, 1024, generator=generator), target_input=torch.randn(1024, generator=generator),
+        super_input=torch.randn(1024, generator=generator),
+        target_outputs_v={name: torch.randn(layer.to_v.out_features, generator=generator)
+                          for name, layer in layers.items()})
     assert save_perfusion_concepts(tmp_path / "concept.safetensors", [concept]).stat().st_size < 40_000

@@ -17,6 +17,7 @@ from ldm.util import (
     instantiate_from_config,
     pick_device,
     to_device,
+    user_error_for,
 )
 
 
@@ -31,11 +32,11 @@ class PassingOn(Base):
         self.given["extra"] = extra
 
 
-class Silent(PassingOn):
-    """Has no constructor of its own."""
+class Inheriting(PassingOn):
+    """Inherits its constructor."""
 
 
-class Closed(PassingOn):
+class WithoutKwargs(PassingOn):
     def __init__(self, only: int = 0) -> None:
         super().__init__(size=only)
 
@@ -58,7 +59,7 @@ def built(name: str, **params: Any) -> Any:
 
 def test_params_go_through_every_constructor_that_passes_them_on() -> None:
     expected = {"size": 3, "colour": "red", "depth": 2, "extra": 7}
-    for name in ("PassingOn", "Silent"):
+    for name in ("PassingOn", "Inheriting"):
         assert built(name, size=3, depth=2, extra=7).given == expected
 
 
@@ -89,8 +90,8 @@ def test_a_param_given_under_both_names_is_refused() -> None:
     [
         ("Base", {"size": 1, "sise": 2, "color": 3}, "color, sise", "colour, depth, size"),
         ("PassingOn", {"size": 1, "dept": 2}, "dept", "colour, depth, extra, size"),
-        ("Silent", {"size": 1, "dept": 2}, "dept", "colour, depth, extra, size"),
-        ("Closed", {"size": 1}, "size", "only"),
+        ("Inheriting", {"size": 1, "dept": 2}, "dept", "colour, depth, extra, size"),
+        ("WithoutKwargs", {"size": 1}, "size", "only"),
         ("Module", {"width": 1, "with": 2}, "with", "width"),
         ("double", {"value": 1, "valeu": 2}, "valeu", "value"),
         ("Base", {"size": 1, "self": 2}, "self", "colour, depth, size"),
@@ -202,7 +203,7 @@ def test_a_named_device() -> None:
 
 
 class RecordingTensor:
-    """A tensor of so many bytes that notes how it is copied."""
+    """Stands in for a tensor of `nbytes` bytes, and records how it is copied."""
 
     def __init__(self, nbytes: int, device: str = "cpu") -> None:
         self.nbytes, self.device, self.pinned = nbytes, torch.device(device), False
@@ -217,11 +218,64 @@ class RecordingTensor:
 
 @pytest.mark.parametrize(("nbytes", "source", "target", "waits", "pinned"), [
     (100, "cpu", "cuda", False, False), (2**20, "cpu", "cuda", False, True), (2**20, "cpu", "mps", True, False),
-    (2**20, "cpu", "cpu", True, False), (2**20, "cuda", "cpu", True, False)])  # others might read what is not there yet
+    (2**20, "cpu", "cpu", True, False), (2**20, "cuda", "cpu", True, False)])
 def test_which_copies_wait(nbytes: int, source: str, target: str, waits: bool, pinned: bool) -> None:
+    """Copies to the CPU wait, since they might be read too early."""
     assert to_device(RecordingTensor(nbytes, source), torch.device(target)) == (target, not waits, pinned)
 
 
 def test_copies_equal_the_original() -> None:
     x = torch.randn(3, 2)
     assert torch.equal(to_device(x, torch.device("cpu")), x)
+
+
+def run_as(module: str, code: str) -> None:
+    """Run code as if a module of that name contained it."""
+    namespace = {"__name__": module, "torch": torch}
+    exec(f"def function():\n    {code}", namespace)
+    namespace["function"]()
+
+
+OWN_BUGS = ["{}['missing']", "1 + 'a'", "[][0]", "int('x')", "1 / 0", "raise ValueError('not ours to raise')",
+            "assert False", "raise NotImplementedError"]
+
+
+@pytest.mark.parametrize("code", OWN_BUGS)
+@pytest.mark.parametrize("module", ["ldm.models.made_up", "evaluation.made_up", "scripts.made_up"])
+def test_own_bugs_are_not_blamed_on_the_user(module: str, code: str) -> None:
+    with pytest.raises(Exception) as bug, user_error_for("x cannot be built"):
+        run_as(module, code)
+    assert not isinstance(bug.value, UserError)
+
+
+@pytest.mark.parametrize("code", OWN_BUGS)
+def test_errors_of_libraries_name_the_users_value(code: str) -> None:
+    with pytest.raises(UserError, match=r"^x cannot be built \("), user_error_for("x cannot be built"):
+        run_as("some_library.module", code)
+
+
+def test_errors_of_torch_operators_in_own_code_name_the_users_value() -> None:
+    """torch's operators leave no frame in a traceback."""
+    with pytest.raises(UserError, match="RuntimeError"), user_error_for("x cannot be built"):
+        run_as("ldm.models.made_up", "torch.ones(2) + torch.ones(3)")
+
+
+def test_errors_of_a_function_called_with_the_users_values_name_them() -> None:
+    with pytest.raises(UserError, match="ValueError"), user_error_for("x cannot be built"):
+        int("no number")
+
+
+def test_a_bug_in_a_constructor_passes_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typing mistake in one of the project's own constructors is not the user's."""
+    namespace: dict[str, Any] = {"__name__": "ldm.modules.made_up"}
+    exec("class Buggy:\n    def __init__(self, size=1):\n        self.sizes = {}['size']", namespace)
+    monkeypatch.setattr("ldm.util.get_obj_from_str", lambda path: namespace["Buggy"])
+    with pytest.raises(KeyError, match="size"):
+        instantiate_from_config({"target": "ldm.modules.made_up.Buggy", "params": {"size": 3}})
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: assert")])
+def test_errors_of_the_device_pass(error: Exception) -> None:
+    with pytest.raises(type(error)) as passed, user_error_for("x cannot be built"):
+        raise error
+    assert passed.value is error

@@ -1,4 +1,4 @@
-"""Which of the two sets of weights that public checkpoints hold a diffusion model gets."""
+"""Which of a public checkpoint's two sets of weights a diffusion model gets, the last ones or the averages."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,13 +15,13 @@ from ldm.modules.attention import name_text_layers
 from ldm.util import instantiate_from_config
 
 KEY, AVERAGE = "model.diffusion_model.out.2.weight", "model_ema.diffusion_modelout2weight"
-NUMBERS = ("model_ema.decay", "model_ema.num_updates")  # all that "emaonly" files keep of the averages
+EMA_STATE = ("model_ema.decay", "model_ema.num_updates")  # the only entries of the averages in "emaonly" files
 Public = tuple[Path, dict[str, Tensor]]
 
 
 @pytest.fixture
 def public(tmp_path: Path) -> Public:
-    """A checkpoint with both, and its weights."""
+    """Return a folder with checkpoints, and the content of the one with both sets."""
     model = tiny_models.build_model(tmp_path, use_ema=True)
     state = model.state_dict()
     for key in [key for key in state if key.startswith("model_ema.diffusion")]:
@@ -29,28 +29,28 @@ def public(tmp_path: Path) -> Public:
     state["model_ema.num_updates"] = torch.tensor(840_000)
     torch.save({"state_dict": state}, tmp_path / "both.ckpt")
     torch.save({"state_dict": {key: value for key, value in state.items()
-                               if not key.startswith("model_ema.") or key in NUMBERS}}, tmp_path / "emaonly.ckpt")
+                               if not key.startswith("model_ema.") or key in EMA_STATE}}, tmp_path / "emaonly.ckpt")
     return tmp_path, state
 
 
-def described(folder: Path, **params: Any) -> dict[str, Any]:
+def model_config(folder: Path, **params: Any) -> dict[str, Any]:
     return {"model": tiny_models.latent_diffusion_config(folder, **params)}
 
 
 @pytest.mark.parametrize("params", [{}, {"use_ema": True}, {"use_ema": False}])
 def test_images_are_generated_with_the_averages(public: Public, params: dict[str, bool]) -> None:
     folder, state = public
-    model = load_model(described(folder, **params), folder / "both.ckpt")
+    model = load_model(model_config(folder, **params), folder / "both.ckpt")
     assert torch.equal(model.state_dict()[KEY], state[AVERAGE])
     assert not any(key.startswith("model_ema.") for key in model.state_dict())
 
 
 def test_concepts_are_trained_and_generated_with_the_same_weights(public: Public) -> None:
     folder, _ = public
-    taught = instantiate_from_config(tiny_models.latent_diffusion_config(
+    trained = instantiate_from_config(tiny_models.latent_diffusion_config(
         folder, "perfusion.Perfusion", ckpt_path=str(folder / "both.ckpt"), super_category="cat"))
-    drawn = load_model(described(folder, use_ema=True), folder / "both.ckpt")
-    fingerprints = {base_fingerprint(name_text_layers(model.model.diffusion_model)) for model in (taught, drawn)}
+    sampled = load_model(model_config(folder, use_ema=True), folder / "both.ckpt")
+    fingerprints = {base_fingerprint(name_text_layers(model.model.diffusion_model)) for model in (trained, sampled)}
     assert len(fingerprints) == 1
 
 
@@ -75,5 +75,5 @@ def test_averages_start_at_the_weights_if_the_file_has_none(public: Public, name
 
 def test_the_averages_can_be_ignored(public: Public) -> None:
     folder, state = public
-    model = load_model(described(folder, ignore_keys=["model_ema."]), folder / "both.ckpt")
+    model = load_model(model_config(folder, ignore_keys=["model_ema."]), folder / "both.ckpt")
     assert torch.equal(model.state_dict()[KEY], state[KEY])

@@ -1,4 +1,4 @@
-"""Where random numbers are drawn only when they are needed, nothing is without numbers, and what is loaded stays."""
+"""Deferred initialization: every tensor gets its values, loaded ones stay, and needless ones are never generated."""
 from __future__ import annotations
 
 import math
@@ -19,15 +19,16 @@ from ldm.modules.diffusionmodules.util import zero_module
 from ldm.util import instantiate_from_config
 
 EMPTY = torch.empty
-ODD = 12345.0  # stands in memory that nothing has written
+UNWRITTEN = 12345.0  # the value of memory that nothing has written
 
 
 @pytest.fixture(autouse=True)
 def marked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is left empty holds a number that no model has, so that it is noticed."""
+    """Fill empty memory with a value that no model has, so that tests notice uninitialized tensors."""
     def marked(*args: Any, **kwargs: Any) -> Tensor:
-        made = EMPTY(*args, **kwargs)
-        return made.detach().fill_(ODD) if made.is_floating_point() and made.device.type == "cpu" else made
+        tensor = EMPTY(*args, **kwargs)
+        on_cpu = tensor.is_floating_point() and tensor.device.type == "cpu"
+        return tensor.detach().fill_(UNWRITTEN) if on_cpu else tensor
 
     monkeypatch.setattr(torch, "empty", marked)
 
@@ -63,10 +64,10 @@ def test_deferred_values_follow_the_same_distributions(build: Callable[[], nn.Mo
     usual = build().state_dict()
     with DeferredInit():
         late = build()
-    found = late.state_dict()
-    assert found.keys() == usual.keys()
-    for name, tensor in found.items():
-        assert not (tensor == ODD).any(), name
+    deferred = late.state_dict()
+    assert deferred.keys() == usual.keys()
+    for name, tensor in deferred.items():
+        assert not (tensor == UNWRITTEN).any(), name
         spread, expected = (float(values.double().std(correction=0)) for values in (tensor, usual[name]))
         if tensor.numel() > 30:
             assert spread == pytest.approx(expected, rel=8 / math.sqrt(tensor.numel()), abs=1e-9), name
@@ -75,23 +76,23 @@ def test_deferred_values_follow_the_same_distributions(build: Callable[[], nn.Mo
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
-    found = []
+    states = []
     for _ in range(2):
         torch.manual_seed(3)
         with DeferredInit():
-            found.append(unet().state_dict())
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+            states.append(unet().state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_reading_a_tensor_initializes_it_first() -> None:
     with DeferredInit():
         layer = nn.Linear(300, 300)
-        seen = layer.weight.abs().max().item()
+        largest = layer.weight.abs().max().item()
         copy = layer.bias.clone()
         joined = torch.cat([nn.Linear(3, 3).weight, nn.Linear(3, 3).weight])
         viewed = nn.Linear(3, 3).weight.data.T
         half = nn.Linear(3, 3).weight.to(torch.float16)
-    assert 0 < seen <= 1 / math.sqrt(300) and seen == layer.weight.abs().max().item()
+    assert 0 < largest <= 1 / math.sqrt(300) and largest == layer.weight.abs().max().item()
     assert torch.equal(copy, layer.bias)
     assert all(bool(tensor.abs().max() <= 1 / math.sqrt(3)) for tensor in (joined, viewed, half))
 
@@ -136,7 +137,7 @@ def test_errors_pass_through_and_end_the_mode() -> None:
     with pytest.raises(ZeroDivisionError), DeferredInit():
         nn.Linear(2, 2)
         raise ZeroDivisionError
-    assert not (nn.Linear(2, 2).weight == ODD).any()
+    assert not (nn.Linear(2, 2).weight == UNWRITTEN).any()
 
 
 class Counting(DeferredInit):
@@ -159,8 +160,9 @@ def initialization_count(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
-def test_a_loaded_model_equals_the_file_without_random_initialization(tmp_path: Path, initialization_count: Callable[[], int],
-                                                             precision: torch.dtype) -> None:
+def test_a_loaded_model_equals_the_file_without_random_initialization(
+    tmp_path: Path, initialization_count: Callable[[], int], precision: torch.dtype
+) -> None:
     path = tiny_models.write_weights(tmp_path)
     state = {key: value.to(precision) for key, value in torch.load(path)["state_dict"].items()}
     torch.save({"state_dict": state}, path)
@@ -198,8 +200,8 @@ def test_ignored_keys_are_initialized(tmp_path: Path, initialization_count: Call
         assert 0 < tensor.abs().max() <= bound
 
 
-class Undecided(nn.Module):
-    """Fills its parameters by every name in `RANDOM_INITS`, and loads some of them."""
+class ManyInits(nn.Module):
+    """Initializes one parameter by each function of `RANDOM_INITS`, and may load them."""
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__()
@@ -211,9 +213,9 @@ class Undecided(nn.Module):
 
 
 def test_every_initialization_is_deferred_and_runs(tmp_path: Path) -> None:
-    torch.save(Undecided().state_dict(), tmp_path / "x.ckpt")
+    torch.save(ManyInits().state_dict(), tmp_path / "x.ckpt")
     for path in (None, str(tmp_path / "x.ckpt")):
         with DeferredInit() as mode:
-            module = Undecided(path)
+            module = ManyInits(path)
             assert len(mode._pending) == (len(RANDOM_INITS) if path is None else 0)
         assert all(0 < part.abs().max() < 10 for part in module.parts.values())

@@ -43,24 +43,24 @@ OUR_UNET = {"channel_mult": [1, 2, 3], "num_res_blocks": 2, "attention_resolutio
 VAE = {"block_out_channels": (32, 64, 32), "layers_per_block": 2, "latent_channels": 4, "sample_size": 16,
        "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
 OUR_VAE = {"ch_mult": [1, 2, 1], "num_res_blocks": 2}
-# One layer less than the small open_clip tower has, as it is with the public pipelines of Stable Diffusion 2.
+# One layer less than the small open_clip tower, as in the public pipelines of Stable Diffusion 2.
 TOWER = {"vocab_size": 49408, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 2, "max_position_embeddings": LENGTH, "projection_dim": WIDTH,
          "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
 
 
-def parts(version: int) -> dict[str, nn.Module]:
-    """The networks of a tiny Stable Diffusion 1 or 2 as diffusers has them, every parameter random."""
-    made = {"unet": UNet2DConditionModel(**(UNET if version == 1 else UNET_2)), "vae": AutoencoderKL(**VAE),
+def build_networks(version: int) -> dict[str, nn.Module]:
+    """Return the networks of a tiny Stable Diffusion 1 or 2 by diffusers, with random parameters."""
+    networks = {"unet": UNet2DConditionModel(**(UNET if version == 1 else UNET_2)), "vae": AutoencoderKL(**VAE),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**TOWER, hidden_act="quick_gelu" if version == 1 else "gelu"))}
-    return {name: randomize(module, seed, scale=0.1).eval() for seed, (name, module) in enumerate(made.items())}
+    return {name: randomize(module, seed, scale=0.1).eval() for seed, (name, module) in enumerate(networks.items())}
 
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Path, dict[str, nn.Module]]]:
     @cache
     def written(version: int) -> tuple[Path, dict[str, nn.Module]]:
-        folder, modules = tmp_path_factory.mktemp(f"sd{version}"), parts(version)
+        folder, modules = tmp_path_factory.mktemp(f"sd{version}"), build_networks(version)
         for name, module in modules.items():
             module.save_pretrained(folder / name)
         prediction = "epsilon" if version == 1 else "v_prediction"
@@ -71,7 +71,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple
 
 
 def config(version: int, folder: Path) -> dict[str, Any]:
-    """Our model of the same shape."""
+    """Return the config of our model of the same shape."""
     second = {"use_linear_in_transformer": True, "num_head_channels": 16, "num_heads": -1} if version == 2 else {}
     first_stage = tiny_models.first_stage_config()
     first_stage["params"]["ddconfig"] |= OUR_VAE
@@ -95,7 +95,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 @torch.no_grad()
 def agree(model: Any, theirs: dict[str, nn.Module]) -> None:
-    """Both give the same encodings, predictions, latents and pictures."""
+    """Assert that both give the same encodings, predictions, latents and images."""
     prompts = ["a photo of a cat on the beach", ""]
     tokens = model.cond_stage_model.tokenize(prompts)
     encoded = theirs["text_encoder"](input_ids=tokens).last_hidden_state
@@ -146,10 +146,10 @@ def test_weights_that_no_encoding_reads_are_not_required(pipelines: Any, tmp_pat
     assert not torch.equal(*last)
     fingerprints = {encoder_fingerprint(model.cond_stage_model) for model in models}
     assert len(fingerprints) == 1
-    whole = config(2, tmp_path)
-    whole["model"]["params"]["cond_stage_config"]["params"]["layer"] = "last"
+    config_of_last = config(2, tmp_path)
+    config_of_last["model"]["params"]["cond_stage_config"]["params"]["layer"] = "last"
     with pytest.raises(UserError, match=r"12 keys missing \(cond_stage_model.model.transformer.resblocks.2"):
-        load_model(whole, pipelines(2)[0])
+        load_model(config_of_last, pipelines(2)[0])
 
 
 def as_bin(folder: Path) -> None:
@@ -160,27 +160,27 @@ def as_bin(folder: Path) -> None:
 
 
 def as_half(folder: Path) -> None:
-    for name, module in parts(1).items():
+    for name, module in build_networks(1).items():
         shutil.rmtree(folder / name)
         module.half().save_pretrained(folder / name, variant="fp16")
 
 
 def in_shards(folder: Path) -> None:
-    for name, module in parts(1).items():
+    for name, module in build_networks(1).items():
         shutil.rmtree(folder / name)
         module.save_pretrained(folder / name, max_shard_size="100KB" if name == "vae" else "1MB")
 
 
 def in_half_shards(folder: Path) -> None:
-    for name, module in parts(1).items():
+    for name, module in build_networks(1).items():
         shutil.rmtree(folder / name)
         size = "100KB" if name == "vae" else "500KB"
         module.half().save_pretrained(folder / name, max_shard_size=size, variant="fp16")
 
 
 def with_more_beside(folder: Path) -> None:
-    """What public folders hold besides: weights that are not averaged, half precision, other frameworks' exports."""
-    for name, module in parts(1).items():
+    """Add what public folders also hold: weights that are not averaged, half precision, exports to other frameworks."""
+    for name, module in build_networks(1).items():
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
         other = {key: value + 1 for key, value in module.state_dict().items()}
         for extra in (f"{stem}.non_ema.bin", f"{stem}.fp16.bin", "openvino_model.bin"):
@@ -197,27 +197,28 @@ def test_other_ways_to_write_a_pipeline(pipelines: Any, tmp_path: Path, rewrite:
     model = load_model(config(1, tmp_path), tmp_path / "copy")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     if "half" in rewrite.__name__:
-        theirs = {name: module.half().float() for name, module in parts(1).items()}
+        theirs = {name: module.half().float() for name, module in build_networks(1).items()}
     agree(model, theirs)
 
 
-def test_the_schedulers_prediction_type_is_compared_with_the_config(pipelines: Any, tmp_path: Path, caplog: Any) -> None:
-    described = config(2, tmp_path)
-    described["model"]["params"]["parameterization"] = "eps"
-    load_model(described, pipelines(2)[0])
+def test_the_schedulers_prediction_type_is_compared_with_the_config(pipelines: Any, tmp_path: Path, caplog: Any
+                                                                    ) -> None:
+    eps_config = config(2, tmp_path)
+    eps_config["model"]["params"]["parameterization"] = "eps"
+    load_model(eps_config, pipelines(2)[0])
     assert "its scheduler says that the model predicts v, the config (parameterization) eps" in caplog.text
 
 
 def test_the_folder_of_a_single_network(pipelines: Any, tmp_path: Path) -> None:
     folder, theirs = pipelines(1)
-    described = config(1, tmp_path)["model"]["params"]
-    first_stage = instantiate_from_config(described["first_stage_config"])
+    params = config(1, tmp_path)["model"]["params"]
+    first_stage = instantiate_from_config(params["first_stage_config"])
     for source in (folder, folder / "vae", folder / "vae" / "diffusion_pytorch_model.safetensors"):
         randomize(first_stage, 9)
         assert load_weights(first_stage, source) == set(first_stage.state_dict())
         image = torch.rand(1, 3, 16, 16)
         close(first_stage.encode(image).parameters, theirs["vae"].encode(image).latent_dist.parameters)
-    unet = instantiate_from_config(described["unet_config"])
+    unet = instantiate_from_config(params["unet_config"])
     assert load_weights(unet, folder / "unet") == load_weights(unet, folder) == set(unet.state_dict())
 
 
@@ -248,7 +249,7 @@ def test_the_older_names_of_attention() -> None:
 
 
 def test_the_pipeline_of_ldm_text_to_image(tmp_path: Path) -> None:
-    """LDM-BERT in place of CLIP, and its first stage in a folder called vqvae."""
+    """It has LDM-BERT instead of CLIP, and its first stage is in a folder called vqvae."""
     shape = {"vocab_size": 50, "max_position_embeddings": 9, "encoder_layers": 3, "d_model": 24, "encoder_ffn_dim": 96}
     bert, vae = randomize(LDMBertModel(LDMBertConfig(**shape)), 1, scale=0.2).eval(), AutoencoderKL(**VAE)
     for name, module in (("bert", bert), ("vqvae", vae)):
@@ -286,19 +287,19 @@ def test_every_key_of_the_real_sizes(name: str, unet: dict[str, Any], tower: dic
                 hidden_size=width, intermediate_size=4 * width, num_hidden_layers=tower["layers"],
                 num_attention_heads=width // 64, max_position_embeddings=77)).state_dict())}
         if name.startswith("v2"):
-            begin = "transformer.text_model."
-            tensors = {key.removeprefix(begin): value for key, value in theirs["cond_stage_model."].items()}
+            prefix = "transformer.text_model."
+            tensors = {key.removeprefix(prefix): value for key, value in theirs["cond_stage_model."].items()}
             theirs["cond_stage_model."] = {f"model.{key}": value for key, value in open_clip_tensors(tensors).items()}
     for start, tensors in theirs.items():
         unread = ("cond_stage_model.model.transformer.resblocks.23.", "cond_stage_model.model.text_projection",
                   "cond_stage_model.model.logit_scale")
-        wanted = {key: shape for key, shape in ours.items() if key.startswith(start) and not key.startswith(unread)}
-        assert shapes({start + key: value for key, value in tensors.items()}) == wanted
+        expected = {key: shape for key, shape in ours.items() if key.startswith(start) and not key.startswith(unread)}
+        assert shapes({start + key: value for key, value in tensors.items()}) == expected
 
 
 @pytest.fixture
 def refusal(pipelines: Any, tmp_path: Path) -> Callable[[str, bytes | None], str]:
-    """What is said of a pipeline of which one file has other contents, or is not there."""
+    """Return a function that replaces or removes a file of a pipeline, and returns the error message."""
     folder = shutil.copytree(pipelines(1)[0], tmp_path / "copy")
 
     def refused(name: str, content: bytes | None) -> str:

@@ -28,7 +28,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @cache
 def shapes_of(config: str) -> Shapes:
-    """The keys and shapes of a config's model, which takes no memory."""
+    """Return the keys and shapes of a config's model, without allocating its weights."""
     section = OmegaConf.to_container(OmegaConf.load(PROJECT / config).model, resolve=True)
     with torch.device("meta"):
         state = instantiate_from_config({"target": section["target"], "params": section["params"]}).state_dict()
@@ -56,12 +56,12 @@ PUBLIC = {
 
 @pytest.mark.parametrize(("config", "name"), PUBLIC.items())
 def test_public_models_are_identified_by_their_shapes(config: str, name: str) -> None:
-    found = identify_family(shapes_of(config))
-    assert found.name == name
-    named = re.findall(r"[\w/.-]+\.yaml", found.advice)
+    family = identify_family(shapes_of(config))
+    assert family.name == name
+    named = re.findall(r"[\w/.-]+\.yaml", family.advice)
     assert all(Path(path).name == path or (PROJECT / path).is_file() for path in named)
     if "without" in name:
-        assert "configs/latent-diffusion/" in found.advice
+        assert "configs/latent-diffusion/" in family.advice
     else:
         assert any(config.endswith(path) for path in named)
 
@@ -72,11 +72,11 @@ def test_the_bundled_model_is_identified() -> None:
     assert identify_family(shapes) == ("a base model of this project", "use configs/perfusion.yaml")
 
 
-def of(**shapes: tuple[int, ...]) -> Shapes:
+def sizes(**shapes: tuple[int, ...]) -> Shapes:
     return {key.replace("__", "."): shape for key, shape in shapes.items()}
 
 
-def widened(config: str, channels: int) -> Shapes:
+def with_input_channels(config: str, channels: int) -> Shapes:
     key = "model.diffusion_model.input_blocks.0.0.weight"
     return {**shapes_of(config), key: (320, channels, 3, 3)}
 
@@ -85,23 +85,25 @@ V1, V2 = "configs/stable-diffusion/v1-inference.yaml", "configs/stable-diffusion
 
 
 @pytest.mark.parametrize(("shapes", "name"), [
-    (of(lora_unet_down_blocks_0_attentions_0_proj_in__lora_down__weight=(4, 320)), "a LoRA"),
-    (of(unet__down_blocks__0__attentions__0__attn1__to_q__lora_A__weight=(4, 320)), "a LoRA"),
-    (of(down_blocks__0__attn1__processor__to_q_lora__down__weight=(4, 320)), "a LoRA"),
-    (of(lora_te_text_model_encoder_layers_0_mlp_fc1__hada_w1_a=(768, 8)), "a LoRA"),
-    (of(control_model__input_blocks__0__0__weight=(320, 4, 3, 3)), "a ControlNet"),
-    (of(controlnet_cond_embedding__conv_in__weight=(16, 3, 3, 3), conv_in__weight=(320, 4, 3, 3)), "a ControlNet"),
+    (sizes(lora_unet_down_blocks_0_attentions_0_proj_in__lora_down__weight=(4, 320)), "a LoRA"),
+    (sizes(unet__down_blocks__0__attentions__0__attn1__to_q__lora_A__weight=(4, 320)), "a LoRA"),
+    (sizes(down_blocks__0__attn1__processor__to_q_lora__down__weight=(4, 320)), "a LoRA"),
+    (sizes(lora_te_text_model_encoder_layers_0_mlp_fc1__hada_w1_a=(768, 8)), "a LoRA"),
+    (sizes(control_model__input_blocks__0__0__weight=(320, 4, 3, 3)), "a ControlNet"),
+    (sizes(controlnet_cond_embedding__conv_in__weight=(16, 3, 3, 3), conv_in__weight=(320, 4, 3, 3)), "a ControlNet"),
     ({"<cat-toy>": (768,)}, "a Textual Inversion embedding"),
-    (of(emb_params=(3, 1024)), "a Textual Inversion embedding"),
-    (of(conditioner__embedders__0__transformer__text_model__embeddings__token_embedding__weight=(49408, 768),
+    (sizes(emb_params=(3, 1024)), "a Textual Inversion embedding"),
+    (sizes(conditioner__embedders__0__transformer__text_model__embeddings__token_embedding__weight=(49408, 768),
         model__diffusion_model__input_blocks__0__0__weight=(320, 4, 3, 3),
         model__diffusion_model__input_blocks__4__1__transformer_blocks__0__attn2__to_k__weight=(640, 2048)),
      "Stable Diffusion XL (context 2048)"),
-    (of(double_blocks__0__img_attn__qkv__weight=(9216, 3072)), "a diffusion transformer (Stable Diffusion 3, Flux or "
+    (sizes(double_blocks__0__img_attn__qkv__weight=(9216, 3072)),
+     "a diffusion transformer (Stable Diffusion 3, Flux or "
      "similar)"),
-    (of(model__diffusion_model__joint_blocks__0__x_block__attn__qkv__weight=(4608, 1536)), "a diffusion transformer "
+    (sizes(model__diffusion_model__joint_blocks__0__x_block__attn__qkv__weight=(4608, 1536)),
+     "a diffusion transformer "
      "(Stable Diffusion 3, Flux or similar)"),
-    (of(vision_model__embeddings__class_embedding=(768,), text_projection__weight=(768, 768), a=(9,)), "a CLIP"),
+    (sizes(vision_model__embeddings__class_embedding=(768,), text_projection__weight=(768, 768), a=(9,)), "a CLIP"),
 ])
 def test_files_that_are_not_base_models(shapes: Shapes, name: str) -> None:
     assert identify_family(shapes).name == name
@@ -109,11 +111,11 @@ def test_files_that_are_not_base_models(shapes: Shapes, name: str) -> None:
 
 @pytest.mark.parametrize(("config", "channels"), [(V1, 9), (V1, 8), (V2, 9), (V2, 5), (V2, 7)])
 def test_models_with_additional_input_channels(config: str, channels: int) -> None:
-    assert identify_family(widened(config, channels)).name == (
+    assert identify_family(with_input_channels(config, channels)).name == (
         f"Stable Diffusion for inpainting, depth or other images ({channels} input channels)")
 
 
-@pytest.mark.parametrize("shapes", [{}, of(a=(1,), b=(1,)), of(a=()), of(weight=(2, 2), bias=(2,))])
+@pytest.mark.parametrize("shapes", [{}, sizes(a=(1,), b=(1,)), sizes(a=()), sizes(weight=(2, 2), bias=(2,))])
 def test_unknown_weights_have_no_family(shapes: Shapes) -> None:
     assert identify_family(shapes) is None
 
@@ -133,7 +135,7 @@ def refusal(config: dict[str, Any], path: Path) -> str:
 
 
 @pytest.fixture
-def described(tmp_path: Path) -> dict[str, Any]:
+def small_config(tmp_path: Path) -> dict[str, Any]:
     return {"model": tiny_models.latent_diffusion_config(tmp_path, use_ema=False)}
 
 
@@ -143,20 +145,20 @@ def described(tmp_path: Path) -> dict[str, Any]:
     ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", "configs/perfusion-ldm.yaml"),
     ("configs/autoencoder/autoencoder_kl_32x32x4.yaml", "configs/autoencoder/autoencoder_kl_32x32x4.yaml"),
 ])
-def test_the_error_message_contains_the_advice(described: dict[str, Any], tmp_path: Path, config: str, advice: str
+def test_the_error_message_contains_the_advice(small_config: dict[str, Any], tmp_path: Path, config: str, advice: str
                                               ) -> None:
     few = {key: torch.zeros(shape[:2]) for key, shape in shapes_of(config).items()
            if key.endswith("attn2.to_k.weight") or "conv_in.weight" in key or "post_quant_conv.weight" in key
            or "input_blocks.0.0.weight" in key or ".down." in key}
     torch.save({"state_dict": few}, tmp_path / "x.ckpt")
-    message = refusal(described, tmp_path / "x.ckpt")
+    message = refusal(small_config, tmp_path / "x.ckpt")
     assert "keys missing" in message and "it looks like" in message and advice in message
 
 
-def test_a_concept_instead_of_its_base_model(described: dict[str, Any], tmp_path: Path) -> None:
+def test_a_concept_instead_of_its_base_model(small_config: dict[str, Any], tmp_path: Path) -> None:
     concept = Concept("<x>", "cat", torch.ones(1, 4), torch.ones(4), torch.ones(4), {"layer": torch.ones(4)}, base="0")
     path = save_perfusion_concepts(tmp_path / "concept.safetensors", [concept])
-    assert "it looks like a concept of this project: give it with --concept" in refusal(described, path)
+    assert "it looks like a concept of this project: give it with --concept" in refusal(small_config, path)
 
 
 def test_textual_inversion_embeddings_of_the_original_code(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that were made to do harm, or are broken: one line for each, nothing of theirs run, nothing left behind."""
+"""Malicious and broken files: each gives one line, none of their code runs, and nothing is left behind."""
 from __future__ import annotations
 
 import argparse
@@ -30,16 +30,16 @@ from ldm.common.errors import UserError
 
 
 class Call:
-    """Unpickled carelessly, it is what `function` gives for `arguments`."""
+    """Calls `function` with `arguments` when it is unpickled without precautions."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.made = function, arguments
+        self.reduced = function, arguments
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self.made
+        return self.reduced
 
     def __call__(self) -> None:
-        """Only what can be called is pickled as a function."""
+        """Objects must be callable to be pickled as functions."""
 
 
 HARM: dict[str, Callable[[Path], Any]] = {
@@ -55,21 +55,21 @@ HARM: dict[str, Callable[[Path], Any]] = {
 
 
 def refusal(path: Path) -> str:
-    """The one line that is said of a file."""
-    around = sorted(path.parent.rglob("*"))
+    """Return the error message for a file. Asserts that it is one line and that no other file appeared."""
+    before = sorted(path.parent.rglob("*"))
     with pytest.raises(UserError) as refused:
         read_state_dict(path)
     message = str(refused.value)
     assert str(path) in message and message.isprintable() and len(message) < 500 + len(str(path))
-    assert sorted(path.parent.rglob("*")) == around
+    assert sorted(path.parent.rglob("*")) == before
     return message
 
 
 @pytest.mark.parametrize("name", ["system", "eval", "getattr", "write", "popen"])
 def test_the_files_are_harmful_to_plain_unpickling(tmp_path: Path, name: str) -> None:
-    made = pickle.loads(pickle.dumps(HARM[name](tmp_path / "mark"), protocol=2))
+    unpickled = pickle.loads(pickle.dumps(HARM[name](tmp_path / "mark"), protocol=2))
     if name == "popen":
-        made.wait()
+        unpickled.wait()
     assert (tmp_path / "mark").exists()
 
 
@@ -114,7 +114,7 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def test_the_oldest_format_of_torch_is_refused(tmp_path: Path) -> None:
-    """A tar archive, whose contents torch would unpack."""
+    """It is a tar archive, which torch would unpack."""
     harm = pickle.dumps(HARM["system"](tmp_path / "mark"), protocol=2)
     with tarfile.open(tmp_path / "x.ckpt", "w") as archive:
         for name in ("storages", "tensors", "pickle"):
@@ -132,7 +132,7 @@ def test_programs_are_refused(tmp_path: Path) -> None:
 
 
 def test_compressed_zip_files_are_refused(tmp_path: Path) -> None:
-    """A thousandth of its size on the disk."""
+    """This one has a thousandth of its size on the disk."""
     with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", b"\x80\x02" + b"0" * 10_000_000)
     assert "compressed" in refusal(tmp_path / "bomb.ckpt")
@@ -142,7 +142,7 @@ def test_compressed_zip_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("new_format", [False, True])
 def test_tensors_larger_than_the_file(tmp_path: Path, factor: int, new_format: bool) -> None:
     torch.save({"a": torch.ones(7)}, tmp_path / "good.ckpt", _use_new_zipfile_serialization=new_format)
-    wrong = struct.pack("<BBq", 0x8A, 8, 7 * factor)  # LONG1 in place of BININT1 7: the storage's size, the tensor's
+    wrong = struct.pack("<BBq", 0x8A, 8, 7 * factor)  # LONG1 instead of BININT1 7, the size of storage and tensor
     if not new_format:
         (tmp_path / "x.ckpt").write_bytes((tmp_path / "good.ckpt").read_bytes().replace(b"K\x07", wrong))
     else:
@@ -153,13 +153,13 @@ def test_tensors_larger_than_the_file(tmp_path: Path, factor: int, new_format: b
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.integers(0, 10_000), value=st.integers(0, 255), new_format=st.booleans())
-def test_a_flipped_byte_is_refused_or_read(tmp_path: Path, place: int, value: int, new_format: bool) -> None:
+@given(position=st.integers(0, 10_000), value=st.integers(0, 255), new_format=st.booleans())
+def test_a_flipped_byte_is_refused_or_read(tmp_path: Path, position: int, value: int, new_format: bool) -> None:
     path = tmp_path / "flipped.ckpt"
     torch.save({"state_dict": {"a": torch.ones(5), "b": torch.zeros(2, 3)}}, path,
                _use_new_zipfile_serialization=new_format)
     content = bytearray(path.read_bytes())
-    content[place % len(content)] = value
+    content[position % len(content)] = value
     path.write_bytes(content)
     try:
         tensors = read_state_dict(path)
@@ -169,8 +169,8 @@ def test_a_flipped_byte_is_refused_or_read(tmp_path: Path, place: int, value: in
         assert all(isinstance(value.sum().item(), float | int | bool | complex) for value in tensors.values())
 
 
-def records() -> dict[str, Any]:
-    """What training runs note down besides weights."""
+def training_state() -> dict[str, Any]:
+    """Return objects that training runs store beside the weights."""
     counts = collections.defaultdict(int, steps=5)
     settings = AttributeDict(lr=1e-4, nested=AttributeDict(a=[1]))
     when = datetime.datetime(2022, 8, 22), datetime.timedelta(1)
@@ -179,9 +179,9 @@ def records() -> dict[str, Any]:
             "optimizer": torch.optim.SGD, "words": nn.ParameterDict({"a": nn.Parameter(torch.ones(1))})}
 
 
-@pytest.mark.parametrize("name", records())
+@pytest.mark.parametrize("name", training_state())
 def test_the_state_of_training_runs_is_ignored(tmp_path: Path, name: str) -> None:
-    torch.save({"state_dict": {"a": torch.ones(2)}, name: records()[name]}, tmp_path / "x.ckpt")
+    torch.save({"state_dict": {"a": torch.ones(2)}, name: training_state()[name]}, tmp_path / "x.ckpt")
     assert torch.equal(read_state_dict(tmp_path / "x.ckpt")["a"], torch.ones(2))
 
 
@@ -200,7 +200,7 @@ def entry(dtype: str = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict
     safetensors(entry(shape=(2**40, 2**40))), safetensors(entry(shape=(-4,))), safetensors(entry(offsets=(0, 2**60))),
     safetensors(entry(offsets=(16, 0))), safetensors(entry(offsets=(-16, 0))), safetensors(entry(dtype="X9")),
     safetensors({**entry(), "b": entry()["a"]}), safetensors(b"[" * 100_000), safetensors(b"{}x"), safetensors([]),
-    safetensors({"a": 5}), b"PK\x03\x04" * 9, b"plain text, no checkpoint at all",
+    safetensors({"a": 5}), b"PK\x03\x04" * 9, b"plain text, not a checkpoint at all",
 ], ids=range(21))
 def test_safetensors_with_a_false_header(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
@@ -247,7 +247,7 @@ def test_values_that_are_not_finite_cause_a_warning(tmp_path: Path, caplog: Any,
     assert "1 keys hold numbers that are not finite (weight)" in caplog.text
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a process has mapped")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory map of the process from Linux")
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
 def test_files_stay_mapped_while_their_tensors_exist(tmp_path: Path, suffix: str) -> None:
     path, tensors = tmp_path / f"x.{suffix}", {"a": torch.ones(5000), "b": torch.ones(3)}
@@ -259,6 +259,6 @@ def test_files_stay_mapped_while_their_tensors_exist(tmp_path: Path, suffix: str
     read = read_state_dict(path)
     assert mapped() and torch.equal(read["a"], tensors["a"])
     read["a"].zero_()
-    assert torch.equal(read_state_dict(path)["a"], tensors["a"])  # the file itself stays as it is
+    assert torch.equal(read_state_dict(path)["a"], tensors["a"])  # the file itself is unchanged
     del read
     assert not mapped()

@@ -1,3 +1,4 @@
+"""Reading checkpoints in every format, and loading them into modules."""
 from __future__ import annotations
 
 import collections
@@ -24,7 +25,7 @@ from ldm.common.errors import UserError
 
 
 class Tiny(nn.Module):
-    """Two layers, and a loader as the models have one."""
+    """Two layers that load a checkpoint as the models do."""
 
     def __init__(self, width: int = 3, ckpt_path: str | None = None) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ def test_packed_token_tables_are_unpacked(tmp_path: Path) -> None:
 
 
 class Harmful:
-    """Unpickled carelessly, it makes a file."""
+    """Creates a folder when it is unpickled without precautions."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -76,7 +77,7 @@ class Harmful:
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, new_format: bool, hidden: bool) -> None:
     harmful = Harmful(tmp_path / "marker")
     pickle.loads(pickle.dumps(harmful))
-    assert harmful.marker.exists()  # it does work
+    assert harmful.marker.exists()  # the attack works without precautions
     harmful.marker.rmdir()
     content = {"state_dict": weights(), "callbacks": {ModelCheckpoint: [harmful]}} if hidden else harmful
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=new_format)
@@ -97,7 +98,7 @@ def test_a_harmful_class_of_a_training_package_is_not_run(tmp_path: Path) -> Non
 
 
 def test_public_checkpoints_with_the_state_of_their_training_run(tmp_path: Path) -> None:
-    """Stable Diffusion 1's files are keyed by Lightning's callbacks; others hold configs and NumPy's numbers."""
+    """Stable Diffusion 1 has callbacks of Lightning as keys; other files hold configs and NumPy values."""
     torch.save(
         {
             "state_dict": weights(),
@@ -232,9 +233,9 @@ def test_averages_replace_the_weights(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_a_part_loads_its_weights_from_a_whole_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for start in ("model.", "model.diffusion_model.", "first_stage_model.", "cond_stage_model."):
-        whole = {start + key: value for key, value in weights(1).items()}
-        torch.save({**whole, "elsewhere.weight": torch.ones(1)}, tmp_path / "x.ckpt")
+    for prefix in ("model.", "model.diffusion_model.", "first_stage_model.", "cond_stage_model."):
+        model = {prefix + key: value for key, value in weights(1).items()}
+        torch.save({**model, "elsewhere.weight": torch.ones(1)}, tmp_path / "x.ckpt")
         module = Tiny()
         assert load_weights(module, tmp_path / "x.ckpt") == set(module.state_dict())
         assert equal(module.state_dict(), weights(1))
@@ -252,23 +253,23 @@ def test_ignored_keys_stay_unchanged(tmp_path: Path) -> None:
     assert torch.equal(module.second.weight, before) and torch.equal(module.first.weight, weights(1)["first.weight"])
 
 
-def described(**params: Any) -> dict[str, Any]:
+def model_config(**params: Any) -> dict[str, Any]:
     return {"model": {"target": "test_load.Tiny", "base_learning_rate": 1.0, "params": params}}
 
 
 def test_load_model_returns_a_frozen_model_with_the_files_weights(tmp_path: Path) -> None:
     torch.save(weights(1), tmp_path / "a.ckpt")
     torch.save(weights(2), tmp_path / "b.ckpt")
-    own = described(ckpt_path=str(tmp_path / "a.ckpt"))
+    own = model_config(ckpt_path=str(tmp_path / "a.ckpt"))
     assert equal(load_model(own).state_dict(), weights(1))
-    for config in (own, described(), OmegaConf.create(own)):
+    for config in (own, model_config(), OmegaConf.create(own)):
         model = load_model(config, tmp_path / "b.ckpt")
         assert equal(model.state_dict(), weights(2))
         assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(
-    ("config", "named"), [(described(), "--ckpt"), ({"data": {}}, "model"), ({"model": {}}, "--ckpt")]
+    ("config", "named"), [(model_config(), "--ckpt"), ({"data": {}}, "model"), ({"model": {}}, "--ckpt")]
 )
 def test_configs_without_a_model_or_weights(config: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):

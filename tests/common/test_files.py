@@ -56,8 +56,8 @@ def test_an_interruption_leaves_the_old_file(tmp_path: Path, halfway: bytes) -> 
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
 
-    def write(aside: Path) -> None:
-        aside.write_bytes(halfway)
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(halfway)
         raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -69,9 +69,9 @@ def test_the_old_file_exists_until_the_new_one_is_complete(tmp_path: Path) -> No
     path = tmp_path / "file.txt"
     path.write_text("old")
 
-    def write(aside: Path) -> None:
-        aside.write_text("new")
-        assert path.read_text() == "old" and aside.parent == path.parent and aside.suffix == path.suffix
+    def write(temporary: Path) -> None:
+        temporary.write_text("new")
+        assert path.read_text() == "old" and temporary.parent == path.parent and temporary.suffix == path.suffix
 
     assert write_atomically(path, write) == path
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
@@ -80,17 +80,25 @@ def test_the_old_file_exists_until_the_new_one_is_complete(tmp_path: Path) -> No
 def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     previous = os.umask(0o027)
     try:
-        path = write_atomically(tmp_path / "file.txt", lambda aside: aside.write_text("x"))
+        path = write_atomically(tmp_path / "file.txt", lambda temporary: temporary.write_text("x"))
         assert os.umask(0o027) == 0o027
     finally:
         os.umask(previous)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
+def test_the_umask_of_other_threads_is_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(mask: int) -> int:
+        raise AssertionError("the umask belongs to the whole process")
+
+    monkeypatch.setattr(os, "umask", forbidden)
+    assert write_atomically(tmp_path / "file.txt", lambda temporary: temporary.write_text("x")).read_text() == "x"
+
+
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        write_atomically(tmp_path / "file" / "below.txt", lambda aside: aside.write_text("x"))
+        write_atomically(tmp_path / "file" / "below.txt", lambda temporary: temporary.write_text("x"))
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"),
@@ -99,8 +107,8 @@ def test_a_full_disk_gives_one_line_and_keeps_the_old_file(tmp_path: Path, failu
     path = tmp_path / "file.txt"
     path.write_text("old")
 
-    def write(aside: Path) -> None:
-        aside.write_text("a part")
+    def write(temporary: Path) -> None:
+        temporary.write_text("a part")
         raise failure
 
     with pytest.raises(UserError, match=r"file.txt: cannot be written \((No space left on device|I/O error: 28)\)"):

@@ -1,4 +1,4 @@
-"""The trainer of `open_clip`'s towers, and folders in its layout, against `open_clip` itself."""
+"""The trainer of `open_clip` towers, and folders in its layout, against `open_clip` itself."""
 from __future__ import annotations
 
 import json
@@ -33,7 +33,7 @@ def scenes() -> dict[str, object]:
 
 
 def written(folder: Path, trainer: OpenCLIPTrainer) -> Path:
-    """A folder as `open_clip` writes it, nothing packed."""
+    """Write a folder in the layout of `open_clip`, without packed tables."""
     preprocessing = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     (folder / SETTINGS).write_text(json.dumps({"model_cfg": trainer.settings, "preprocess_cfg": preprocessing}))
     save_file({key: value.contiguous() for key, value in trainer.clip.state_dict().items()},

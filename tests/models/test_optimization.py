@@ -1,4 +1,4 @@
-"""Which optimisers Lightning lets clip gradients, by runs in each precision."""
+"""Which optimizers Lightning can clip gradients for, by runs in each precision."""
 from __future__ import annotations
 
 from typing import Any
@@ -12,7 +12,7 @@ from ldm.models.optimization import can_use_fused_optimizer, optimizer_and_sched
 
 
 class Line(pl.LightningModule):
-    """Learns to be y = 2 x, and keeps whether its optimiser was a fused one."""
+    """Learns y = 2 x, and records whether its optimizer was fused."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The noise schedule against diffusers', Bayes' rule, and itself in other coordinates."""
+"""The noise schedule against diffusers and Bayes' rule, and its conversions against each other."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -62,7 +62,7 @@ def test_schedules_match_diffusers(ours, theirs):
 
 
 def test_posterior_is_bayes_rule(buffers):
-    """N(x_t; sqrt(1-b) x, b) N(x; sqrt(a') x_0, 1-a') as a function of x, in float64, from the betas alone."""
+    """As a function of x it is N(x_t; sqrt(1-b) x, b) N(x; sqrt(a') x_0, 1-a'), in float64, from the betas alone."""
     betas = diffusion_buffers("linear", 1000, linear_start=0.00085, linear_end=0.012)["betas"].double()
     alpha_bar = torch.cumprod(1 - betas, 0)
     b, before = betas[1:], alpha_bar[:-1]
@@ -108,7 +108,7 @@ def test_conversions_invert_each_other(schedule):
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 def test_bound_weights_are_the_divergence_of_posteriors(buffers, schedule, parameterization):
-    """An error of the output moves the posterior mean; equal Gaussians d apart diverge by d^2 / (2 variance)."""
+    """An error of the output moves the posterior mean. Gaussians with means d apart diverge by d^2 / (2 variance)."""
     t = torch.tensor([1, 10, 500, 999])
     x_t = torch.zeros(len(t), 1, 1, 1)
     alpha_bar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Autoencoders with a codebook: against diffusers' model and a search through all codes, and what they are told."""
+"""Autoencoders with a codebook, against diffusers' model and a search through all codes; and their settings."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def build_model(kind: type[VQModel] = VQModel, embed_dim: int = 3, n_embed: int 
 
 
 def spread_codebook(model: VQModel) -> VQModel:
-    """Random weights, with a codebook about as wide as the latents, so that many codes are used."""
+    """Return the model with random weights, and a codebook as spread out as its latents, so that it uses many codes."""
     randomize(model, scale=0.1)
     with torch.no_grad():
         latents = model.encode_to_prequant(random_images())
@@ -76,9 +76,9 @@ def test_equals_diffusers(changes: dict[str, Any]) -> None:
     interface = build_model(VQModelInterface, ddconfig=changes)
     interface.load_state_dict(model.state_dict())
     assert torch.allclose(interface.encode(x), latents, atol=1e-4)
-    for kept in (False, True):
-        expected = theirs.decode(latents, force_not_quantize=kept).sample
-        assert torch.allclose(interface.decode(latents, force_not_quantize=kept), expected, atol=1e-4)
+    for unquantized in (False, True):
+        expected = theirs.decode(latents, force_not_quantize=unquantized).sample
+        assert torch.allclose(interface.decode(latents, force_not_quantize=unquantized), expected, atol=1e-4)
     assert not torch.allclose(interface.decode(latents), interface.decode(latents, force_not_quantize=True), atol=1e-3)
 
 
@@ -88,12 +88,12 @@ def test_codes_are_the_nearest_vectors() -> None:
     x = random_images()
     latents, book = model.encode_to_prequant(x), model.quantize.embedding.weight
     quant, loss, (_, _, codes) = model.encode(x)
-    for place in np.ndindex(2, 8, 8):
-        picture, row, column = place
-        here = latents[picture, :, row, column]
-        distances = [float((here - vector).square().sum()) for vector in book]
-        assert int(codes[place]) == int(np.argmin(distances))
-        assert torch.allclose(quant[picture, :, row, column], book[codes[place]], atol=1e-6)
+    for position in np.ndindex(2, 8, 8):
+        image, row, column = position
+        latent = latents[image, :, row, column]
+        distances = [float((latent - vector).square().sum()) for vector in book]
+        assert int(codes[position]) == int(np.argmin(distances))
+        assert torch.allclose(quant[image, :, row, column], book[codes[position]], atol=1e-6)
     error = (quant - latents).square().mean()
     assert torch.allclose(loss, 1.25 * error, rtol=1e-4)
     assert torch.allclose(model.decode_code(codes), model.decode(quant), atol=1e-5)
@@ -117,8 +117,8 @@ def test_codes_index_the_remapped_codebook(tmp_path: Path) -> None:
                     remap=str(tmp_path / "used.npy"), ckpt_path=str(tmp_path / "plain.ckpt"))
     codes, all_codes = model.encode(random_images())[2][2], plain.encode(random_images())[2][2]
     assert codes.shape == all_codes.shape and codes.max() < len(used)
-    for place, code in enumerate(used):
-        assert (codes[all_codes == code] == place).all()
+    for index, code in enumerate(used):
+        assert (codes[all_codes == code] == index).all()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_batches_are_resized_for_training_only(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_public_loss_name_maps_to_our_class() -> None:
-    """taming's own class would fetch a network from the web here."""
+    """taming's own class would download a network here."""
     model = build_model(lossconfig={"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
                               "params": {"disc_start": 0, "disc_conditional": False, "disc_in_channels": 3}})
     assert type(model.loss) is VQLPIPSWithDiscriminator and model.loss.perceptual_loss is None
@@ -185,11 +185,11 @@ def test_label_maps_are_shown_in_colors() -> None:
     shown = model.log_images({"segmentation": labels}, N=1)
     assert {name: images.shape for name, images in shown.items()} == dict.fromkeys(
         ("inputs", "reconstructions"), (1, 3, 16, 16))
-    colours = shown["inputs"][0].flatten(1).T
-    assert len(colours.unique(dim=0)) == 5 and (colours.min(), colours.max()) == (-1, 1)
+    colors = shown["inputs"][0].flatten(1).T
+    assert len(colors.unique(dim=0)) == 5 and (colors.min(), colors.max()) == (-1, 1)
     expected = model.colorize[:, 2, 0, 0] - model.colorize[:, 1, 0, 0]
     flat = labels[0].flatten(0, 1).argmax(1)
-    difference = colours[flat == 2][0] - colours[flat == 1][0]
+    difference = colors[flat == 2][0] - colors[flat == 1][0]
     assert torch.allclose(difference / difference.norm(), expected / expected.norm(), atol=1e-4)
     plain = VQModel(shape, NO_LOSS, n_embed=24, embed_dim=3, image_key="segmentation")
     assert torch.equal(plain.log_images({"segmentation": labels})["inputs"], labels.movedim(-1, 1)[:, :3])
