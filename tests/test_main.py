@@ -1,4 +1,4 @@
-"""From photos to pictures as a user does it, each command a process: teach two concepts, draw, merge, draw both."""
+"""From photos to images with the commands of a user: train two concepts, generate, merge them, generate both."""
 from __future__ import annotations
 
 import importlib.util
@@ -21,10 +21,10 @@ from ldm.concepts.concept_file import load_perfusion_concepts
 STEPS = 30
 SAMPLING = ("--n_samples", 1, "--ddim_steps", 12, "--seed", 3)
 BOTH = "a <my-teddy> next to a <my-teapot>"
-Draw = Callable[..., np.ndarray]
+Generate = Callable[..., np.ndarray]
 
 
-def taught(folder: Path, *arguments: object) -> SimpleNamespace:
+def train(folder: Path, *arguments: object) -> SimpleNamespace:
     output = process_output("main.py", *BASE, "--max_steps", STEPS, "-l", folder, *arguments)
     (logdir,) = folder.iterdir()
     return SimpleNamespace(output=output, folder=logdir, concept=logdir / "concept.safetensors")
@@ -32,20 +32,21 @@ def taught(folder: Path, *arguments: object) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def teddy(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """README's first command, cut short."""
-    return taught(tmp_path_factory.mktemp("teddy run"), "-n", "teddy")
+    """The README's first command with fewer steps."""
+    return train(tmp_path_factory.mktemp("teddy run"), "-n", "teddy")
 
 
 @pytest.fixture(scope="module")
 def teapot(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return taught(tmp_path_factory.mktemp("teapot"), "--data_root", "models/mini/examples/teapot", "--init_word",
-                  "teapot", "--placeholder", "<my-teapot>", "lightning.callbacks.previews.params.num_inference_steps=3")
+    return train(tmp_path_factory.mktemp("teapot"), "--data_root", "models/mini/examples/teapot", "--init_word",
+                 "teapot", "--placeholder", "<my-teapot>", "lightning.callbacks.previews.params.num_inference_steps=3")
 
 
 @pytest.fixture(scope="module")
 def merged(teddy: SimpleNamespace, teapot: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("merged") / "both.safetensors"
-    output = process_output("merge_embeddings.py", "--manager_ckpts", teddy.concept, teapot.concept, "--output_path", path)
+    output = process_output("merge_embeddings.py", "--manager_ckpts", teddy.concept, teapot.concept, "--output_path",
+                            path)
     assert f"{path}: 2 concepts" in output and "<my-teddy>: teddy bear" in output and "<my-teapot>: teapot" in output
     return path
 
@@ -59,27 +60,27 @@ def script() -> ModuleType:
 
 
 @pytest.fixture
-def draw(script: ModuleType, tmp_path: Path) -> Draw:
-    """The first picture of txt2img.py with some arguments, run in this process."""
+def generate(script: ModuleType, tmp_path: Path) -> Generate:
+    """Return the first image of txt2img.py with some arguments, run in this process."""
 
-    def drawn(name: str, *arguments: object) -> np.ndarray:
+    def run(name: str, *arguments: object) -> np.ndarray:
         with training_setup.in_project_root():
             script.main([str(part) for part in ("--outdir", tmp_path / name, *SAMPLING, *arguments)])
-        return picture(tmp_path / name)
+        return first_image(tmp_path / name)
 
-    return drawn
+    return run
 
 
-def picture(folder: Path) -> np.ndarray:
+def first_image(folder: Path) -> np.ndarray:
     return np.asarray(Image.open(folder / "samples" / "00000.png"), dtype=float)
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean over pixels and channels, of 255."""
+    """Return the mean absolute difference of pixels, of 255."""
     return float(np.abs(one - other).mean())
 
 
-def test_a_run_leaves_a_small_concept(teddy: SimpleNamespace) -> None:
+def test_a_run_saves_a_small_concept(teddy: SimpleNamespace) -> None:
     assert teddy.concept.stat().st_size < 100_000
     (concept,) = load_perfusion_concepts(teddy.concept)
     assert (concept.placeholder, concept.super_category, concept.steps) == ("<my-teddy>", "teddy bear", STEPS)
@@ -88,7 +89,7 @@ def test_a_run_leaves_a_small_concept(teddy: SimpleNamespace) -> None:
     assert concept.target_outputs_v and not concept.target_outputs_k
 
 
-def test_a_log_folder_shows_and_keeps_the_run(teddy: SimpleNamespace) -> None:
+def test_the_log_folder_is_complete(teddy: SimpleNamespace) -> None:
     folder = teddy.folder
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_teddy", folder.name)
     assert {path.name for path in folder.iterdir()} == {
@@ -103,7 +104,7 @@ def test_a_log_folder_shows_and_keeps_the_run(teddy: SimpleNamespace) -> None:
     assert {"samples", "train/embedding_distance"} <= {*events.Tags()["images"], *events.Tags()["scalars"]}
 
 
-def test_a_run_says_where_everything_is(teddy: SimpleNamespace) -> None:
+def test_a_run_prints_where_its_files_are(teddy: SimpleNamespace) -> None:
     lines = [line for line in teddy.output.splitlines() if "Warning" not in line]
     size = teddy.concept.stat().st_size / 1e3
     assert f"logs in {teddy.folder}" in lines
@@ -113,34 +114,34 @@ def test_a_run_says_where_everything_is(teddy: SimpleNamespace) -> None:
     assert "Warning" not in teddy.output and "Traceback" not in teddy.output
 
 
-def test_the_next_command_draws_the_concept(teddy: SimpleNamespace, draw: Draw, tmp_path: Path) -> None:
+def test_the_next_command_generates_the_concept(teddy: SimpleNamespace, generate: Generate, tmp_path: Path) -> None:
     (line,) = (line for line in teddy.output.splitlines() if line.startswith("next: "))
     python, *command = shlex.split(line.removeprefix("next: "))
     assert python == "python" and "a photo of a <my-teddy> on the beach" in command
     process_output(*command, "--outdir", tmp_path / "next", *SAMPLING)
     assert (tmp_path / "next" / "grid-0000.png").is_file()
-    base = draw("base", "--prompt", "a photo of a teddy bear on the beach")
-    assert difference(picture(tmp_path / "next"), base) > 2
+    base = generate("base", "--prompt", "a photo of a teddy bear on the beach")
+    assert difference(first_image(tmp_path / "next"), base) > 2
 
 
-def test_two_concepts_in_a_picture(
-    teddy: SimpleNamespace, teapot: SimpleNamespace, merged: Path, draw: Draw, tmp_path: Path
+def test_two_concepts_in_one_image(
+    teddy: SimpleNamespace, teapot: SimpleNamespace, merged: Path, generate: Generate, tmp_path: Path
 ) -> None:
     settings = ("--bias", 0.7, 0.65)
     process_output("scripts/txt2img.py", "--concept", merged, "--prompt", BOTH, "--outdir", tmp_path / "m", *SAMPLING,
-              *settings)
-    from_merged = picture(tmp_path / "m")
-    from_files = draw("files", "--concept", teddy.concept, teapot.concept, "--prompt", BOTH, *settings)
+                   *settings)
+    from_merged = first_image(tmp_path / "m")
+    from_files = generate("files", "--concept", teddy.concept, teapot.concept, "--prompt", BOTH, *settings)
     assert np.abs(from_merged - from_files).max() <= 2
-    one = draw("one", "--concept", teddy.concept, "--prompt", "a <my-teddy> next to a teapot", "--bias", 0.7)
-    none = draw("none", "--prompt", "a teddy bear next to a teapot")
+    one = generate("one", "--concept", teddy.concept, "--prompt", "a <my-teddy> next to a teapot", "--bias", 0.7)
+    none = generate("none", "--prompt", "a teddy bear next to a teapot")
     assert difference(from_merged, one) > 2 and difference(one, none) > 2
 
 
-def test_learning_lowers_the_loss_and_repeats_itself(teddy: SimpleNamespace, tmp_path: Path) -> None:
-    """The same run in another process: measured, it loses 2 % of the error, 0.01 % of it by chance."""
+def test_training_lowers_the_loss_and_is_deterministic(teddy: SimpleNamespace, tmp_path: Path) -> None:
+    """Repeat the run in another process. Measured: the loss falls by 2 %, and by 0.01 % by chance."""
     logdir = training_setup.train_main(tmp_path / "logs", "--max_steps", STEPS, *training_setup.FEW_IMAGES,
-                            "lightning.callbacks.recorder.target=helpers.training_setup.LossRecorder")
+                                       "lightning.callbacks.recorder.target=helpers.training_setup.LossRecorder")
     before, after = json.loads((logdir / "losses.json").read_text())
     assert after < 0.99 * before
     assert (logdir / "concept.safetensors").read_bytes() == teddy.concept.read_bytes()

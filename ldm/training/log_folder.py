@@ -68,21 +68,21 @@ def new_log_folder(options: TrainingOptions, now: str) -> Path:
 
 
 @contextlib.contextmanager
-def log_folder(wanted: Path, has_started: Callable[[], bool]) -> Iterator[Path]:
-    """Create a folder for this run alone: `wanted` or, if another run has that already, `wanted`-2 and so on.
+def log_folder(preferred: Path, has_started: Callable[[], bool]) -> Iterator[Path]:
+    """Create a folder for this run alone: `preferred` or, if another run has that already, `preferred`-2 and so on.
 
     If the run ends before `has_started()`, the folder is removed, with the parents that were created along with it.
 
     Raises:
         UserError: it cannot be created.
     """
-    parents = [path for path in wanted.parents if not path.exists()]
+    parents = [path for path in preferred.parents if not path.exists()]
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
-        folder = next(filter(_create, chain([wanted], numbered)))
+        preferred.parent.mkdir(parents=True, exist_ok=True)
+        numbered = (preferred.with_name(f"{preferred.name}-{number}") for number in count(2))
+        folder = next(filter(_create, chain([preferred], numbered)))
     except OSError as error:
-        raise UserError(f"--logdir: {wanted} cannot be created ({error.strerror}); choose another place") from None
+        raise UserError(f"--logdir: {preferred} cannot be created ({error.strerror}); choose another place") from None
     try:
         yield folder
     finally:

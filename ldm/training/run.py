@@ -62,9 +62,9 @@ def train(options: TrainingOptions) -> FinishedRun | None:
             raise UserError(f"--resume {options.resume}: {resumed.folder} has no configs/*.yaml of its run; name its "
                             "config with --base")
     if resumed is not None:
-        wanted = resumed.folder
+        folder_path = resumed.folder
     else:  # checked first, since it costs nothing
-        wanted = new_log_folder(options, start.strftime(SECONDS_FORMAT)) if options.configs else Path()
+        folder_path = new_log_folder(options, start.strftime(SECONDS_FORMAT)) if options.configs else Path()
     config = read_config(options)
     _check_steps_left(options, config, resumed)
     pl.seed_everything(config.lightning.seed, workers=True, verbose=False)
@@ -73,7 +73,7 @@ def train(options: TrainingOptions) -> FinishedRun | None:
     def has_started() -> bool:
         return trainer is not None and trainer.global_step > 0
 
-    with (restored_torch_settings(), _open_log_folder(wanted, resumed, has_started) as folder,
+    with (restored_torch_settings(), _open_log_folder(folder_path, resumed, has_started) as folder,
           _explained_shortages(config)):
         now = start.strftime(f"{SECONDS_FORMAT}.%f")  # a run may be resumed within the second
         trainer = make_trainer(config, Path(folder), now)
@@ -95,12 +95,12 @@ def _check_steps_left(options: TrainingOptions, config: DictConfig, resumed: Res
                         "to continue, give more with --max_steps")
 
 
-def _open_log_folder(wanted: Path, resumed: ResumePoint | None, has_started: Callable[[], bool]
+def _open_log_folder(folder_path: Path, resumed: ResumePoint | None, has_started: Callable[[], bool]
                      ) -> contextlib.AbstractContextManager[str | Path]:
     """Return a context whose value is the folder that this process writes to."""
     if rank_zero_only.rank:  # nothing is kept of the other processes of a run
         return tempfile.TemporaryDirectory()
-    return contextlib.nullcontext(wanted) if resumed else log_folder(wanted, has_started)
+    return contextlib.nullcontext(folder_path) if resumed else log_folder(folder_path, has_started)
 
 
 @contextlib.contextmanager

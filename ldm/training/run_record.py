@@ -1,11 +1,10 @@
-"""What a training run really took: read from its log folder, kept beside the weights that it made."""
+"""What a finished training run took: read from its log folder, kept beside the weights that it made."""
 from __future__ import annotations
 
 import json
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +14,62 @@ from omegaconf import OmegaConf
 from ldm.common.errors import UserError
 from ldm.common.files import write_atomically
 
-LAST = 10  # logged values that a final training loss is the mean of
+AVERAGED_VALUES = 10  # logged values that a final training loss is the mean of
 SPLITS = ("train/", "val/")
+
+Scalars = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The machine at hand: its processor, how many cores torch uses of how many, the device, and versions."""
+    """Return the processor, its cores and the threads in use, the device, and versions of this machine."""
     kind = torch.device(device).type
-    return {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+    return {"processor": _processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
             "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def describe_run(run: str | Path) -> dict[str, Any]:
-    """What was trained in a log folder of main.py, on what, for how long, and what came out.
+    """Return what a log folder of main.py says: what was trained, on what, for how long, and with what result.
 
-    Seconds are those between the first and the last entry of each of its TensorBoard files, pauses between them not
-    counted; where a run does not say which machine it was on, the machine at hand is named.
+    Seconds are those between the first and the last entry of each TensorBoard file; pauses between sessions do not
+    count. If a run does not say which machine it was on, it was this one.
 
     Raises:
-        UserError: it is no such folder, or holds no checkpoint.
+        UserError: it is not such a folder, or holds no checkpoint.
     """
     run = Path(run)
-    project, lightning = (newest_config(run, name) for name in ("project", "lightning"))
-    scalars, seconds = _logged(run)
-    machines = [json.loads(path.read_text()) for path in sorted((run / "configs").glob("*-machine.json"))]
-    steps, batch = trained_steps(run), OmegaConf.select(project, "data.params.batch_size")
-    return {"run": run.name, "steps": steps, "batch": batch,
+    project, lightning = newest_config(run, "project"), newest_config(run, "lightning")
+    scalars, seconds = _read_scalars(run)
+    validation = {name: [[step, round(value, 4)] for step, value in entries]
+                  for name, entries in scalars.items() if name.startswith("val/")}
+    return {"run": run.name, "steps": trained_steps(run), "batch": OmegaConf.select(project, "data.params.batch_size"),
             "seed": OmegaConf.select(lightning, "lightning.seed"), "seconds": round(seconds),
-            "machines": [machine for place, machine in enumerate(machines) if machine not in machines[:place]]
-            or [describe_machine()],
-            "final": dict(_final(scalars)),
-            "validation": {name: [[step, round(value, 4)] for step, value in entries]
-                           for name, entries in scalars.items() if name.startswith("val/")},
+            "machines": _machines(run) or [describe_machine()],
+            "final": _final_values(scalars),
+            "validation": validation,
             "model": OmegaConf.select(project, "model.target"),
             "learning_rate": OmegaConf.select(project, "model.base_learning_rate"),
             "data": OmegaConf.to_container(OmegaConf.select(project, "data.params.train.params"), resolve=True)}
 
 
 def record_run(file: str | Path, part: str, run: str | Path) -> dict[str, Any]:
-    """Puts the description of a run into a JSON file under the name of the part it trained; returns it.
+    """Add the description of a run to a JSON file, under the name of the part that it trained, and return it.
 
     Raises:
-        UserError: as for `describe_run`, or the file is no JSON object.
+        UserError: as `describe_run`, or the file is not a JSON object.
     """
     entry = describe_run(run)
-    whole = read_records(file) | {part: entry}
-    write_atomically(file, lambda aside: aside.write_text(json.dumps(whole, indent=1) + "\n"))
+    text = json.dumps(read_records(file) | {part: entry}, indent=1) + "\n"
+    write_atomically(file, lambda path: path.write_text(text))
     return entry
 
 
 def read_records(file: str | Path) -> dict[str, Any]:
-    """What `record_run` has written so far; empty where there is no such file."""
+    """Return what `record_run` has written so far; an empty dict if there is no such file.
+
+    Raises:
+        UserError: the file is not a JSON object.
+    """
     path = Path(file)
     if not path.is_file():
         return {}
@@ -80,10 +83,10 @@ def read_records(file: str | Path) -> dict[str, Any]:
 
 
 def trained_steps(run: Path) -> int:
-    """How many steps the last checkpoint of a run has behind it.
+    """Return the number of steps that the last checkpoint of a run has taken.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     last = run / "checkpoints" / "last.ckpt"
     if not last.is_file():
@@ -92,10 +95,10 @@ def trained_steps(run: Path) -> int:
 
 
 def newest_config(run: Path, name: str) -> Any:
-    """The last config of this name, "project" or "lightning", that a run was started or resumed with.
+    """Return the last config of this name, "project" or "lightning", that a run was started or resumed with.
 
     Raises:
-        UserError: it is no log folder of a training run.
+        UserError: it is not the log folder of a training run.
     """
     configs = sorted((run / "configs").glob(f"*-{name}.yaml"))
     if not configs:
@@ -103,30 +106,46 @@ def newest_config(run: Path, name: str) -> Any:
     return OmegaConf.load(configs[-1])
 
 
-def _logged(run: Path) -> tuple[dict[str, list[tuple[int, float]]], float]:
-    """Every number logged, as (step, value) by name, and the seconds that logging went on."""
+def _machines(run: Path) -> list[dict[str, Any]]:
+    """Return the distinct machines of all sessions of a run, in order."""
+    machines: list[dict[str, Any]] = []
+    for path in sorted((run / "configs").glob("*-machine.json")):
+        machine = json.loads(path.read_text())
+        if machine not in machines:
+            machines.append(machine)
+    return machines
+
+
+def _read_scalars(run: Path) -> tuple[Scalars, float]:
+    """Return every number that the run logged, and for how many seconds it logged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    scalars, seconds = defaultdict(list), 0.0
+    scalars: Scalars = defaultdict(list)
+    seconds = 0.0
     for path in sorted((run / "tensorboard").glob("events.*")):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1}).Reload()
-        entries = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
-        for name, logged in entries.items():
-            scalars[name] += [(entry.step, entry.value) for entry in logged if name.startswith(SPLITS)]
-        times = [entry.wall_time for logged in entries.values() for entry in logged]
+        times = []
+        for name in events.Tags()["scalars"]:
+            entries = events.Scalars(name)
+            times += [entry.wall_time for entry in entries]
+            if name.startswith(SPLITS):
+                scalars[name] += [(entry.step, entry.value) for entry in entries]
         seconds += max(times) - events.FirstEventTimestamp() if times else 0.0
     return {name: entries for name, entries in scalars.items() if entries}, seconds
 
 
-def _final(scalars: dict[str, list[tuple[int, float]]]) -> Iterator[tuple[str, float]]:
-    """The last value of each number of a validation, the mean of the last ones of each number of training."""
+def _final_values(scalars: Scalars) -> dict[str, float]:
+    """Return the last value of each number of a validation, and the mean of the last ones of each of training."""
+    final = {}
     for name, entries in sorted(scalars.items()):
-        last = [value for _, value in entries[-LAST if name.startswith("train/") else -1:]]
-        yield name, round(sum(last) / len(last), 4)
+        count = AVERAGED_VALUES if name.startswith("train/") else 1
+        last = [value for _, value in entries[-count:]]
+        final[name] = round(sum(last) / len(last), 4)
+    return final
 
 
-def _processor() -> str:
-    """The processor's name where the system tells, or else its kind."""
+def _processor_name() -> str:
+    """Return the processor's name if the system tells it, or else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]

@@ -103,3 +103,17 @@ def test_sampling_accelerates_on_cuda_with_autocast(
     pipeline._accelerate_for([SimpleNamespace(weights=weights)])
     assert is_accelerated(model) == expected
     assert not expected or model.model.diffusion_model.dtype == torch.float16  # this GPU has no bfloat16
+
+
+@pytest.mark.parametrize("ends_by_exception", [False, True])
+def test_matmul_precision_is_restored_after_training(tmp_path: Path, ends_by_exception: bool) -> None:
+    torch.set_float32_matmul_precision("highest")
+    callback, model = AccelerateFrozenUNet(), model_on(CUDA, tmp_path)
+    trainer = SimpleNamespace(precision="bf16-mixed")
+    callback.on_train_start(trainer, model)
+    assert torch.get_float32_matmul_precision() == "high"
+    if ends_by_exception:
+        callback.on_exception(trainer, model, KeyboardInterrupt())
+    else:
+        callback.teardown(trainer, model, "fit")
+    assert torch.get_float32_matmul_precision() == "highest"

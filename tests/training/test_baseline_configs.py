@@ -1,4 +1,4 @@
-"""configs/baselines: a method's own params over the photos, base model and schedule of a Perfusion config."""
+"""configs/baselines: each file adds a method to the photos, base model and schedule of a Perfusion config."""
 from __future__ import annotations
 
 import re
@@ -35,7 +35,7 @@ def merge(*paths: Path) -> DictConfig:
 
 @pytest.mark.parametrize("perfusion", PERFUSION, ids=lambda path: path.stem)
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda path: path.stem)
-def test_a_baseline_takes_over_what_it_shares(perfusion: Path, baseline: Path) -> None:
+def test_a_baseline_keeps_the_params_that_it_shares(perfusion: Path, baseline: Path) -> None:
     config, before, own = merge(perfusion, baseline), merge(perfusion), OmegaConf.load(baseline)
     target = get_obj_from_str(config.model.target)
     params = OmegaConf.to_container(config.model.params, resolve=True)
@@ -51,7 +51,7 @@ def test_a_baseline_takes_over_what_it_shares(perfusion: Path, baseline: Path) -
 
 @pytest.mark.parametrize("perfusion", PUBLIC, ids=lambda path: path.stem)
 @pytest.mark.parametrize("method", PUBLIC_RATES)
-def test_public_models_have_rates_of_their_own(perfusion: Path, method: str) -> None:
+def test_public_models_have_their_own_learning_rates(perfusion: Path, method: str) -> None:
     folder = ROOT / "configs" / "baselines"
     config, mini = merge(perfusion, folder / f"{method}-sd.yaml"), merge(perfusion, folder / f"{method}.yaml")
     rates = PUBLIC_RATES[method]
@@ -61,7 +61,7 @@ def test_public_models_have_rates_of_their_own(perfusion: Path, method: str) -> 
 
 
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda path: path.stem)
-def test_a_header_gives_the_commands(baseline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_in_a_header_work(baseline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     header = "\n".join(line[1:] for line in baseline.read_text().splitlines() if line.startswith("#"))
     commands = re.findall(r"python main\.py (.*)", header.replace("\\\n", ""))
@@ -76,7 +76,7 @@ def test_a_header_gives_the_commands(baseline: Path, monkeypatch: pytest.MonkeyP
     assert bases == {**own, "v1-5-pruned-emaonly.safetensors": f"{method}-sd"}
 
 
-def test_params_that_neither_model_knows_stay_to_be_refused(tmp_path: Path) -> None:
+def test_params_that_neither_model_has_are_refused(tmp_path: Path) -> None:
     typo = tmp_path / "typo.yaml"
     config = OmegaConf.load(PERFUSION[0])
     config.model.params.plaecholder = "<toy>"

@@ -1,4 +1,4 @@
-"""The public first stages: each config at its full size without weights, and a stand-in of its shape trained."""
+"""The public first stages: each config at full size without weights, and a trained small model of its shape."""
 from __future__ import annotations
 
 import math
@@ -24,15 +24,15 @@ CONFIGS = sorted([*ROOT.glob("configs/autoencoder/*.yaml"), *ROOT.glob("models/f
 NAMES = [str(path.relative_to(ROOT)).removesuffix("/config.yaml") for path in CONFIGS]
 FACTORS = {"vq-f4": 4, "vq-f4-noattn": 4, "vq-f8": 8, "vq-f8-n256": 8, "vq-f16": 16,
            "kl-f4": 4, "kl-f8": 8, "kl-f16": 16, "kl-f32": 32}
-SHRUNK = 4  # stand-ins see pictures of 64 pixels rather than 256
+SHRINK_FACTOR = 4  # small models train on images of 64 pixels instead of 256
 
 
-def test_all_of_them_are_there() -> None:
+def test_all_configs_are_tested() -> None:
     assert {path.parent.name for path in CONFIGS} == {*FACTORS, "autoencoder"} and len(CONFIGS) == len(FACTORS) + 4
 
 
 def section(path: Path, **ddconfig: Any) -> DictConfig:
-    """The config's model, some of its shape changed."""
+    """Return the config's section `model` with changes in its shape."""
     model = OmegaConf.masked_copy(OmegaConf.load(path).model, ["target", "params"])
     OmegaConf.update(model, "params.ddconfig", ddconfig, merge=True)
     return model
@@ -46,18 +46,17 @@ def factor(path: Path) -> int:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_full_size(path: Path) -> None:
-    """Latents have the size that the name says; parameters are those of diffusers' class, which has attention in the
-    middle only."""
+def test_latents_and_parameters_at_full_size(path: Path) -> None:
+    """Latents have the size in the name. Parameters equal those of diffusers, with attention only in the middle."""
     config = section(path)
     with torch.device("meta"), torch.no_grad():
         model = instantiate_from_config(config)
         encoded = model.encode(torch.empty(2, 3, 256, 256))
         latents = encoded.mode() if isinstance(model, AutoencoderKL) else encoded[0]
-        pictures = model.decode(latents)
+        images = model.decode(latents)
     side = 256 // factor(path)
     channels = config.params.embed_dim
-    assert latents.shape == (2, channels, side, side) and pictures.shape == (2, 3, 256, 256)
+    assert latents.shape == (2, channels, side, side) and images.shape == (2, 3, 256, 256)
     if "autoencoder_kl" in path.stem:
         assert path.stem.endswith(f"_{side}x{side}x{channels}")
     if not config.params.ddconfig.attn_resolutions:
@@ -81,39 +80,39 @@ def published(params: Any) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Pictures, and a perceptual network."""
-    pictures, network = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("lpips")
+    """Folders of images, and of a perceptual network."""
+    images, network = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("lpips")
     for number in range(6):
-        Image.effect_noise((64, 64), 40 + number).convert("RGB").save(pictures / f"{number}.png")
+        Image.effect_noise((64, 64), 40 + number).convert("RGB").save(images / f"{number}.png")
     write_lpips(network)
-    return pictures, network
+    return images, network
 
 
-def stand_in(path: Path, folders: tuple[Path, Path], folder: Path, *overrides: object, steps: int = 1) -> Path:
-    """Trains a narrow model of the config's shape, without random crops; the log folder."""
-    pictures, network = folders
+def train_small_model(path: Path, folders: tuple[Path, Path], folder: Path, *overrides: object, steps: int = 1) -> Path:
+    """Train a narrow model of the config's shape, without random crops, and return the log folder."""
+    images, network = folders
     params = OmegaConf.load(path).model.params
-    attention = [side // SHRUNK for side in params.ddconfig.attn_resolutions]
-    changes = {"model.params.ddconfig": {"ch": 32, "num_res_blocks": 1, "resolution": 256 // SHRUNK,
+    attention = [side // SHRINK_FACTOR for side in params.ddconfig.attn_resolutions]
+    changes = {"model.params.ddconfig": {"ch": 32, "num_res_blocks": 1, "resolution": 256 // SHRINK_FACTOR,
                                          "attn_resolutions": attention},
                "model.params.lossconfig.params": {"disc_start": 0, "disc_ndf": 8, "perceptual_root": network},
                "data.params": {"batch_size": 2, "num_workers": 0},
-               "data.params.train.params": {"size": 256 // SHRUNK, "random_crop": "false"},
-               "data.params.validation.params": {"size": 256 // SHRUNK},
+               "data.params.train.params": {"size": 256 // SHRINK_FACTOR, "random_crop": "false"},
+               "data.params.validation.params": {"size": 256 // SHRINK_FACTOR},
                "lightning.trainer": {"max_steps": steps, "val_check_interval": 1}}
     if "n_embed" in params:
         changes["model.params"] = {"n_embed": 32}
-    changed = [f"{place}.{key}={value}" for place, values in changes.items() for key, value in values.items()]
+    overridden = [f"{name}.{key}={value}" for name, values in changes.items() for key, value in values.items()]
     with in_project_root():
-        run_main(["--base", str(path), "--data_root", str(pictures), "-l", str(folder), *changed, *map(str, overrides)])
+        run_main(["--base", str(path), "--data_root", str(images), "-l", str(folder), *overridden, *map(str, overrides)])
     (logdir,) = folder.iterdir()
     return logdir
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_a_stand_in_trains(path: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_small_model_trains(path: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Gradients reach both networks, and a checkpoint holds both, but not the perceptual one."""
-    state = load_state(stand_in(path, folders, tmp_path))
+    state = load_state(train_small_model(path, folders, tmp_path))
     assert state["global_step"] == 1
     (optimizer,) = state["optimizer_states"]
     autoencoder, discriminator = (group["params"] for group in optimizer["param_groups"])
@@ -129,12 +128,12 @@ def test_a_stand_in_trains(path: Path, folders: tuple[Path, Path], tmp_path: Pat
 VQ_F4, KL_F8 = (ROOT / "models" / "first_stage_models" / name / "config.yaml" for name in ("vq-f4", "kl-f8"))
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """With two batches to a step and clipped gradients; a VQ model draws nothing at random."""
-    usual = ("lightning.trainer.accumulate_grad_batches=2", "lightning.trainer.gradient_clip_val=0.5",
+def test_a_resumed_run_equals_an_uninterrupted_one(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """With two batches per step and clipped gradients. A VQ model samples nothing at random."""
+    settings = ("lightning.trainer.accumulate_grad_batches=2", "lightning.trainer.gradient_clip_val=0.5",
              "data.params.batch_size=1", "data.params.train.params.size=32", "data.params.validation.params.size=32")
-    straight = load_state(stand_in(VQ_F4, folders, tmp_path / "straight", *usual, steps=3))
-    stopped = stand_in(VQ_F4, folders, tmp_path / "stopped", *usual, steps=2)
+    straight = load_state(train_small_model(VQ_F4, folders, tmp_path / "straight", *settings, steps=3))
+    stopped = train_small_model(VQ_F4, folders, tmp_path / "stopped", *settings, steps=2)
     before = load_state(stopped)["state_dict"]
     resumed = load_state(resume_run(stopped, "--max_steps", 3))
     assert resumed["global_step"] == straight["global_step"] == 3
@@ -143,17 +142,18 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folders: tuple[Path,
     assert not torch.equal(before["decoder.conv_out.weight"], straight["state_dict"]["decoder.conv_out.weight"])
 
 
-def test_without_the_perceptual_network_a_run_says_so_and_leaves_nothing(
+def test_a_missing_perceptual_network_is_named_and_nothing_is_left(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     nowhere = tmp_path / "nowhere"
     missing = re.escape(str(nowhere / "vgg16-397923af.pth"))
     with pytest.raises(UserError, match=f"^{missing}: the perceptual loss needs this file"):
-        stand_in(KL_F8, folders, tmp_path / "logs", f"model.params.lossconfig.params.perceptual_root={nowhere}")
+        train_small_model(KL_F8, folders, tmp_path / "logs",
+                          f"model.params.lossconfig.params.perceptual_root={nowhere}")
     assert not (tmp_path / "logs").exists()
 
 
-def test_gradients_of_both_networks_are_clipped_apart() -> None:
+def test_gradients_of_the_two_networks_are_clipped_separately() -> None:
     model: VQModel = instantiate_from_config(section(VQ_F4, **NARROW))
     optimizer = model.configure_optimizers()["optimizer"]
     for group, size in zip(optimizer.param_groups, (100.0, 0.01), strict=True):
@@ -167,8 +167,8 @@ def test_gradients_of_both_networks_are_clipped_apart() -> None:
         assert after == pytest.approx(min(before, 0.5), rel=1e-3)
 
 
-def test_a_public_checkpoint_loads_where_the_perceptual_network_is_missing(tmp_path: Path) -> None:
-    """It holds that network, and a discriminator, which training goes on with."""
+def test_a_public_checkpoint_loads_without_the_perceptual_network(tmp_path: Path) -> None:
+    """The checkpoint holds that network, and a discriminator, which training continues with."""
     config = section(KL_F8, **NARROW)
     model = instantiate_from_config(config)
     public = {**model.state_dict(), "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1, 64, 1, 1),
@@ -178,8 +178,8 @@ def test_a_public_checkpoint_loads_where_the_perceptual_network_is_missing(tmp_p
     assert all(torch.equal(value, public[key]) for key, value in loaded.state_dict().items())
 
 
-def test_a_diffusion_model_leaves_its_first_stages_loss_out(tmp_path: Path) -> None:
-    """Its checkpoints do, so that it would not go on from them."""
+def test_a_diffusion_model_drops_the_loss_of_its_first_stage(tmp_path: Path) -> None:
+    """Its checkpoints leave the loss out; otherwise it could not resume from them."""
     stage = tiny_models.first_stage_config()
     stage["params"]["lossconfig"] = OmegaConf.to_container(OmegaConf.load(KL_F8).model.params.lossconfig)
     model = instantiate_from_config(tiny_models.latent_diffusion_config(tmp_path, first_stage_config=stage))

@@ -1,4 +1,4 @@
-"""What the flags of main.py do to a run, each in a run of two steps on the bundled model."""
+"""The flags of main.py, each tried in a run of two steps on the bundled model."""
 from __future__ import annotations
 
 import logging
@@ -29,7 +29,7 @@ def concept_of(logdir: Path) -> Concept:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without further flags."""
+    """The log folder of a run without further flags."""
     return train_main(tmp_path_factory.mktemp("plain"), *QUICK)
 
 
@@ -43,8 +43,8 @@ def test_the_seed_decides_the_concept(plain: Path, tmp_path: Path) -> None:
 def test_a_name_and_a_folder(tmp_path: Path) -> None:
     logdir = train_main(tmp_path / "deep" / "runs", *QUICK, "-n", "mine", "-f", "_b", "-s", 5, "-t", "true")
     assert re.fullmatch(r"[\dT-]{19}_mine_b", logdir.name)
-    (kept,) = (logdir / "configs").glob("*-lightning.yaml")
-    assert OmegaConf.load(kept).lightning.seed == 5
+    (saved,) = (logdir / "configs").glob("*-lightning.yaml")
+    assert OmegaConf.load(saved).lightning.seed == 5
 
 
 def test_a_callback_that_is_null_is_left_out(plain: Path, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_callback_that_is_null_is_left_out(plain: Path, tmp_path: Path) -> Non
     assert (logdir / "concept.safetensors").read_bytes() == (plain / "concept.safetensors").read_bytes()
 
 
-def test_without_training_nothing_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_does_not_train_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), training_setup.in_project_root():
         training_setup.run_main([*training_setup.BASE, "-l", str(tmp_path / "logs"), "-t", "false"])
     assert "model and data are ready" in caplog.text
@@ -73,13 +73,13 @@ def test_one_photo_and_a_super_category_of_several_words(tmp_path: Path) -> None
 
 
 def write_photos(folder: Path) -> None:
-    """The same thing, red above and blue below, in every kind of file, and two that are no pictures."""
+    """Write the same image, red above and blue below, in every file format, and two files that are no images."""
     folder.mkdir()
     upright = np.zeros((90, 60, 3), np.uint8)
     upright[:45, :, 0] = upright[45:, :, 2] = 255
     photo = Image.fromarray(upright)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned right by a quarter, as phones save what they hold upright
+    exif[0x0112] = 6  # to be rotated right by 90 degrees, as phones save upright photos
     photo.transpose(Image.Transpose.ROTATE_90).save(folder / "a.JPG", exif=exif, quality=95)
     photo.save(folder / "b.webp", lossless=True)
     photo.convert("L").save(folder / "c.png")
@@ -87,7 +87,7 @@ def write_photos(folder: Path) -> None:
     clear.putalpha(0)
     clear.save(folder / "d.png")
     (folder / "e.png").write_bytes((folder / "b.webp").read_bytes()[:50])
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
 
 
 def test_photos_of_every_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -111,12 +111,12 @@ def test_no_masks(plain: Path, tmp_path: Path) -> None:
     assert not torch.equal(concept_of(logdir).embedding, concept_of(plain).embedding)
 
 
-def test_masks_of_ones_own(tmp_path: Path) -> None:
+def test_masks_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for photo in EXAMPLE.glob("*.png"):
-        drawn = np.zeros((64, 64), np.uint8)
-        drawn[:, :32] = 255
-        Image.fromarray(drawn).save(tmp_path / "mine" / photo.name)
+        mask = np.zeros((64, 64), np.uint8)
+        mask[:, :32] = 255
+        Image.fromarray(mask).save(tmp_path / "mine" / photo.name)
     logdir = train_main(tmp_path / "logs", *QUICK, "--masks", tmp_path / "mine", KEEP_PHOTOS)
     mask = PhotoRecorder.photos.mask(4)[0]
     assert mask[:, :32].min() == 1 and mask[:, 32:].max() == 0
@@ -129,23 +129,24 @@ def test_another_base_model(plain: Path, tmp_path: Path) -> None:
     save_file({**weights, name: weights[name] * 2}, tmp_path / "other.safetensors")
     logdir = train_main(tmp_path / "logs", *QUICK, "--actual_resume", tmp_path / "other.safetensors")
     assert concept_of(logdir).base != concept_of(plain).base
-    (kept,) = (logdir / "configs").glob("*-project.yaml")
-    assert OmegaConf.load(kept).model.params.ckpt_path == str(tmp_path / "other.safetensors")
+    (saved,) = (logdir / "configs").glob("*-project.yaml")
+    assert OmegaConf.load(saved).model.params.ckpt_path == str(tmp_path / "other.safetensors")
 
 
-def test_later_configs_win_and_overrides_most(tmp_path: Path) -> None:
+def test_later_configs_override_earlier_ones_and_overrides_all(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "model: {params: {inference_bias: 0.5, temperature: 0.3}}\nlightning: {trainer: {max_steps: 1}}\n")
     arguments = [*QUICK[2:], "model.params.temperature=0.4"]
     with training_setup.in_project_root():
-        training_setup.run_main([*training_setup.BASE, str(tmp_path / "mine.yaml"), "-l", str(tmp_path / "logs"), *arguments])
+        training_setup.run_main([*training_setup.BASE, str(tmp_path / "mine.yaml"), "-l", str(tmp_path / "logs"),
+                                 *arguments])
     (logdir,) = (tmp_path / "logs").iterdir()
     concept = concept_of(logdir)
     assert (concept.bias, concept.temperature, concept.steps) == (0.5, 0.4, 1)
     assert logdir.name.endswith("_mine")
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["--data_root", "nowhere"], "nowhere"), (["--data_root", "{empty}"], "no picture|no photo"),
     (["--init_word", ""], "--init_word"), (["--masks", "{empty}"], "{empty}"),
     (["--actual_resume", "nowhere.ckpt"], "nowhere.ckpt: no such file"),
@@ -153,10 +154,10 @@ def test_later_configs_win_and_overrides_most(tmp_path: Path) -> None:
     (["lightning.trainer.steps=1"], "steps"), (["modle.params.bias=1"], "modle"), (["--stpes", "3"], "--stpes"),
     (["--base", "nowhere.yaml"], "nowhere.yaml: no such file"),
 ])
-def test_mistakes_leave_nothing_behind(tmp_path: Path, arguments: list[str], named: str) -> None:
+def test_mistakes_leave_nothing_behind(tmp_path: Path, arguments: list[str], message: str) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         train_main(tmp_path / "logs", *QUICK, *(argument.format(empty=empty) for argument in arguments))
-    assert re.search(named.format(empty=empty), str(refused.value)) and "\n" not in str(refused.value)
+    assert re.search(message.format(empty=empty), str(error.value)) and "\n" not in str(error.value)
     assert not (tmp_path / "logs").exists()

@@ -1,4 +1,4 @@
-"""Runs of main.py that learn several of the bundled examples at once: what they are told, and what they leave."""
+"""Runs of main.py that learn several of the bundled examples at once: their flags, and their files."""
 from __future__ import annotations
 
 import re
@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_main(tmp_path_factory.mktemp("two"), *QUICK)
 
 
-def test_each_concept_has_its_file_and_pictures(run: Path) -> None:
+def test_each_concept_has_its_file_and_previews(run: Path) -> None:
     for name, category in (("teddy", "teddy bear"), ("teapot", "teapot")):
         (concept,) = load_perfusion_concepts(run / f"{name}.safetensors")
         assert (concept.placeholder, concept.super_category, concept.steps) == (f"<{name}>", category, 3)
@@ -34,7 +34,7 @@ def test_each_concept_has_its_file_and_pictures(run: Path) -> None:
     assert len(list((run / "masks").iterdir())) == sum(len(list((EXAMPLES / n).iterdir())) for n in ("teddy", "teapot"))
 
 
-def test_an_interrupted_run_goes_on_to_the_same_concepts(run: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_concepts(run: Path, tmp_path: Path) -> None:
     logdir = train_main(tmp_path, *QUICK, "lightning.callbacks.ctrl_c.target=helpers.training_setup.InterruptAt",
                    "lightning.callbacks.ctrl_c.params.batch=1")
     assert load_state(logdir)["global_step"] == 2
@@ -67,26 +67,26 @@ def test_words_and_folders_of_several_concepts_reach_model_and_data() -> None:
     assert list(named) == ["<my-cats>", "<b>"]
 
 
-def test_one_concept_is_described_as_ever() -> None:
+def test_a_single_concept_is_described_without_lists() -> None:
     config = read("--data_root", "photos", "--init_word", "cat", "--placeholder", "<x>", "model.params.bias=0.5")
     assert config.data.params.train.params.data_root == "photos" and config.model.params.super_category == "cat"
     assert config.model.params.placeholder == "<x>" and config.model.params.bias == 0.5
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (TWO[:3], "2 things to learn; say what they are"),
+@pytest.mark.parametrize(("arguments", "message"), [
+    (TWO[:3], "2 subjects; say what they are"),
     ((*TWO, "--placeholder", "<a>"), r"placeholder_token: 1 of them \(<a>\) for 2 folders of photos"),
     ((*TWO, "--placeholder", "<a>", "<A>"), "<a> is given twice"), ((*TWO, "cat"), "3 super-categories"),
     ((*TWO, "--masks", EXAMPLES / "teddy"), "mask_root: 1 of them .* for 2 folders"),
     ((*TWO, "data.params.concepts_per_batch=0"), "concepts_per_batch 0"),
 ])
-def test_mistakes_are_named_in_a_line(tmp_path: Path, arguments: tuple[object, ...], said: str) -> None:
-    with pytest.raises(UserError) as refused:
+def test_mistakes_raise_a_user_error_of_one_line(tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(UserError) as error:
         train_main(tmp_path, "--max_steps", 1, *arguments)
-    assert re.search(said, str(refused.value)) and "\n" not in str(refused.value)
+    assert re.search(message, str(error.value)) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_config_that_teaches_no_concept_takes_one_folder() -> None:
-    with pytest.raises(UserError, match="does not teach concepts"):
+def test_a_config_that_trains_no_concept_takes_one_folder() -> None:
+    with pytest.raises(UserError, match="does not train concepts"):
         read("--base", ROOT / "configs" / "mini" / "autoencoder.yaml", "--data_root", "a", "b")

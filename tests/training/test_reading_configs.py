@@ -1,3 +1,4 @@
+"""How YAML files, flags and overrides become the config of a run."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -26,32 +27,32 @@ def read(*arguments: str) -> object:
         b"!!python/object/apply:os.getcwd []",
     ],
 )
-def test_files_that_are_no_configs(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_configs_raise_a_user_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="x.yaml: ") as refused:
+    with pytest.raises(UserError, match="x.yaml: ") as error:
         read("--base", str(path))
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("second", "override"), [
     ("{}", "model.params.used_layers.0=x"), ("{}", "data.params.train.params.templates.0=a"),
     ("{lightning: [1]}", "a=1"), ("{1: 2}", "a=1")])
-def test_what_does_not_fit_the_config_before_it(tmp_path: Path, second: str, override: str) -> None:
+def test_what_does_not_fit_the_earlier_config_raises_a_user_error(tmp_path: Path, second: str, override: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(second)
     with pytest.raises(UserError):
         read("--base", "configs/perfusion.yaml", str(path), override)
 
 
-def test_without_masks_those_of_a_run_before_are_left_out_too() -> None:
+def test_no_masks_overrides_the_mask_folder_of_the_config() -> None:
     config = read("--base", "configs/perfusion.yaml", "--masks", "none")
     own = read("--base", "configs/perfusion.yaml", "--masks", "none", "data.params.train.params.mask_root=mine")
     assert config.model.params.segmenter is config.data.params.train.params.mask_root is None
-    assert own.data.params.train.params.mask_root == "mine"  # what is said last counts
+    assert own.data.params.train.params.mask_root == "mine"  # the last one counts
 
 
-def test_a_mistake_of_ours_is_not_taken_for_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_not_reported_as_a_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: str) -> None:
         raise TypeError("a bug")
 

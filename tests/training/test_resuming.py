@@ -1,4 +1,4 @@
-"""Runs that are stopped, by Ctrl-C, by force or by themselves, and go on to the result of one that is not."""
+"""Runs that Ctrl-C, a kill or their own end stops, and that resume to the result of an uninterrupted run."""
 from __future__ import annotations
 
 import functools
@@ -19,16 +19,16 @@ from ldm.concepts.concept_file import load_perfusion_concepts
 
 STEPS = 12
 WAITING = "lightning.callbacks.waiting"
-LONG = (*FEW_IMAGES, "--max_steps", STEPS, "data.params.batch_size=4")
+LONG_RUN = (*FEW_IMAGES, "--max_steps", STEPS, "data.params.batch_size=4")
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_main(tmp_path_factory.mktemp("straight"), *LONG)
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_main(tmp_path_factory.mktemp("long_run"), *LONG_RUN)
 
 
-def same(logdir: Path, other: Path) -> None:
-    """Both runs end in the same concept file, and the last checkpoint has the same numbers in full precision."""
+def assert_same_result(logdir: Path, other: Path) -> None:
+    """Compare the concept files of two runs and, in full precision, their last checkpoints."""
     assert (logdir / "concept.safetensors").read_bytes() == (other / "concept.safetensors").read_bytes()
     ours, theirs = load_state(logdir), load_state(other)
     assert ours["global_step"] == theirs["global_step"] and ours["state_dict"].keys() == theirs["state_dict"].keys()
@@ -36,10 +36,11 @@ def same(logdir: Path, other: Path) -> None:
         assert torch.equal(value, theirs["state_dict"][name]), name
 
 
-def signalled(folder: Path, number: int, batch: int, *arguments: object) -> tuple[int, str]:
-    """Starts a run in `folder` and signals it in its batch `batch`; exit status and whole output."""
-    process = start_process("main.py", *BASE, "-l", folder, *LONG, f"{WAITING}.target=helpers.training_setup.WaitForInterrupt",
-                    f"{WAITING}.params.batch={batch}", *arguments)
+def run_and_signal(folder: Path, number: int, batch: int, *arguments: object) -> tuple[int, str]:
+    """Start a run in `folder`, signal it in batch `batch`, and return its exit status and output."""
+    process = start_process("main.py", *BASE, "-l", folder, *LONG_RUN,
+                            f"{WAITING}.target=helpers.training_setup.WaitForInterrupt",
+                            f"{WAITING}.params.batch={batch}", *arguments)
     output = ""
     for line in process.stdout:
         output += line
@@ -48,83 +49,86 @@ def signalled(folder: Path, number: int, batch: int, *arguments: object) -> tupl
     return process.wait(), output
 
 
-def test_ctrl_c_keeps_the_concept_and_says_how_to_go_on(straight: Path, tmp_path: Path) -> None:
-    status, output = signalled(tmp_path, signal.SIGINT, 3)
+def test_ctrl_c_saves_the_concept_and_prints_how_to_continue(long_run: Path, tmp_path: Path) -> None:
+    status, output = run_and_signal(tmp_path, signal.SIGINT, 3)
     (logdir,) = tmp_path.iterdir()
     assert status == 0 and "Traceback" not in output, output
     (concept,) = load_perfusion_concepts(logdir / "concept.safetensors")
     assert concept.steps == load_state(logdir)["global_step"] == 4
-    command = re.search(r"stopped after 4 steps; go on with: python main.py (.*)", output)
+    command = re.search(r"stopped after 4 steps; continue with: python main.py (.*)", output)
     resume_run(logdir, *shlex.split(command[1])[2:], f"{WAITING}.params.batch=-1")
     assert shlex.split(command[1])[:2] == ["--resume", str(logdir)]
-    same(logdir, straight)
+    assert_same_result(logdir, long_run)
     (concept,) = load_perfusion_concepts(logdir / "concept.safetensors")
     assert concept.steps == STEPS
     assert [path.name for path in (logdir / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(straight: Path, tmp_path: Path) -> None:
-    status, output = signalled(tmp_path, signal.SIGKILL, 6, "lightning.modelcheckpoint.every_n_train_steps=4")
+def test_a_killed_run_resumes_from_its_last_checkpoint(long_run: Path, tmp_path: Path) -> None:
+    status, output = run_and_signal(tmp_path, signal.SIGKILL, 6, "lightning.modelcheckpoint.every_n_train_steps=4")
     (logdir,) = tmp_path.iterdir()
     assert status == -signal.SIGKILL, output
     assert load_state(logdir)["global_step"] == 4 and not (logdir / "concept.safetensors").exists()
-    same(resume_run(logdir, f"{WAITING}.params.batch=-1"), straight)
+    assert_same_result(resume_run(logdir, f"{WAITING}.params.batch=-1"), long_run)
 
 
-def short(parts: int, *arguments: object) -> tuple[object, ...]:
-    """A run of 6 steps of `parts` batches; an epoch has 5 batches, so that its last step may have fewer."""
+def short_run(micro_batches: int, *arguments: object) -> tuple[object, ...]:
+    """Return arguments for 6 steps of so many batches. An epoch has 5, so its last step may have fewer."""
     return (*QUICK, "--max_steps", 6, "data.params.train.params.repeats=2",
-            f"lightning.trainer.accumulate_grad_batches={parts}", *arguments)
+            f"lightning.trainer.accumulate_grad_batches={micro_batches}", *arguments)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Such runs with a checkpoint of every step."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Short runs with a checkpoint of every step."""
 
     @functools.cache
-    def run(parts: int) -> Path:
-        return train_main(tmp_path_factory.mktemp("whole"), *short(parts), "lightning.modelcheckpoint.every_n_train_steps=1",
-                     "lightning.modelcheckpoint.save_top_k=-1")
+    def run(micro_batches: int) -> Path:
+        return train_main(tmp_path_factory.mktemp("uninterrupted"), *short_run(micro_batches),
+                          "lightning.modelcheckpoint.every_n_train_steps=1", "lightning.modelcheckpoint.save_top_k=-1")
 
     return run
 
 
-@pytest.mark.parametrize(("parts", "step"), [(1, 2), (1, 5), (2, 1), (2, 3)])
-def test_going_on_from_any_checkpoint(whole: Callable[[int], Path], tmp_path: Path, parts: int, step: int) -> None:
+@pytest.mark.parametrize(("micro_batches", "step"), [(1, 2), (1, 5), (2, 1), (2, 3)])
+def test_resuming_from_any_checkpoint(
+    uninterrupted: Callable[[int], Path], tmp_path: Path, micro_batches: int, step: int
+) -> None:
     """Within and at the end of an epoch."""
-    shutil.copytree(whole(parts), tmp_path / "run")
+    shutil.copytree(uninterrupted(micro_batches), tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob(f"*-{step:08}.ckpt")
     (tmp_path / "run" / "concept.safetensors").unlink()
     resume_run(checkpoint)
-    same(tmp_path / "run", whole(parts))
+    assert_same_result(tmp_path / "run", uninterrupted(micro_batches))
 
 
-@pytest.mark.parametrize(("parts", "steps"), [(1, 4), (1, 5), (2, 3)])
-def test_a_run_of_more_steps_is_a_longer_run(
-    whole: Callable[[int], Path], tmp_path: Path, parts: int, steps: int
+@pytest.mark.parametrize(("micro_batches", "steps"), [(1, 4), (1, 5), (2, 3)])
+def test_resuming_with_more_steps_equals_a_longer_run(
+    uninterrupted: Callable[[int], Path], tmp_path: Path, micro_batches: int, steps: int
 ) -> None:
-    logdir = train_main(tmp_path, *short(parts), "--max_steps", steps)
+    logdir = train_main(tmp_path, *short_run(micro_batches), "--max_steps", steps)
     assert load_state(logdir)["global_step"] == steps
-    same(resume_run(logdir, "--max_steps", 6), whole(parts))
+    assert_same_result(resume_run(logdir, "--max_steps", 6), uninterrupted(micro_batches))
 
 
 @pytest.mark.parametrize("interval", [4, 6, 100])
 def test_the_last_checkpoint_is_of_the_last_step(tmp_path: Path, interval: int) -> None:
-    logdir = train_main(tmp_path, *short(1), f"lightning.modelcheckpoint.every_n_train_steps={interval}")
+    logdir = train_main(tmp_path, *short_run(1), f"lightning.modelcheckpoint.every_n_train_steps={interval}")
     assert load_state(logdir)["global_step"] == 6
 
 
-@pytest.mark.parametrize(("parts", "batch", "steps"), [(1, 4, 5), (2, 2, 2)])
-def test_ctrl_c_ends_with_a_whole_step(
-    whole: Callable[[int], Path], tmp_path: Path, parts: int, batch: int, steps: int
+@pytest.mark.parametrize(("micro_batches", "batch", "steps"), [(1, 4, 5), (2, 2, 2)])
+def test_ctrl_c_completes_the_step(
+    uninterrupted: Callable[[int], Path], tmp_path: Path, micro_batches: int, batch: int, steps: int
 ) -> None:
-    logdir = train_main(tmp_path, *short(parts), "lightning.callbacks.ctrl_c.target=helpers.training_setup.InterruptAt",
-                   f"lightning.callbacks.ctrl_c.params.batch={batch}")
+    logdir = train_main(tmp_path, *short_run(micro_batches),
+                        "lightning.callbacks.ctrl_c.target=helpers.training_setup.InterruptAt",
+                        f"lightning.callbacks.ctrl_c.params.batch={batch}")
     assert load_state(logdir)["global_step"] == steps
-    same(resume_run(logdir, "lightning.callbacks.ctrl_c.params.batch=-1"), whole(parts))
+    assert_same_result(resume_run(logdir, "lightning.callbacks.ctrl_c.params.batch=-1"), uninterrupted(micro_batches))
 
 
-def test_a_resumed_run_shows_its_pictures_from_the_start(tmp_path: Path) -> None:
+def test_a_resumed_run_previews_the_start_again(tmp_path: Path) -> None:
     logdir = train_main(tmp_path / "logs", *QUICK, "lightning.callbacks.previews.params.during=0")
     sheet = logdir / "images" / "before_during_after.png"
     rows_before = Image.open(sheet).height  # photos, before, after
@@ -137,10 +141,10 @@ def test_a_resumed_run_shows_its_pictures_from_the_start(tmp_path: Path) -> None
     lambda weights: weights.pop("concepts.0.embedding"),
     lambda weights: (weights.clear(), weights.update({"encoder.conv_in.weight": torch.ones(4, 3, 3, 3)})),
 ], ids=["shape", "missing", "autoencoder"])
-def test_a_checkpoint_of_another_model(
-    whole: Callable[[int], Path], tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object]
+def test_a_checkpoint_of_another_model_raises_a_user_error(
+    uninterrupted: Callable[[int], Path], tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object]
 ) -> None:
-    shutil.copytree(whole(1), tmp_path / "run")
+    shutil.copytree(uninterrupted(1), tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     state = torch.load(checkpoint, weights_only=True)
     change(state["state_dict"])
@@ -152,16 +156,16 @@ def test_a_checkpoint_of_another_model(
     assert sorted((tmp_path / "run").glob("[!t]*/*")) == before
 
 
-@pytest.mark.parametrize("most", [(), ("--max_steps", 5)])
-def test_a_run_that_is_over(whole: Callable[[int], Path], most: tuple[object, ...]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in whole(1).rglob("*")}
-    with pytest.raises(UserError, match=rf"has taken 6 steps of {most[-1] if most else 6}; to go on, give more"):
-        resume_run(whole(1), *most)
-    assert {path: path.stat().st_mtime_ns for path in whole(1).rglob("*")} == before
+@pytest.mark.parametrize("flags", [(), ("--max_steps", 5)])
+def test_a_finished_run_cannot_be_resumed(uninterrupted: Callable[[int], Path], flags: tuple[object, ...]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted(1).rglob("*")}
+    with pytest.raises(UserError, match=rf"has taken 6 steps of {flags[-1] if flags else 6}; to continue, give more"):
+        resume_run(uninterrupted(1), *flags)
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted(1).rglob("*")} == before
 
 
 @pytest.mark.parametrize("given", ["nowhere", "", "last.ckpt"])
-def test_nothing_to_go_on_from(tmp_path: Path, given: str) -> None:
+def test_resuming_from_nothing_raises_a_user_error(tmp_path: Path, given: str) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match=re.escape(f"--resume {tmp_path / 'run' / given}: ")):
         run_main(["--resume", str(tmp_path / "run" / given)])
