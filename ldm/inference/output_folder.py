@@ -43,7 +43,7 @@ class OutputFolder:
         chunks = PngImagePlugin.PngInfo()
         chunks.add_text(METADATA_CHUNK, json.dumps(metadata))
         path = next(self._free_images)
-        write_atomically(path, lambda aside: image.save(aside, format="PNG", pnginfo=chunks))
+        write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
         self.images.append(path)
         self._pending.append((image, title))
         if len(self._pending) == self.columns * ROWS:
@@ -53,7 +53,7 @@ class OutputFolder:
     def add_extra(self, name: str, image: Image.Image) -> Path:
         """Write an image that belongs to the run but was not generated, such as a mask, as `<name>-0000.png`."""
         path = next(_free_paths(self.folder, f"{name}-", 4))
-        return write_atomically(path, lambda aside: image.save(aside, format="PNG"))
+        return write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
 
     def finish_sheet(self) -> None:
         """Write the contact sheet of the images added since the last one, if there are any."""

@@ -289,10 +289,10 @@ class PerfusionPipeline:
 
     def prompt_encoder(self, concepts: Sequence[AnyConcept]) -> AnyPromptEncoder:
         """Return the encoder of prompts with these concepts; that of the last call is kept."""
-        wanted = list(concepts)
-        if self._cached_encoder is None or not _are_same(self._cached_encoder[0], wanted):
-            encoder = build_prompt_encoder(self.model, wanted, self.defaults.covariance)
-            self._cached_encoder = wanted, encoder
+        requested = list(concepts)
+        if self._cached_encoder is None or not _are_same(self._cached_encoder[0], requested):
+            encoder = build_prompt_encoder(self.model, requested, self.defaults.covariance)
+            self._cached_encoder = requested, encoder
         return self._cached_encoder[1]
 
     def latents(self, encoded: EncodedPrompts, requests: Sequence[GenerationRequest], settings: GenerationSettings,

@@ -238,7 +238,7 @@ def test_the_output_names_a_random_seed_that_gives_the_image_again(pipeline: Per
     assert max_difference(generate(pipeline, seed=first.seeds[0]), pixels(first.images)) == 0
 
 
-def test_a_generator_takes_the_place_of_a_seed(pipeline: PerfusionPipeline) -> None:
+def test_a_generator_may_be_given_instead_of_a_seed(pipeline: PerfusionPipeline) -> None:
     def generator(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
