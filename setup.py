@@ -17,6 +17,8 @@ setup(
         "open-clip-torch",
         "kornia>=0.7",  # varies the pictures that the segmenter is trained on
         "numpy",
+        "scipy",  # resamples the means of evaluations
+        "filelock",  # keeps two evaluations out of one folder
         "pillow>=10.1",
         "safetensors>=0.4",
         "tensorboard",
@@ -27,6 +29,6 @@ setup(
     extras_require={
         "evaluation": ["matplotlib"],
         "benchmark": ["diffusers>=0.35", "peft"],
-        "test": ["pytest", "hypothesis", "scipy", "diffusers>=0.35", "perfusion-pytorch", "ruff", "matplotlib", "peft"],
+        "test": ["pytest", "hypothesis", "diffusers>=0.35", "perfusion-pytorch", "ruff", "matplotlib", "peft"],
     },
 )

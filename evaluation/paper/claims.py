@@ -1,299 +1,314 @@
-"""The paper's statements, and whether they are seen here: "seen", "not seen", or "not decidable here".
+"""Claims about each study, and whether the measurements support them.
 
-Each statement is put as numbers that are positive where it is true. By their 95 % intervals, from a bootstrap over
-concepts and prompts (see `evaluation.stats.crossed`) that draws the same ones for all methods, it is
+To add a claim, yield it from the function of its study, or write such a function and decorate it with `claims_about`.
+`evaluation.paper.decisions` has the rule that decides.
 
-    seen                  where their interval lies above 0,
-    not seen              where it lies below 0, or within `MARGIN` on both sides of it: then the difference,
-                          whichever way it goes, is too small to matter,
-    not decidable here    otherwise: more concepts, prompts or seeds would have to tell.
-
-Nothing is decided on fewer than `FEWEST_CONCEPTS` concepts: what they have in common by chance cannot be told from what
-is true of any.
-
-"A better trade-off" means more text similarity at equal image similarity: one curve above another (see
-`evaluation.stats.tradeoff`). Where a method lies beyond the curve in more than `OUTSIDE` of the resamples, having more image
-similarity than the curve reaches at any bias, it is compared there with the curve's end of most likeness. That can
-refute the statement, where less likeness comes with less of the prompt, too; it cannot support it. Where it lies below
-the curve, it is the other way round: more of the prompt with more likeness supports the statement, less of the prompt
-decides nothing. A baseline is compared the other way about as well, by image similarity at equal text similarity: one
-that has hardly learned the concept has nearly all of the prompt, and less likeness than the curve has anywhere. To be
-above a method that is worse than the untaught base model in text and in image similarity says nothing either: that
-method was badly taught.
-
-"A higher bias does so" is not seen where any step between neighbouring biases goes back by more than `MARGIN`, by
-intervals that are widened for the number of steps (Bonferroni).
+Two rules are added to it here. A baseline is also compared by image similarity at equal text similarity: a baseline
+that has hardly learned the concept follows the prompt almost perfectly, so it lies where no curve reaches in the first
+comparison. And nothing follows from a comparison with a baseline that has less text and less image similarity than the
+base model: it was trained badly.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.paper import studies
-from evaluation.paper.measurements import Row
-from evaluation.paper.studies import Curve, Setting, Study
-from evaluation.paper.training_runs import Cost
-from evaluation.stats.crossed import Cell, figure_of, means
+from evaluation.paper.decisions import (
+    INCONCLUSIVE,
+    MARGIN,
+    MIN_CONCEPTS,
+    NOT_SUPPORTED,
+    SUPPORTED,
+    decide,
+    decide_gap,
+)
+from evaluation.paper.design import Study, StudyCurve, Variant
+from evaluation.paper.methods import BASE_MODEL, CUSTOM_DIFFUSION, PERFUSION, TEXTUAL_INVERSION
+from evaluation.paper.results import Results
+from evaluation.paper.studies import STUDIES
+from evaluation.stats.crossed import percentile_estimate, resampled_means
 from evaluation.stats.intervals import CONFIDENCE, Estimate
-from evaluation.stats.tradeoff import Gap, Traced, gap, steps, traced
+from evaluation.stats.tradeoff import CurveGap, TradeoffCurve, compare_curves, neighbor_differences
 
-SEEN, NOT_SEEN, UNDECIDED = "seen", "not seen", "not decidable here"
-MARGIN = 0.5  # of cosines x 100, which for the bundled evaluation CLIP range from -50 to 90
-OUTSIDE = 0.025  # of resamples
-FEWEST_CONCEPTS = 5
-TEMPERATURE = 0.15
-TOGETHER = 60.0  # % of pictures in which two concepts are recognised, by the issue
-TIMES = 2  # as often as merged Textual Inversion
-MOST_BYTES = 100_000
-TIMES_SMALLER = 10  # than files that hold weights
+CLAIMED_TEMPERATURE = 0.15
+PAIR_GOAL = 60.0  # % of images in which both concepts are recognized
+# How many times as often as a baseline Perfusion has to generate both concepts. The second number is in words.
+PAIR_FACTORS = {TEXTUAL_INVERSION: (2, "at least twice as often as"), CUSTOM_DIFFUSION: (1, "more often than")}
+MAX_BYTES = 100_000
+MIN_SIZE_RATIO = 10  # of files that hold weights to Perfusion's
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A statement, what is to be said of it, and the numbers that say it."""
+class Claim:
+    """A claim and what follows from the measurements of a study.
+
+    Attributes:
+        text: the claim.
+        outcome: `SUPPORTED`, `NOT_SUPPORTED` or `INCONCLUSIVE`.
+        evidence: the numbers that decide.
+    """
+
+    text: str
+    outcome: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class ClaimCheck:
+    """A checked claim, as reports show it; attributes as in `Claim`, and the key of the study."""
 
     study: str
-    statement: str
-    verdict: str
-    numbers: str
+    claim: str
+    outcome: str
+    evidence: str
 
 
-@dataclass(frozen=True)
-class Found:
-    """All that was measured: the rows of each setting and the concepts in its pictures, and what teaching cost."""
-
-    rows: Mapping[tuple[Setting, tuple[str, ...]], Sequence[Row]]
-    costs: Mapping[studies.Method, Sequence[Cost]]
-
-    @property
-    def concepts(self) -> set[str]:
-        """The names of those in the pictures."""
-        return {name for _, names in self.rows for name in names}
-
-    def cells(self, setting: Setting, measure: str) -> dict[Cell, list[float]]:
-        """The values of a setting's pictures for which the measure says something."""
-        found: dict[Cell, list[float]] = {}
-        for (which, names), rows in self.rows.items():
-            for row in rows if which == setting else ():
-                if row[measure] is not None:
-                    found.setdefault(Cell(names, row["template"]), []).append(row[measure])
-        return found
-
-    def traced(self, curve: Curve) -> Traced:
-        return traced(*([self.cells(setting, measure) for setting in curve.settings] for measure in ("text", "image")))
+Claims = Iterator[Claim]
+ClaimFunction = Callable[[Study, Results], Claims]
+CLAIMS: dict[str, ClaimFunction] = {}  # key of the study -> function that yields its claims
 
 
-def verdict_of(figure: Estimate, margin: float = MARGIN) -> str:
-    """By the rule above."""
-    if figure.low > 0:
-        return SEEN
-    return NOT_SEEN if figure.high < 0 or -margin < figure.low <= figure.high < margin else UNDECIDED
+def claims_about(study: str) -> Callable[[ClaimFunction], ClaimFunction]:
+    """Return a decorator that registers a function as the source of a study's claims.
+
+    Raises:
+        ValueError: if there is no such study.
+    """
+    if study not in STUDIES:
+        raise ValueError(f"claims about {study!r}: there is no such study")
+
+    def register(function: ClaimFunction) -> ClaimFunction:
+        CLAIMS[study] = function
+        return function
+
+    return register
 
 
-def verdict_of_gap(found: Gap) -> str:
-    """By the rule above, for one curve over another."""
-    idle = {SEEN: found.beyond > OUTSIDE, NOT_SEEN: found.below > OUTSIDE}
-    verdict = verdict_of(found.figure, 0 if any(idle.values()) else MARGIN)
-    return UNDECIDED if idle.get(verdict) else verdict
+def check_claims(study: Study, results: Results) -> Iterator[ClaimCheck]:
+    """Yield every claim about a study, checked; none if no claims are registered."""
+    count = len(results.concepts)
+    is_too_few = 0 < count < MIN_CONCEPTS  # there are no images of a cost study, whose numbers do not vary
+    reason = f"; {count} concepts, at least {MIN_CONCEPTS} are needed to generalize over concepts" if is_too_few else ""
+    function = CLAIMS.get(study.key)
+    for claim in function(study, results) if function is not None else ():
+        outcome = INCONCLUSIVE if is_too_few else claim.outcome
+        yield ClaimCheck(study.key, claim.text, outcome, claim.evidence + reason)
 
 
-def verdicts(study: Study, found: Found) -> Iterator[Verdict]:
-    """What is to be said of the statements that a study is about."""
-    count = len(found.concepts)
-    few = 0 < count < FEWEST_CONCEPTS  # none: of costs, which are the same for all
-    reason = f"; {count} concepts, at least {FEWEST_CONCEPTS} are needed to generalise over concepts" if few else ""
-    for statement, verdict, numbers in JUDGES[study.key](study, found):
-        yield Verdict(study.key, statement, UNDECIDED if few else verdict, numbers + reason)
+# The claims, study by study
 
 
-Judgement = tuple[str, str, str]
-Judged = Iterator[Judgement]
+@claims_about("baselines")
+def _baselines(study: Study, results: Results) -> Claims:
+    own = study.curves[0]
+    yield from _above_points(own.name, results.curve(_full_curve(study.curves)), study.curves, results)
+    if len(own.variants) > 1:
+        sweep, ends = results.curve(own), f"from bias {own.variants[0].bias:g} to {own.variants[-1].bias:g}"
+        yield _rises("a higher bias follows the prompt more", sweep.text, ends)
+        yield _rises("a higher bias is less like the concept", -sweep.image, ends)
 
 
-def _above(statement: str, first: Traced, second: Traced, names: tuple[str, str]) -> Judgement:
-    """The statement that one curve lies above another."""
-    return _compared(statement, gap(first, second), names, "text", "image")
+@claims_about("locking")
+def _locking(study: Study, results: Results) -> Claims:
+    local, global_lock, trained = map(results.curve, study.curves)
+    yield _is_above("key-locking gives a better trade-off than trained keys", local, trained, ("it", "trained keys"))
+    local_at_same = results.curve(_at_biases_of(study.curves[1], study.curves[0]))
+    yield _is_more("the local lock is more like the concept than the global lock",
+                   local_at_same.image - global_lock.image)
+    yield _is_more("the global lock follows the prompt more than the local lock",
+                   global_lock.text - local_at_same.text)
 
 
-def _beside(statement: str, first: Traced, second: Traced, names: tuple[str, str]) -> Judgement:
-    """The statement that one curve has more image similarity than another at equal text similarity."""
-    return _compared(statement, gap(first.transposed, second.transposed), names, "image", "text")
+@claims_about("projection")
+def _projection(study: Study, results: Results) -> Claims:
+    """Not claims of the paper: is the projection that this project adds an improvement?"""
+    gated, full = map(results.curve, study.curves)
+    yield _follows_more("a gated projection follows the prompt more than Eq. 3's", *study.curves, results)
+    yield _is_above("a gated projection gives a better trade-off than Eq. 3's", gated, full, ("gated", "Eq. 3's"))
 
 
-def _compared(statement: str, found: Gap, names: tuple[str, str], gained: str, equal: str) -> Judgement:
-    """The statement that a curve has more of one similarity than another where the other similarity is equal."""
-    numbers = f"{gained} similarity {_signed(found.figure)} {_where(found, names, equal)}"
-    return statement, verdict_of_gap(found), numbers
+@claims_about("values")
+def _values(study: Study, results: Results) -> Claims:
+    """Are this project's additions an improvement, and how good is Perfusion without them?"""
+    own = study.curves[0]
+    others = [curve for curve in study.curves[1:] if curve.variants[0].method.has_bias]
+    measured_own, measured_others = results.curve(own), [results.curve(other) for other in others]
+    for other, measured in zip(others, measured_others, strict=True):
+        yield _follows_more(f"{own.name} follows the prompt more than {other.name}", own, other, results)
+        yield _is_above(f"{own.name} gives a better trade-off than {other.name}", measured_own, measured,
+                        (own.name, other.name))
+    for other, measured in zip(others, measured_others, strict=True):
+        yield from _above_points(other.name, measured, study.curves, results)
 
 
-def _where(found: Gap, names: tuple[str, str], equal: str = "image") -> str:
-    """At what similarity two curves of these names were compared."""
-    outside = ((found.beyond, f"more than {names[0]} reaches"), (found.below, f"less than {names[0]} has anywhere"))
+@claims_about("masks")
+def _masks(study: Study, results: Results) -> Claims:
+    masked, plain = map(results.curve, study.curves)
+    yield _follows_more("masks raise text similarity", *study.curves, results)
+    yield _is_above("masks give a better trade-off", masked, plain, ("masked", "no masks"))
+
+
+@claims_about("one_photo")
+def _one_photo(study: Study, results: Results) -> Claims:
+    all_photos, one_photo = map(results.curve, study.curves)
+    yield _follows_more("one photo follows the prompt less than all of them", *study.curves, results)
+    yield _is_above("one photo gives a worse trade-off than all of them", all_photos, one_photo,
+                    ("all photos", "one photo"))
+
+
+@claims_about("training_bias")
+def _training_bias(study: Study, results: Results) -> Claims:
+    higher, lower = study.curves
+    yield _is_above(f"a higher training bias gives a better trade-off ({higher.name} over {lower.name})",
+                    *map(results.curve, study.curves), (higher.name, lower.name))
+
+
+@claims_about("temperature")
+def _temperature(study: Study, results: Results) -> Claims:
+    own, *others = study.curves
+    (claimed,) = [other for other in others if other.variants[0].temperature == CLAIMED_TEMPERATURE]
+    gap = compare_curves(results.curve(own), results.curve(claimed))
+    where = _where(gap, ("the curve", claimed.name), "image")
+    yield Claim(f"an inference temperature of {CLAIMED_TEMPERATURE:g} gives a better trade-off than that of training",
+                decide_gap(gap.swapped()), f"text similarity {_signed(gap.swapped().difference)} {where}")
+
+
+@claims_about("two_concepts")
+def _two_concepts(study: Study, results: Results) -> Claims:
+    """The first bias is judged: choosing the best bias by the images that are judged would be unfair."""
+    def share(variant: Variant, column: str = "attributes") -> np.ndarray:
+        return resampled_means([results.cells(variant, column)])[0]
+
+    own = next(variant for variant in study.variants if variant.method.has_bias)
+    own_share = share(own)
+    shown = percentile_estimate(own_share).text("%")
+    outcome, reason = decide(percentile_estimate(own_share - PAIR_GOAL), margin=0), ""
+    # A base model that cannot generate two plain subjects limits every method.
+    plain = percentile_estimate(share(Variant(BASE_MODEL), "super_categories"))
+    if outcome != SUPPORTED and plain.high < PAIR_GOAL:
+        outcome = INCONCLUSIVE
+        reason = f"; the base model itself generates both super-categories in only {plain.text('%')}"
+    yield Claim(f"two concepts, each with its own attributes, in at least {PAIR_GOAL:g} % of images", outcome,
+                f"{shown} at {own.label}{reason}")
+
+    for method, (factor, words) in PAIR_FACTORS.items():
+        if method in study.methods:
+            other_share = share(Variant(method))
+            yield Claim(f"two concepts {words} merged {method.name}",
+                        decide(percentile_estimate(own_share - factor * other_share), margin=0),
+                        f"{shown} against {percentile_estimate(other_share).text('%')}")
+
+
+@claims_about("cost")
+def _cost(study: Study, results: Results) -> Claims:
+    sizes = {method: max(cost.size for cost in results.costs[method]) for method in study.methods}
+    own_size = sizes.pop(PERFUSION)
+    yield Claim("a concept is a file of less than 100 KB", SUPPORTED if own_size < MAX_BYTES else NOT_SUPPORTED,
+                f"{own_size / 1e3:.1f} KB")
+    with_weights = [size for method, size in sizes.items() if method.stores_weights]
+    if with_weights:
+        is_smaller = min(with_weights) > MIN_SIZE_RATIO * own_size
+        evidence = [f"{method.name} {size / 1e3:.1f} KB, {size / own_size:.3g} times" for method, size in sizes.items()]
+        yield Claim("it is far smaller than files with weights of the model",
+                    SUPPORTED if is_smaller else NOT_SUPPORTED, ", ".join(evidence))
+
+
+# Kinds of claims
+
+
+def _is_above(text: str, first: TradeoffCurve, second: TradeoffCurve, names: tuple[str, str]) -> Claim:
+    """Claim that the first curve has more text similarity than the second at equal image similarity."""
+    return _claim_gap(text, compare_curves(first, second), names, "text", "image")
+
+
+def _is_closer(text: str, first: TradeoffCurve, second: TradeoffCurve, names: tuple[str, str]) -> Claim:
+    """Claim that the first curve has more image similarity than the second at equal text similarity."""
+    return _claim_gap(text, compare_curves(first.transposed, second.transposed), names, "image", "text")
+
+
+def _claim_gap(text: str, gap: CurveGap, names: tuple[str, str], gained: str, equal: str) -> Claim:
+    evidence = f"{gained} similarity {_signed(gap.difference)} {_where(gap, names, equal)}"
+    return Claim(text, decide_gap(gap), evidence)
+
+
+def _is_more(text: str, differences: np.ndarray) -> Claim:
+    """Claim that differences (P, 1 + R) at equal biases are positive on average."""
+    estimate = percentile_estimate(differences.mean(0))
+    return Claim(text, decide(estimate), f"{_signed(estimate)} at equal bias")
+
+
+def _follows_more(text: str, first: StudyCurve, second: StudyCurve, results: Results) -> Claim:
+    """Claim that the first curve has more text similarity than the second at the biases that both have."""
+    one = results.curve(_at_biases_of(second, first))
+    other = results.curve(_at_biases_of(first, second))
+    return _is_more(text, one.text - other.text)
+
+
+def _rises(text: str, values: np.ndarray, ends: str) -> Claim:
+    """Claim that values (P, 1 + R) rise from point to point.
+
+    It is not supported if any step falls by more than `MARGIN`. The intervals of the steps are widened for their number
+    (Bonferroni).
+    """
+    total = percentile_estimate(values[-1] - values[0])
+    steps = neighbor_differences(values, confidence=1 - (1 - CONFIDENCE) / (len(values) - 1))
+    falling = sum(step.high < -MARGIN for step in steps)
+    evidence = f"{_signed(total)} {ends}, {falling or 'no'} step back by more than {MARGIN:g} among {len(steps)}"
+    return Claim(text, NOT_SUPPORTED if falling else decide(total), evidence)
+
+
+def _above_points(name: str, curve: TradeoffCurve, curves: Sequence[StudyCurve], results: Results) -> Claims:
+    """Claim that a curve lies above, and is more like the concept than, each of `curves` that has no bias.
+
+    The base model is one of these; the others are compared with it first.
+    """
+    points = [point for point in curves if not point.variants[0].method.has_bias]
+    (base,) = (point for point in points if not point.variants[0].method.trained)
+    measured_base = results.curve(base)
+    for point in points:
+        if point is not base:
+            measured, names = results.curve(point), (name, point.name)
+            claims = (_is_above(f"{name} is above {point.name}", curve, measured, names),
+                      _is_closer(f"{name} is more like the concept than {point.name}", curve, measured, names))
+            is_bad = _is_worse(measured, measured_base)
+            yield from map(_withdraw, claims) if is_bad else claims
+
+
+def _is_worse(point: TradeoffCurve, base: TradeoffCurve) -> bool:
+    """Return whether a point has less text and less image similarity than the base model, beyond doubt."""
+    differences = point.text - base.text, point.image - base.image
+    return all(percentile_estimate(difference.mean(0)).high < 0 for difference in differences)
+
+
+def _withdraw(claim: Claim) -> Claim:
+    """Make a claim about a badly trained method inconclusive."""
+    reason = "it is worse than the untrained base model, as its learning rate or steps do not suit"
+    return Claim(claim.text, INCONCLUSIVE, f"{claim.evidence}; {reason}")
+
+
+# Curves and texts
+
+
+def _full_curve(curves: Sequence[StudyCurve]) -> StudyCurve:
+    """Return everything that one file of Perfusion can generate: bias and layers are chosen at inference."""
+    own = [curve for curve in curves if curve.variants[0].method == PERFUSION]
+    return StudyCurve(own[0].name, tuple(variant for curve in own for variant in curve.variants))
+
+
+def _at_biases_of(other: StudyCurve, curve: StudyCurve) -> StudyCurve:
+    """Return the part of `curve` at the biases of `other`."""
+    biases = {variant.bias for variant in other.variants}
+    return StudyCurve(curve.name, tuple(variant for variant in curve.variants if variant.bias in biases))
+
+
+def _where(gap: CurveGap, names: tuple[str, str], equal: str) -> str:
+    """Describe the similarity at which two curves of these names were compared."""
+    outside = ((gap.beyond, f"more than {names[0]} reaches"), (gap.below, f"less than {names[0]} has anywhere"))
     ends = [f"{names[1]} has {words} in {100 * share:.3g} % of resamples" for share, words in outside if share]
     return f"at equal {equal} similarity" + (f" ({', '.join(ends)}: nearest ends compared)" if ends else "")
 
 
-def _baselines(study: Study, found: Found) -> Judged:
-    own, curve = study.curves[0], found.traced(_own_curve(study.curves))
-    yield from _over_points(own.name, curve, study.curves, found)
-    if len(own.settings) > 1:
-        swept, ends = found.traced(own), f"from bias {own.settings[0].bias:g} to {own.settings[-1].bias:g}"
-        yield _rising("a higher bias follows the prompt more", swept.text, ends)
-        yield _rising("a higher bias is less like the concept", -swept.image, ends)
-
-
-def _own_curve(curves: Sequence[Curve]) -> Curve:
-    """All that one file of Perfusion can be drawn at: bias and layers are dials of the sampler."""
-    own = [one for one in curves if one.settings[0].method == studies.PERFUSION]
-    return Curve(own[0].name, tuple(setting for one in own for setting in one.settings))
-
-
-def _over_points(name: str, curve: Traced, curves: Sequence[Curve], found: Found) -> Judged:
-    """The statements that a curve lies above, and beside, those of the methods among `curves` that have no bias.
-
-    The untaught model's is one of them.
-    """
-    points = [one for one in curves if not one.settings[0].method.gated]
-    (untaught,) = (point for point in points if not point.settings[0].method.taught)
-    base = found.traced(untaught)
-    for other in points:
-        if other is not untaught:
-            theirs, names = found.traced(other), (name, other.name)
-            for judged in (_above(f"{name} is above {other.name}", curve, theirs, names),
-                           _beside(f"{name} is more like the concept than {other.name}", curve, theirs, names)):
-                yield _badly_taught(judged) if _worse(theirs, base) else judged
-
-
-def _worse(point: Traced, base: Traced) -> bool:
-    """Whether a point surely has less of both similarities than another."""
-    differences = point.text - base.text, point.image - base.image
-    return all(figure_of(each.mean(0)).high < 0 for each in differences)
-
-
-def _badly_taught(judged: Judgement) -> Judgement:
-    statement, _, numbers = judged
-    reason = "it is worse than the untaught base model, as its learning rate or steps do not suit"
-    return statement, UNDECIDED, f"{numbers}; {reason}"
-
-
-def _rising(statement: str, values: np.ndarray, ends: str) -> Judgement:
-    """The statement that values (P, 1 + R) rise from point to point."""
-    whole, each = figure_of(values[-1] - values[0]), steps(values, 1 - (1 - CONFIDENCE) / (len(values) - 1))
-    back = sum(step.high < -MARGIN for step in each)
-    steps_back = f"{back or 'no'} step back by more than {MARGIN:g} among {len(each)}"
-    return statement, NOT_SEEN if back else verdict_of(whole), f"{_signed(whole)} {ends}, {steps_back}"
-
-
-def _locking(study: Study, found: Found) -> Judged:
-    local, overall, trained = map(found.traced, study.curves)
-    yield _above("key-locking gives a better trade-off than trained keys", local, trained, ("it", "trained keys"))
-    beside = found.traced(_at_biases_of(study.curves[1], study.curves[0]))
-    yield _more("the local lock is more like the concept than the global lock", beside.image - overall.image)
-    yield _more("the global lock follows the prompt more than the local lock", overall.text - beside.text)
-
-
-def _projection(study: Study, found: Found) -> Judged:
-    """No statement of the paper's: whether the projection that this project adds to it is worth having."""
-    gated, full = map(found.traced, study.curves)
-    yield _follows_more("a gated projection follows the prompt more than Eq. 3's", *study.curves, found)
-    yield _above("a gated projection gives a better trade-off than Eq. 3's", gated, full, ("gated", "Eq. 3's"))
-
-
-def _values(study: Study, found: Found) -> Judged:
-    """Whether what this project adds is worth having, and how far one comes without."""
-    own, others = study.curves[0], [one for one in study.curves[1:] if one.settings[0].method.gated]
-    mine, theirs = found.traced(own), [found.traced(other) for other in others]
-    for other, curve in zip(others, theirs, strict=True):
-        yield _follows_more(f"{own.name} follows the prompt more than {other.name}", own, other, found)
-        yield _above(f"{own.name} gives a better trade-off than {other.name}", mine, curve, (own.name, other.name))
-    for other, curve in zip(others, theirs, strict=True):
-        yield from _over_points(other.name, curve, study.curves, found)
-
-
-def _masks(study: Study, found: Found) -> Judged:
-    masked, plain = map(found.traced, study.curves)
-    yield _follows_more("masks raise text similarity", *study.curves, found)
-    yield _above("masks give a better trade-off", masked, plain, ("masked", "no masks"))
-
-
-def _one_photo(study: Study, found: Found) -> Judged:
-    every, one = map(found.traced, study.curves)
-    yield _follows_more("one photo follows the prompt less than all of them", *study.curves, found)
-    yield _above("one photo gives a worse trade-off than all of them", every, one, ("all photos", "one photo"))
-
-
-def _training_bias(study: Study, found: Found) -> Judged:
-    higher, lower = study.curves
-    yield _above(f"a higher training bias gives a better trade-off ({higher.name} over {lower.name})",
-                 *map(found.traced, study.curves), (higher.name, lower.name))
-
-
-def _temperature(study: Study, found: Found) -> Judged:
-    own, *others = study.curves
-    (better,) = [other for other in others if other.settings[0].temperature == TEMPERATURE]
-    result = gap(found.traced(own), found.traced(better))
-    yield (f"an inference temperature of {TEMPERATURE:g} gives a better trade-off than that of training",
-           verdict_of_gap(result.turned()),
-           f"text similarity {_signed(result.turned().figure)} {_where(result, ('the curve', better.name))}")
-
-
-def _two_concepts(study: Study, found: Found) -> Judged:
-    """At the first bias: the best of several, picked on the very pictures that are judged, would be no fair trial."""
-    def share(setting: Setting, measure: str = "own") -> np.ndarray:
-        return means([found.cells(setting, measure)])[0]
-
-    own = next(setting for setting in study.settings if setting.method.gated)
-    rates = {"merged Textual Inversion": studies.TEXTUAL_INVERSION, "merged Custom Diffusion": studies.CUSTOM_DIFFUSION}
-    shares, mine = {name: share(Setting(method)) for name, method in rates.items()}, share(own)
-    verdict, shown = verdict_of(figure_of(mine - TOGETHER), 0), figure_of(mine).text("%")
-    kinds, reason = figure_of(share(Setting(studies.BASE), "kinds")), ""
-    if verdict != SEEN and kinds.high < TOGETHER:
-        verdict, reason = UNDECIDED, f"; the base model itself draws both plain kinds in only {kinds.text('%')}"
-    yield (f"two concepts, each with its own marks, in at least {TOGETHER:g} % of pictures", verdict,
-           f"{shown} at {own.label}{reason}")
-    for name, theirs in shares.items():
-        times = TIMES if name.endswith("Inversion") else 1
-        yield (f"two concepts {'at least twice as often as' if times == TIMES else 'more often than'} {name}",
-               verdict_of(figure_of(mine - times * theirs), 0), f"{shown} against {figure_of(theirs).text('%')}")
-
-
-def _cost(study: Study, found: Found) -> Judged:
-    largest = {method: max(cost.size for cost in found.costs[method]) for method in study.methods}
-    mine = largest[studies.PERFUSION]
-    heavy = min(largest[method] for method in (studies.CUSTOM_DIFFUSION, studies.DREAMBOOTH))
-    small = mine < MOST_BYTES
-    yield "a concept is a file of less than 100 KB", SEEN if small else NOT_SEEN, f"{mine / 1e3:.1f} KB"
-    yield ("it is far smaller than files with weights of the model",
-           SEEN if heavy > TIMES_SMALLER * mine else NOT_SEEN, ", ".join(
-               f"{method.name} {size / 1e3:.1f} KB, {size / mine:.3g} times" for method, size in largest.items()
-               if method != studies.PERFUSION))
-
-
-JUDGES: dict[str, Callable[[Study, Found], Judged]] = {
-    "baselines": _baselines, "locking": _locking, "projection": _projection, "values": _values, "masks": _masks,
-    "one_photo": _one_photo, "training_bias": _training_bias, "temperature": _temperature,
-    "two_concepts": _two_concepts, "cost": _cost}
-
-
-def _more(statement: str, differences: np.ndarray) -> Judgement:
-    """The statement that differences (P, 1 + R) at the same biases are positive in the mean."""
-    figure = figure_of(differences.mean(0))
-    return statement, verdict_of(figure), f"{_signed(figure)} at equal bias"
-
-
-def _follows_more(statement: str, first: Curve, second: Curve, found: Found) -> Judgement:
-    """The statement that the first curve has more text similarity than the second at the biases that both have."""
-    one, other = found.traced(_at_biases_of(second, first)), found.traced(_at_biases_of(first, second))
-    return _more(statement, one.text - other.text)
-
-
-def _at_biases_of(other: Curve, curve: Curve) -> Curve:
-    """The settings of `curve` at biases that another has."""
-    biases = {setting.bias for setting in other.settings}
-    return Curve(curve.name, tuple(setting for setting in curve.settings if setting.bias in biases))
-
-
-def _signed(figure: Estimate) -> str:
-    return f"{figure.mean:+.2f} ({figure.low:+.2f} to {figure.high:+.2f})"
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.mean:+.2f} ({estimate.low:+.2f} to {estimate.high:+.2f})"

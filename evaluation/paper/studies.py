@@ -1,198 +1,183 @@
-"""What the paper compares: methods, the settings that their concepts are drawn at, and the studies made of these.
+"""The studies: what is compared, and by which curves.
 
-The paper is Tewel, Gal, Chechik, Atzmon, "Key-Locked Rank One Editing for Text-to-Image Personalization" (SIGGRAPH
-2023, arXiv 2305.01644). A method is a training run of `main.py` that differs from that of Perfusion's config in a file
-or a few keys. A setting is a method's concepts drawn in one way. A curve is a row of settings that differ in the bias
-alone. Settings that several studies share are drawn once.
+To add a study, write a function here that returns its curves, and decorate it with `register_study`. Command line,
+tables, figures and summary follow from that. Claims about it are optional: see `evaluation.paper.claims`.
+
+The comparisons are those of Tewel, Gal, Chechik, Atzmon, "Key-Locked Rank One Editing for Text-to-Image
+Personalization" (SIGGRAPH 2023, arXiv 2305.01644), and some of what this project adds to the paper.
+
+Imports no torch, so that command lines can list the studies at once.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from evaluation.output.table import slug
-from evaluation.sweeps.samples import Manner
+from evaluation.paper.design import Method, Study, StudyCurve, StudyKind, Variant, make_curve
+from evaluation.paper.methods import (
+    BASE_MODEL,
+    BASELINES,
+    FULL_PROJECTION,
+    GATED_PROJECTION,
+    LOWER_BIAS,
+    LOWER_TRAINING_BIAS,
+    NO_MASKS,
+    ONE_PHOTO,
+    PERFUSION,
+    TRAINED_KEYS,
+    TRAINING_BIAS,
+)
 
-BASELINES = Path(__file__).resolve().parents[2] / "configs" / "baselines"
-PUBLIC = ("perfusion-sd", "perfusion-ldm")  # so begin the names of configs whose baselines have rates of their own
-TRAINING_BIAS = 0.75  # of configs/perfusion.yaml
+TEMPERATURES = (0.05, 0.15)  # compared with the temperature of training
+PAPERS_RULE = "the paper's rule"  # all layers, and Eq. 3 without a gate on the projection
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way of teaching a concept.
+class StudyInputs:
+    """What studies are made from.
 
     Attributes:
-        baseline: name of the config in `configs/baselines/` that replaces Perfusion; None: Perfusion.
-        overrides: key=value pairs for main.py.
-        masks: whether the masks of Perfusion's config are used; baselines never use any.
-        photos: of so many photos, the first ones; None: of all.
-        taught: False is the base model itself, which draws the super-category.
-    """
-
-    name: str
-    baseline: str | None = None
-    overrides: tuple[str, ...] = ()
-    masks: bool = True
-    photos: int | None = None
-    taught: bool = True
-
-    @property
-    def slug(self) -> str:
-        """The name as a folder's."""
-        return slug(self.name)
-
-    @property
-    def gated(self) -> bool:
-        """Whether its concepts have a bias and a temperature."""
-        return self.taught and self.baseline is None
-
-    def configs(self, perfusion: str | Path) -> list[str]:
-        """The files for --base."""
-        public = Path(perfusion).name.startswith(PUBLIC)
-        return [str(perfusion), *([str(BASELINES / f"{self.baseline}{'-sd' * public}.yaml")] if self.baseline else [])]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A method's concepts, drawn in one way; None: as they were trained."""
-
-    method: Method
-    bias: float | None = None
-    temperature: float | None = None
-    global_locking: bool = False
-    all_layers: bool = False
-
-    @property
-    def label(self) -> str:
-        """What is set, such as "bias 0.75, temperature 0.15"."""
-        parts = [f"{name} {value:g}" for name, value in (("bias", self.bias), ("temperature", self.temperature))
-                 if value is not None]
-        return ", ".join([*parts, *(["global lock"] if self.global_locking else []),
-                          *(["all layers"] if self.all_layers else [])])
-
-    @property
-    def name(self) -> str:
-        return ", ".join(part for part in (self.method.name, self.label) if part)
-
-    def manner(self, usual: Manner) -> Manner:
-        """`usual` with what is set here."""
-        return replace(usual, bias=self.bias, temperature=self.temperature, global_locking=self.global_locking,
-                       all_layers=self.all_layers)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Settings of one method that differ in the bias, or a single one."""
-
-    name: str
-    settings: tuple[Setting, ...]
-
-
-@dataclass(frozen=True)
-class Study:
-    """One comparison of the paper.
-
-    Attributes:
-        kind: "trade-off", of text- against image-similarity; "pairs", two concepts in a picture; "cost", of training.
-    """
-
-    key: str
-    title: str
-    curves: tuple[Curve, ...]
-    kind: Literal["trade-off", "pairs", "cost"] = "trade-off"
-
-    @property
-    def settings(self) -> list[Setting]:
-        """Each once, in order."""
-        return list(dict.fromkeys(setting for curve in self.curves for setting in curve.settings))
-
-    @property
-    def methods(self) -> list[Method]:
-        """Those that are trained, each once, in order."""
-        return list(dict.fromkeys(setting.method for setting in self.settings if setting.method.taught))
-
-
-BASE = Method("base model", taught=False)
-PERFUSION = Method("Perfusion")
-TRAINED_KEYS = Method("trained keys", overrides=("model.params.locking=trained",))
-BY_PROJECTION = {name: Method(f"{name} projection", overrides=(f"model.params.projection={name}",))
-                 for name in ("gated", "full")}
-GATED, FULL = BY_PROJECTION.values()
-NO_MASKS = Method("no masks", masks=False)
-ONE_PHOTO = Method("one photo", photos=1)
-TEXTUAL_INVERSION = Method("Textual Inversion", "textual-inversion")
-FOUR_VECTORS = Method("Textual Inversion, 4 vectors", "textual-inversion", ("model.params.vectors_per_word=4",))
-CUSTOM_DIFFUSION = Method("Custom Diffusion", "custom-diffusion")
-DREAMBOOTH = Method("DreamBooth", "dreambooth")
-POINTS = (TEXTUAL_INVERSION, FOUR_VECTORS, CUSTOM_DIFFUSION, DREAMBOOTH)
-LOWER_TRAINING_BIAS = 0.4  # beside TRAINING_BIAS
-LOWER_BIAS = Method(f"training bias {LOWER_TRAINING_BIAS:g}",
-                    overrides=(f"model.params.bias={LOWER_TRAINING_BIAS:g}",))
-TEMPERATURES = (0.05, 0.15)  # beside that of training
-PAPER = "the paper's rule"
-STUDY_KEYS = ("baselines", "locking", "projection", "values", "masks", "one_photo", "training_bias", "temperature",
-              "two_concepts", "cost")
-
-
-def studies(biases: Sequence[float], others: Sequence[float], pair_biases: Sequence[float],
-            rule: Mapping[str, Any] | None = None) -> dict[str, Study]:
-    """All studies by their keys, in the order of `STUDY_KEYS`.
-
-    Args:
         biases: of Perfusion's own curve.
-        others: some of them, for the curves that it is compared with.
-        pair_biases: for two concepts in one picture.
-        rule: `projection` and `used_layers` of Perfusion's config, whose concepts then need not be taught once more to
-            be compared; None: not known.
+        comparison_biases: of curves that are compared with it; some of `biases`.
+        pair_biases: for two concepts in one image; the first one is judged.
+        baselines: methods to compare Perfusion with.
+        projection: `projection` in Perfusion's config, "gated" or "full". What the config does anyway is not trained
+            twice. None: unknown.
+        has_used_layers: whether Perfusion's config selects layers by `used_layers`.
     """
-    rule = rule or {}
-    gated, full = (PERFUSION if name == rule.get("projection") else method for name, method in BY_PROJECTION.items())
 
-    def every_layer(biases: Iterable[float]) -> tuple[Curve, ...]:
-        """Perfusion's concepts with what all layers learned, where they are not drawn so anyway."""
-        made = curve("Perfusion, all layers", PERFUSION, biases, all_layers=True)
-        return (made,) if rule.get("used_layers") else ()
+    biases: tuple[float, ...]
+    comparison_biases: tuple[float, ...]
+    pair_biases: tuple[float, ...]
+    baselines: tuple[Method, ...] = BASELINES
+    projection: str | None = None
+    has_used_layers: bool = False
 
-    def own(name: str = "Perfusion") -> Curve:
-        return curve(name, PERFUSION, biases)
+    def perfusion(self, name: str = "Perfusion") -> StudyCurve:
+        """Return Perfusion's own curve, under a name that suits the study."""
+        return make_curve(name, PERFUSION, biases=self.biases)
 
-    middle = others[len(others) // 2]
-    softer = [Curve(f"temperature {value:g}", (Setting(PERFUSION, middle, value),)) for value in TEMPERATURES]
-    paper = curve(PAPER, full, others, all_layers=bool(rule.get("used_layers")))
-    together = (curve("Perfusion", PERFUSION, pair_biases), *every_layer(pair_biases))
-    merged = [*(setting for one in together for setting in one.settings),
-              Setting(TEXTUAL_INVERSION), Setting(CUSTOM_DIFFUSION), Setting(BASE)]
-    made = (
-        Study("baselines", "Perfusion against the baselines",
-              (own(), *every_layer(others), *(Curve(method.name, (Setting(method),)) for method in (*POINTS, BASE)))),
-        Study("locking", "Local lock, global lock, trained keys",
-              (own("local lock"), curve("global lock", PERFUSION, others, global_locking=True),
-               curve("trained keys", TRAINED_KEYS, others))),
-        Study("projection", "What the gate takes out: gated, or all as in Eq. 3",
-              tuple(curve(name.name, method, biases if method == PERFUSION else others)
-                    for name, method in ((GATED, gated), (FULL, full)))),
-        Study("values", "Target outputs: of the layers in use, of all, and by Eq. 3 as in the paper",
-              (own(), *every_layer(others), *((paper,) if paper.settings[0].method != PERFUSION else ()),
-               *(Curve(method.name, (Setting(method),)) for method in (TEXTUAL_INVERSION, CUSTOM_DIFFUSION, BASE)))),
-        Study("masks", "With and without the mask loss",
-              (own("with masks"), curve("no masks", NO_MASKS, others))),
-        Study("one_photo", "One photo against all",
-              (own("all photos"), curve("one photo", ONE_PHOTO, others))),
-        Study("training_bias", "Training bias",
-              (own(f"trained at bias {TRAINING_BIAS:g}"),
-               curve(f"trained at bias {LOWER_TRAINING_BIAS:g}", LOWER_BIAS, others))),
-        Study("temperature", "Inference temperature", (own("temperature of training"), *softer)),
-        Study("two_concepts", "Two concepts, trained apart, in one picture",
-              tuple(Curve(setting.name, (setting,)) for setting in merged), "pairs"),
-        Study("cost", "What a concept costs",
-              tuple(Curve(method.name, (Setting(method),)) for method in (PERFUSION, *POINTS)), "cost"),
-    )
-    return {study.key: study for study in made}
+    def compared(self, name: str, method: Method = PERFUSION, **settings: bool) -> StudyCurve:
+        """Return a curve that Perfusion's own is compared with."""
+        return make_curve(name, method, biases=self.comparison_biases, **settings)
+
+    def all_layers(self, biases: Sequence[float]) -> list[StudyCurve]:
+        """Return Perfusion with the target outputs of all layers, if its config does not use all layers anyway."""
+        if not self.has_used_layers:
+            return []
+        return [make_curve("Perfusion, all layers", PERFUSION, biases=tuple(biases), all_layers=True)]
+
+    def with_projection(self, method: Method) -> Method:
+        """Return Perfusion itself if its config has the projection of `method`, which need not be trained then."""
+        return PERFUSION if f"model.params.projection={self.projection}" in method.overrides else method
 
 
-def curve(name: str, method: Method, biases: Iterable[float], global_locking: bool = False,
-          all_layers: bool = False) -> Curve:
-    return Curve(name, tuple(Setting(method, bias, None, global_locking, all_layers) for bias in biases))
+@dataclass(frozen=True)
+class StudyEntry:
+    """A registered study.
+
+    Attributes:
+        title, kind: as in `Study`.
+        make_curves: returns the curves.
+    """
+
+    title: str
+    kind: StudyKind
+    make_curves: Callable[[StudyInputs], list[StudyCurve]]
+
+
+STUDIES: dict[str, StudyEntry] = {}  # key -> entry, in the order of the summary
+
+
+def register_study(key: str, title: str, kind: StudyKind = "trade-off"
+                   ) -> Callable[[Callable[[StudyInputs], list[StudyCurve]]], Callable]:
+    """Return a decorator that registers a function as the study `key`; the other arguments are as in `Study`."""
+
+    def register(make_curves: Callable[[StudyInputs], list[StudyCurve]]) -> Callable:
+        STUDIES[key] = StudyEntry(title, kind, make_curves)
+        return make_curves
+
+    return register
+
+
+def build_studies(inputs: StudyInputs) -> dict[str, Study]:
+    """Return all studies by their keys, in the order of `STUDIES`."""
+    return {key: Study(key, entry.title, tuple(entry.make_curves(inputs)), entry.kind)
+            for key, entry in STUDIES.items()}
+
+
+@register_study("baselines", "Perfusion against the baselines")
+def _baselines(inputs: StudyInputs) -> list[StudyCurve]:
+    return [inputs.perfusion(), *inputs.all_layers(inputs.comparison_biases),
+            *_points(*inputs.baselines, BASE_MODEL)]
+
+
+@register_study("locking", "Local lock, global lock, trained keys")
+def _locking(inputs: StudyInputs) -> list[StudyCurve]:
+    return [inputs.perfusion("local lock"), inputs.compared("global lock", global_locking=True),
+            inputs.compared("trained keys", TRAINED_KEYS)]
+
+
+@register_study("projection", "What the gate removes: gated, or everything as in Eq. 3")
+def _projection(inputs: StudyInputs) -> list[StudyCurve]:
+    curves = []
+    for projection in (GATED_PROJECTION, FULL_PROJECTION):
+        method = inputs.with_projection(projection)
+        biases = inputs.biases if method == PERFUSION else inputs.comparison_biases
+        curves.append(make_curve(projection.name, method, biases=biases))
+    return curves
+
+
+@register_study("values", "Target outputs: of the layers in use, of all layers, and by Eq. 3 as in the paper")
+def _values(inputs: StudyInputs) -> list[StudyCurve]:
+    curves = [inputs.perfusion(), *inputs.all_layers(inputs.comparison_biases)]
+    full = inputs.with_projection(FULL_PROJECTION)
+    if full != PERFUSION:
+        curves.append(inputs.compared(PAPERS_RULE, full, all_layers=inputs.has_used_layers))
+    return [*curves, *_points(*_combinable(inputs.baselines), BASE_MODEL)]
+
+
+@register_study("masks", "With and without the mask loss")
+def _masks(inputs: StudyInputs) -> list[StudyCurve]:
+    return [inputs.perfusion("with masks"), inputs.compared("no masks", NO_MASKS)]
+
+
+@register_study("one_photo", "One photo against all")
+def _one_photo(inputs: StudyInputs) -> list[StudyCurve]:
+    return [inputs.perfusion("all photos"), inputs.compared("one photo", ONE_PHOTO)]
+
+
+@register_study("training_bias", "Training bias")
+def _training_bias(inputs: StudyInputs) -> list[StudyCurve]:
+    return [inputs.perfusion(f"trained at bias {TRAINING_BIAS:g}"),
+            inputs.compared(f"trained at bias {LOWER_TRAINING_BIAS:g}", LOWER_BIAS)]
+
+
+@register_study("temperature", "Inference temperature")
+def _temperature(inputs: StudyInputs) -> list[StudyCurve]:
+    middle = inputs.comparison_biases[len(inputs.comparison_biases) // 2]
+    points = [StudyCurve(f"temperature {value:g}", (Variant(PERFUSION, middle, value),)) for value in TEMPERATURES]
+    return [inputs.perfusion("temperature of training"), *points]
+
+
+@register_study("two_concepts", "Two concepts, trained separately, in one image", "pairs")
+def _two_concepts(inputs: StudyInputs) -> list[StudyCurve]:
+    curves = [make_curve("Perfusion", PERFUSION, biases=inputs.pair_biases), *inputs.all_layers(inputs.pair_biases)]
+    variants = [variant for curve in curves for variant in curve.variants]
+    variants += [Variant(method) for method in (*_combinable(inputs.baselines), BASE_MODEL)]
+    # Each variant is a bar of its own.
+    return [StudyCurve(variant.name, (variant,)) for variant in variants]
+
+
+@register_study("cost", "What a concept costs", "cost")
+def _cost(inputs: StudyInputs) -> list[StudyCurve]:
+    return _points(PERFUSION, *inputs.baselines)
+
+
+def _points(*methods: Method) -> list[StudyCurve]:
+    """Return a single point for each method, used as it was trained."""
+    return [make_curve(method.name, method) for method in methods]
+
+
+def _combinable(methods: Sequence[Method]) -> list[Method]:
+    return [method for method in methods if method.combinable]

@@ -65,8 +65,8 @@ def cluster_bootstrap_mean(values: Sequence[float], clusters: Sequence[Hashable]
                            seed: int = 0) -> Estimate:
     """Estimate the mean of values that are independent between clusters but not within a cluster.
 
-    Images of one prompt with several seeds are such a cluster: more seeds tell more about this prompt, but nothing about
-    other prompts. So whole clusters are resampled.
+    Images of one prompt with several seeds are such a cluster: more seeds tell more about this prompt, but nothing
+    about other prompts. So whole clusters are resampled.
 
     Args:
         values: at least one number.

@@ -1,4 +1,4 @@
-"""Verdicts on measurements that are made up, so that what is true is known."""
+"""Claims, checked on made-up measurements whose truth is known."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -6,242 +6,254 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from evaluation.paper import claims as statements
-from evaluation.paper.claims import NOT_SEEN, SEEN, UNDECIDED, Found, verdict_of, verdict_of_gap, verdicts
-from evaluation.paper.studies import (
-    BASE,
+from evaluation.paper import claims
+from evaluation.paper.claims import check_claims
+from evaluation.paper.decisions import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, decide, decide_gap
+from evaluation.paper.design import Study, Variant
+from evaluation.paper.methods import (
+    BASE_MODEL,
     CUSTOM_DIFFUSION,
     DREAMBOOTH,
-    FULL,
+    FULL_PROJECTION,
     NO_MASKS,
     PERFUSION,
     TEXTUAL_INVERSION,
     TRAINED_KEYS,
-    Setting,
-    Study,
-    studies,
 )
-from evaluation.paper.training_runs import Cost
+from evaluation.paper.results import Results, TrainingCost
+from evaluation.paper.studies import StudyInputs, build_studies
 from evaluation.stats.intervals import Estimate
-from evaluation.stats.tradeoff import Gap
+from evaluation.stats.tradeoff import CurveGap
 
 BIASES = (0.4, 0.75, 1.1)
-RULE = {"projection": "gated", "used_layers": ["output_blocks.3"]}
-ALL = studies(BIASES, BIASES[:2], (0.5, 0.6), RULE)
+ALL = build_studies(StudyInputs(BIASES, BIASES[:2], (0.5, 0.6), projection="gated", has_used_layers=True))
 CONCEPTS = ("cat", "owl", "car", "mug", "robot")
-RING = [(first, CONCEPTS[place - 4]) for place, first in enumerate(CONCEPTS)]
-Row = dict[str, float | str]
-Made = Callable[[Setting], Row]
-# A front on which text and image similarity add up to 100, whatever the bias.
+PAIRS = [(first, CONCEPTS[index - 4]) for index, first in enumerate(CONCEPTS)]
+Means = dict[str, float]
+MeansOf = Callable[[Variant], Means]
+# A front on which text and image similarity add up to 100 at any bias.
 FRONT = {0.4: 20.0, 0.75: 23.0, 1.1: 27.0}
+BETTER_OR_NOT = pytest.mark.parametrize(("lost", "outcome"), [
+    (1.5, SUPPORTED), (-1.5, NOT_SUPPORTED), (0.0, NOT_SUPPORTED)])
 
 
-def made(study: Study, row: Made, noise: float = 0.3, concepts: int = 5) -> Found:
-    """What is measured where `row` gives the means of each setting."""
-    subjects = RING if study.kind == "pairs" else [(name,) for name in CONCEPTS[:concepts]]
-    draw = np.random.default_rng(0)
-    return Found({(setting, names): [
-        {name: value + draw.normal(0, noise) for name, value in row(setting).items()}
-        | {"template": f"prompt {number // 2}"} for number in range(12)]
-        for setting in study.settings for names in subjects}, {})
+def simulate(study: Study, means_of: MeansOf, noise: float = 0.3, concepts: int = 5) -> Results:
+    """Return results with noise around the means of each variant."""
+    targets = PAIRS if study.kind == "pairs" else [(name,) for name in CONCEPTS[:concepts]]
+    rng = np.random.default_rng(0)
+    images = {}
+    for variant in study.variants:
+        for names in targets:
+            images[variant, names] = [
+                {name: mean + rng.normal(0, noise) for name, mean in means_of(variant).items()}
+                | {"template": f"prompt {number // 2}"} for number in range(12)]
+    return Results(images, {})
 
 
-def on_the_front(setting: Setting, less: float = 0.0) -> Row:
-    text = FRONT[setting.bias]
+def on_the_front(variant: Variant, less: float = 0.0) -> Means:
+    text = FRONT[variant.bias]
     return {"text": text - less, "image": 100 - text}
 
 
-def said(key: str, row: Made, **settings: float) -> dict[str, str]:
-    """Statement -> verdict."""
-    return {one.statement: one.verdict for one in verdicts(ALL[key], made(ALL[key], row, **settings))}
+def outcomes_of(key: str, means_of: MeansOf, **options: float) -> dict[str, str]:
+    """Return claim -> outcome of a study."""
+    checks = check_claims(ALL[key], simulate(ALL[key], means_of, **options))
+    return {check.claim: check.outcome for check in checks}
 
 
-@pytest.mark.parametrize(("low", "high", "verdict"), [
-    (0.1, 3.0, SEEN), (-3.0, -0.1, NOT_SEEN), (-1.0, 1.0, UNDECIDED), (-0.2, 0.2, NOT_SEEN), (-0.1, 0.8, UNDECIDED),
-    (0.05, 0.2, SEEN)])
-def test_the_rule(low: float, high: float, verdict: str) -> None:
-    assert verdict_of(Estimate((low + high) / 2, low, high)) == verdict
+@pytest.mark.parametrize(("low", "high", "outcome"), [
+    (0.1, 3.0, SUPPORTED), (-3.0, -0.1, NOT_SUPPORTED), (-1.0, 1.0, INCONCLUSIVE), (-0.2, 0.2, NOT_SUPPORTED),
+    (-0.1, 0.8, INCONCLUSIVE), (0.05, 0.2, SUPPORTED)])
+def test_intervals_decide(low: float, high: float, outcome: str) -> None:
+    assert decide(Estimate((low + high) / 2, low, high)) == outcome
 
 
-@pytest.mark.parametrize(("beyond", "below", "sign", "verdict"), [
-    (0.02, 0, 1, SEEN), (0, 0.02, -1, NOT_SEEN), (0.03, 0, 1, UNDECIDED), (0.03, 0, -1, NOT_SEEN),
-    (0, 0.03, 1, SEEN), (0, 0.03, -1, UNDECIDED), (0.5, 0.5, 1, UNDECIDED), (0.5, 0.5, -1, UNDECIDED)])
-def test_outside_of_a_curve_only_one_verdict_is_possible(beyond: float, below: float, sign: int, verdict: str) -> None:
-    assert verdict_of_gap(Gap(Estimate(sign * 2.0, sign * 2.0 - 1, sign * 2.0 + 1), beyond, below)) == verdict
+@pytest.mark.parametrize(("beyond", "below", "sign", "outcome"), [
+    (0.02, 0, 1, SUPPORTED), (0, 0.02, -1, NOT_SUPPORTED), (0.03, 0, 1, INCONCLUSIVE), (0.03, 0, -1, NOT_SUPPORTED),
+    (0, 0.03, 1, SUPPORTED), (0, 0.03, -1, INCONCLUSIVE), (0.5, 0.5, 1, INCONCLUSIVE), (0.5, 0.5, -1, INCONCLUSIVE)])
+def test_outside_of_a_curve_only_one_outcome_is_possible(beyond: float, below: float, sign: int, outcome: str) -> None:
+    assert decide_gap(CurveGap(Estimate(sign * 2.0, sign * 2.0 - 1, sign * 2.0 + 1), beyond, below)) == outcome
 
 
 def test_outside_of_a_curve_a_small_difference_decides_nothing() -> None:
     small = Estimate(0.0, -0.2, 0.2)
-    assert (verdict_of_gap(Gap(small)), verdict_of_gap(Gap(small, beyond=0.1))) == (NOT_SEEN, UNDECIDED)
+    assert (decide_gap(CurveGap(small)), decide_gap(CurveGap(small, beyond=0.1))) == (NOT_SUPPORTED, INCONCLUSIVE)
 
 
 def test_baselines_are_below_the_curve_or_not() -> None:
-    def row(setting: Setting) -> Row:
-        if setting.method.gated:
-            return on_the_front(setting)
+    def means_of(variant: Variant) -> Means:
+        if variant.method.has_bias:
+            return on_the_front(variant)
         return {TEXTUAL_INVERSION: {"text": 20.0, "image": 77.0}, CUSTOM_DIFFUSION: {"text": 26.0, "image": 77.0},
-                DREAMBOOTH: {"text": 19.5, "image": 85.0}}.get(setting.method, {"text": 23.0, "image": 77.0})
+                DREAMBOOTH: {"text": 19.5, "image": 85.0}}.get(variant.method, {"text": 23.0, "image": 77.0})
 
-    found = said("baselines", row)
-    assert found["Perfusion is above Textual Inversion"] == SEEN
-    assert found["Perfusion is above Custom Diffusion"] == NOT_SEEN
-    assert found["Perfusion is above DreamBooth"] == UNDECIDED  # more like the concept than any bias makes it
-    assert found["a higher bias follows the prompt more"] == found["a higher bias is less like the concept"] == SEEN
-    assert not any(BASE.name in statement for statement in found)
-
-
-def test_a_curve_goes_on_where_all_layers_are_drawn_with() -> None:
-    """By which alone an image similarity of 85 is reached; what is said of higher biases is of the layers in use."""
-    def row(setting: Setting) -> Row:
-        if setting.method.gated:
-            more = 8.0 * setting.all_layers
-            return {"text": FRONT[setting.bias] - more, "image": 100 - FRONT[setting.bias] + more}
-        return {"text": 13.0, "image": 85.0} if setting.method == DREAMBOOTH else {"text": 23.0, "image": 77.0}
-
-    found = said("baselines", row)
-    assert found["Perfusion is above DreamBooth"] == found["a higher bias follows the prompt more"] == SEEN
+    outcomes = outcomes_of("baselines", means_of)
+    assert outcomes["Perfusion is above Textual Inversion"] == SUPPORTED
+    assert outcomes["Perfusion is above Custom Diffusion"] == NOT_SUPPORTED
+    assert outcomes["Perfusion is above DreamBooth"] == INCONCLUSIVE  # it has more image similarity than at any bias
+    assert outcomes["a higher bias follows the prompt more"] == SUPPORTED
+    assert outcomes["a higher bias is less like the concept"] == SUPPORTED
+    assert not any(BASE_MODEL.name in claim for claim in outcomes)
 
 
-@pytest.mark.parametrize(("image", "verdict"), [(70.0, SEEN), (76.0, NOT_SEEN)])
-def test_likeness_is_compared_at_equal_text_similarity(image: float, verdict: str) -> None:
-    """Where a hardly taught method has its text similarity, the curve has an image similarity of 73 to 74."""
-    def row(setting: Setting) -> Row:
-        return on_the_front(setting) if setting.method.gated else {"text": 26.5, "image": image}
+def test_all_layers_extend_the_curve() -> None:
+    """Only with all layers, the image similarity reaches 85. Claims about higher biases leave these variants out."""
+    def means_of(variant: Variant) -> Means:
+        if variant.method.has_bias:
+            more = 8.0 * variant.all_layers
+            return {"text": FRONT[variant.bias] - more, "image": 100 - FRONT[variant.bias] + more}
+        return {"text": 13.0, "image": 85.0} if variant.method == DREAMBOOTH else {"text": 23.0, "image": 77.0}
 
-    assert said("baselines", row)["Perfusion is more like the concept than Textual Inversion"] == verdict
+    outcomes = outcomes_of("baselines", means_of)
+    assert outcomes["Perfusion is above DreamBooth"] == outcomes["a higher bias follows the prompt more"] == SUPPORTED
 
 
-def test_a_step_back_is_not_monotone() -> None:
-    def found(last: float) -> str:
+@pytest.mark.parametrize(("image", "outcome"), [(70.0, SUPPORTED), (76.0, NOT_SUPPORTED)])
+def test_image_similarity_is_compared_at_equal_text_similarity(image: float, outcome: str) -> None:
+    """At the text similarity of a method that has hardly learned, the curve has image similarities of 73 to 74."""
+    def means_of(variant: Variant) -> Means:
+        return on_the_front(variant) if variant.method.has_bias else {"text": 26.5, "image": image}
+
+    outcomes = outcomes_of("baselines", means_of)
+    assert outcomes["Perfusion is more like the concept than Textual Inversion"] == outcome
+
+
+def test_a_large_step_back_is_not_a_rise() -> None:
+    def outcome_of(last: float) -> str:
         texts = {0.4: 20.0, 0.75: 28.0, 1.1: last}
-        return said("baselines", lambda setting: {"text": texts.get(setting.bias, 20.0), "image": 77.0})[
-            "a higher bias follows the prompt more"]
+        outcomes = outcomes_of("baselines", lambda variant: {"text": texts.get(variant.bias, 20.0), "image": 77.0})
+        return outcomes["a higher bias follows the prompt more"]
 
-    assert (found(27.0), found(27.8)) == (NOT_SEEN, SEEN)  # too small a step back does not matter
-
-
-def test_a_single_bias_says_nothing_of_higher_ones() -> None:
-    study = studies((0.6,), (0.6,), (0.5,))["baselines"]
-    statements = [one.statement for one in verdicts(study, made(study, lambda _: {"text": 20.0, "image": 77.0}))]
-    assert len(statements) == 8
-    assert all(one.startswith(("Perfusion is above", "Perfusion is more like")) for one in statements)
+    assert (outcome_of(27.0), outcome_of(27.8)) == (NOT_SUPPORTED, SUPPORTED)  # the second step back is too small
 
 
-@pytest.mark.parametrize(("text", "image", "verdict"), [(22.0, 70.0, UNDECIDED), (23.0, 70.0, SEEN),
-                                                        (19.0, 78.0, SEEN)])
-def test_to_be_above_what_is_worse_than_no_training_says_nothing(text: float, image: float, verdict: str) -> None:
+def test_a_single_bias_tells_nothing_about_higher_ones() -> None:
+    study = build_studies(StudyInputs((0.6,), (0.6,), (0.5,)))["baselines"]
+    texts = [check.claim for check in check_claims(study, simulate(study, lambda _: {"text": 20.0, "image": 77.0}))]
+    assert len(texts) == 8
+    assert all(text.startswith(("Perfusion is above", "Perfusion is more like")) for text in texts)
+
+
+@pytest.mark.parametrize(("text", "image", "outcome"), [(22.0, 70.0, INCONCLUSIVE), (23.0, 70.0, SUPPORTED),
+                                                        (19.0, 78.0, SUPPORTED)])
+def test_nothing_follows_from_a_method_that_is_worse_than_no_training(text: float, image: float, outcome: str) -> None:
     """The base model is at 23 and 77, and the curve reaches image similarities of 73 to 80."""
-    def row(setting: Setting) -> Row:
-        if setting.method.gated:
-            return on_the_front(setting)
-        taught = {"text": text, "image": image}
-        return taught if setting.method == TEXTUAL_INVERSION else {"text": 23.0, "image": 77.0}
+    def means_of(variant: Variant) -> Means:
+        if variant.method.has_bias:
+            return on_the_front(variant)
+        return {"text": text, "image": image} if variant.method == TEXTUAL_INVERSION else {"text": 23.0, "image": 77.0}
 
-    (judged,) = [one for one in verdicts(ALL["baselines"], made(ALL["baselines"], row))
-                 if one.statement == "Perfusion is above Textual Inversion"]
-    assert judged.verdict == verdict
-    assert ("worse than the untaught base model" in judged.numbers) == (verdict == UNDECIDED)
+    (check,) = [check for check in check_claims(ALL["baselines"], simulate(ALL["baselines"], means_of))
+                if check.claim == "Perfusion is above Textual Inversion"]
+    assert check.outcome == outcome
+    assert ("worse than the untrained base model" in check.evidence) == (outcome == INCONCLUSIVE)
 
 
 def test_few_concepts_decide_nothing_but_are_shown() -> None:
     study = ALL["masks"]
-    found = made(study, lambda setting: on_the_front(setting, 1.5 * (setting.method == NO_MASKS)), concepts=4)
-    for judged in verdicts(study, found):
-        assert judged.verdict == UNDECIDED and " +1." in f" {judged.numbers}"
-        assert judged.numbers.endswith("; 4 concepts, at least 5 are needed to generalise over concepts")
+    results = simulate(study, lambda variant: on_the_front(variant, 1.5 * (variant.method == NO_MASKS)), concepts=4)
+    for check in check_claims(study, results):
+        assert check.outcome == INCONCLUSIVE and " +1." in f" {check.evidence}"
+        assert check.evidence.endswith("; 4 concepts, at least 5 are needed to generalize over concepts")
 
 
 def test_locks_are_compared_at_equal_bias_and_keys_at_equal_image_similarity() -> None:
-    def row(setting: Setting) -> Row:
-        shift = 2.0 * setting.global_locking
-        plain = on_the_front(setting, less=1.0 * (setting.method == TRAINED_KEYS))
+    def means_of(variant: Variant) -> Means:
+        shift = 2.0 * variant.global_locking
+        plain = on_the_front(variant, less=1.0 * (variant.method == TRAINED_KEYS))
         return {"text": plain["text"] + shift, "image": plain["image"] - shift}
 
-    assert set(said("locking", row).values()) == {SEEN}
+    assert set(outcomes_of("locking", means_of).values()) == {SUPPORTED}
 
 
-@pytest.mark.parametrize(("lost", "verdict"), [(1.5, SEEN), (-1.5, NOT_SEEN), (0.0, NOT_SEEN)])
-def test_a_gated_projection_is_better_or_not(lost: float, verdict: str) -> None:
-    found = said("projection", lambda setting: on_the_front(setting, lost * (setting.method == FULL)))
-    assert len(found) == 2 and set(found.values()) == {verdict}
+@BETTER_OR_NOT
+def test_a_gated_projection_is_better_or_not(lost: float, outcome: str) -> None:
+    outcomes = outcomes_of("projection", lambda variant: on_the_front(
+        variant, lost * (variant.method == FULL_PROJECTION)))
+    assert len(outcomes) == 2 and set(outcomes.values()) == {outcome}
 
 
-@pytest.mark.parametrize(("lost", "verdict"), [(1.5, SEEN), (-1.5, NOT_SEEN), (0.0, NOT_SEEN)])
-def test_the_layers_in_use_are_better_or_not(lost: float, verdict: str) -> None:
-    def row(setting: Setting) -> Row:
-        if setting.method.gated:
-            return on_the_front(setting, lost * (setting.all_layers or setting.method == FULL))
-        point = {TEXTUAL_INVERSION: (23.0 - 6, 77.0), CUSTOM_DIFFUSION: (23.0 - 6, 79.0), BASE: (30.0, 60.0)}
-        return dict(zip(("text", "image"), point[setting.method], strict=True))
+@BETTER_OR_NOT
+def test_the_layers_in_use_are_better_or_not(lost: float, outcome: str) -> None:
+    def means_of(variant: Variant) -> Means:
+        if variant.method.has_bias:
+            return on_the_front(variant, lost * (variant.all_layers or variant.method == FULL_PROJECTION))
+        point = {TEXTUAL_INVERSION: (23.0 - 6, 77.0), CUSTOM_DIFFUSION: (23.0 - 6, 79.0), BASE_MODEL: (30.0, 60.0)}
+        return dict(zip(("text", "image"), point[variant.method], strict=True))
 
-    found = said("values", row)
-    ours = [statement for statement in found if statement.startswith(("Perfusion follows", "Perfusion gives"))]
-    assert len(ours) == 2 * 2 and {found.pop(statement) for statement in ours} == {verdict}
-    assert len(found) == 2 * 4 and set(found.values()) == {SEEN}
+    outcomes = outcomes_of("values", means_of)
+    ours = [claim for claim in outcomes if claim.startswith(("Perfusion follows", "Perfusion gives"))]
+    assert len(ours) == 2 * 2 and {outcomes.pop(claim) for claim in ours} == {outcome}
+    assert len(outcomes) == 2 * 4 and set(outcomes.values()) == {SUPPORTED}
 
 
-@pytest.mark.parametrize(("lost", "verdict"), [(1.5, SEEN), (-1.5, NOT_SEEN), (0.0, NOT_SEEN)])
-def test_masks_raise_text_similarity_or_not(lost: float, verdict: str) -> None:
-    found = said("masks", lambda setting: on_the_front(setting, lost * (setting.method == NO_MASKS)))
-    assert found["masks raise text similarity"] == verdict
+@BETTER_OR_NOT
+def test_masks_raise_text_similarity_or_not(lost: float, outcome: str) -> None:
+    outcomes = outcomes_of("masks", lambda variant: on_the_front(variant, lost * (variant.method == NO_MASKS)))
+    assert outcomes["masks raise text similarity"] == outcome
 
 
 def test_too_much_noise_decides_nothing() -> None:
-    found = said("masks", lambda setting: on_the_front(setting, 0.5 * (setting.method == NO_MASKS)), noise=12.0)
-    assert found["masks raise text similarity"] == UNDECIDED
+    outcomes = outcomes_of("masks", lambda variant: on_the_front(variant, 0.5 * (variant.method == NO_MASKS)),
+                           noise=12.0)
+    assert outcomes["masks raise text similarity"] == INCONCLUSIVE
 
 
 def test_one_photo_training_bias_and_temperature() -> None:
-    one = said("one_photo", lambda setting: on_the_front(setting, 2.0 * (setting.method.photos == 1)))
-    assert set(one.values()) == {SEEN}
+    one_photo = outcomes_of("one_photo", lambda variant: on_the_front(variant, 2.0 * (variant.method.photos == 1)))
+    assert set(one_photo.values()) == {SUPPORTED}
 
-    def trained(setting: Setting) -> Row:
-        return on_the_front(setting, 2.0 * (setting.method.name == "training bias 0.4"))
+    def lower_bias_is_worse(variant: Variant) -> Means:
+        return on_the_front(variant, 2.0 * (variant.method.name == "training bias 0.4"))
 
-    assert set(said("training_bias", trained).values()) == {SEEN}
+    assert set(outcomes_of("training_bias", lower_bias_is_worse).values()) == {SUPPORTED}
 
-    def softer(setting: Setting) -> Row:
-        return on_the_front(setting, -2.0 * (setting.temperature == statements.TEMPERATURE))
+    def temperature_is_better(variant: Variant) -> Means:
+        return on_the_front(variant, -2.0 * (variant.temperature == claims.CLAIMED_TEMPERATURE))
 
-    (judged,) = verdicts(ALL["temperature"], made(ALL["temperature"], softer))
-    assert judged.verdict == SEEN and judged.numbers.endswith("at equal image similarity")
+    (check,) = check_claims(ALL["temperature"], simulate(ALL["temperature"], temperature_is_better))
+    assert check.outcome == SUPPORTED and check.evidence.endswith("at equal image similarity")
 
-    def likelier(setting: Setting) -> Row:
-        row = on_the_front(setting)
-        return {**row, "image": row["image"] + 9.0 * (setting.temperature == statements.TEMPERATURE)}
+    def temperature_is_beyond_the_curve(variant: Variant) -> Means:
+        means = on_the_front(variant)
+        return {**means, "image": means["image"] + 9.0 * (variant.temperature == claims.CLAIMED_TEMPERATURE)}
 
-    (judged,) = verdicts(ALL["temperature"], made(ALL["temperature"], likelier))
-    assert judged.verdict == SEEN
-    assert "(temperature 0.15 has more than the curve reaches in 100 % of resamples" in judged.numbers
-
-
-def two(own: float, kinds: float) -> Made:
-    """Perfusion reaches a share at bias 0.5, and more at 0.6; the base model draws both kinds in another."""
-    shares = {PERFUSION: own, TEXTUAL_INVERSION: 30.0, CUSTOM_DIFFUSION: 80.0}
-    return lambda setting: {"own": shares.get(setting.method, 0.0) + 20.0 * (setting.bias == 0.6), "kinds": kinds}
+    (check,) = check_claims(ALL["temperature"], simulate(ALL["temperature"], temperature_is_beyond_the_curve))
+    assert check.outcome == SUPPORTED
+    assert "(temperature 0.15 has more than the curve reaches in 100 % of resamples" in check.evidence
 
 
-@pytest.mark.parametrize(("own", "kinds", "wanted"), [
-    (70.0, 90.0, [SEEN, SEEN, NOT_SEEN]), (50.0, 90.0, [NOT_SEEN, NOT_SEEN, NOT_SEEN]),
-    (50.0, 40.0, [UNDECIDED, NOT_SEEN, NOT_SEEN]), (70.0, 40.0, [SEEN, SEEN, NOT_SEEN])])
-def test_two_concepts_at_the_first_bias(own: float, kinds: float, wanted: list[str]) -> None:
-    found = list(verdicts(ALL["two_concepts"], made(ALL["two_concepts"], two(own, kinds))))
-    assert [one.verdict for one in found] == wanted and "at bias 0.5" in found[0].numbers
-    assert ("base model itself draws both plain kinds in only 40." in found[0].numbers) == (wanted[0] == UNDECIDED)
+def pair_means(attributes: float, super_categories: float) -> MeansOf:
+    """Return means at which Perfusion has a share of images at bias 0.5 and a larger one at bias 0.6."""
+    shares = {PERFUSION: attributes, TEXTUAL_INVERSION: 30.0, CUSTOM_DIFFUSION: 80.0}
+    return lambda variant: {"attributes": shares.get(variant.method, 0.0) + 20.0 * (variant.bias == 0.6),
+                            "super_categories": super_categories}
 
 
-def test_what_a_concept_costs() -> None:
+@pytest.mark.parametrize(("attributes", "super_categories", "expected"), [
+    (70.0, 90.0, [SUPPORTED, SUPPORTED, NOT_SUPPORTED]), (50.0, 90.0, [NOT_SUPPORTED, NOT_SUPPORTED, NOT_SUPPORTED]),
+    (50.0, 40.0, [INCONCLUSIVE, NOT_SUPPORTED, NOT_SUPPORTED]), (70.0, 40.0, [SUPPORTED, SUPPORTED, NOT_SUPPORTED])])
+def test_two_concepts_are_judged_at_the_first_bias(attributes: float, super_categories: float, expected: list[str]
+                                                   ) -> None:
+    study = ALL["two_concepts"]
+    checks = list(check_claims(study, simulate(study, pair_means(attributes, super_categories))))
+    assert [check.outcome for check in checks] == expected and "at bias 0.5" in checks[0].evidence
+    blames_the_base_model = "base model itself generates both super-categories in only 40." in checks[0].evidence
+    assert blames_the_base_model == (expected[0] == INCONCLUSIVE)
+
+
+def test_costs_are_compared_by_the_largest_file() -> None:
     study = ALL["cost"]
     sizes = dict.fromkeys(study.methods, 1000000) | {PERFUSION: 5_000, TEXTUAL_INVERSION: 600}
-    found = Found({}, {method: [Cost(10.0, 100, sizes[method], "here")] for method in study.methods})
-    first, second = verdicts(study, found)
-    assert (first.verdict, first.numbers, second.verdict) == (SEEN, "5.0 KB", SEEN)
-    assert "Custom Diffusion 1000.0 KB, 200 times" in second.numbers
+    results = Results({}, {method: [TrainingCost(10.0, 100, sizes[method], "here")] for method in study.methods})
+    first, second = check_claims(study, results)
+    assert (first.outcome, first.evidence, second.outcome) == (SUPPORTED, "5.0 KB", SUPPORTED)
+    assert "Custom Diffusion 1000.0 KB, 200 times" in second.evidence
 
 
-def test_cells_are_prompts_of_concepts_and_leave_out_what_says_nothing() -> None:
-    setting, other = Setting(PERFUSION, 0.4), Setting(PERFUSION, 0.6)
-    rows = [{"template": "b", "text": 1.0}, {"template": "b", "text": 3.0}, {"template": "a", "text": None}]
-    found = Found({(setting, ("owl",)): rows, (setting, ("cat",)): rows[:1], (other, ("cat",)): rows}, {})
-    assert found.cells(setting, "text") == {(("owl",), "b"): [1.0, 3.0], (("cat",), "b"): [1.0]}
-    assert found.concepts == {"owl", "cat"}
+def test_cells_group_values_by_concept_and_prompt_and_leave_out_gaps() -> None:
+    variant, other = Variant(PERFUSION, 0.4), Variant(PERFUSION, 0.6)
+    records = [{"template": "b", "text": 1.0}, {"template": "b", "text": 3.0}, {"template": "a", "text": None}]
+    results = Results({(variant, ("owl",)): records, (variant, ("cat",)): records[:1], (other, ("cat",)): records}, {})
+    assert results.cells(variant, "text") == {(("owl",), "b"): [1.0, 3.0], (("cat",), "b"): [1.0]}
+    assert results.concepts == {"owl", "cat"}

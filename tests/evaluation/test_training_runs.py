@@ -1,8 +1,11 @@
-"""Concepts taught by processes, with a stand-in for main.py: what is made, kept, made again, and what goes wrong."""
+"""Concepts trained by processes, with a stand-in for main.py: what is made, reused, made again, and what fails."""
 from __future__ import annotations
 
 import os
 import shutil
+import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.paper import training_runs as teaching
-from evaluation.paper.source_digest import TEACHING, code_of
-from evaluation.paper.studies import NO_MASKS, ONE_PHOTO, PERFUSION, TEXTUAL_INVERSION, TRAINED_KEYS, Method
-from evaluation.paper.training_runs import Cost, Example, School, digest, key_of
+from evaluation.paper import file_keys, training_runs
+from evaluation.paper.design import Method
+from evaluation.paper.examples import ExampleConcept
+from evaluation.paper.file_keys import content_digest, short_key
+from evaluation.paper.methods import NO_MASKS, ONE_PHOTO, PERFUSION, TEXTUAL_INVERSION, TRAINED_KEYS
+from evaluation.paper.processes import ProcessGroup
+from evaluation.paper.results import TrainingCost
+from evaluation.paper.source_digest import clear_caches
+from evaluation.paper.training_runs import TrainingRuns
 from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import save_perfusion_concepts
@@ -25,7 +33,7 @@ run = pathlib.Path(given["--logdir"]) / ("now_" + given["--name"])
 run.mkdir(parents=True)
 (run / "last.ckpt").write_text("")
 (run.parent / "prior").mkdir(exist_ok=True)
-(run.parent / "prior" / "pictures").touch()
+(run.parent / "prior" / "images").touch()
 if "--max_steps" in given:
     sys.exit("error: no patience")
 shutil.copy(pathlib.Path(__file__).parent / "concept.safetensors", run)
@@ -44,8 +52,8 @@ lightning: {trainer: {max_steps: 3}}
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a stand-in for main.py, a config, a base model, and photos of two things."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a stand-in for main.py, a config, a base model, and photos of two subjects."""
     (tmp_path / "main.py").write_text(STAND_IN)
     (tmp_path / "base.ckpt").write_text("weights")
     (tmp_path / "perfusion.yaml").write_text(CONFIG % (tmp_path / "base.ckpt"))
@@ -55,172 +63,220 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
         for number in range(2):
             Image.new("RGB", (16, 16), (number, len(name), 0)).save(tmp_path / name / f"{number}.png")
-    monkeypatch.setattr(teaching, "MAIN", tmp_path / "main.py")
+    monkeypatch.setattr(training_runs, "MAIN", tmp_path / "main.py")
     return tmp_path
 
 
 @pytest.fixture
-def school(place: Path) -> School:
-    return School(str(place / "perfusion.yaml"), place / "out", at_once=2, machine="two cores")
+def runs(folder: Path) -> TrainingRuns:
+    return TrainingRuns(str(folder / "perfusion.yaml"), folder / "out", workers=2, machine="two cores")
 
 
-def example(place: Path, name: str = "cat") -> Example:
-    return Example(name, place / name, "cat")
+def example(folder: Path, name: str = "cat") -> ExampleConcept:
+    return ExampleConcept(name, folder / name, "cat")
 
 
-def forget() -> None:
-    """As a new run: files may have changed."""
-    digest.cache_clear()
-    School.key.cache_clear()
+def forget_files() -> None:
+    """Start anew, as another process would: files may have changed."""
+    content_digest.cache_clear()
+    TrainingRuns.key.cache_clear()
 
 
-def calls(place: Path) -> list[str]:
-    return (place / "calls").read_text().splitlines()
+def calls(folder: Path) -> list[str]:
+    return (folder / "calls").read_text().splitlines()
 
 
-def test_what_is_missing_is_taught_and_kept(place: Path, school: School) -> None:
-    wanted = [(method, example(place, name)) for method in (PERFUSION, TRAINED_KEYS) for name in ("cat", "owl")]
-    done = list(school.teach(wanted))
-    assert sorted((method.name, one.name) for method, one, _ in done) == sorted(
-        (method.name, one.name) for method, one in wanted)
-    for method, one, cost in done:
-        file = school.file(method, one)
-        assert cost == school.cost(method, one) == Cost(cost.seconds, 9, file.stat().st_size,
-                                                        "two cores, 2 trainings at once")
-        assert file.read_bytes() == (place / "concept.safetensors").read_bytes()
+def test_missing_concepts_are_trained_once(folder: Path, runs: TrainingRuns) -> None:
+    pairs = [(method, example(folder, name)) for method in (PERFUSION, TRAINED_KEYS) for name in ("cat", "owl")]
+    finished = list(runs.train(pairs))
+    assert sorted((method.name, one.name) for method, one, _ in finished) == sorted(
+        (method.name, one.name) for method, one in pairs)
+    for method, one, cost in finished:
+        file = runs.concept_file(method, one)
+        assert cost == runs.read_cost(method, one) == TrainingCost(cost.seconds, 9, file.stat().st_size,
+                                                                   "two cores, 2 trainings at once")
+        assert file.read_bytes() == (folder / "concept.safetensors").read_bytes()
         assert cost.seconds > 0
-    (prior,) = [path for path in (place / "out" / "runs").rglob("*") if path.is_file()]
-    assert prior.name == "pictures"  # shared by all, and kept
-    assert not list(school.teach(wanted)) and len(calls(place)) == 4
+    (prior,) = [path for path in (folder / "out" / "runs").rglob("*") if path.is_file()]
+    assert prior.name == "images"  # prior images are shared by all runs, and kept
+    assert not list(runs.train(pairs)) and len(calls(folder)) == 4
 
 
-def test_seconds_are_the_processors(place: Path, school: School) -> None:
+def test_seconds_are_processor_time(folder: Path, runs: TrainingRuns) -> None:
     seconds = []
-    for does in ("time.sleep(0.5)", "while time.process_time() < 0.5: pass"):
-        (place / "main.py").write_text(f"import time\n{does}\n")
-        seconds.append(school._run([]))
+    for statement in ("time.sleep(0.5)", "while time.process_time() < 0.5: pass"):
+        (folder / "main.py").write_text(f"import time\n{statement}\n")
+        seconds.append(runs._run_main([], ProcessGroup()))
     assert 0 < seconds[0] < 0.5 <= seconds[1]
 
 
-def test_runs_are_told_what_a_user_would_say(place: Path, school: School) -> None:
-    list(school.teach([(NO_MASKS, example(place)), (replace(TRAINED_KEYS, name="x"), example(place, "owl"))]))
-    plain, keys = sorted(calls(place), key=lambda call: "owl" in call)
-    for words in (f"--data_root {place / 'cat'}", "--init_word cat", "--placeholder_string <my-cat>", "--masks none",
+def test_runs_get_the_arguments_that_users_give(folder: Path, runs: TrainingRuns) -> None:
+    list(runs.train([(NO_MASKS, example(folder)), (replace(TRAINED_KEYS, name="x"), example(folder, "owl"))]))
+    plain, keys = sorted(calls(folder), key=lambda call: "owl" in call)
+    for words in (f"--data_root {folder / 'cat'}", "--init_word cat", "--placeholder_string <my-cat>", "--masks none",
                   "lightning.callbacks.previews=null"):
         assert words in plain
     assert "model.params.locking=trained" in keys and "--masks" not in keys
 
 
-def test_one_photo_is_the_first(place: Path, school: School) -> None:
-    list(school.teach([(ONE_PHOTO, example(place))]))
-    folder = Path(calls(place)[0].partition("--data_root ")[2].split()[0])
-    assert [path.name for path in folder.iterdir()] == ["0.png"]
-    assert (folder / "0.png").read_bytes() == (place / "cat" / "0.png").read_bytes()
+def test_one_photo_is_the_first(folder: Path, runs: TrainingRuns) -> None:
+    list(runs.train([(ONE_PHOTO, example(folder))]))
+    copied = Path(calls(folder)[0].partition("--data_root ")[2].split()[0])
+    assert [path.name for path in copied.iterdir()] == ["0.png"]
+    assert (copied / "0.png").read_bytes() == (folder / "cat" / "0.png").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["0.png", "00.png"])
-def test_another_first_photo_takes_the_place_of_the_first(place: Path, school: School, name: str) -> None:
-    first = school.key(ONE_PHOTO, example(place))
-    (place / "cat" / "0.png").unlink()
-    Image.new("RGB", (16, 16), "red").save(place / "cat" / name)
-    forget()
-    assert school.key(ONE_PHOTO, example(place)) != first
-    (copy,) = (place / "out" / "photos" / "first-1" / "cat").iterdir()
-    assert copy.name == name and copy.read_bytes() == (place / "cat" / name).read_bytes()
+def test_another_first_photo_replaces_the_copy(folder: Path, runs: TrainingRuns, name: str) -> None:
+    first = runs.key(ONE_PHOTO, example(folder))
+    (folder / "cat" / "0.png").unlink()
+    Image.new("RGB", (16, 16), "red").save(folder / "cat" / name)
+    forget_files()
+    assert runs.key(ONE_PHOTO, example(folder)) != first
+    (copy,) = (folder / "out" / "photos" / "first-1" / "cat").iterdir()
+    assert copy.name == name and copy.read_bytes() == (folder / "cat" / name).read_bytes()
 
 
-def test_a_name_stands_for_all_that_matters(place: Path, school: School) -> None:
+def test_keys_cover_everything_that_matters(folder: Path, runs: TrainingRuns) -> None:
     def key(method: Method = PERFUSION, **changes: object) -> str:
-        forget()
-        return replace(school, **changes).key(method, example(place))
+        forget_files()
+        return replace(runs, **changes).key(method, example(folder))
 
     first = key()
-    assert key(folder=place / "elsewhere", at_once=1) == first
+    assert key(folder=folder / "elsewhere", workers=1) == first
     others = {key(NO_MASKS), key(TRAINED_KEYS), key(ONE_PHOTO), key(TEXTUAL_INVERSION), key(steps=7),
               key(accelerator="cpu")}
-    (place / "base.ckpt").write_text("other weights")
+    (folder / "base.ckpt").write_text("other weights")
     others.add(key())
-    Image.new("RGB", (16, 16), "red").save(place / "cat" / "1.png")
+    Image.new("RGB", (16, 16), "red").save(folder / "cat" / "1.png")
     others.add(key())
-    assert len(others | {first}) == 8 - 1 + 1  # NO_MASKS is as PERFUSION here: its config has no segmenter
+    assert len(others | {first}) == 8 - 1 + 1  # NO_MASKS equals PERFUSION here, as the config has no segmenter
 
 
-def test_what_was_made_otherwise_is_made_again(place: Path, school: School) -> None:
-    list(school.teach([(PERFUSION, example(place))]))
-    assert not school.outdated(PERFUSION, example(place))
-    Image.new("RGB", (16, 16), "red").save(place / "cat" / "1.png")
-    forget()
-    assert school.outdated(PERFUSION, example(place)) and not school.outdated(NO_MASKS, example(place, "owl"))
-    assert len(list(school.teach([(PERFUSION, example(place))]))) == 1
+def test_outdated_concepts_are_trained_again(folder: Path, runs: TrainingRuns) -> None:
+    list(runs.train([(PERFUSION, example(folder))]))
+    assert not runs.is_outdated(PERFUSION, example(folder))
+    Image.new("RGB", (16, 16), "red").save(folder / "cat" / "1.png")
+    forget_files()
+    assert runs.is_outdated(PERFUSION, example(folder)) and not runs.is_outdated(NO_MASKS, example(folder, "owl"))
+    assert len(list(runs.train([(PERFUSION, example(folder))]))) == 1
 
 
-def test_an_interrupted_run_leaves_nothing_in_the_way(place: Path, school: School) -> None:
-    runs = place / "out" / "runs" / code_of(TEACHING)
-    shutil.copytree(place / "owl", runs / "before_perfusion-cat")
-    (runs / "before_perfusion-cat" / "concept.safetensors").touch()
-    assert not school.is_there(PERFUSION, example(place))
-    assert len(list(school.teach([(PERFUSION, example(place))]))) == 1
+def test_an_interrupted_run_leaves_nothing_in_the_way(folder: Path, runs: TrainingRuns) -> None:
+    interrupted = runs._runs_folder() / "before_perfusion-cat"
+    shutil.copytree(folder / "owl", interrupted)
+    (interrupted / "concept.safetensors").touch()
+    assert not runs.is_finished(PERFUSION, example(folder))
+    assert len(list(runs.train([(PERFUSION, example(folder))]))) == 1
 
 
-def test_other_code_teaches_anew(place: Path, school: School, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = school.key(PERFUSION, example(place))
-    forget()
-    monkeypatch.setattr(teaching, "code_of", lambda files: f"other code in {len(files)} files")
-    assert school.key(PERFUSION, example(place)) != first
+@pytest.fixture
+def my_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Method]:
+    """Write a method of a user's own: a class in a file outside the project, and its config."""
+    (folder / "users_method.py").write_text("from ldm.personalization.textual_inversion import TextualInversion\n"
+                                            "class Mine(TextualInversion):\n    LIMIT = 1.0\n")
+    (folder / "mine.yaml").write_text("model: {target: users_method.Mine, params: {}}\n")
+    monkeypatch.syspath_prepend(folder)
+    clear_caches()
+    yield Method("mine", str(folder / "mine.yaml"))
+    sys.modules.pop("users_method", None)
+    clear_caches()
 
 
-def test_weights_in_the_working_folder_are_told_apart(place: Path, school: School,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def test_a_change_of_a_new_methods_code_trains_it_again_and_no_other(folder: Path, runs: TrainingRuns, my_method: Method
+                                                                     ) -> None:
+    def keys() -> list[str]:
+        forget_files()
+        clear_caches()
+        return [runs.key(method, example(folder)) for method in (my_method, PERFUSION)]
+
+    before = keys()
+    source = folder / "users_method.py"
+    source.write_text(source.read_text() + "# a comment\n")
+    assert keys() == before
+    source.write_text(source.read_text().replace("1.0", "2.0"))
+    assert keys()[0] != before[0] and keys()[1] == before[1]
+
+
+def test_other_code_trains_again(folder: Path, runs: TrainingRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = runs.key(PERFUSION, example(folder))
+    forget_files()
+    monkeypatch.setattr(training_runs, "code_digest", lambda entries: f"other code of {len(entries)} entries")
+    assert runs.key(PERFUSION, example(folder)) != first
+
+
+def test_weights_in_the_working_directory_are_distinguished(folder: Path, runs: TrainingRuns,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     keys = set()
     for name, content in (("a.ckpt", "weights"), ("b.ckpt", "weights"), ("a.ckpt", "others")):
         Path(name).write_text(content)
-        forget()
-        keys.add(replace(school, checkpoint=name).key(PERFUSION, example(place)))
+        forget_files()
+        keys.add(replace(runs, checkpoint=name).key(PERFUSION, example(folder)))
     assert len(keys) == 3
 
 
-def test_a_run_that_was_stopped_at_its_start_is_told_of(place: Path, school: School,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(School, "_run", lambda *_: 1.0)
+def test_a_run_that_was_stopped_at_its_start_is_reported(folder: Path, runs: TrainingRuns,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingRuns, "_run_main", lambda *_: 1.0)
     with pytest.raises(UserError, match="cat by Perfusion was stopped before it began; run this again"):
-        list(school.teach([(PERFUSION, example(place))]))
-    assert not school.is_there(PERFUSION, example(place))
+        list(runs.train([(PERFUSION, example(folder))]))
+    assert not runs.is_finished(PERFUSION, example(folder))
 
 
-def test_a_run_that_was_stopped_early_does_not_count(place: Path, school: School) -> None:
-    config = place / "perfusion.yaml"
+def test_a_run_that_was_stopped_early_does_not_count(folder: Path, runs: TrainingRuns) -> None:
+    config = folder / "perfusion.yaml"
     config.write_text(config.read_text().replace("max_steps: 3", "max_steps: 4"))
     with pytest.raises(UserError, match="cat by Perfusion stopped at step 3 of 4"):
-        list(school.teach([(PERFUSION, example(place))]))
-    assert not school.is_there(PERFUSION, example(place)) and not list((place / "out").glob("concepts/*/*"))
+        list(runs.train([(PERFUSION, example(folder))]))
+    assert not runs.is_finished(PERFUSION, example(folder)) and not list((folder / "out").glob("concepts/*/*"))
 
 
-def test_a_failure_says_what_the_run_said(place: Path, school: School) -> None:
+def test_a_failure_repeats_the_message_of_the_run(folder: Path, runs: TrainingRuns) -> None:
     with pytest.raises(UserError, match="main.py --base .* --name perfusion-cat.*: no patience"):
-        list(replace(school, steps=3).teach([(PERFUSION, example(place))]))
-    assert not list((place / "out").rglob("*.safetensors"))
+        list(replace(runs, steps=3).train([(PERFUSION, example(folder))]))
+    assert not list((folder / "out").rglob("*.safetensors"))
 
 
-def test_what_is_left_early_leaves_no_training_behind(place: Path, school: School) -> None:
-    script = place / "main.py"
-    script.write_text(f"{STAND_IN}\nif 'owl' in given['--name']:\n"
-                      "    import os, time\n"
-                      f"    pathlib.Path(r'{place}', 'number').write_text(str(os.getpid()))\n"
-                      "    time.sleep(300)\n"
-                      "else:\n"
-                      f"    while not pathlib.Path(r'{place}', 'number').exists(): pass\n")
-    teaching = school.teach([(PERFUSION, example(place)), (PERFUSION, example(place, "owl"))])
-    assert next(teaching)[1].name == "cat"
-    teaching.close()
+def test_closing_early_ends_trainings_that_run(folder: Path, runs: TrainingRuns) -> None:
+    (folder / "main.py").write_text(
+        f"{STAND_IN}\nif 'owl' in given['--name']:\n"
+        "    import os, time\n"
+        f"    pathlib.Path(r'{folder}', 'number').write_text(str(os.getpid()))\n"
+        "    time.sleep(300)\n"
+        "else:\n"
+        f"    while not pathlib.Path(r'{folder}', 'number').exists(): pass\n")
+    finished = runs.train([(PERFUSION, example(folder)), (PERFUSION, example(folder, "owl"))])
+    assert next(finished)[1].name == "cat"
+    finished.close()
     with pytest.raises(ProcessLookupError):
-        os.kill(int((place / "number").read_text()), 0)
+        os.kill(int((folder / "number").read_text()), 0)
 
 
-def test_names_do_not_depend_on_where_the_project_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    def name(root: Path) -> str:
-        monkeypatch.setattr(teaching, "ROOT", root)
-        return key_of({"photos": str(root / "models/teddy"), "file": root / "base.ckpt", "mine": "/elsewhere/teddy"})
+def test_closing_early_starts_no_training(folder: Path, runs: TrainingRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that a thread has picked up, but not started yet, is not started any more."""
+    is_closed = threading.Event()
+    remove_runs = training_runs._remove_runs
 
-    assert name(Path("/here/project")) == name(Path("/there"))
-    assert name(Path("/elsewhere")) != name(Path("/there"))
+    def wait_and_remove(folder: Path, name: str) -> None:
+        if "owl" in name:
+            is_closed.wait(60)
+        remove_runs(folder, name)
+
+    monkeypatch.setattr(training_runs, "_remove_runs", wait_and_remove)
+    finished = runs.train([(PERFUSION, example(folder)), (PERFUSION, example(folder, "owl"))])
+    assert next(finished)[1].name == "cat"
+    release = threading.Timer(0.5, is_closed.set)
+    release.start()
+    finished.close()
+    release.join()
+    assert is_closed.is_set() and len(calls(folder)) == 1  # of the cat alone
+
+
+def test_keys_do_not_depend_on_where_the_project_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(root: Path) -> str:
+        monkeypatch.setattr(file_keys, "PROJECT_ROOT", root)
+        return short_key({"photos": str(root / "models/teddy"), "file": root / "base.ckpt", "mine": "/elsewhere/teddy"})
+
+    assert key(Path("/here/project")) == key(Path("/there"))
+    assert key(Path("/elsewhere")) != key(Path("/there"))

@@ -1,0 +1,62 @@
+"""The methods that are compared.
+
+To compare a method of your own, add an entry to `BASELINES`, with a config whose `model.target` is its class. For a
+single run, `reproduce.py --methods my_method.yaml` does the same without an entry.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.paper.design import Method
+from ldm.common.errors import UserError
+from ldm.common.paths import resolve_path
+
+TRAINING_BIAS = 0.75  # of configs/perfusion.yaml
+LOWER_TRAINING_BIAS = 0.4
+
+# What the other methods are compared with.
+BASE_MODEL = Method("base model", trained=False)
+PERFUSION = Method("Perfusion", combinable=True)
+
+# Perfusion with one change.
+TRAINED_KEYS = Method("trained keys", overrides=("model.params.locking=trained",))
+GATED_PROJECTION = Method("gated projection", overrides=("model.params.projection=gated",))
+FULL_PROJECTION = Method("full projection", overrides=("model.params.projection=full",))
+NO_MASKS = Method("no masks", masks=False)
+ONE_PHOTO = Method("one photo", photos=1)
+LOWER_BIAS = Method(f"training bias {LOWER_TRAINING_BIAS:g}",
+                    overrides=(f"model.params.bias={LOWER_TRAINING_BIAS:g}",))
+
+# Other methods.
+TEXTUAL_INVERSION = Method("Textual Inversion", "configs/baselines/textual-inversion.yaml", combinable=True)
+FOUR_VECTORS = Method("Textual Inversion, 4 vectors", "configs/baselines/textual-inversion.yaml",
+                      ("model.params.vectors_per_word=4",))
+CUSTOM_DIFFUSION = Method("Custom Diffusion", "configs/baselines/custom-diffusion.yaml", combinable=True,
+                          stores_weights=True)
+DREAMBOOTH = Method("DreamBooth", "configs/baselines/dreambooth.yaml", stores_weights=True)
+BASELINES = (TEXTUAL_INVERSION, FOUR_VECTORS, CUSTOM_DIFFUSION, DREAMBOOTH)
+
+
+def select_methods(names: Sequence[str] | None) -> tuple[Method, ...]:
+    """Return the methods to compare Perfusion with.
+
+    Args:
+        names: keys of `BASELINES`, or config files of other methods, whose names become the methods' names. None
+            selects all of `BASELINES`. Perfusion may be named, too: it takes part in any case.
+
+    Raises:
+        UserError: if a name is neither.
+    """
+    if names is None:
+        return BASELINES
+    known = {method.key: method for method in BASELINES}
+    selected = []
+    for name in names:
+        if name in known:
+            selected.append(known[name])
+        elif name.endswith((".yaml", ".yml")) and resolve_path(name).is_file():
+            selected.append(Method(Path(name).stem, name))
+        elif name != PERFUSION.key:
+            raise UserError(f"--methods {name}: unknown; give some of {', '.join(known)}, or a method's config file")
+    return tuple(dict.fromkeys(selected))
