@@ -35,14 +35,14 @@ class ShowTracebacks(argparse.Action):
         show_tracebacks()
 
 
-def whole(least: int = 0, below: int | None = None) -> Callable[[str], int]:
-    """A flag's type: a whole number from `least` up, and under `below` where that is given."""
+def int_in_range(least: int = 0, below: int | None = None) -> Callable[[str], int]:
+    """Return a flag's type: a whole number from `least` up, and less than `below` if that is given."""
 
     def read(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < least or (below is not None and value >= below):
             most = "" if below is None else f" and less than {below}"
             raise argparse.ArgumentTypeError(f"{text}: must be {least} or more{most}")
@@ -51,8 +51,8 @@ def whole(least: int = 0, below: int | None = None) -> Callable[[str], int]:
     return read
 
 
-def number(least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Callable[[str], float]:
-    """A flag's type: a finite number from `least` to `most`, and larger than `above`."""
+def float_in_range(least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Callable[[str], float]:
+    """Return a flag's type: a finite number from `least` to `most`, and larger than `above`."""
     bounds = [f"{word} {bound:g}" for word, bound in (("at least", least), ("above", above), ("at most", most))
               if math.isfinite(bound)]
 
@@ -60,7 +60,7 @@ def number(least: float = -math.inf, most: float = math.inf, above: float = -mat
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         if not (math.isfinite(value) and least <= value <= most and value > above):
             raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds) or 'a finite number'}")
         return value

@@ -58,6 +58,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ldm.modules.isolated_sum import IsolatedSum
+
 PROJECTIONS = ("full", "gated")
 RIDGE = 1e-4
 RANK_TOLERANCE = 1e-6
@@ -245,22 +247,10 @@ def apply_edit(projected: Tensor, gates: Tensor, weight: Tensor, target_outputs:
 
 
 def _gated_sum(gates: Tensor, target_outputs: Tensor) -> Tensor:
-    """Return sum_j g_j o*_j, (B, N, p). A concept that diverges in training does not affect the others.
-
-    A gate of 0 keeps a concept out of a prompt, but 0 times NaN is NaN, in the sum and in the gradients of all o*.
-    """
-    in_training = target_outputs.requires_grad
-    if len(target_outputs) < 2 or not in_training:
-        return gates @ target_outputs
-    total = gates @ target_outputs.nan_to_num(0.0, 0.0, 0.0)
-    if total.requires_grad:  # not under torch.no_grad()
-        total.register_hook(_replace_nonfinite)
-    return total
-
-
-def _replace_nonfinite(gradient: Tensor | None) -> Tensor | None:
-    """Backward hook: return the gradient with 0 for numbers that are not finite."""
-    return None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
+    """Return sum_j g_j o*_j, (B, N, p)."""
+    if len(target_outputs) > 1 and target_outputs.requires_grad:
+        return IsolatedSum.apply(gates, target_outputs)  # several concepts in training
+    return gates @ target_outputs
 
 
 def _dual(vectors: Tensor, inverse_covariance: Tensor) -> Tensor:
