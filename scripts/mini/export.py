@@ -1,4 +1,4 @@
-"""Turns the checkpoints of the mini models' training runs into the files that ship in `models/mini/`.
+"""Exports the mini models from their training runs to the files in `models/mini/`.
 
     python scripts/mini/export.py autoencoder logs/..._autoencoder
     python scripts/mini/export.py decoder logs/..._decoder
@@ -8,9 +8,9 @@
     python scripts/mini/export.py covariance
     python scripts/mini/export.py segmenter logs/..._segmenter
 
-In this order: the later ones are trained with what the earlier ones exported; `scripts/mini/rebuild.py` does it all.
-Numbers are stored in half precision, averaged weights where a run kept averages, and word tables without the rows of
-words that no caption used. How each part was trained goes into `training.json` beside the weights.
+The order matters: later parts are trained with the exports of earlier ones. `scripts/mini/rebuild.py` does all of it.
+Weights are stored in half precision. They are the moving averages if the run kept any. Word embedding tables keep only
+the rows of words in the captions. `training.json`, beside the weights, describes how each part was trained.
 """
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ldm.checkpoints.packed_tables import pack_table  # noqa: E402
 from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.files import save_tensors, write_atomically  # noqa: E402
-from ldm.common.paths import check_folder  # noqa: E402
+from ldm.common.paths import PROJECT_ROOT, check_folder  # noqa: E402
 from ldm.data.mini.scenes import SceneDataset  # noqa: E402
 from ldm.models.clip_images import CLIP_MEAN, CLIP_STD  # noqa: E402
 from ldm.models.mini.openclip import OpenCLIPTrainer  # noqa: E402
@@ -52,19 +52,20 @@ from ldm.util import instantiate_from_config  # noqa: E402
 
 log = logging.getLogger(__name__)
 
-MINI = Path(__file__).resolve().parents[2] / "models" / "mini"
-PARTS = "parts"  # folder of what only training needs; not kept with the project
+MINI = PROJECT_ROOT / "models" / "mini"
+PARTS = "parts"  # folder of the weights that only training needs; it is not in the repository
 CAPTIONS = 20_000
+LATENT_SCENES, BATCH_SIZE = 2048, 64  # to measure the latents on
 
 
 def last_checkpoint(run: Path) -> tuple[dict[str, Tensor], OmegaConf]:
-    """The newest weights of a training run, and its config."""
+    """Return the newest weights of a training run, and its config."""
     config = newest_config(run, "project")
     return read_state_dict(run / "checkpoints" / "last.ckpt"), config
 
 
-def trained(run: Path, **params: Any) -> torch.nn.Module:
-    """The model of a run with its newest weights; `params` are set in its config."""
+def load_trained_model(run: Path, **params: Any) -> torch.nn.Module:
+    """Return the model of a run with its newest weights; `params` replace those of its config."""
     tensors, config = last_checkpoint(run)
     config.model.params.update(params)
     model = instantiate_from_config({key: config.model[key] for key in ("target", "params")})
@@ -72,27 +73,31 @@ def trained(run: Path, **params: Any) -> torch.nn.Module:
     return model
 
 
-def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters in half precision; what has no dot in its name is the noise schedule, which would suffer."""
-    return {key: value.half() if "." in key and value.is_floating_point() else value for key, value in tensors.items()}
+def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert parameters to half precision. Keys without a dot are the noise schedule, which needs full precision."""
+    converted = {}
+    for key, value in tensors.items():
+        is_parameter = "." in key and value.is_floating_point()
+        converted[key] = value.half() if is_parameter else value
+    return converted
 
 
 @functools.cache
-def captions_of_the_world(count: int = CAPTIONS) -> tuple[str, ...]:
-    """Distinct captions of scenes, sorted; nothing is drawn for them."""
+def world_captions(count: int = CAPTIONS) -> tuple[str, ...]:
+    """Return the distinct captions of `count` scenes, sorted."""
     scenes = SceneDataset(seed=2)
     return tuple(sorted({scenes.plan(index).caption for index in range(count)}))
 
 
-def words_in_use(tokenizer: object) -> Tensor:
-    """Numbers of the word pieces in the captions of the mini world."""
-    captions = list(captions_of_the_world())
-    return torch.tensor(sorted({piece for row in tokenizer(captions)["input_ids"] for piece in row}))
+def used_tokens(tokenizer: object) -> Tensor:
+    """Return the tokens that occur in the captions of the mini world, sorted."""
+    captions = list(world_captions())
+    return torch.tensor(sorted({token for row in tokenizer(captions)["input_ids"] for token in row}))
 
 
-def pack_words(tensors: dict[str, Tensor], tokenizer: object) -> dict[str, Tensor]:
-    """The same tensors with every word table packed."""
-    used = words_in_use(tokenizer)
+def pack_word_tables(tensors: dict[str, Tensor], tokenizer: object) -> dict[str, Tensor]:
+    """Return the tensors with every word embedding table packed."""
+    used = used_tokens(tokenizer)
     packed = {}
     for key, value in tensors.items():
         packed |= pack_table(key, value, used) if key.endswith("token_embedding.weight") else {key: value}
@@ -101,57 +106,63 @@ def pack_words(tensors: dict[str, Tensor], tokenizer: object) -> dict[str, Tenso
 
 @torch.no_grad()
 def export_autoencoder(run: Path, folder: Path) -> None:
-    """The first stage with its latents shifted and scaled to mean 0 and variance 1 in every channel."""
-    model = trained(run).eval()
+    """Export the first stage, with its latents normalized to mean 0 and variance 1 in every channel."""
+    model = load_trained_model(run).eval()
     scenes = SceneDataset(seed=4)
-    latents = torch.cat([model.encode(torch.stack([scenes[start + i]["image"] for i in range(64)])).sample()
-                         for start in range(0, 2048, 64)])
+    batches = []
+    for start in range(0, LATENT_SCENES, BATCH_SIZE):
+        images = torch.stack([scenes[index]["image"] for index in range(start, start + BATCH_SIZE)])
+        batches.append(model.encode(images).sample())
+    latents = torch.cat(batches)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    log.info("channel means %.2f to %.2f, deviations %.2f to %.2f", mean.min(), mean.max(), std.min(), std.max())
-    fold_normalisation(model, mean, std)
+    log.info("channel means %.2f to %.2f, standard deviations %.2f to %.2f", mean.min(), mean.max(), std.min(),
+             std.max())
+    fold_normalization(model, mean, std)
     save_tensors(folder / PARTS / "autoencoder.safetensors", model.state_dict(), {"run": run.name})
 
 
 def export_decoder(run: Path, folder: Path) -> None:
-    """The same first stage with a decoder that was trained on; its latents are those that models have learned."""
+    """Export the first stage again, with a decoder that was trained further. Its latents do not change."""
     tensors, _ = last_checkpoint(run)
-    refuse_other_latents(run, tensors, read_state_dict(folder / PARTS / "autoencoder.safetensors"))
+    check_same_latents(run, tensors, read_state_dict(folder / PARTS / "autoencoder.safetensors"))
     save_tensors(folder / PARTS / "autoencoder.safetensors", tensors, {"run": run.name})
 
 
-def refuse_other_latents(run: Path, tensors: dict[str, Tensor], exported: dict[str, Tensor]) -> None:
-    """Raises a UserError where two first stages differ in what makes latents."""
-    encoders = [{key: value for key, value in stage.items() if key.startswith(("encoder.", "quant_conv."))}
-                for stage in (tensors, exported)]
-    if encoders[0].keys() != encoders[1].keys() or not all(
-            torch.equal(value, encoders[1][key]) for key, value in encoders[0].items()):
-        raise UserError(f"{run}: its latents are not those of the exported autoencoder; export the one it began with")
+def check_same_latents(run: Path, tensors: dict[str, Tensor], exported: dict[str, Tensor]) -> None:
+    """Raise UserError if the encoders of two first stages differ."""
+    prefixes = ("encoder.", "quant_conv.")
+    encoder = {key: value for key, value in tensors.items() if key.startswith(prefixes)}
+    expected = {key: value for key, value in exported.items() if key.startswith(prefixes)}
+    same_keys = encoder.keys() == expected.keys()
+    if not same_keys or not all(torch.equal(value, expected[key]) for key, value in encoder.items()):
+        raise UserError(f"{run}: its latents differ from those of the exported autoencoder; export the autoencoder "
+                        "that this run started from")
 
 
-def fold_normalisation(model: torch.nn.Module, mean: Tensor, std: Tensor) -> None:
-    """Makes (z - mean) / std the new latent, by the 1x1 convolutions on either side of it."""
+def fold_normalization(model: torch.nn.Module, mean: Tensor, std: Tensor) -> None:
+    """Make (z - mean) / std the new latent, by changing the 1x1 convolutions before and after it."""
     before, after, z = model.quant_conv, model.post_quant_conv, len(mean)
     before.weight[:z] /= std[:, None, None, None]
     before.bias[:z].sub_(mean).div_(std)
-    before.bias[z:] -= 2 * std.log()  # the second half are logarithms of variances
+    before.bias[z:] -= 2 * std.log()  # the second half of the channels are logarithms of variances
     after.bias += (after.weight[:, :, 0, 0] * mean).sum(1)
     after.weight *= std[:, None, None]
 
 
 def export_clip(run: Path, folder: Path) -> None:
-    """The whole CLIP for `open_clip`, and its text tower alone, for `transformers`, to train the U-Net with."""
-    model = trained(run)
+    """Export the CLIP for `open_clip`, and its text tower for `transformers`, with which the U-Net is trained."""
+    model = load_trained_model(run)
     write_openclip(folder / "clip", model, {"format": "pt", "run": run.name})
-    config = text_settings(model)
+    config = text_tower_config(model)
     tensors = clip_text_tensors(model.clip.state_dict(), CLIPTextModel(config).state_dict())
-    background = folder / PARTS / "text_encoder"
-    save_tensors(background / "model.safetensors", half(pack_words(tensors, model.tokenizer)),
+    target = folder / PARTS / "text_encoder"
+    save_tensors(target / "model.safetensors", to_half(pack_word_tables(tensors, model.tokenizer)),
                  {"format": "pt", "run": run.name})
-    config.save_pretrained(background)
+    config.save_pretrained(target)
 
 
-def text_settings(model: OpenCLIPTrainer) -> CLIPTextConfig:
-    """How `transformers` describes the text tower of a CLIP of `open_clip`'s."""
+def text_tower_config(model: OpenCLIPTrainer) -> CLIPTextConfig:
+    """Return the `transformers` config of the text tower of a CLIP of `open_clip`."""
     tower = model.settings["text_cfg"]
     return CLIPTextConfig(
         hidden_size=tower["width"], intermediate_size=4 * tower["width"], num_hidden_layers=tower["layers"],
@@ -160,59 +171,63 @@ def text_settings(model: OpenCLIPTrainer) -> CLIPTextConfig:
 
 
 def export_evaluation_clip(run: Path, folder: Path) -> None:
-    """The second CLIP, for `open_clip`."""
-    write_openclip(folder / "evaluation_clip", trained(run), {"format": "pt", "run": run.name})
+    """Export the second CLIP, for `open_clip`."""
+    write_openclip(folder / "evaluation_clip", load_trained_model(run), {"format": "pt", "run": run.name})
 
 
 def write_openclip(folder: Path, model: OpenCLIPTrainer, metadata: dict[str, str]) -> None:
-    """Weights and settings in the layout that `open_clip` calls local-dir, but for the packed word table."""
+    """Write weights and settings in the layout that `open_clip` calls local-dir, except for the packed word table."""
     settings = {"model_cfg": model.settings, "preprocess_cfg": {"mean": CLIP_MEAN, "std": CLIP_STD}}
-    save_tensors(folder / "model.safetensors", half(pack_words(model.clip.state_dict(), model.tokenizer)), metadata)
+    tensors = to_half(pack_word_tables(model.clip.state_dict(), model.tokenizer))
+    save_tensors(folder / "model.safetensors", tensors, metadata)
     write_json(folder / SETTINGS, settings)
 
 
 def write_json(path: Path, settings: dict[str, Any]) -> None:
-    write_atomically(path, lambda bind_attributes: bind_attributes.write_text(json.dumps(settings, indent=1) + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1) + "\n"))
 
 
 def export_text2img(run: Path, folder: Path) -> None:
-    """One checkpoint as Stable Diffusion's are: averaged U-Net, text tower, and the first stage as last exported."""
+    """Export one checkpoint with the keys of Stable Diffusion: averaged U-Net, text tower, and exported first stage."""
     tensors, config = last_checkpoint(run)
     stage = "first_stage_model."
-    newest = read_state_dict(folder / PARTS / "autoencoder.safetensors")
-    refuse_other_latents(run, {key.removeprefix(stage): value for key, value in tensors.items()
-                               if key.startswith(stage)}, newest)
-    tensors |= {stage + key: value for key, value in newest.items()}
-    whole = {key: value for key, value in (tensors | moving_averages(tensors)).items() if not key.startswith(AVERAGES)}
-    packed = half(pack_words(whole, CLIPTokenizer.from_pretrained(TOKENIZER)))
+    exported = read_state_dict(folder / PARTS / "autoencoder.safetensors")
+    own = {key.removeprefix(stage): value for key, value in tensors.items() if key.startswith(stage)}
+    check_same_latents(run, own, exported)
+
+    # The decoder of the exported first stage may be better than the one of this run.
+    tensors |= {stage + key: value for key, value in exported.items()}
+    averaged = tensors | moving_averages(tensors)
+    weights = {key: value for key, value in averaged.items() if not key.startswith(AVERAGES)}
+    packed = to_half(pack_word_tables(weights, CLIPTokenizer.from_pretrained(TOKENIZER)))
     save_tensors(folder / "model.safetensors", packed, {"format": "pt", "run": run.name})
     settings = config.model.params.cond_stage_config.params.version
     CLIPTextConfig.from_pretrained(settings).save_pretrained(folder / "text_encoder")
 
 
 def export_segmenter(run: Path, folder: Path) -> None:
-    """The segmenter as `ldm.modules.segmentation` loads it."""
-    model = trained(run, clip=str(folder / "clip"))  # its settings; a run's own path may lead elsewhere by now
-    background, segmenter = folder / "segmenter", model.segmenter
-    save_tensors(background / "model.safetensors", half(pack_words(segmenter.state_dict(), model.tokenizer)),
+    """Export the segmenter in the form that `ldm.modules.segmentation` loads."""
+    model = load_trained_model(run, clip=str(folder / "clip"))  # the path in the run's own config may be outdated
+    target, segmenter = folder / "segmenter", model.segmenter
+    save_tensors(target / "model.safetensors", to_half(pack_word_tables(segmenter.state_dict(), model.tokenizer)),
                  {"format": "pt", "run": run.name})
     side = segmenter.config["vision_cfg"]["image_size"]
-    write_json(background / "config.json", {"model_type": ResidualSegmenter.model_type, **segmenter.config})
-    write_json(background / "preprocessor_config.json", {"size": {"height": side, "width": side}, "resample": 3,
+    write_json(target / "config.json", {"model_type": ResidualSegmenter.model_type, **segmenter.config})
+    write_json(target / "preprocessor_config.json", {"size": {"height": side, "width": side}, "resample": 3,
                                                     "image_mean": CLIP_MEAN, "image_std": CLIP_STD})
 
 
 def export_covariance(folder: Path) -> None:
-    """C of the exported model's text tower, over captions of the mini world."""
+    """Estimate the covariance C of the exported text tower over captions of the mini world, and write it."""
     weights, settings = folder / "model.safetensors", folder / "text_encoder"
     if not weights.is_file():
-        raise UserError(f"{weights}: there is no text tower; export that of a run first (export_mini.py text2img RUN)")
+        raise UserError(f"{weights}: there is no text tower; export that of a run first (export.py text2img RUN)")
     length = CLIPTextConfig.from_pretrained(settings).max_position_embeddings
     encoder = FrozenCLIPEmbedder(str(settings.resolve()), max_length=length)
     stage = "cond_stage_model."
     encoder.load_state_dict({key.removeprefix(stage): value for key, value in read_state_dict(weights).items()
                              if key.startswith(stage)})
-    estimate = estimate_covariance(encoder, captions_of_the_world())
+    estimate = estimate_covariance(encoder, world_captions())
     save_covariance(folder / "covariance.safetensors", estimate.covariance, source="captions of ldm.data.mini.scenes",
                     captions=estimate.captions, tokens="words", encoder=encoder_fingerprint(encoder))
 
@@ -228,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("part", choices=[*EXPORTS, "covariance"], help="which of the mini models the run trained")
     parser.add_argument("run", type=Path, nargs="?", help="log folder of that run; not needed for the covariance")
     parser.add_argument("--outdir", type=Path, default=MINI, metavar="FOLDER",
-                        help="where the models lie (default: models/mini)")
+                        help="folder of the models (default: models/mini)")
     options = parser.parse_args(arguments)
     check_folder("--outdir", options.outdir)
     if options.part == "covariance":

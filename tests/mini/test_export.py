@@ -1,4 +1,4 @@
-"""What `scripts/mini/export.py` makes of training runs: files that load, small, with a record of the run."""
+"""scripts/mini/export.py: the files that it makes of training runs load, are small, and name their run."""
 from __future__ import annotations
 
 import json
@@ -27,7 +27,7 @@ from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder
 from ldm.modules.segmentation import ZeroShotSegmenter
 from ldm.util import instantiate_from_config
 from scripts.mini import export as export_mini
-from scripts.mini.export import captions_of_the_world
+from scripts.mini.export import world_captions
 
 CLIPS = ("clip", "evaluation_clip")
 FIRST = "first_stage_model."
@@ -38,41 +38,42 @@ CLIP = {"target": "ldm.models.mini.openclip.OpenCLIPTrainer", "params": {
 @pytest.fixture(scope="module", autouse=True)
 def few_captions() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        captions = captions_of_the_world(50)
-        patch.setattr(export_mini, "captions_of_the_world", lambda: captions)
+        captions = world_captions(50)
+        patch.setattr(export_mini, "world_captions", lambda: captions)
         yield captions
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both CLIPs, exported from runs of theirs."""
+    """A folder with both CLIPs, exported from their runs."""
     folder = tmp_path_factory.mktemp("models")
     for seed, part in enumerate(CLIPS):
-        run = write_log_folder(folder / "logs" / f"today_{part}", CLIP, tiny_openclip(seed, 32).state_dict(), steps=7 + seed)
+        weights = tiny_openclip(seed, 32).state_dict()
+        run = write_log_folder(folder / "logs" / f"today_{part}", CLIP, weights, steps=7 + seed)
         export_mini.main([part, str(run), "--outdir", str(folder)])
     return folder
 
 
 def test_captions_are_those_of_the_scenes() -> None:
     scenes = SceneDataset(seed=2)
-    assert captions_of_the_world(3) == tuple(sorted({scenes[index]["caption"] for index in range(3)}))
+    assert world_captions(3) == tuple(sorted({scenes[index]["caption"] for index in range(3)}))
 
 
 @pytest.mark.parametrize("seed", range(len(CLIPS)))
-def test_a_clip_survives_but_for_words_that_it_never_read(
+def test_an_exported_clip_is_the_same_for_words_of_the_captions(
         exported: Path, few_captions: tuple[str, ...], seed: int) -> None:
     folder = exported / CLIPS[seed]
     before, after = tiny_openclip(seed, 32).eval(), ClipEncoder.from_path(folder)
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
     with torch.no_grad():
-        texts = before.text_directions(list(few_captions[:4]))
-        images = F.normalize(before.image_features(normalize_for_clip(images)), dim=-1)
+        texts = before.embed_texts(list(few_captions[:4]))
+        embeddings = F.normalize(before.image_features(normalize_for_clip(images)), dim=-1)
     assert torch.allclose(after.embed_texts(few_captions[:4]), texts, atol=5e-3)
-    assert torch.allclose(after.embed_images(images), images, atol=5e-3)
+    assert torch.allclose(after.embed_images(images), embeddings, atol=5e-3)
     assert (folder / "model.safetensors").stat().st_size < 250_000
 
 
-def test_the_text_tower_of_the_first_clip_is_what_conditions(exported: Path, few_captions: tuple[str, ...]) -> None:
+def test_the_exported_text_tower_is_that_of_the_first_clip(exported: Path, few_captions: tuple[str, ...]) -> None:
     tower = FrozenCLIPEmbedder(str(exported / "parts" / "text_encoder"), max_length=32)
     clip, captions = load_openclip(exported / "clip"), list(few_captions[:4])
     encoded = tower.encode(captions)
@@ -84,7 +85,7 @@ def test_the_text_tower_of_the_first_clip_is_what_conditions(exported: Path, few
     assert encoded.std() > 0.5
 
 
-def test_the_segmenter_survives(exported: Path, few_captions: tuple[str, ...]) -> None:
+def test_an_exported_segmenter_is_the_same(exported: Path, few_captions: tuple[str, ...]) -> None:
     config = {"target": "ldm.models.mini.segmenter.SegmenterTrainer",
               "params": {"clip": str(exported / "clip"), "widths": [32, 32, 32, 32, 64]}}
     trainer = randomize(instantiate_from_config(config), 4).eval()
@@ -99,7 +100,7 @@ def test_the_segmenter_survives(exported: Path, few_captions: tuple[str, ...]) -
     assert torch.allclose(found, expected, atol=5e-3) and expected.std() > 0.03
 
 
-def test_the_whole_model_has_the_decoder_that_was_trained_on(exported: Path, tmp_path: Path) -> None:
+def test_the_exported_model_has_the_further_trained_decoder(exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     shutil.copytree(exported, folder)
     (folder / "training.json").unlink()
@@ -131,18 +132,18 @@ def test_the_whole_model_has_the_decoder_that_was_trained_on(exported: Path, tmp
                read_state_dict(folder / "parts" / "autoencoder.safetensors").items())
 
 
-def test_each_export_says_how_its_part_was_trained(exported: Path) -> None:
+def test_each_export_records_its_run(exported: Path) -> None:
     records = json.loads((exported / "training.json").read_text())
     assert {part: (entry["run"], entry["steps"]) for part, entry in records.items() if part in CLIPS} == {
         "clip": ("today_clip", 7), "evaluation_clip": ("today_evaluation_clip", 8)}
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["clip"], "name the log folder"), (["covariance"], "export that of a run first"),
     (["clip", "nowhere"], "no log folder of a training run"), (["unet", "run"], "invalid choice")])
-def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], said: str,
+def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: str,
                                capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         export_mini.main([*arguments, "--outdir", str(tmp_path / "models")])
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert said in line
+    assert message in line

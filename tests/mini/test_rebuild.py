@@ -1,4 +1,4 @@
-"""The order in which everything is rebuilt, what is passed over, and a very small rebuild that is interrupted."""
+"""Rebuilding the mini model: order, skipped parts, and a very small rebuild that is interrupted."""
 from __future__ import annotations
 
 import json
@@ -13,134 +13,137 @@ from helpers.training_setup import run_main
 from omegaconf import OmegaConf
 
 from ldm.common.errors import UserError
+from ldm.common.paths import PROJECT_ROOT
 from ldm.modules.encoders.modules import TOKENIZER
 from ldm.training.run_record import record_run, trained_steps
 from scripts.mini import export as export_mini
 from scripts.mini import rebuild as rebuild_mini
-from scripts.mini.rebuild import PARTS, TRAINED, Plan, config_of, newest_run, rebuild
+from scripts.mini.rebuild import PARTS, TRAINED, RebuildSettings, config_path, newest_run, rebuild
 
 MODEL = {"target": "some.Model", "params": {}}
 
 
 class Recorder:
-    """Stands for the scripts: notes what is started, and leaves what training and exporting leave."""
+    """Stands in for the scripts: records the commands, and writes what training and exporting write."""
 
-    def __init__(self, plan: Plan, steps: int | None = None) -> None:
-        self.plan, self.steps = plan, steps
-        self.calls: list[list[str]] = []
+    def __init__(self, settings: RebuildSettings, steps: int | None = None) -> None:
+        self.settings, self.steps = settings, steps
+        self.commands: list[list[str]] = []
 
     def __call__(self, command: Sequence[str]) -> None:
-        self.calls.append(list(command))
+        self.commands.append(list(command))
         script, *rest = command
         if script == "main.py":
             part = Path(rest[1]).stem if rest[0] == "--base" else rest[1].rpartition("T00-00-00_")[2]
-            run = self.plan.logdir / f"2026-01-01T00-00-00_{part}"
-            write_log_folder(run, MODEL, steps=self.steps or self.plan.steps(part))
+            run = self.settings.logdir / f"2026-01-01T00-00-00_{part}"
+            write_log_folder(run, MODEL, steps=self.steps or self.settings.steps(part))
         elif script == "scripts/mini/export.py" and rest[0] in TRAINED:
-            record_run(self.plan.folder / "training.json", rest[0], rest[1])
+            record_run(self.settings.folder / "training.json", rest[0], rest[1])
 
-    def told(self) -> list[str]:
-        """What was started, in few words."""
+    def summary(self) -> list[str]:
+        """The commands in few words."""
         words = {"main.py": lambda rest: f"{rest[0][2:]} {Path(rest[1]).stem.rpartition('_00_')[2]}",
                  "scripts/mini/export.py": lambda rest: f"export {rest[0]}"}
         return [words.get(script, lambda rest, script=script: Path(script).stem)(rest)
-                for script, *rest in self.calls]
+                for script, *rest in self.commands]
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
-    return Plan(tmp_path / "models", tmp_path / "logs")
+def settings(tmp_path: Path) -> RebuildSettings:
+    return RebuildSettings(tmp_path / "models", tmp_path / "logs")
 
 
-def test_parts_come_in_the_order_in_which_they_need_each_other(plan: Plan) -> None:
-    run = Recorder(plan)
-    rebuild(plan, PARTS, run)
-    assert run.told() == [
+def test_parts_are_rebuilt_in_the_order_of_their_dependencies(settings: RebuildSettings) -> None:
+    run = Recorder(settings)
+    rebuild(settings, PARTS, run)
+    assert run.summary() == [
         "base autoencoder", "export autoencoder", "base decoder", "export decoder", "base clip", "export clip",
         "base evaluation_clip",
         "export evaluation_clip", "base text2img", "export text2img", "export covariance", "base segmenter",
         "export segmenter", "make_example_concepts", "base_model"]
-    (text2img,) = [call for call in run.calls if call[0] == "main.py" and "text2img" in call]
-    assert f"model.params.first_stage_config.params.ckpt_path={plan.folder}/parts/autoencoder.safetensors" in text2img
-    assert f"model.params.cond_stage_config.params.version={plan.folder}/parts/text_encoder" in text2img
+    (text2img,) = [call for call in run.commands if call[0] == "main.py" and "text2img" in call]
+    parts = settings.folder / "parts"
+    assert f"model.params.first_stage_config.params.ckpt_path={parts}/autoencoder.safetensors" in text2img
+    assert f"model.params.cond_stage_config.params.version={parts}/text_encoder" in text2img
 
 
-def test_every_config_has_what_is_set_in_it() -> None:
+def test_every_config_has_the_keys_that_are_overridden() -> None:
     for part in TRAINED:
-        config = OmegaConf.load(config_of(part))
-        settings = Plan(Path("m"), Path("l"), times_steps=2, times_batch=4).settings(part)
+        config = OmegaConf.load(config_path(part))
+        settings = RebuildSettings(Path("m"), Path("l"), steps_factor=2, batch_factor=4).config_overrides(part)
         assert all(OmegaConf.select(config, setting.partition("=")[0]) is not None for setting in settings)
 
 
-def test_what_is_done_is_passed_over(plan: Plan) -> None:
-    rebuild(plan, PARTS, Recorder(plan))
-    again = Recorder(plan)
-    rebuild(plan, PARTS, again)
-    assert again.told() == ["export covariance", "make_example_concepts", "base_model"]
+def test_parts_that_are_done_are_skipped(settings: RebuildSettings) -> None:
+    rebuild(settings, PARTS, Recorder(settings))
+    again = Recorder(settings)
+    rebuild(settings, PARTS, again)
+    assert again.summary() == ["export covariance", "make_example_concepts", "base_model"]
 
 
-def test_a_run_that_was_cut_off_goes_on_and_one_that_was_not_exported_is(plan: Plan) -> None:
-    rebuild(plan, ["autoencoder"], Recorder(plan, steps=5))  # as if it had been stopped after five steps
-    write_log_folder(plan.logdir / "2026-01-01T00-00-00_clip", MODEL, steps=plan.steps("clip"))
-    run = Recorder(plan)
-    rebuild(plan, ["autoencoder", "clip"], run)
-    assert [call[:2] for call in run.calls] == [
+def test_an_interrupted_run_is_resumed_and_a_finished_one_is_exported(settings: RebuildSettings) -> None:
+    rebuild(settings, ["autoencoder"], Recorder(settings, steps=5))  # interrupted after five steps
+    write_log_folder(settings.logdir / "2026-01-01T00-00-00_clip", MODEL, steps=settings.steps("clip"))
+    run = Recorder(settings)
+    rebuild(settings, ["autoencoder", "clip"], run)
+    assert [call[:2] for call in run.commands] == [
         ["main.py", "--resume"], ["scripts/mini/export.py", "autoencoder"], ["scripts/mini/export.py", "clip"]]
 
 
-def test_a_run_without_a_checkpoint_does_not_count_and_names_are_whole(plan: Plan) -> None:
-    write_log_folder(plan.logdir / "2026-01-01T00-00-00_evaluation_clip", MODEL)
-    assert newest_run(plan.logdir, "clip") is None
-    newer = write_log_folder(plan.logdir / "2026-01-02T00-00-00_clip", MODEL)
-    write_log_folder(plan.logdir / "2026-01-03T00-00-00_clip", MODEL)
-    (plan.logdir / "2026-01-03T00-00-00_clip" / "checkpoints" / "last.ckpt").unlink()
-    assert newest_run(plan.logdir, "clip") == newer
+def test_the_newest_run_has_a_checkpoint_and_the_whole_name(settings: RebuildSettings) -> None:
+    write_log_folder(settings.logdir / "2026-01-01T00-00-00_evaluation_clip", MODEL)
+    assert newest_run(settings.logdir, "clip") is None
+    newer = write_log_folder(settings.logdir / "2026-01-02T00-00-00_clip", MODEL)
+    write_log_folder(settings.logdir / "2026-01-03T00-00-00_clip", MODEL)
+    (settings.logdir / "2026-01-03T00-00-00_clip" / "checkpoints" / "last.ckpt").unlink()
+    assert newest_run(settings.logdir, "clip") == newer
 
 
-def test_more_steps_and_larger_batches(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, tmp_path, times_steps=3, times_batch=4, workers=6)
-    config, own = OmegaConf.load(config_of("clip")), OmegaConf.from_dotlist(plan.settings("clip"))
-    assert plan.steps("clip") == 3 * config.lightning.trainer.max_steps == own.lightning.trainer.max_steps
+def test_factors_of_steps_and_batches(tmp_path: Path) -> None:
+    settings = RebuildSettings(tmp_path, tmp_path, steps_factor=3, batch_factor=4, workers=6)
+    config, own = OmegaConf.load(config_path("clip")), OmegaConf.from_dotlist(settings.config_overrides("clip"))
+    assert settings.steps("clip") == 3 * config.lightning.trainer.max_steps == own.lightning.trainer.max_steps
     assert own.data.params == {"num_workers": 6, "batch_size": 4 * config.data.params.batch_size}
     rate, before = (c.model.base_learning_rate * c.data.params.batch_size for c in (own, config))
-    assert rate == pytest.approx(2 * before)  # as the root of the batch
+    assert rate == pytest.approx(2 * before)  # with the square root of the batch size
 
 
-def test_overrides_go_to_their_part_and_have_the_last_word(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, tmp_path, times_steps=3, overrides=[("clip", "lightning.trainer.max_steps=7")])
-    assert plan.steps("clip") == 7 and plan.steps("segmenter") > 7
+def test_overrides_apply_to_their_part_and_take_precedence(tmp_path: Path) -> None:
+    overrides = [("clip", "lightning.trainer.max_steps=7")]
+    settings = RebuildSettings(tmp_path, tmp_path, steps_factor=3, overrides=overrides)
+    assert settings.steps("clip") == 7 and settings.steps("segmenter") > 7
 
 
-def test_fresh_keeps_earlier_runs_aside(tmp_path: Path) -> None:
+def test_fresh_renames_earlier_runs(tmp_path: Path) -> None:
     (tmp_path / "logs" / "run").mkdir(parents=True)
-    rebuild_mini.set_aside(tmp_path / "logs")
-    (kept,) = tmp_path.iterdir()
-    assert kept.name.startswith("logs-until-") and (kept / "run").is_dir()
+    rebuild_mini.rename_earlier_runs(tmp_path / "logs")
+    (renamed,) = tmp_path.iterdir()
+    assert renamed.name.startswith("logs-until-") and (renamed / "run").is_dir()
 
 
-def test_training_that_leaves_nothing_is_named(plan: Plan) -> None:
+def test_training_without_a_checkpoint_is_named(settings: RebuildSettings) -> None:
     with pytest.raises(UserError, match="clip: training left no checkpoint"):
-        rebuild(plan, ["clip"], lambda command: None)
+        rebuild(settings, ["clip"], lambda command: None)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["--parts", "unet"], "invalid choice"), (["clip.max_steps=3"], "PART:KEY=VALUE"),
     (["--times_batch", "0"], "above 0"), (["--device", "tpu"], "invalid choice")])
-def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        rebuild_mini.main(arguments, run=lambda command: None)
+        rebuild_mini.main(arguments, run_script=lambda command: None)
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert said in line
+    assert message in line
 
 
-def test_a_script_that_fails_is_named() -> None:
+def test_a_failed_script_is_named() -> None:
     with pytest.raises(UserError, match="scripts/nothing.py failed"):
-        rebuild_mini.start(["scripts/nothing.py"])
+        rebuild_mini.run_in_project(["scripts/nothing.py"])
 
 
-def test_a_very_small_rebuild_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(rebuild_mini.ROOT)
-    monkeypatch.setattr(export_mini, "captions_of_the_world", lambda: ("a cat", "a dog in the snow"))
+def test_a_very_small_rebuild_is_resumed_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT_ROOT)
+    monkeypatch.setattr(export_mini, "world_captions", lambda: ("a cat", "a dog in the snow"))
     scenes = {"data.params.train.params.length": 64, "data.params.validation.params.length": 4,
               "data.params.batch_size": 4, "lightning.trainer.limit_val_batches": 0, "lightning.trainer.devices": 1,
               "data.params.train.params.size": 32, "lightning.trainer.val_check_interval": "null",
@@ -155,7 +158,7 @@ def test_a_very_small_rebuild_goes_on_after_an_interruption(tmp_path: Path, monk
         {"main.py": run_main, "scripts/mini/export.py": export_mini.main}[command[0]](list(command[1:]))
 
     for steps in (1, 2):
-        rebuild_mini.main([*flags, *tiny, f"evaluation_clip:lightning.trainer.max_steps={steps}"], run=run)
+        rebuild_mini.main([*flags, *tiny, f"evaluation_clip:lightning.trainer.max_steps={steps}"], run_script=run)
         (folder,) = (tmp_path / "logs").iterdir()
         assert trained_steps(folder) == steps
         entry = json.loads((tmp_path / "models" / "training.json").read_text())["evaluation_clip"]

@@ -29,7 +29,7 @@ def open_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CLIP of `open_clip`'s as the project exports it."""
     folder = tmp_path_factory.mktemp("open_clip")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scripts.mini.export.captions_of_the_world", lambda: tuple(TEXTS))
+        patch.setattr("scripts.mini.export.world_captions", lambda: tuple(TEXTS))
         write_openclip(folder, tiny_openclip().eval(), {"format": "pt"})
     return folder
 

@@ -10,7 +10,7 @@ from helpers.tiny_clips import overfit, tiny_openclip
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.mini.segmenter import SegmenterTrainer, select_queries
 from ldm.models.open_clip_folder import load_openclip
-from scripts.mini.export import fold_normalisation, write_openclip
+from scripts.mini.export import fold_normalization, write_openclip
 
 SIDE = 32
 
@@ -30,7 +30,7 @@ def scenes() -> dict[str, object]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clip")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scripts.mini.export.captions_of_the_world", lambda: ("a cat", "a dog", "a red car", "an owl"))
+        patch.setattr("scripts.mini.export.world_captions", lambda: ("a cat", "a dog", "a red car", "an owl"))
         write_openclip(path, tiny_openclip(), {"format": "pt"})
     return path
 
@@ -83,7 +83,7 @@ def test_folding_the_normalization_keeps_the_reconstructions() -> None:
     with torch.no_grad():
         before, latents = model(images, sample_posterior=False)[0], model.encode(images)
         mean, std = latents.mode().mean((0, 2, 3)), latents.mode().std((0, 2, 3))
-        fold_normalisation(model, mean, std)
+        fold_normalization(model, mean, std)
         after, folded = model(images, sample_posterior=False)[0], model.encode(images)
     assert torch.allclose(before, after, atol=1e-4)
     assert torch.allclose(folded.mode().mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
