@@ -1,1 +1,1 @@
-"""The parts of `scripts/benchmark.py`: each has a function `measure` that yields its rows as they are found."""
+"""The parts of `scripts/benchmark.py`. Each module has a function `measure` that yields rows as they are measured."""

@@ -1,4 +1,4 @@
-"""A callback that notes when a run's parts begin, for those who started the run."""
+"""A callback that records when the steps of a training run start, for the benchmark that started the run."""
 from __future__ import annotations
 
 import json
@@ -9,10 +9,10 @@ from typing import Any
 import pytorch_lightning as pl
 
 
-class Clock(pl.Callback):
-    """Writes `path` at the end of training: seconds since the epoch of each step's start, and of when all was ready.
+class StepClock(pl.Callback):
+    """Write a JSON file at the end of training: when training was ready, and when each step started.
 
-    Nothing waits for the device, so that a run is as fast as without it.
+    Times are seconds since the epoch. The callback never waits for the device, so it does not slow down the run.
     """
 
     def __init__(self, path: str) -> None:

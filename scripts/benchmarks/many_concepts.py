@@ -1,52 +1,65 @@
-"""Several concepts learned in one run on one frozen base model, and prompts of different concepts in one batch.
+"""Several concepts trained in one run on one frozen base model, and prompts of different concepts in one batch.
 
-Runs are `main.py` as a user starts it, with imports, loading and saving; the cost of a concept is a run's time over how
-many it learns.
+Runs are `main.py` as a user starts it, with imports, loading and saving. The cost of a concept is the time of a run
+divided by the number of its concepts.
 """
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from evaluation.mini.parts import seconds_of
-from scripts.benchmarks.common import ROOT, Goal, Race, Row, Settings, median_row, ratio_row
-from scripts.benchmarks.sampling import Drawer
-from scripts.benchmarks.whole_concept import length_of_run, make_files, training_command
+from evaluation.mini.parts import time_command
+from scripts.benchmarks.common import (
+    ROOT,
+    BenchmarkRow,
+    BenchmarkSettings,
+    Goal,
+    median_row,
+    ratio_row,
+    time_alternating,
+)
+from scripts.benchmarks.sampling import build_pipelines, generation_settings
+from scripts.benchmarks.whole_concept import run_length, training_command, write_run_files
 
 COUNTS, QUICK_COUNTS = (1, 4, 16, 64), (1, 4)
 GOALS = {16: Goal(0.6)}  # on a GPU
-TOGETHER = 4  # prompts in one batch
+BATCH_SIZE = 4  # prompts in one batch
 
 
-def measure(settings: Settings) -> Iterator[Row]:
-    yield from one_batch(settings)
-    yield from one_run(settings)
+def measure(settings: BenchmarkSettings) -> Iterator[BenchmarkRow]:
+    yield from measure_one_batch(settings)
+    yield from measure_one_run(settings)
 
 
-def one_run(settings: Settings) -> Iterator[Row]:
-    """The cost of a concept in runs that learn more and more of them."""
-    files = make_files(settings)
-    steps, batch = length_of_run(settings)
-    what = f"{steps} steps of batch {batch} each, {settings.side} px"
+def measure_one_run(settings: BenchmarkSettings) -> Iterator[BenchmarkRow]:
+    """Measure the cost of a concept in runs with more and more concepts."""
+    files = write_run_files(settings)
+    steps, batch = run_length(settings)
+    details = f"{steps} steps of batch {batch} each, {settings.side} px"
     costs: dict[int, float] = {}
     for count in QUICK_COUNTS if settings.quick else COUNTS:
-        command = training_command(settings, files, f"learn_{count}", count)
-        costs[count] = seconds_of(command, None, ROOT) / count
-        yield Row(f"cost of a concept, {count} in a run, {what}", costs[count], "s", note="once")
+        command = training_command(settings, files, f"run_{count}", count)
+        costs[count] = time_command(command, None, ROOT) / count
+        yield BenchmarkRow(f"cost of a concept, {count} in a run, {details}", costs[count], "s", note="once")
         if count > 1:
-            asked = settings.shape.has_goals and settings.device.type == "cuda"
-            yield Row(f"cost of a concept, {count} in a run / in {count} runs", costs[count] / costs[1], "x",
-                      goal=GOALS.get(count) if asked else None, note="once")
+            has_goal = settings.shape.has_goals and settings.device.type == "cuda"
+            yield BenchmarkRow(f"cost of a concept, {count} in a run / in {count} runs", costs[count] / costs[1], "x",
+                               goal=GOALS.get(count) if has_goal else None, note="once")
 
 
-def one_batch(settings: Settings) -> Iterator[Row]:
-    """A batch of prompts of which each uses another concept, against the same batch without concepts."""
-    drawer = Drawer(settings, TOGETHER)
-    names = {"each with a concept of its own": TOGETHER, "without concepts": 0}
-    encoders = {name: drawer.encoder(loaded) for name, loaded in names.items()}
-    prompts = {name: [drawer.prompt(number, loaded) for number in range(TOGETHER)] for name, loaded in names.items()}
-    times = Race({name: lambda name=name: drawer.draw(encoders[name], prompts[name]) for name in names}
-                 ).run(settings.rounds)
-    what = f"{TOGETHER} pictures in one batch"
-    for name in names:
-        yield median_row(f"{what}, {name}, {drawer.sampling.steps} steps, {settings.side} px", times[name], "s")
-    yield ratio_row(f"{what}, each with a concept / without", *(times[name] for name in names))
+def measure_one_batch(settings: BenchmarkSettings) -> Iterator[BenchmarkRow]:
+    """Compare a batch of prompts that each name another concept with the same batch without concepts."""
+    counts = {"each with a concept of its own": BATCH_SIZE, "without concepts": 0}
+    pipelines = build_pipelines(settings, list(counts.values()))
+    generation = generation_settings(settings)
+    functions = {}
+    for name, count in counts.items():
+        pipeline = pipelines[count]
+        prompts = [pipeline.prompt(index) for index in range(BATCH_SIZE)]
+        functions[name] = lambda pipeline=pipeline, prompts=prompts: pipeline.generate_batch(prompts, generation)
+    times = time_alternating(functions, settings.rounds)
+
+    images = f"{BATCH_SIZE} images in one batch"
+    for name in counts:
+        yield median_row(f"{images}, {name}, {generation.num_inference_steps} steps, {settings.side} px", times[name],
+                         "s")
+    yield ratio_row(f"{images}, each with a concept / without", *(times[name] for name in counts))

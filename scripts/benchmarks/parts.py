@@ -1,4 +1,4 @@
-"""What grows with the number of concepts, captions and photos: files, merging, covariance, masks."""
+"""What grows with the number of concepts, captions and photos: files, merging, the covariance, masks."""
 from __future__ import annotations
 
 import contextlib
@@ -10,86 +10,104 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
-from transformers.utils.logging import disable_progress_bar
 
-from ldm.concepts.concept import base_fingerprint, load_perfusion_concepts, save_perfusion_concepts
+from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
+from ldm.concepts.fingerprint import base_fingerprint
+from ldm.concepts.merging import merge_concepts
 from ldm.concepts.prompt_encoder import ConceptPromptEncoder
+from ldm.concepts.storage import load_concepts, save_concepts
 from ldm.modules.attention import name_text_layers
 from ldm.modules.covariance import default_captions, estimate_covariance
 from ldm.modules.encoders.modules import TOKENIZER
+from ldm.modules.encoders.vocabulary import no_progress_bar
 from ldm.modules.rank_one import invert_covariance
 from ldm.modules.segmentation import Preprocessing, ZeroShotSegmenter, cached_masks
-from merge_embeddings import main as merge
-from scripts.benchmarks.common import ROOT, Goal, Row, Settings, median_row, repeated, seconds, unavailable
-from scripts.benchmarks.device import wait
+from scripts.benchmarks.common import (
+    ROOT,
+    BenchmarkRow,
+    BenchmarkSettings,
+    Goal,
+    median_row,
+    time_call,
+    time_calls,
+    unavailable_row,
+)
+from scripts.benchmarks.device import synchronize
 from scripts.benchmarks.random_models import (
+    meta_text_layers,
     random_concept,
     random_covariance,
-    random_model,
+    random_inference_model,
     random_photos,
     read_config,
-    unet_layers,
+    text_width,
 )
 
 CONCEPTS = (2, 100, 1000)
+# Public models: config, width of a word embedding, goal of the file size in KB.
 FILES = {"Stable Diffusion 1.5": ("configs/perfusion-sd-v1.yaml", 768, Goal(35)),
-         "Stable Diffusion 2.x": ("configs/perfusion-sd-v2.yaml", 1024, Goal(40))}  # with the width of a word
+         "Stable Diffusion 2.x": ("configs/perfusion-sd-v2.yaml", 1024, Goal(40))}
 CAPTIONS, QUICK_CAPTIONS = 100_000, 2_000
 PHOTOS, QUICK_PHOTOS = 1_000, 20
 # The public CLIPSeg's preprocessing.
-SEGMENTER_SIDE, MEAN, DEVIATION = 352, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SEGMENTER_SIDE, MEAN, STD = 352, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BILINEAR = 2  # Pillow's number of the resampling filter
 
 
-def measure(settings: Settings) -> Iterator[Row]:
-    yield from file_sizes(settings.folder)
-    config = read_config(settings.shape.draw)
-    extra = {"covariance": None, "segmenter": None} if "covariance" in config.model.params else {}
-    model = random_model(config.model, ckpt_path=None, **extra).to(settings.device)
-    yield from merging(settings, model)
-    yield covariance(settings, model.cond_stage_model)
+def measure(settings: BenchmarkSettings) -> Iterator[BenchmarkRow]:
+    yield from measure_file_sizes(settings.folder)
+    model = random_inference_model(read_config(settings.shape.inference_config)).to(settings.device)
+    yield from measure_merging(settings, model)
+    yield measure_covariance(settings, model.cond_stage_model)
     del model
     gc.collect()
-    yield from masks(settings)
+    yield from measure_masks(settings)
 
 
-def file_sizes(folder: Path) -> Iterator[Row]:
-    """A concept's file in 16 bits, for the public models."""
-    for name, (config, words, goal) in FILES.items():
-        path = save_perfusion_concepts(folder / "size.safetensors", [random_concept(unet_layers(config), words, "0" * 64, 0)])
-        yield Row(f"a concept's file, {name}, 16 bits", path.stat().st_size / 1e3, "KB", goal=goal)
+def measure_file_sizes(folder: Path) -> Iterator[BenchmarkRow]:
+    """Measure the size of a concept file in 16 bits, for the public models."""
+    for name, (config, word_width, goal) in FILES.items():
+        concept = random_concept(meta_text_layers(config), word_width, "0" * 64, 0)
+        path = save_perfusion_concepts(folder / "size.safetensors", [concept])
+        yield BenchmarkRow(f"a concept's file, {name}, 16 bits", path.stat().st_size / 1e3, "KB", goal=goal)
 
 
-def merging(settings: Settings, model: Any) -> Iterator[Row]:
-    """Files of one concept each into one, that one read, and a first prompt encoded with all of them loaded."""
+def measure_merging(settings: BenchmarkSettings, model: Any) -> Iterator[BenchmarkRow]:
+    """Measure merging files of one concept each, reading the result, and encoding a prompt with all concepts."""
+    # Write a file for each concept.
     layers = name_text_layers(model.model.diffusion_model)
-    base, words = base_fingerprint(layers), model.cond_stage_model.token_table.shape[1]
+    base, word_width = base_fingerprint(layers), model.cond_stage_model.token_table.shape[1]
     folder = settings.folder / "concepts"
-    files = [str(save_perfusion_concepts(folder / f"{number}.safetensors", [random_concept(layers, words, base, number)]))
-             for number in range(max(CONCEPTS))]
-    inverse = invert_covariance(random_covariance(next(iter(layers.values())).to_v.weight.shape[1]))
+    files = [save_perfusion_concepts(folder / f"{index}.safetensors", [random_concept(layers, word_width, base, index)])
+             for index in range(max(CONCEPTS))]
+    inverse = invert_covariance(random_covariance(text_width(layers)))
+
     for count in CONCEPTS:
         merged = folder / f"merged_{count}.safetensors"
-        arguments = ["--manager_ckpts", *files[:count], "--output_path", str(merged)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            taken = repeated(lambda given=arguments: merge(given), settings.rounds)
-        yield median_row(f"merging {count:,} concept files", taken, "s")
-        yield median_row(f"reading {count:,} concepts from one file",
-                         repeated(lambda path=merged: load_perfusion_concepts(path), settings.rounds), "s")
+
+        def merge(sources: list[Path] = files[:count], merged: Path = merged) -> None:
+            concepts = [concept for source in sources for concept in load_concepts(source)]
+            save_concepts(merged, merge_concepts(concepts), precision=None)
+
+        yield median_row(f"merging {count:,} concept files", time_calls(merge, settings.rounds), "s")
+        reading = time_calls(lambda path=merged: load_perfusion_concepts(path), settings.rounds)
+        yield median_row(f"reading {count:,} concepts from one file", reading, "s")
+
         encoder = ConceptPromptEncoder(model.cond_stage_model, layers, load_perfusion_concepts(merged), inverse)
 
         def encode(encoder: ConceptPromptEncoder = encoder) -> None:
             encoder.encode([f"a photo of a {encoder.placeholders[-1]}", ""])
-            wait(settings.device)
+            synchronize(settings.device)
 
-        what = f"encoding a prompt with {count:,} concepts loaded"
+        name = f"encoding a prompt with {count:,} concepts loaded"
         try:
-            yield median_row(what, repeated(encode, settings.rounds), "s")
-        except (RuntimeError, MemoryError) as error:  # no memory: on a CPU torch has no name of its own for it
-            yield unavailable(what, "s", error)
+            yield median_row(name, time_calls(encode, settings.rounds), "s")
+        except (RuntimeError, MemoryError) as error:  # out of memory; torch has no exception of its own for CPUs
+            yield unavailable_row(name, "s", error)
 
 
-def covariance(settings: Settings, encoder: Any) -> Row:
-    """C over many captions, once; those that come with the project, again with an ending where they are too few."""
+def measure_covariance(settings: BenchmarkSettings, encoder: Any) -> BenchmarkRow:
+    """Measure C over many captions: the project's captions, repeated with an ending if they are too few."""
     count = QUICK_CAPTIONS if settings.quick else CAPTIONS
     known = default_captions(min(count, QUICK_CAPTIONS) if settings.quick else None)
     captions = [*known, *(f"{caption} Again." for caption in known)][:count]
@@ -97,41 +115,45 @@ def covariance(settings: Settings, encoder: Any) -> Row:
     def estimate() -> None:
         invert_covariance(estimate_covariance(encoder, captions, progress=False).covariance)
 
-    return Row(f"C over {count:,} captions, and its inverse", seconds(estimate), "s", note="once")
+    return BenchmarkRow(f"C over {count:,} captions, and its inverse", time_call(estimate), "s", note="once")
 
 
-def masks(settings: Settings) -> Iterator[Row]:
-    """Masks of many photos: made, and read again."""
+def measure_masks(settings: BenchmarkSettings) -> Iterator[BenchmarkRow]:
+    """Measure the masks of many photos: computing them, and reading them from the cache."""
     count = QUICK_PHOTOS if settings.quick else PHOTOS
     side = settings.side
     paths = sorted(random_photos(settings.folder / "many_photos", side, count).iterdir())
-    found = segmenter(settings)
-    for what in ("made", "read again"):
-        with contextlib.redirect_stderr(io.StringIO()):  # where the progress bar goes
-            taken = seconds(lambda: cached_masks(paths, found, "teddy bear", settings.folder / "masks", side))
-        yield Row(f"masks of {count:,} photos of {side} px, {what}", taken, "s", note="once")
+    segmenter = build_segmenter(settings)
+
+    def compute_masks() -> None:
+        cached_masks(paths, segmenter, "teddy bear", settings.folder / "masks", side)
+
+    for name in ("computed", "read from the cache"):
+        with contextlib.redirect_stderr(io.StringIO()):  # hides the progress bar
+            seconds = time_call(compute_masks)
+        yield BenchmarkRow(f"masks of {count:,} photos of {side} px, {name}", seconds, "s", note="once")
 
 
-def segmenter(settings: Settings) -> ZeroShotSegmenter:
-    """The shape's own, or one like the public CLIPSeg with random weights."""
+def build_segmenter(settings: BenchmarkSettings) -> ZeroShotSegmenter:
+    """Return the segmenter of the model's shape, or one like the public CLIPSeg with random weights."""
     if settings.shape.segmenter is not None:
         return ZeroShotSegmenter.from_path(ROOT / settings.shape.segmenter, settings.device)
     config = CLIPSegConfig(reduce_dim=64, use_complex_transposed_convolution=True)
-    preprocessing = Preprocessing((SEGMENTER_SIDE, SEGMENTER_SIDE), 2, MEAN, DEVIATION)
+    preprocessing = Preprocessing((SEGMENTER_SIDE, SEGMENTER_SIDE), BILINEAR, MEAN, STD)
     model = CLIPSegForImageSegmentation(config).to(settings.device)
     return ZeroShotSegmenter(model, CLIPTokenizer.from_pretrained(TOKENIZER), preprocessing)
 
 
-def save_segmenter(settings: Settings, folder: Path) -> Path:
-    """A folder of that segmenter, for a run that loads one."""
+def write_segmenter(settings: BenchmarkSettings, folder: Path) -> Path:
+    """Write the segmenter to a folder that a run can load, unless it is in this project, and return its folder."""
     if settings.shape.segmenter is not None:
         return ROOT / settings.shape.segmenter
-    found = segmenter(settings)
-    disable_progress_bar()
-    found.model.save_pretrained(folder)
-    found.tokenizer.save_pretrained(folder)
-    how = found.preprocessing
-    size = {"height": how.size[0], "width": how.size[1]}
-    described = {"size": size, "resample": how.resample, "image_mean": how.mean, "image_std": how.std}
-    (folder / "preprocessor_config.json").write_text(json.dumps(described))
+    segmenter = build_segmenter(settings)
+    with no_progress_bar():
+        segmenter.model.save_pretrained(folder)
+    segmenter.tokenizer.save_pretrained(folder)
+    preprocessing = segmenter.preprocessing
+    config = {"size": {"height": preprocessing.size[0], "width": preprocessing.size[1]},
+              "resample": preprocessing.resample, "image_mean": preprocessing.mean, "image_std": preprocessing.std}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
     return folder

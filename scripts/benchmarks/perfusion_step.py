@@ -1,4 +1,4 @@
-"""A training step of a concept as `main.py` makes it, without the rest of a run: photos, loggers, progress bars."""
+"""A training step of a concept as `main.py` makes it, without the rest of a run: no loggers, no progress bar."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -12,40 +12,54 @@ from torch.utils.data import default_collate
 from ldm.data.personalized import PersonalizedBase
 from ldm.modules.fast.cuda_graphs import GraphedEncoder, GraphedUNet
 from ldm.training.callbacks import AccelerateFrozenUNet
-from scripts.benchmarks.common import Settings
-from scripts.benchmarks.device import mixed_precision, precision
-from scripts.benchmarks.random_models import covariance_file, random_model, random_photos, read_config
+from scripts.benchmarks.common import BenchmarkSettings
+from scripts.benchmarks.device import compute_dtype, mixed_precision
+from scripts.benchmarks.random_models import (
+    random_model,
+    random_photos,
+    read_config,
+    text_width,
+    write_covariance,
+)
 
 NOT_LOADED = ("random weights", (), False)
-PRECISIONS = {torch.bfloat16: "bf16-mixed", torch.float32: "32-true"}  # as Lightning calls them
+PRECISIONS = {torch.bfloat16: "bf16-mixed", torch.float32: "32-true"}  # Lightning's names
 
 
 class PerfusionStep:
-    """A concept of random photos, and the optimiser that teaches it; `settings` say shape, device and size."""
+    """A concept of random photos, its model and its optimizer.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: shape, device and size.
+
+    Attributes:
+        data: the photos.
+        model: the model with the concept, prepared as Lightning's trainer does before the first step.
+        optimizer: optimizer of the concept.
+    """
+
+    def __init__(self, settings: BenchmarkSettings) -> None:
         self.settings = settings
-        config = read_config(settings.shape.teach)
+        config = read_config(settings.shape.train_config)
         data = config.data.params.train.params
         folder = random_photos(settings.folder / f"photos_{settings.side}", settings.side)
+        templates = data.templates if isinstance(data.templates, str) else list(data.templates)
         self.data = PersonalizedBase(folder, settings.side, flip_p=data.get("flip_p", 0.5),
-                                     placeholder_token=config.model.params.placeholder,
-                                     templates=data.templates if isinstance(data.templates, str) else
-                                     list(data.templates))
+                                     placeholder_token=config.model.params.placeholder, templates=templates)
         self.model = random_model(config.model, ckpt_path=None, segmenter=None, covariance=None, seed=0)
         self._prepare()
         self.optimizer = self.model.configure_optimizers()["optimizer"]
 
     def _prepare(self) -> None:
-        """What Lightning's trainer does before the first step."""
+        """Do what Lightning's trainer does before the first step."""
         model = self.model
-        width = next(iter(model.text_layers.values())).to_v.weight.shape[1]
-        model.covariance = str(covariance_file(model.cond_stage_model, width, self.settings.folder))
-        model._initial_weights = NOT_LOADED  # random ones are what it is to be taught with
+        width = text_width(model.text_layers)
+        model.covariance = str(write_covariance(model.cond_stage_model, width, self.settings.folder))
+        model._initial_weights = NOT_LOADED  # otherwise training would refuse random weights
         self.trainer = SimpleNamespace(
             datamodule=SimpleNamespace(datasets={"train": self.data}), default_root_dir=str(self.settings.folder),
             global_step=0, world_size=1, accumulate_grad_batches=1,
-            gradient_clip_val=None, precision=PRECISIONS[precision(self.settings.device)],
+            gradient_clip_val=None, precision=PRECISIONS[compute_dtype(self.settings.device)],
             strategy=SimpleNamespace(root_device=self.settings.device))
         model.trainer = self.trainer
         model.log = model.log_dict = lambda *_, **__: None
@@ -59,21 +73,23 @@ class PerfusionStep:
         return self.model.model.diffusion_model
 
     @property
-    def holds(self) -> list[Any]:
-        """What a run keeps in memory."""
+    def memory_holders(self) -> list[Any]:
+        """What a run keeps in memory from step to step."""
         return [self.model, self.model.cached_latents.moments, self.optimizer]
 
-    def way(self, recompute: bool = False, graphed: bool = True) -> Callable[[Mapping[str, Any]], None]:
-        """`step` in one of several ways: activations computed again in the backward pass or kept, by graphs or not.
+    def make_step(self, recompute: bool = False, graphed: bool = True) -> Callable[[Mapping[str, Any]], None]:
+        """Return a variant of `step`.
 
-        Graphs, which only CUDA has, are captured in the first step and are the way's own.
+        Args:
+            recompute: whether to recompute activations in the backward pass (checkpointing).
+            graphed: whether to run by CUDA graphs. They are captured in the first step and belong to this variant.
         """
         encoder = self.model.cond_stage_model
-        graphs = GraphedUNet(self.unet) if graphed else None
-        of_encoder = GraphedEncoder(encoder.encode_embedded) if graphed else None
+        unet_graphs = GraphedUNet(self.unet) if graphed else None
+        encoder_graphs = GraphedEncoder(encoder.encode_embedded) if graphed else None
 
         def step(batch: Mapping[str, Any]) -> None:
-            self.model.model.graphs, encoder.graphs = graphs, of_encoder
+            self.model.model.graphs, encoder.graphs = unet_graphs, encoder_graphs
             if recompute:
                 set_recomputation(self.unet, True)
             self.step(batch)
@@ -83,13 +99,13 @@ class PerfusionStep:
         return step
 
     def batch(self, size: int) -> dict[str, Any]:
-        """The first items of the photos, on the device."""
-        items = default_collate([self.data[number] for number in range(size)])
+        """Return the first `size` photos, on the device."""
+        items = default_collate([self.data[index] for index in range(size)])
         return {name: value.to(self.settings.device) if isinstance(value, Tensor) else value
                 for name, value in items.items()}
 
     def step(self, batch: Mapping[str, Any]) -> None:
-        """Forward, backward, optimiser."""
+        """Run the forward pass, the backward pass and the optimizer."""
         with mixed_precision(self.settings.device):
             loss = self.model.training_step(batch, 0)
         loss.backward()
@@ -99,24 +115,23 @@ class PerfusionStep:
 
 
 class FrozenUNet:
-    """The floor: a frozen U-Net forward and backward, with a gradient for what it reads alone."""
+    """The lower bound of a step: a frozen U-Net forward and backward, with a gradient of its context only."""
 
     def __init__(self, perfusion: PerfusionStep) -> None:
         self.unet, self.device = perfusion.unet, perfusion.settings.device
         model = perfusion.model
-        self.latents = (model.channels, *model._moments.shape[-2:])
-        width = next(iter(model.text_layers.values())).to_v.weight.shape[1]
-        self.context = (model.cond_stage_model.max_length, width)
-        self.holds = [self.unet]
+        self.latent_shape = (model.channels, *model.cached_latents.moments.shape[-2:])
+        self.context_shape = (model.cond_stage_model.max_length, text_width(model.text_layers))
+        self.memory_holders = [self.unet]
 
     def batch(self, size: int) -> dict[str, Tensor]:
-        """Noise, timesteps, encodings, and the gradient of what comes out."""
-        x, gradient = (torch.randn(size, *self.latents, device=self.device) for _ in range(2))
+        """Return random latents, timesteps, encodings, and a gradient of the output."""
+        x, gradient = (torch.randn(size, *self.latent_shape, device=self.device) for _ in range(2))
         return {"x": x, "timesteps": torch.randint(1000, (size,), device=self.device), "gradient": gradient,
-                "context": torch.randn(size, *self.context, device=self.device, requires_grad=True)}
+                "context": torch.randn(size, *self.context_shape, device=self.device, requires_grad=True)}
 
-    def way(self, graphed: bool) -> Callable[[Mapping[str, Tensor]], None]:
-        """A step by graphs, which only CUDA has, or by the U-Net as it is."""
+    def make_step(self, graphed: bool) -> Callable[[Mapping[str, Tensor]], None]:
+        """Return a step that runs by CUDA graphs, or by the U-Net itself."""
         unet = GraphedUNet(self.unet) if graphed else self.unet
 
         def step(batch: Mapping[str, Tensor]) -> None:
@@ -129,7 +144,7 @@ class FrozenUNet:
 
 
 def set_recomputation(unet: nn.Module, on: bool) -> None:
-    """Whether activations are computed again in the backward pass (checkpointing) instead of being kept."""
+    """Set whether activations are recomputed in the backward pass (checkpointing) or kept."""
     for module in unet.modules():
         for name in ("checkpoint", "use_checkpoint"):
             if isinstance(getattr(module, name, None), bool):

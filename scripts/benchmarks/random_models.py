@@ -1,4 +1,4 @@
-"""Models, photos and concepts of the real shapes with random numbers in them: speed and size depend on shapes alone."""
+"""Models, photos and concepts of real shapes with random values: speed and size depend on shapes alone."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -23,73 +23,95 @@ PHOTOS = 5
 
 
 def read_config(path: str | Path) -> DictConfig:
-    """A config of the project, by its path in it, or of any other place."""
+    """Read a config. A relative path counts from the project's root."""
     return OmegaConf.load(ROOT / path)
 
 
 def random_model(section: Mapping[str, Any], **params: Any) -> Any:
-    """What a config's section `model` describes, frozen.
+    """Build the model of a config's section `model` with random weights, frozen.
 
-    Parts that training starts at zero get small numbers: devices are faster with zeros.
+    Args:
+        section: the section.
+        params: params that replace those of the section.
     """
     plain = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else dict(section)
     model = instantiate_from_config({"target": plain["target"], "params": {**plain["params"], **params}})
-    return filled(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return fill_zero_parameters(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def random_inference_model(config: DictConfig) -> Any:
+    """Build the model of a config for inference, with random weights and without helper models."""
+    helpers = {"covariance": None, "segmenter": None} if "covariance" in config.model.params else {}
+    return random_model(config.model, ckpt_path=None, **helpers)
 
 
 @torch.no_grad()
-def filled(module: nn.Module) -> nn.Module:
-    """The module, its parameters that are all zero drawn from N(0, 0.02^2)."""
+def fill_zero_parameters(module: nn.Module) -> nn.Module:
+    """Draw all parameters that are zero from N(0, 0.02^2), because devices are faster with zeros."""
     for parameter in module.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
     return module
 
 
-def unet_layers(config: str) -> dict[str, TextLayer]:
-    """The layers of a config's U-Net that read text, with shapes but no numbers."""
+def meta_text_layers(config: str) -> dict[str, TextLayer]:
+    """Return the layers of a config's U-Net that read text, on the meta device: shapes without values."""
     with torch.device("meta"):
         return name_text_layers(instantiate_from_config(read_config(config).model.params.unet_config))
 
 
+def text_width(text_layers: Mapping[str, TextLayer]) -> int:
+    """Return d, the width of the encodings that the layers read."""
+    return next(iter(text_layers.values())).to_v.weight.shape[1]
+
+
 def random_photos(folder: Path, side: int, count: int = PHOTOS, seed: int = 0) -> Path:
-    """A folder of PNG files of `side` pixels; made once."""
+    """Create a folder of random PNG files, unless it exists, and return it."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
         generator = np.random.default_rng(seed)
-        for number in range(count):
+        for index in range(count):
             pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number:04d}.png")
+            Image.fromarray(pixels).save(folder / f"{index:04d}.png")
     return folder
 
 
 def random_covariance(width: int) -> Tensor:
-    """A covariance (width, width) of random encodings, well conditioned."""
+    """Return the covariance (width, width) of random encodings, which is well conditioned."""
     encodings = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(0))
     return encodings.mT @ encodings / len(encodings)
 
 
-def covariance_file(encoder: Any, width: int, folder: Path) -> Path:
-    """Such a covariance as the file of a text encoder whose encodings have so many numbers."""
+def write_covariance(encoder: Any, width: int, folder: Path) -> Path:
+    """Write a random covariance as that of a text encoder, and return the file."""
     return save_covariance(folder / "covariance.safetensors", random_covariance(width), source="random numbers",
                            captions=4 * width, tokens="words", encoder=encoder_fingerprint(encoder))
 
 
-def checkpoint_file(model: nn.Module, folder: Path) -> Path:
-    """The model's weights in 16 bits, as public files have them."""
-    halves = {name: weight.half() if weight.is_floating_point() else weight
-              for name, weight in model.state_dict().items()}
-    return save_tensors(folder / "base.safetensors", halves, {})
+def write_checkpoint(model: nn.Module, folder: Path) -> Path:
+    """Write the model's weights in 16 bits, as public files have them, and return the file."""
+    state = {name: weight.half() if weight.is_floating_point() else weight
+             for name, weight in model.state_dict().items()}
+    return save_tensors(folder / "base.safetensors", state, {})
 
 
-def random_concept(layers: Mapping[str, TextLayer], word_width: int, base: str, number: int) -> Concept:
-    """A concept `<number>` for these layers, as training would leave it."""
-    generator = torch.Generator().manual_seed(number)
-    width = next(iter(layers.values())).to_v.weight.shape[1]
+def random_concept(text_layers: Mapping[str, TextLayer], word_width: int, base: str, index: int) -> Concept:
+    """Return a concept `<subject-INDEX>` with random values, as training would produce it.
 
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).half().float()  # as a file of 16 bits has it
+    Args:
+        text_layers: the layers of the U-Net that read text.
+        word_width: width of word embeddings.
+        base: fingerprint of the base model.
+        index: seed of the values.
+    """
+    generator = torch.Generator().manual_seed(index)
+    width = text_width(text_layers)
 
-    values = {name: drawn(len(layer.to_v.weight)) for name, layer in layers.items()}
-    return Concept(placeholder=f"<thing-{number}>", super_category="teddy bear", embedding=drawn(1, word_width),
-                   target_input=drawn(width), super_input=drawn(width), target_output_v=values, steps=400, base=base)
+    def random_tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).half().float()  # rounded as in a 16-bit file
+
+    values = {name: random_tensor(len(layer.to_v.weight)) for name, layer in text_layers.items()}
+    embedding = random_tensor(1, word_width)
+    target_input, super_input = random_tensor(width), random_tensor(width)
+    return Concept(placeholder=f"<subject-{index}>", super_category="teddy bear", embedding=embedding,
+                   target_input=target_input, super_input=super_input, target_outputs_v=values, steps=400, base=base)

@@ -34,7 +34,7 @@ def load_pretrained(cls: Any, path: str | Path) -> Any:
         stored = unpack_tables(load_tensors(file)[0])
         state = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
         config = cls.config_class.from_pretrained(path)
-        with _no_progress_bar():
+        with no_progress_bar():
             model, report = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
     else:
         model, report = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
@@ -61,7 +61,7 @@ def load_packed(model: nn.Module, folder: str | Path, settings: str) -> None:
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Hide the progress bar of `transformers`: tensors that are in memory load at once."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
