@@ -1,9 +1,8 @@
-"""Every sampler: closed forms, guidance, seeds, masks, strength, bad arguments. And the table of samplers."""
+"""Every sampler: closed forms, guidance, seeds, masks, strength, bad arguments."""
 from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +20,8 @@ from helpers.sampling_models import (
 from helpers.tiny_models import unet_config
 from torch import Tensor, nn
 
-from ldm.cli.generation import add_sampling_flags
-from ldm.cli.parser import Parser
 from ldm.common.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.samplers import SAMPLERS, SamplerEntry, sampler_class
 from ldm.models.diffusion.sampling import ddim_step, guided_denoiser
 from ldm.models.diffusion.schedule import Prediction, add_noise
 from ldm.models.diffusion.time_grid import TimeGrid
@@ -33,7 +29,6 @@ from ldm.modules.context import PromptContext
 from ldm.util import instantiate_from_config
 
 EVERY = pytest.mark.parametrize("name", SAMPLER_CLASSES)
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def full_grid(name: str, steps: int, model: TinyModel | None = None) -> TimeGrid:
@@ -402,17 +397,3 @@ def test_unknown_parameters_and_parameterizations_are_refused():
         DDIMSampler(TinyModel(convolution_network)).sample(5, 1, SHAPE, guidence=2.0)
     with pytest.raises(UserError, match="eps, v, x0"):
         DDIMSampler(TinyModel(convolution_network, "score"))
-
-
-def test_one_line_in_the_table_adds_a_sampler(monkeypatch):
-    monkeypatch.setitem(SAMPLERS, "copy", SamplerEntry("ddim.DDIMSampler", "a copy of DDIM"))
-    assert sampler_class("copy") is DDIMSampler
-    parser = Parser("")
-    add_sampling_flags(parser)
-    assert parser.parse_args(["--sampler", "copy"]).sampler == "copy"
-    assert "copy: a copy of DDIM" in " ".join(parser.format_help().split())
-
-
-def test_the_docs_name_every_sampler():
-    docs = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in docs for name in SAMPLERS)
