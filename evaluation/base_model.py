@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.mini.settings import CAPTIONS, MEASUREMENTS, MINI, BaseModelSettings  # noqa: E402
 from ldm.cli.generation import add_model_flags, model_settings  # noqa: E402
-from ldm.cli.parser import Parser, number, whole  # noqa: E402
+from ldm.cli.parser import Parser, float_in_range, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.paths import check_folder, resolve_path  # noqa: E402
 
@@ -39,15 +39,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> BaseModelSettings
                         help=f"what to measure (default: all of {', '.join(MEASUREMENTS)})")
     parser.add_argument("--quick", action="store_true", help="fewer prompts, scenes and steps: a first look")
     group = parser.add_argument_group("how much, from where")
-    group.add_argument("--prompts", type=whole(2), default=200, metavar="N",
+    group.add_argument("--prompts", type=int_in_range(2), default=200, metavar="N",
                        help="prompts with one subject, and as many with two (default: %(default)s)")
-    group.add_argument("--scenes", type=whole(2), default=512, metavar="N",
+    group.add_argument("--scenes", type=int_in_range(2), default=512, metavar="N",
                        help="composed scenes for every other measurement and for ceilings (default: %(default)s)")
-    group.add_argument("--ddim_steps", type=whole(1), default=50, metavar="N", help="default: %(default)s")
-    group.add_argument("--scale", type=number(1), default=4.0, metavar="NUMBER", help="guidance (default: %(default)s)")
-    group.add_argument("--batch_size", type=whole(1), default=40, metavar="N",
+    group.add_argument("--ddim_steps", type=int_in_range(1), default=50, metavar="N", help="default: %(default)s")
+    group.add_argument("--scale", type=float_in_range(1), default=4.0, metavar="NUMBER",
+                       help="guidance (default: %(default)s)")
+    group.add_argument("--batch_size", type=int_in_range(1), default=40, metavar="N",
                        help="images generated at a time (default: %(default)s)")
-    group.add_argument("--seed", type=whole(0, 2**32), default=1, metavar="N",
+    group.add_argument("--seed", type=int_in_range(0, 2**32), default=1, metavar="N",
                        help="of prompts, images and scenes (default: %(default)s)")
     parts = parser.add_argument_group("parts other than the bundled ones")
     parts.add_argument("--autoencoder", metavar="FILE", help="weights of configs/mini/autoencoder.yaml to measure "

@@ -19,21 +19,15 @@ FAST_COMPRESSION = 1  # zlib level: a sheet of photos takes a sixth of the time 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def save_grid(
-    images: Sequence[Image.Image], path: str | Path, columns: int, titles: Sequence[str] | None = None
-) -> Path:
-    """Write a PNG contact sheet, row by row, with a title above each image.
+def make_grid(images: Sequence[Image.Image], columns: int, titles: Sequence[str] | None = None) -> Image.Image:
+    """Lay images out row by row, with a title above each image.
 
     If the longest side of all images is below 128 pixels, all are enlarged by the same factor, at most 4.
 
     Args:
         images: at least one.
-        path: the file to write.
         columns: how many images stand in a row.
         titles: one per image.
-
-    Returns:
-        `path`.
 
     Raises:
         ValueError: no images, no columns, or not one title per image.
@@ -43,7 +37,14 @@ def save_grid(
     factor = _enlargement_factor(max(max(image.size) for image in images))
     enlarged = [image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
                 for image in images]
-    sheet = _lay_out(enlarged, min(columns, len(images)), titles or [""] * len(images))
+    return _lay_out(enlarged, min(columns, len(images)), titles or [""] * len(images))
+
+
+def save_grid(
+    images: Sequence[Image.Image], path: str | Path, columns: int, titles: Sequence[str] | None = None
+) -> Path:
+    """Write the sheet that `make_grid` lays out as a PNG file, and return its path."""
+    sheet = make_grid(images, columns, titles)
     return write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG",
                                                                compress_level=FAST_COMPRESSION))
 

@@ -12,7 +12,6 @@ from PIL import Image, ImageOps
 
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
-from ldm.data.contact_sheet import save_grid  # noqa: F401  until all callers have moved
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +217,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-
-
-cut_to, part_in_proportion, square = crop_and_resize, largest_crop_size, crop_square  # until all callers have moved

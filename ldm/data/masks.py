@@ -74,6 +74,3 @@ def unmasked_cells(weights: Tensor, size: tuple[int, int]) -> Tensor:
         (1, 1, h, w), 1 in these cells and 0 in the others.
     """
     return (adaptive_max_pool2d(weights, size) == 0).float()
-
-
-as_picture, softened, untouched_cells, read_part, grown = mask_to_image, feather_mask, unmasked_cells, read_binary_mask, dilate_mask

@@ -51,4 +51,3 @@ def get_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
 def fill_template(template: str, word: str) -> str:
     """Replace the `{}` of a template by `word`. Other braces in either stay as they are."""
     return template.replace(SLOT, word)
-fill = fill_template

@@ -189,22 +189,22 @@ def test_load_folder_with_nothing_usable(tmp_path: Path) -> None:
 
 
 def test_a_mask_is_its_brightness_or_its_opacity(tmp_path: Path) -> None:
-    drawn = Image.new("L", (20, 20), 0)
-    drawn.paste(255, (5, 5, 15, 15))
-    drawn.save(tmp_path / "drawn.png")
+    mask = Image.new("L", (20, 20), 0)
+    mask.paste(255, (5, 5, 15, 15))
+    mask.save(tmp_path / "mask.png")
     cut_out = Image.new("RGB", (20, 20), "black")
-    cut_out.putalpha(drawn)
+    cut_out.putalpha(mask)
     cut_out.save(tmp_path / "cut.png")
-    for name in ("drawn.png", "cut.png"):
-        assert np.array_equal(values(read_mask(tmp_path / name)), values(drawn))
+    for name in ("mask.png", "cut.png"):
+        assert np.array_equal(values(read_mask(tmp_path / name)), values(mask))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_an_opaque_mask_is_its_brightness(tmp_path: Path, mode: str) -> None:
-    drawn = Image.new("L", (32, 32))
-    drawn.paste(255, (8, 8, 16, 16))
-    drawn.convert(mode).save(tmp_path / "mask.png", **({"transparency": 7} if mode == "P" else {}))
-    assert np.array_equal(values(read_mask(tmp_path / "mask.png")), values(drawn))
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 16, 16))
+    mask.convert(mode).save(tmp_path / "mask.png", **({"transparency": 7} if mode == "P" else {}))
+    assert np.array_equal(values(read_mask(tmp_path / "mask.png")), values(mask))
 
 
 def test_a_folder_without_permission_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
