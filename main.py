@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ldm.cli.training import parse_training_options
 from ldm.common.errors import one_line_errors
-from ldm.util import forward_names
+from ldm.common.lazy_imports import forward_names
 
 # Public configs name these as `main.…`.
 __getattr__ = forward_names(__name__, {

@@ -56,25 +56,6 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def forward_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make the `__getattr__` of a public module whose names are defined in other modules (PEP 562).
-
-    A name is imported on first access. So importing the public module is free, and the module may belong to a lower
-    layer than the one that it forwards to.
-
-    Args:
-        module: the public module's `__name__`.
-        homes: name -> module that defines it.
-    """
-
-    def getattr_(name: str) -> Any:
-        if name not in homes:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(homes[name]), name)
-
-    return getattr_
-
-
 def get_obj_from_str(path: str) -> Any:
     """Import the object that a dotted path such as `ldm.modules.ema.LitEma` names.
 

@@ -18,7 +18,7 @@ What lies where:
     run.py            what the command-line scripts do: check, load, generate, write
     output_folder.py  numbered image files with their settings inside, and contact sheets
 """
-from ldm.util import forward_names
+from ldm.common.lazy_imports import forward_names
 
 __getattr__ = forward_names(__name__, {
     "PerfusionPipeline": "ldm.inference.pipeline",

@@ -17,7 +17,7 @@ What lies where:
     next_command.py       the command that generates with what a run has learned
     run_record.py         what a finished run took, kept beside the weights that it made
 """
-from ldm.util import forward_names
+from ldm.common.lazy_imports import forward_names
 
 __getattr__ = forward_names(__name__, {
     "TrainedConcept": "ldm.training.concept_training",
