@@ -206,7 +206,7 @@ OVERRIDES = [
     ("lightning.callbacks.previews.params.prompts=[]", "0 prompts"), ("model.base_learning_rate=x", "base_learning"),
 ]
 FLAGS = [
-    (("--data_rot", "photos"), "--data_rot: neither a flag"), (("--max_steps", "x"), "'x' is no whole number"),
+    (("--data_rot", "photos"), "--data_rot: neither a flag"), (("--max_steps", "x"), "'x' is not a whole number"),
     (("--max_steps", "0"), "1 or more"), (("--max_steps", "-5"), "1 or more"), (("-s", "-1"), "0 or more"),
     (("-s", "99999999999"), "less than 4294967296"), (("-t", "perhaps"), "true or false"),
     (("--precision", "nonsense"), "precision must be one of"), (("--accelerator", "nonsense"), "'nonsense'"),
@@ -396,8 +396,8 @@ def test_bad_input_of_generation(refusal: Refusal, here: Path, arguments: tuple[
 
 
 @pytest.mark.parametrize(("main", "arguments", "message"), OTHERS)
-def test_bad_input_of_merging_and_covariances(refusal: Refusal, main: Callable[[list[str]], None], arguments: tuple[str, ...],
-                               message: str) -> None:
+def test_bad_input_of_merging_and_covariances(refusal: Refusal, main: Callable[[list[str]], None],
+                                              arguments: tuple[str, ...], message: str) -> None:
     first = ("--output_path", "{out}/x.safetensors") if main is MERGE else (
         "--config", "configs/perfusion.yaml", "--device", "cpu", "--output", "{out}/x.safetensors")
     assert message in refusal(main, *first, *arguments)

@@ -38,7 +38,7 @@ from ldm.models.optimization import can_use_fused_optimizer, optimizer_and_sched
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import PromptContext
 from ldm.personalization.cached_latents import CachedLatents, make_missing_masks
-from ldm.personalization.concept_gradients import back_off, clip_norm_of_each, drop_overflowing
+from ldm.personalization.concept_gradients import DropOverflows, back_off, clip_norm_of_each
 from ldm.personalization.concept_names import (
     as_list,
     check_distinct_placeholders,
@@ -234,7 +234,7 @@ class PersonalizationMethod(LatentDiffusion):
         return [parameter for group in self.parameter_groups() for parameter in group["params"]]
 
     def parameters_of_each_concept(self) -> list[list[nn.Parameter]]:
-        """Return the trained parameters of each concept, if the run learns several."""
+        """Return the trained parameters of each concept."""
         return [[parameter for parameter in concept.parameters() if parameter.requires_grad]
                 for concept in self.concepts]
 
@@ -251,16 +251,9 @@ class PersonalizationMethod(LatentDiffusion):
         if scaler is None or len(self.concepts) < 2:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
-        overflowed = False
-
-        def closure() -> Any:
-            nonlocal overflowed
-            result = optimizer_closure()
-            overflowed = drop_overflowing(self.parameters_of_each_concept())
-            return result
-
+        closure = DropOverflows(optimizer_closure, self.parameters_of_each_concept())
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        if overflowed:
+        if closure.dropped:
             back_off(scaler)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
@@ -308,8 +301,8 @@ class PersonalizationMethod(LatentDiffusion):
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches // self.groups
         seed = self.seed * 1_000_003 + self.global_step + micro_batch * 15_485_863
         losses, numbers = self.concept_losses(batches, [Generator().manual_seed(seed) for _ in batches])
-        numbers["embedding_distance"] = torch.stack([self.concepts[index].distance() for index in batches])
-        self._log_numbers(numbers, list(batches))
+        distances = torch.stack([self.concepts[index].distance() for index in batches])
+        self._log_numbers({**numbers, "embedding_distance": distances}, list(batches))
         # The trainer averages over all batches of a step and over all devices. Here the concepts' losses add up.
         devices = self.trainer.world_size
         loss = losses.sum() * self.groups * devices

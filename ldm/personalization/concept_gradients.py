@@ -1,7 +1,8 @@
 """Gradients of a run that learns several concepts: what happens to those of one must not touch the others."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,26 @@ def clip_norm_of_each(parameters: Sequence[Sequence[nn.Parameter]], max_norm: fl
     """Scale the gradients of each concept's parameters down to a total norm of at most `max_norm`."""
     for own in parameters:
         torch.nn.utils.clip_grad_norm_(own, max_norm)
+
+
+class DropOverflows:
+    """Wraps the closure of an optimizer's step: compute gradients, then `drop_overflowing` ones.
+
+    Args:
+        closure: computes the gradients.
+        parameters: the trained parameters of each concept.
+
+    Attributes:
+        dropped: whether the last call has dropped some.
+    """
+
+    def __init__(self, closure: Callable[[], Any], parameters: Sequence[Sequence[nn.Parameter]]) -> None:
+        self.closure, self.parameters, self.dropped = closure, parameters, False
+
+    def __call__(self) -> Any:
+        result = self.closure()
+        self.dropped = drop_overflowing(self.parameters)
+        return result
 
 
 def drop_overflowing(parameters: Sequence[Sequence[nn.Parameter]]) -> bool:

@@ -104,7 +104,8 @@ def train_small_model(path: Path, folders: tuple[Path, Path], folder: Path, *ove
         changes["model.params"] = {"n_embed": 32}
     overridden = [f"{name}.{key}={value}" for name, values in changes.items() for key, value in values.items()]
     with in_project_root():
-        run_main(["--base", str(path), "--data_root", str(images), "-l", str(folder), *overridden, *map(str, overrides)])
+        run_main(["--base", str(path), "--data_root", str(images), "-l", str(folder), *overridden,
+                  *map(str, overrides)])
     (logdir,) = folder.iterdir()
     return logdir
 

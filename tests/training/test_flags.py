@@ -147,7 +147,7 @@ def test_later_configs_override_earlier_ones_and_overrides_all(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--data_root", "nowhere"], "nowhere"), (["--data_root", "{empty}"], "no picture|no photo"),
+    (["--data_root", "nowhere"], "nowhere"), (["--data_root", "{empty}"], "no images"),
     (["--init_word", ""], "--init_word"), (["--masks", "{empty}"], "{empty}"),
     (["--actual_resume", "nowhere.ckpt"], "nowhere.ckpt: no such file"),
     (["model.params.ckpt_path=null"], "--actual_resume"), (["model.params.learning=1"], "learning"),
