@@ -1,4 +1,4 @@
-"""The first stage against diffusers' implementation, and the parts of it that diffusers does not have."""
+"""The first stage against diffusers' implementation, and its options that diffusers does not have."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_equals_diffusers(changes: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_attention_within_levels_equals_diffusers() -> None:
-    """Attention at side 16 of 32 lies on the second level; diffusers has blocks of that name to compose by hand."""
+    """Attention at side 16 of 32 is on the second level. The oracle is composed of diffusers' blocks."""
     model = first_stage(ch_mult=(1, 2), attn_resolutions=[16])
     assert [len(level.attn) for level in model.encoder.down] == [0, 1]
     assert [len(level.attn) for level in model.decoder.up] == [0, 2]
@@ -91,7 +91,7 @@ def test_attention_within_levels_equals_diffusers() -> None:
         layers_per_block=1,
         out_channels=4,
     )
-    # their block of that name splits channels over heads; ours, as the papers have it, a single head
+    # Diffusers' block has several heads; ours has a single one, as in the papers.
     for block in (theirs.down_blocks[1].attentions[0], theirs.mid_block.attentions[0]):
         block.heads = 1
         block.scale = 64**-0.5
@@ -122,8 +122,8 @@ def test_stable_diffusions_first_stage_has_the_published_size() -> None:
 @settings(max_examples=8, deadline=None)
 @given(patch=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
 @torch.no_grad()
-def test_patches_are_pixels_folded_into_channels(patch: int, seed: int) -> None:
-    """A model with patches equals one without that is given, and gives, the folded pixels."""
+def test_patch_size_folds_pixels_into_channels(patch: int, seed: int) -> None:
+    """A model with patches equals a model without them on folded pixels."""
     config = {**SETTINGS, "ch_mult": (1, 2)}
     folded = {**config, "in_channels": 3 * patch**2, "out_ch": 3 * patch**2}
     generator = torch.Generator().manual_seed(seed)
@@ -145,7 +145,7 @@ def test_patches_are_pixels_folded_into_channels(patch: int, seed: int) -> None:
     assert torch.allclose(pairs[1][0](z), grid, atol=1e-6)
 
 
-def test_attention_levels_count_folded_pixels() -> None:
+def test_attn_resolutions_are_sides_after_folding() -> None:
     encoder = Encoder(**{**SETTINGS, "ch_mult": (1, 2), "attn_resolutions": [8]}, patch_size=4)
     decoder = Decoder(**{**SETTINGS, "ch_mult": (1, 2), "attn_resolutions": [8]}, patch_size=4)
     assert [len(level.attn) for level in encoder.down] == [1, 0]
@@ -160,7 +160,7 @@ def test_resampling_without_convolutions() -> None:
     assert not [*Downsample(2, False).state_dict(), *Upsample(2, False).state_dict()]
 
 
-def test_attention_is_a_weighted_mean_over_positions() -> None:
+def test_attention_against_the_formula() -> None:
     block = randomize(AttnBlock(32), scale=0.3)
     x = torch.randn(1, 32, 3, 2)
     normed = F.group_norm(x, 32, block.norm.weight, block.norm.bias, 1e-6)
@@ -172,7 +172,7 @@ def test_attention_is_a_weighted_mean_over_positions() -> None:
     assert torch.allclose(block(x), expected, atol=1e-5)
 
 
-def test_shortcuts() -> None:
+def test_shortcuts_of_residual_blocks() -> None:
     wide = ResnetBlock(in_channels=32, out_channels=64, conv_shortcut=True)
     narrow = ResnetBlock(in_channels=32, out_channels=64)
     assert wide.conv_shortcut.weight.shape == (64, 32, 3, 3) and narrow.nin_shortcut.weight.shape == (64, 32, 1, 1)
@@ -183,7 +183,7 @@ def test_shortcuts() -> None:
         assert torch.allclose(block(x), shortcut(x), atol=1e-6)
 
 
-def test_ends_of_the_decoder() -> None:
+def test_tanh_out_and_give_pre_end() -> None:
     config = {**SETTINGS, "ch_mult": (1, 2)}
     plain, squashed, early = (Decoder(**config, **extra) for extra in ({}, {"tanh_out": True}, {"give_pre_end": True}))
     randomize(plain, scale=0.2)
@@ -196,7 +196,7 @@ def test_ends_of_the_decoder() -> None:
     assert plain.last_layer is plain.conv_out.weight
 
 
-def test_decoder_settings_may_stand_in_ddconfig() -> None:
+def test_ddconfig_may_hold_decoder_settings() -> None:
     model = first_stage(ch_mult=(1,), tanh_out=True)
     assert model.decode(100 * torch.randn(1, 4, 4, 4)).abs().max() <= 1
 
@@ -205,17 +205,17 @@ def test_decoder_settings_may_stand_in_ddconfig() -> None:
     ("changes", "named"),
     [({"chanels": 3}, "chanels"), ({"attn_type": "linear"}, "linear"), ({"double_z": False}, "double_z")],
 )
-def test_settings_that_cannot_be(changes: dict[str, Any], named: str) -> None:
+def test_impossible_settings_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         first_stage(**changes)
 
 
-def test_vanilla_and_no_attention() -> None:
+def test_kinds_of_attention() -> None:
     assert isinstance(make_attn(32, "vanilla-xformers"), AttnBlock)
     assert isinstance(make_attn(32, "none"), nn.Identity)
 
 
-def test_reconstruction_samples_or_takes_the_mean() -> None:
+def test_reconstruction_from_a_sample_or_from_the_mean() -> None:
     model = first_stage(ch_mult=(1,))
     x = torch.rand(1, 3, 8, 8)
     mean, posterior = model(x, sample_posterior=False)
@@ -223,7 +223,7 @@ def test_reconstruction_samples_or_takes_the_mean() -> None:
     assert not torch.allclose(model(x)[0], mean, atol=1e-3)
 
 
-def test_weights_come_from_a_file(tmp_path: Path) -> None:
+def test_weights_load_from_a_file(tmp_path: Path) -> None:
     model = first_stage(ch_mult=(1,))
     torch.save(
         {"state_dict": {**model.state_dict(), "loss.discriminator.main.0.weight": torch.ones(2)}}, tmp_path / "a.ckpt"
@@ -232,7 +232,7 @@ def test_weights_come_from_a_file(tmp_path: Path) -> None:
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_training_improves_the_loss_and_reaches_every_parameter() -> None:
+def test_training_reduces_the_loss_and_trains_every_parameter() -> None:
     model = AutoencoderKL(
         {**SETTINGS, "ch_mult": (1,)}, {"target": "ldm.modules.losses.reconstruction.ReconstructionKL"}, 4
     )
@@ -261,7 +261,7 @@ def test_training_improves_the_loss_and_reaches_every_parameter() -> None:
         ((2, 8, 6, 1), (2, 1, 8, 6)),
     ],
 )
-def test_batches_of_either_layout(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def test_batches_of_both_layouts(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     images: Tensor = torch.rand(shape, dtype=torch.float64)
     got = image_batch({"picture": images}, "picture")
     assert (got.shape, got.dtype) == (expected, torch.float32)
@@ -269,7 +269,7 @@ def test_batches_of_either_layout(shape: tuple[int, ...], expected: tuple[int, .
     assert torch.equal(got, moved.float())
 
 
-def test_no_first_stage() -> None:
+def test_identity_first_stage() -> None:
     x = torch.rand(1, 3, 4, 4)
     stage = IdentityFirstStage()
     assert stage.encode(x) is x and stage.decode(x) is x and stage(x) is x

@@ -1,4 +1,4 @@
-"""LDM's text encoder, against diffusers' independent implementation of it, and BERT's word pieces."""
+"""LDM's text encoder against diffusers' implementation, and its tokenizer against transformers'."""
 from __future__ import annotations
 
 import hashlib
@@ -42,7 +42,7 @@ def theirs(encoder: BERTEmbedder) -> LDMBertModel:
 
 @pytest.fixture(scope="module")
 def reference() -> BertTokenizerLegacy:
-    """BERT's own two steps in plain Python."""
+    """The tokenizer of BERT in plain Python."""
     return BertTokenizerLegacy(str(BERT_TOKENIZER / "vocab.txt"))
 
 
@@ -51,13 +51,13 @@ def reference_tokens(reference: BertTokenizerLegacy, prompts: list[str]) -> Tens
     return torch.tensor([row + [PAD] * (LENGTH - len(row)) for row in rows])
 
 
-def test_the_vocabulary_is_bert_base_uncaseds() -> None:
+def test_the_vocabulary_is_that_of_bert_base_uncased() -> None:
     content = (BERT_TOKENIZER / "vocab.txt").read_bytes()
     assert hashlib.sha256(content).hexdigest() == "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
     assert len(content.splitlines()) == WORDS
 
 
-def test_tokens_are_berts(encoder: BERTEmbedder, reference: BertTokenizerLegacy) -> None:
+def test_tokens_equal_berts(encoder: BERTEmbedder, reference: BertTokenizerLegacy) -> None:
     expected = reference_tokens(reference, PROMPTS)
     assert torch.equal(encoder.tokenize(PROMPTS), expected)
     tokenizer = BERTTokenizer(max_length=LENGTH)
@@ -76,10 +76,10 @@ def test_equals_diffusers(encoder: BERTEmbedder, theirs: LDMBertModel, reference
         assert torch.allclose(encoder.encode(PROMPTS[0]), expected[:1], atol=1e-4)
         logits = theirs(tokens)[0]
         assert torch.allclose(encoder.transformer(tokens), theirs.to_logits(expected), atol=1e-3)
-        assert torch.allclose(logits, expected, atol=1e-4)  # what that pipeline hands to the U-Net
+        assert torch.allclose(logits, expected, atol=1e-4)  # diffusers' pipeline passes these to the U-Net
 
 
-def test_placeholders_are_further_rows_of_the_table(encoder: BERTEmbedder) -> None:
+def test_placeholders_extend_the_word_table(encoder: BERTEmbedder) -> None:
     tokens = encoder.tokenize(["a photo of <my-teddy>, here"], ["<my-teddy>"])
     assert (tokens == WORDS).sum() == 1
     vector = word_vector(encoder, "cat").clone().requires_grad_()
@@ -89,7 +89,7 @@ def test_placeholders_are_further_rows_of_the_table(encoder: BERTEmbedder) -> No
     assert vector.grad.abs().max() > 0 and vector.grad.shape == (1, WIDTH)
 
 
-def test_super_categories(encoder: BERTEmbedder) -> None:
+def test_vectors_of_super_categories(encoder: BERTEmbedder) -> None:
     pieces = encoder.word_pieces("teddy birdbath")
     assert len(pieces) == 4
     assert torch.allclose(word_vector(encoder, "teddy birdbath"), encoder.token_table[pieces].mean(0, keepdim=True))
@@ -98,7 +98,7 @@ def test_super_categories(encoder: BERTEmbedder) -> None:
     assert encoder.unknown_words("a 🧸 bear") == ["🧸"]
 
 
-def test_words_that_training_never_met() -> None:
+def test_untrained_words_are_unknown() -> None:
     encoder = BERTEmbedder(4, 1, max_seq_len=LENGTH)
     table = encoder.token_table
     table.data[:] = 0.5
@@ -106,20 +106,20 @@ def test_words_that_training_never_met() -> None:
     assert encoder.known_words() == ["bear", "teddy"] and encoder.unknown_words("A teddy's bear!") == ["A"]
 
 
-def test_padding_counts_so_captions_are_encoded_whole(encoder: BERTEmbedder) -> None:
+def test_the_covariance_encodes_captions_with_their_padding(encoder: BERTEmbedder) -> None:
     captions = ["a cat", "a photo of a dog on a red bike", "two owls"]
     found = estimate_covariance(encoder, captions, progress=False)
     rows = torch.cat([encoder([caption])[0, 1:1 + len(encoder.word_pieces(caption))] for caption in captions]).double()
     assert found.tokens == len(rows) and torch.allclose(found.covariance, rows.mT @ rows / len(rows), atol=1e-4)
 
 
-def test_prompts_that_are_too_long(encoder: BERTEmbedder) -> None:
+def test_prompts_that_are_too_long_are_refused(encoder: BERTEmbedder) -> None:
     with pytest.raises(UserError, match=f"has {LENGTH - 1} tokens, but the text encoder takes {LENGTH - 2}"):
         encoder(" ".join(["owl"] * (LENGTH - 1)))
     assert BERTTokenizer(max_length=LENGTH)(" ".join(["owl"] * 99)).shape == (1, LENGTH)
 
 
-def test_tokens_of_another_kind() -> None:
+def test_tokens_of_another_vocabulary() -> None:
     embedder = randomize(TransformerEmbedder(8, 1, 50, max_seq_len=6))
     tokens = torch.tensor([[3, 49, 0], [1, 1, 1]])
     same = BERTEmbedder(8, 1, vocab_size=50, max_seq_len=6, use_tokenizer=False)
@@ -130,7 +130,7 @@ def test_tokens_of_another_kind() -> None:
         BERTEmbedder(8, 1, vocab_size=50)
 
 
-def test_dropout_of_embeddings_is_for_training_alone() -> None:
+def test_embedding_dropout_acts_in_training_only() -> None:
     embedder = BERTEmbedder(8, 1, vocab_size=50, max_seq_len=6, use_tokenizer=False, embedding_dropout=0.5)
     tokens = torch.tensor([[3, 49, 0]])
     assert not torch.equal(embedder(tokens), embedder(tokens))
@@ -138,7 +138,7 @@ def test_dropout_of_embeddings_is_for_training_alone() -> None:
     assert torch.equal(embedder(tokens), embedder(tokens))
 
 
-def test_keys_are_those_of_the_library() -> None:
+def test_keys_are_those_of_x_transformers() -> None:
     keys = TransformerWrapper(5, 3, Encoder(4, 1)).state_dict()
     assert {key: tuple(value.shape) for key, value in keys.items()} == {
         "token_emb.weight": (5, 4), "pos_emb.emb.weight": (3, 4), "norm.weight": (4,), "norm.bias": (4,),

@@ -9,7 +9,7 @@ from ldm.common.errors import UserError
 from ldm.modules.encoders.modules import ClassEmbedder, SpatialRescaler
 
 
-def test_a_class_is_one_token() -> None:
+def test_a_class_becomes_one_token() -> None:
     embedder = ClassEmbedder(6, n_classes=4, key="class_label")
     assert {key: tuple(value.shape) for key, value in embedder.state_dict().items()} == {"embedding.weight": (4, 6)}
     labels = torch.tensor([3, 0, 3])
@@ -20,10 +20,10 @@ def test_a_class_is_one_token() -> None:
     assert torch.equal(embedder({"other": labels}, key="other"), expected)
 
 
-def test_maps_are_scaled_and_mixed() -> None:
+def test_maps_are_rescaled_and_their_channels_mapped() -> None:
     x = torch.randn(2, 5, 8, 12, generator=torch.Generator().manual_seed(0))
     half = SpatialRescaler()(x)
-    assert torch.allclose(half, F.avg_pool2d(x, 2), atol=1e-6)  # what bilinear halving is
+    assert torch.allclose(half, F.avg_pool2d(x, 2), atol=1e-6)  # equals bilinear interpolation to half the size
     mixed = SpatialRescaler(n_stages=2, in_channels=5, out_channels=3)
     assert list(mixed.state_dict()) == ["channel_mapper.weight"]
     expected = torch.einsum("oi,bihw->bohw", mixed.channel_mapper.weight[..., 0, 0], F.avg_pool2d(x, 4))
@@ -34,6 +34,6 @@ def test_maps_are_scaled_and_mixed() -> None:
 
 
 @pytest.mark.parametrize(("params", "named"), [({"method": "trilinear"}, "trilinear"), ({"n_stages": -1}, "-1")])
-def test_params_that_no_map_can_have(params: dict[str, object], named: str) -> None:
+def test_impossible_params_are_refused(params: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
         SpatialRescaler(**params)

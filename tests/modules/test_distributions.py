@@ -30,13 +30,13 @@ def test_moments_and_divergence(seed: int, spread: float) -> None:
     assert torch.allclose(ours.kl(), kl_divergence(theirs, standard), rtol=1e-4)
 
 
-def test_samples_have_the_moments_and_repeat() -> None:
+def test_samples_have_the_right_moments_and_are_reproducible() -> None:
     values = parameters(0, 1.0)
     gaussian = DiagonalGaussianDistribution(values)
-    draws = torch.stack([gaussian.sample(torch.Generator().manual_seed(seed)) for seed in range(2000)])
-    assert torch.allclose(draws.mean(0), gaussian.mean, atol=5 * float(gaussian.std.max()) / 2000**0.5)
-    assert torch.allclose(draws.std(0), gaussian.std, rtol=0.12)
-    assert torch.equal(draws[5], gaussian.sample(torch.Generator().manual_seed(5)))
+    samples = torch.stack([gaussian.sample(torch.Generator().manual_seed(seed)) for seed in range(2000)])
+    assert torch.allclose(samples.mean(0), gaussian.mean, atol=5 * float(gaussian.std.max()) / 2000**0.5)
+    assert torch.allclose(samples.std(0), gaussian.std, rtol=0.12)
+    assert torch.equal(samples[5], gaussian.sample(torch.Generator().manual_seed(5)))
     torch.manual_seed(1)
     assert not torch.equal(gaussian.sample(), gaussian.sample())
 
@@ -55,7 +55,7 @@ def test_extreme_variances_are_clamped() -> None:
     assert gaussian.kl().isfinite().all() and gaussian.sample().isfinite().all()
 
 
-def test_deterministic() -> None:
+def test_deterministic_distributions_have_no_variance() -> None:
     gaussian = DiagonalGaussianDistribution(parameters(2), deterministic=True)
     assert torch.equal(gaussian.sample(), gaussian.mean)
     assert not gaussian.var.any() and not gaussian.kl().any()

@@ -1,3 +1,4 @@
+"""LitEma against a plain loop, and its use with a model."""
 from __future__ import annotations
 
 import pytest
@@ -21,7 +22,7 @@ def shift(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("warm_up", [True, False])
-def test_updates_against_a_loop(warm_up: bool) -> None:
+def test_updates_equal_a_plain_loop(warm_up: bool) -> None:
     model = small_model()
     ema = LitEma(model, decay=0.4, use_num_upates=warm_up)
     average = model[0].weight.detach().clone()
@@ -34,7 +35,7 @@ def test_updates_against_a_loop(warm_up: bool) -> None:
     assert int(ema.num_updates) == (14 if warm_up else -1)
 
 
-def test_buffers_are_those_of_the_public_checkpoints() -> None:
+def test_buffers_have_the_names_of_public_checkpoints() -> None:
     ema = LitEma(small_model())
     assert set(ema.state_dict()) == {"decay", "num_updates", "0weight", "0bias", "1weight"}
     assert float(ema.decay) == pytest.approx(0.9999)
@@ -54,10 +55,10 @@ def test_copy_store_and_restore() -> None:
     ema.restore(model.parameters())
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError):
-        ema.restore(model.parameters())  # nothing is stored any more
+        ema.restore(model.parameters())  # nothing is stored anymore
 
 
-def test_the_context_ends_with_the_own_weights_even_after_an_error() -> None:
+def test_averaged_restores_the_weights_even_after_an_error() -> None:
     model = small_model()
     ema = LitEma(model)
     start = model[0].weight.detach().clone()
@@ -69,7 +70,7 @@ def test_the_context_ends_with_the_own_weights_even_after_an_error() -> None:
     assert torch.equal(model[0].weight, trained)
 
 
-def test_a_saved_average_goes_on() -> None:
+def test_a_loaded_average_continues() -> None:
     model = small_model()
     first, second = LitEma(model), LitEma(small_model())
     shift(model)

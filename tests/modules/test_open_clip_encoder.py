@@ -1,4 +1,4 @@
-"""FrozenOpenCLIPEmbedder with a tiny tower, against open_clip's own model and transformers' with converted weights."""
+"""FrozenOpenCLIPEmbedder with a tiny tower, against open_clip's model and transformers' with converted weights."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def arch(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An architecture that open_clip now knows by name."""
+    """Register a small architecture with open_clip and return its name."""
     return open_clip_arch(tmp_path_factory.mktemp("open_clip"))
 
 
@@ -33,24 +33,24 @@ def theirs(arch: str) -> nn.Module:
 
 
 def ours(arch: str, theirs: nn.Module, layer: str) -> FrozenOpenCLIPEmbedder:
-    """With the weights of an OpenCLIP: all of them but those of its picture tower, and no others."""
+    """Build the encoder with all weights of an OpenCLIP except those of its image tower."""
     encoder = FrozenOpenCLIPEmbedder(arch, max_length=LENGTH, layer=layer)
     state = theirs.state_dict()
     encoder.load_state_dict({f"model.{key}": value for key, value in state.items() if not key.startswith("visual.")})
     return encoder
 
 
-def test_the_last_layer_is_open_clips(arch: str, theirs: nn.Module) -> None:
+def test_the_last_layer_equals_open_clip(arch: str, theirs: nn.Module) -> None:
     encoder, tokens = ours(arch, theirs, "last"), open_clip.tokenize(PROMPTS, LENGTH)
     assert torch.equal(encoder.tokenize(PROMPTS), tokens)
     with torch.no_grad():
-        got, expected = encoder(PROMPTS), theirs.encode_text(tokens)  # theirs is the end token's, projected
+        got, expected = encoder(PROMPTS), theirs.encode_text(tokens)  # open_clip returns the projected end token
         assert got.shape == (3, LENGTH, WIDTH)
         pooled = got[torch.arange(3), tokens.argmax(1)] @ encoder.model.text_projection
     assert expected.std() > 0.1 and torch.allclose(pooled, expected, atol=1e-4)
 
 
-def test_the_penultimate_layer_is_transformers_without_its_last(arch: str, theirs: nn.Module) -> None:
+def test_the_penultimate_layer_equals_transformers_with_one_layer_less(arch: str, theirs: nn.Module) -> None:
     encoder = ours(arch, theirs, "penultimate")
     config = CLIPTextConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS - 1,
                             num_attention_heads=2, vocab_size=WORDS, max_position_embeddings=LENGTH, hidden_act="gelu")
@@ -68,7 +68,7 @@ def test_the_penultimate_layer_is_transformers_without_its_last(arch: str, their
     assert not torch.allclose(ours(arch, theirs, "last")(PROMPTS), expected, atol=1e-2)
 
 
-def test_placeholders_are_further_rows_of_the_table(arch: str, theirs: nn.Module) -> None:
+def test_placeholders_extend_the_word_table(arch: str, theirs: nn.Module) -> None:
     encoder = ours(arch, theirs, "penultimate")
     tokens = encoder.tokenize(["a photo of <my-teddy>, here"], ["<my-teddy>"])
     plain = encoder.tokenize(["a photo of cat, here"])
@@ -84,13 +84,13 @@ def test_placeholders_are_further_rows_of_the_table(arch: str, theirs: nn.Module
     assert float(vector.grad[0, 3]) == pytest.approx((up - down) / 2e-2, rel=2e-2, abs=1e-2)
 
 
-def test_frozen_means_frozen(arch: str) -> None:
+def test_frozen_encoders_stay_in_evaluation_mode(arch: str) -> None:
     frozen, free = (FrozenOpenCLIPEmbedder(arch, max_length=LENGTH, freeze=flag) for flag in (True, False))
     assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.train().model.training
     assert all(p.requires_grad for p in free.parameters()) and free.train().model.training
 
 
-def test_a_covariance_does_not_depend_on_how_captions_are_padded(arch: str, theirs: nn.Module) -> None:
+def test_the_covariance_does_not_depend_on_padding(arch: str, theirs: nn.Module) -> None:
     encoder = ours(arch, theirs, "penultimate")
     captions = ["a cat", "a photo of a dog on a red bike", "two owls"]
     found = estimate_covariance(encoder, captions, progress=False)
@@ -104,17 +104,17 @@ def test_a_covariance_does_not_depend_on_how_captions_are_padded(arch: str, thei
     ({"arch": "ViT-H-41"}, "no such architecture; give one that it has, such as ViT-H-1"),
     ({"arch": "xlm-roberta-base-ViT-B-32"}, "text tower is not CLIP's"),
 ])
-def test_options_that_do_not_fit(arch: str, options: dict[str, object], named: str) -> None:
+def test_impossible_options_are_refused(arch: str, options: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
         FrozenOpenCLIPEmbedder(**{"arch": arch, **options})
 
 
-def test_prompts_that_are_too_long(arch: str) -> None:
+def test_prompts_that_are_too_long_are_refused(arch: str) -> None:
     with pytest.raises(UserError, match=f"has {LENGTH - 1} tokens, but the text encoder takes {LENGTH - 2}"):
         FrozenOpenCLIPEmbedder(arch, max_length=LENGTH)(" ".join(["owl"] * (LENGTH - 1)))
 
 
-def test_words_without_a_meaning(arch: str, theirs: nn.Module) -> None:
+def test_untrained_words_are_unknown(arch: str, theirs: nn.Module) -> None:
     encoder = ours(arch, theirs, "last")
     assert encoder.unknown_words("qzxvk 🧸") == [] == encoder.known_words()
     few: Tensor = encoder.token_table

@@ -1,4 +1,4 @@
-"""FrozenCLIPEmbedder with a tiny tower, against the same tower called plainly."""
+"""FrozenCLIPEmbedder with a tiny tower, against transformers' model of the same tower."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SHAPE = {
 
 @pytest.fixture(scope="module", autouse=True)
 def tokenizers_are_read_once() -> Iterator[None]:
-    """Reading CLIP's word pieces takes most of a second."""
+    """Cache the tokenizers: reading CLIP's word pieces takes most of a second."""
     with mock.patch.object(CLIPTokenizer, "from_pretrained", functools.cache(CLIPTokenizer.from_pretrained)):
         yield
 
@@ -55,9 +55,9 @@ def tower() -> CLIPTextModel:
 
 @pytest.fixture(scope="module")
 def folder(tower: CLIPTextModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("tower")
-    tower.save_pretrained(place)
-    return place
+    folder = tmp_path_factory.mktemp("tower")
+    tower.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_equals_the_plain_tower(encoder: FrozenCLIPEmbedder, tower: CLIPTextMode
     assert torch.allclose(encoder.encode(PROMPTS[0]), expected[:1], atol=1e-5)
 
 
-def test_tokens_are_clips(encoder: FrozenCLIPEmbedder) -> None:
+def test_tokens_equal_clips(encoder: FrozenCLIPEmbedder) -> None:
     assert torch.equal(encoder.tokenize(PROMPTS), reference_tokens(PROMPTS))
     assert encoder.word_pieces("supercalifragilistic") == reference_tokens(["supercalifragilistic"])[0, 1:6].tolist()
 
@@ -89,7 +89,7 @@ def test_hidden_layers(folder: Path, tower: CLIPTextModel, layer_idx: int) -> No
     hidden = FrozenCLIPEmbedder(str(folder), max_length=24, layer="hidden", layer_idx=layer_idx)
     output = tower(reference_tokens(PROMPTS), output_hidden_states=True)
     assert torch.allclose(hidden(PROMPTS), output.hidden_states[layer_idx], atol=1e-5)
-    if layer_idx == -1:  # what leaves the last layer only lacks the final norm
+    if layer_idx == -1:  # the output of the last layer lacks the final norm only
         assert torch.allclose(tower.final_layer_norm(hidden(PROMPTS)), output.last_hidden_state, atol=1e-5)
 
 
@@ -100,20 +100,20 @@ def test_a_placeholder_is_one_token(encoder: FrozenCLIPEmbedder) -> None:
     assert row == expected + [49407] * (24 - len(expected))
 
 
-def grown(tower: CLIPTextModel, vectors: Tensor) -> tuple[CLIPTextModel, nn.Parameter]:
-    """A copy whose word table has the vectors as its last rows, all of it trainable."""
+def extend_table(tower: CLIPTextModel, vectors: Tensor) -> tuple[CLIPTextModel, nn.Parameter]:
+    """Return a copy of the tower whose word table ends with the vectors, and its table, which is trainable."""
     longer = copy.deepcopy(tower)
     table = nn.Parameter(torch.cat([tower.get_input_embeddings().weight.detach(), vectors]))
     longer.set_input_embeddings(nn.Embedding.from_pretrained(table, freeze=False))
     return longer, longer.get_input_embeddings().weight
 
 
-def test_vectors_and_their_gradient_are_those_of_a_longer_table(
+def test_vectors_and_gradients_equal_those_of_a_longer_table(
     encoder: FrozenCLIPEmbedder, tower: CLIPTextModel
 ) -> None:
     vectors = torch.randn(2, WIDTH, requires_grad=True)
     tokens = encoder.tokenize(["a <one> and a two next to a <one>", "two owls", "no thing"], ["<one>", "two"])
-    longer, table = grown(tower, vectors.detach())
+    longer, table = extend_table(tower, vectors.detach())
     weights = torch.randn(3, 24, WIDTH)
     ours, theirs = encoder.encode_tokens(tokens, vectors), longer(tokens).last_hidden_state
     assert torch.allclose(ours, theirs, atol=1e-5)
@@ -124,13 +124,13 @@ def test_vectors_and_their_gradient_are_those_of_a_longer_table(
     assert all(p.grad is None for p in encoder.parameters())
 
 
-def test_a_vector_that_no_prompt_uses_gets_no_gradient(encoder: FrozenCLIPEmbedder) -> None:
+def test_unused_vectors_get_no_gradient(encoder: FrozenCLIPEmbedder) -> None:
     vectors = torch.randn(2, WIDTH, requires_grad=True)
     encoder.encode_tokens(encoder.tokenize(["a two"], ["<one>", "two"]), vectors).sum().backward()
     assert not vectors.grad[0].any()
 
 
-def test_a_vector_equal_to_a_words_is_that_word(encoder: FrozenCLIPEmbedder) -> None:
+def test_the_vector_of_a_word_acts_as_that_word(encoder: FrozenCLIPEmbedder) -> None:
     bear = encoder.token_table[encoder.word_pieces("bear")]
     tokens = encoder.tokenize(["a photo of a <mine>, sitting"], ["<mine>"])
     assert torch.allclose(encoder.encode_tokens(tokens, bear), encoder("a photo of a bear, sitting"), atol=1e-5)
@@ -153,7 +153,7 @@ def test_a_vector_equal_to_a_words_is_that_word(encoder: FrozenCLIPEmbedder) -> 
         ("", ["cat"], []),
     ],
 )
-def test_splitting(prompt: str, placeholders: list[str], expected: list[str | int]) -> None:
+def test_split_at_placeholders(prompt: str, placeholders: list[str], expected: list[str | int]) -> None:
     assert split_at_placeholders(prompt, placeholders) == expected
 
 
@@ -164,7 +164,7 @@ def test_splitting(prompt: str, placeholders: list[str], expected: list[str | in
     ("* and *-2", {"*": "mug", "*-2": "owl"}, "mug and owl"),
     ("a teddy, a my-teddy", {"teddy": "my-teddy", "my-teddy": "teddy"}, "a my-teddy, a teddy"),
     ("a sks", {}, "a sks")])
-def test_words_for_placeholders_that_contain_each_other(text: str, words: dict[str, str | None], expected: str) -> None:
+def test_replacing_placeholders_that_contain_each_other(text: str, words: dict[str, str | None], expected: str) -> None:
     assert replace_words(words, text) == replace_words(dict(reversed(words.items())), text) == expected
 
 
@@ -174,14 +174,14 @@ def test_words_for_placeholders_that_contain_each_other(text: str, words: dict[s
     st.lists(st.text("ab<->*iskK.", min_size=1, max_size=3), min_size=1, max_size=3, unique_by=str.casefold),
 )
 @example(["ı"], ["i"])
-def test_splitting_loses_nothing(words: list[str], placeholders: list[str]) -> None:
+def test_splitting_keeps_all_text(words: list[str], placeholders: list[str]) -> None:
     prompt = " ".join(words)
     parts = split_at_placeholders(prompt, placeholders)
-    kept = [re.escape(part) if isinstance(part, str) else f"(?i:{re.escape(placeholders[part])})" for part in parts]
-    assert re.fullmatch(r"\s*" + r"\s*".join(kept) + r"\s*", prompt)
+    patterns = [re.escape(part) if isinstance(part, str) else f"(?i:{re.escape(placeholders[part])})" for part in parts]
+    assert re.fullmatch(r"\s*" + r"\s*".join(patterns) + r"\s*", prompt)
 
 
-def test_prompts_that_are_too_long(encoder: FrozenCLIPEmbedder) -> None:
+def test_prompts_that_are_too_long_are_refused(encoder: FrozenCLIPEmbedder) -> None:
     fits = " ".join(["owl"] * 22)
     assert encoder(fits).shape == (1, 24, WIDTH)
     for prompt, placeholders in ((fits + " owl", []), (fits + " <mine>", ["<mine>"])):
@@ -189,7 +189,7 @@ def test_prompts_that_are_too_long(encoder: FrozenCLIPEmbedder) -> None:
             encoder.tokenize([prompt], placeholders)
 
 
-def test_frozen_means_frozen(folder: Path) -> None:
+def test_frozen_encoders_stay_in_evaluation_mode(folder: Path) -> None:
     frozen = FrozenCLIPEmbedder(str(folder), max_length=24)
     assert not any(p.requires_grad for p in frozen.parameters())
     assert not frozen.train().training and not frozen.transformer.training
@@ -200,7 +200,7 @@ def test_frozen_means_frozen(folder: Path) -> None:
     assert rows == sorted({49406, 49407, *free.word_pieces("a cat")})
 
 
-def test_keys_are_spelt_as_compvis_spells_them(encoder: FrozenCLIPEmbedder) -> None:
+def test_keys_are_those_of_compvis(encoder: FrozenCLIPEmbedder) -> None:
     keys = list(encoder.state_dict())
     assert len(keys) == len(set(keys)) == len(encoder.transformer.state_dict())
     assert all(key.startswith("transformer.text_model.") for key in keys)
@@ -214,14 +214,14 @@ class Model(nn.Module):
         self.transformer = nn.Linear(2, 2)
 
 
-def other_spelling(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_text_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.replace("transformer.text_model.", "transformer."): value for key, value in state.items()}
 
 
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("old_buffer", [False, True])
-def test_both_spellings_load(
+def test_both_names_of_keys_load(
     encoder: FrozenCLIPEmbedder, tmp_path: Path, short: bool, nested: bool, old_buffer: bool
 ) -> None:
     def make() -> nn.Module:
@@ -230,7 +230,7 @@ def test_both_spellings_load(
         return Model(another) if nested else another
 
     source = make()
-    state = other_spelling(source.state_dict()) if short else dict(source.state_dict())
+    state = without_text_model(source.state_dict()) if short else dict(source.state_dict())
     strict = make()
     strict.load_state_dict(state)
     from_file = make()
@@ -243,7 +243,7 @@ def test_both_spellings_load(
         assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in source.state_dict().items())
 
 
-def test_missing_weights_of_the_tower_are_noticed(encoder: FrozenCLIPEmbedder, tmp_path: Path) -> None:
+def test_missing_weights_are_refused(encoder: FrozenCLIPEmbedder, tmp_path: Path) -> None:
     state = encoder.state_dict()
     state.pop("transformer.text_model.final_layer_norm.bias")
     save_file(state, tmp_path / "x.safetensors")
@@ -251,20 +251,20 @@ def test_missing_weights_of_the_tower_are_noticed(encoder: FrozenCLIPEmbedder, t
         load_weights(encoder, tmp_path / "x.safetensors")
 
 
-def test_a_folder_without_weights_is_for_a_checkpoint_to_fill(folder: Path, tmp_path: Path) -> None:
+def test_folders_without_weights_build_a_random_tower(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path)
     encoder = FrozenCLIPEmbedder(str(tmp_path), max_length=24)
     assert encoder("a cat").shape == (1, 24, WIDTH)
 
 
-def test_stable_diffusions_tower_needs_no_download() -> None:
+def test_the_tower_of_stable_diffusion_needs_no_download() -> None:
     with torch.device("meta"):
         encoder = FrozenCLIPEmbedder()
     assert sum(p.numel() for p in encoder.parameters()) == 123_060_480
     assert encoder.transformer.config.hidden_act == "quick_gelu" and encoder.max_length == 77
 
 
-def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+def test_a_folder_may_have_its_own_tokenizer(tmp_path: Path) -> None:
     words = ["a", "b</w>", "a</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
     CLIPTokenizer(vocab={word: row for row, word in enumerate(words)}, merges=[("a", "b</w>")]).save_pretrained(
         tmp_path
@@ -276,13 +276,13 @@ def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
     assert encoder.tokenize(["ab <x> a"], ["<x>"]).tolist() == [[4, 3, 6, 2, 5, 5]]
 
 
-def test_a_tokenizer_that_knows_more_than_its_tower(tmp_path: Path) -> None:
+def test_tokenizers_with_more_words_than_the_tower_are_refused(tmp_path: Path) -> None:
     CLIPTextConfig(**{**SHAPE, "vocab_size": 100}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="49408 word pieces, its model 100"):
         FrozenCLIPEmbedder(str(tmp_path), max_length=24)
 
 
-def spoil(folder: Path, how: str) -> None:
+def damage(folder: Path, how: str) -> None:
     if how == "cut":
         content = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -300,12 +300,12 @@ def spoil(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "a weight", "config", "all"])
-def test_towers_that_cannot_be_loaded(folder: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_towers_are_refused(folder: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    place = shutil.copytree(folder, tmp_path / "copy")
-    spoil(place, how)
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    damage(copied, how)
     with pytest.raises(UserError, match="copy") as refused:
-        FrozenCLIPEmbedder(str(place), max_length=24)
+        FrozenCLIPEmbedder(str(copied), max_length=24)
     assert "\n" not in str(refused.value)
 
 
@@ -320,6 +320,6 @@ def test_towers_that_cannot_be_loaded(folder: Path, tmp_path: Path, how: str, mo
         ({"max_length": 77}, "24 tokens"),
     ],
 )
-def test_options_that_do_not_fit(folder: Path, options: dict[str, Any], named: str) -> None:
+def test_impossible_options_are_refused(folder: Path, options: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         FrozenCLIPEmbedder(**{"version": str(folder), "max_length": 24, **options})

@@ -1,6 +1,6 @@
-"""The bundled tokenizer against open_clip's, which has code of its own.
+"""The bundled tokenizer against open_clip's independent implementation.
 
-open_clip first repairs texts with ftfy (curly quotes, ligatures, HTML entities); here both read what is repaired.
+open_clip first repairs texts by ftfy (curly quotes, ligatures, HTML entities). In these tests both read repaired texts.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ WORDS = st.text(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(WORDS, max_size=8).map(" ".join))
-def test_equals_open_clip_on_anything_latin(ours: CLIPTokenizer, text: str) -> None:
+def test_equals_open_clip_on_random_latin_words(ours: CLIPTokenizer, text: str) -> None:
     assert ours(ftfy.fix_text(text), truncation=True, max_length=77)["input_ids"] == theirs(text)
 
 
@@ -75,7 +75,7 @@ def test_padding_and_length(ours: CLIPTokenizer) -> None:
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id, len(ours)) == (START, END, END, 49408)
 
 
-def test_the_files_are_what_the_function_writes(tmp_path: Path) -> None:
+def test_the_bundled_files_are_those_that_the_function_writes(tmp_path: Path) -> None:
     assert write_clip_tokenizer(tmp_path / "new") == tmp_path / "new"
     written = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
     assert written == {path.name: path.read_bytes() for path in TOKENIZER.iterdir()}

@@ -126,7 +126,7 @@ def test_stable_diffusion_2_has_the_public_size_and_keys() -> None:
     assert state["output_blocks.3.1.transformer_blocks.0.attn2.to_v.weight"] == (1280, 1024)
 
 
-def test_text_layers_are_known_by_their_paths() -> None:
+def test_text_layers_have_their_paths_as_names() -> None:
     unet = UNetModel(**TEXT)
     layers = name_text_layers(unet)
     assert [layer.layer_name for layer in layers.values()] == list(layers)
@@ -169,7 +169,7 @@ def gradients(unet: UNetModel, context: torch.Tensor | PromptContext) -> dict[st
     return {name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
 
 
-def test_recomputed_gradients_are_the_same() -> None:
+def test_checkpointing_gives_the_same_gradients() -> None:
     context = batch()[2]
     stored = gradients(randomize(UNetModel(**TEXT)), context)
     recomputed = gradients(randomize(UNetModel(**TEXT, use_checkpoint=True)), context)
@@ -178,7 +178,7 @@ def test_recomputed_gradients_are_the_same() -> None:
 
 
 def concept_gradients(recompute: bool) -> list[torch.Tensor]:
-    """Gradients of a concept's target outputs and of the prompts, the U-Net itself frozen."""
+    """Return the gradients of the prompts and of a concept's target outputs; the U-Net is frozen."""
     unet = randomize(UNetModel(**TEXT, use_checkpoint=recompute)).requires_grad_(False)
     layers = name_text_layers(unet)
     encoding = batch()[2].requires_grad_()
@@ -192,26 +192,26 @@ def concept_gradients(recompute: bool) -> list[torch.Tensor]:
     return [encoding.grad, *(value.grad for value in values.values())]
 
 
-def test_recomputing_keeps_the_gradients_of_a_concept() -> None:
+def test_checkpointing_gives_the_same_gradients_of_a_concept() -> None:
     pairs = list(zip(concept_gradients(False), concept_gradients(True), strict=True))
     assert all(stored.abs().max() > 0 for stored, _ in pairs)
     assert all(torch.allclose(recomputed, stored, rtol=1e-4, atol=1e-6) for stored, recomputed in pairs)
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_keys_and_values_of_all_layers_are_those_of_each(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precomputed_keys_and_values_equal_those_of_each_layer(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = randomize(UNetModel(**TEXT)).requires_grad_(False)
     at_once, gradients = predicted_under_a_concept(unet, cache)
-    monkeypatch.setattr(unet, "text_layers", {})  # each layer asks for its own
+    monkeypatch.setattr(unet, "text_layers", {})  # each layer computes its own
     one_by_one, expected = predicted_under_a_concept(unet, cache)
     torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
-    for found, wanted in zip(gradients, expected, strict=True):
-        assert wanted.abs().max() > 0
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    for actual, gradient in zip(gradients, expected, strict=True):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-6)
 
 
 def predicted_under_a_concept(unet: UNetModel, cache: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What the U-Net gives, and the gradients of the encodings and of all target outputs."""
+    """Return the U-Net's output, and the gradients of the encodings and of all target outputs."""
     layers = name_text_layers(unet)
     latent, times, encoding = batch()
     target = encoding[0, 3][None]
@@ -222,7 +222,7 @@ def predicted_under_a_concept(unet: UNetModel, cache: bool) -> tuple[torch.Tenso
     return predicted.detach(), list(torch.autograd.grad(predicted.square().sum(), [encoding, *values.values()]))
 
 
-def test_projections_are_two_products_and_follow_weights_that_change() -> None:
+def test_keys_and_values_take_two_products_and_follow_changed_weights() -> None:
     unet = randomize(UNetModel(**TEXT)).requires_grad_(False)
     latent, times, encoding = batch()
     with ProductsOfText(unet) as counted:
@@ -237,7 +237,7 @@ def test_projections_are_two_products_and_follow_weights_that_change() -> None:
 
 
 class ProductsOfText(TorchFunctionMode):
-    """Counts the linear maps of what is as wide as the encodings."""
+    """Counts the linear maps whose input is as wide as the encodings."""
 
     def __init__(self, unet: UNetModel) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class ProductsOfText(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_channels_last_gives_the_same() -> None:
+def test_channels_last_gives_the_same_result() -> None:
     unet = randomize(UNetModel(**TEXT))
     latent, times, context = batch()
     expected = unet(latent, times, context)
@@ -267,7 +267,7 @@ def test_runs_in_half_precision() -> None:
     assert (got - expected).std() < 0.05 * expected.std()
 
 
-def test_a_fresh_network_predicts_zero() -> None:
+def test_a_new_network_predicts_zero() -> None:
     latent, times, context = batch()
     assert not UNetModel(**TEXT)(latent, times, context).any()
 
@@ -286,12 +286,12 @@ def test_class_labels_and_residual_resampling() -> None:
     ({"num_heads": 5}, "num_heads"), ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks"),
     ({"context_dim": None}, "context_dim"), ({"num_head_channels": 24}, "num_head_channels"),
 ])
-def test_unusable_params_are_refused_by_name(change: dict[str, object], named: str) -> None:
+def test_impossible_params_are_refused_by_name(change: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
         UNetModel(**{**TEXT, **change})
 
 
-def test_missing_or_needless_inputs_are_refused() -> None:
+def test_missing_or_unused_inputs_are_refused() -> None:
     latent, times, context = batch()
     with pytest.raises(ValueError, match="needs context"):
         UNetModel(**TEXT)(latent, times)
@@ -319,12 +319,12 @@ def test_attention_block_is_softmax_attention(new_order: bool) -> None:
     assert torch.allclose(block(x), expected.view_as(x), atol=1e-4)
 
 
-def test_attention_block_refuses_heads_that_do_not_divide() -> None:
+def test_heads_that_do_not_divide_the_channels_are_refused() -> None:
     with pytest.raises(UserError, match="num_heads"):
         AttentionBlock(64, num_heads=3)
 
 
-def test_both_orders_of_the_stack_agree_for_one_head() -> None:
+def test_both_stacking_orders_agree_for_one_head() -> None:
     qkv = torch.randn(2, 24, 6)
     assert torch.allclose(QKVAttention(1, heads_first=True)(qkv), QKVAttention(1)(qkv))
 
@@ -402,14 +402,14 @@ def test_impossible_ddim_timesteps_are_refused(method: str, steps: int) -> None:
         util.make_ddim_timesteps(method, steps, 10)
 
 
-def test_extract() -> None:
+def test_extract_into_tensor() -> None:
     got = util.extract_into_tensor(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([2, 0]), (2, 3, 4, 4))
     assert got.shape == (2, 1, 1, 1) and got.flatten().tolist() == [7, 5]
 
 
 @pytest.mark.parametrize("mean", [0.0, 3.0])
-def test_group_norm_adds_up_in_float32(mean: float) -> None:
-    """In 16 bits means and deviations are rounded once, when they are kept: by half a step of 8 bits each."""
+def test_group_norm_computes_statistics_in_float32(mean: float) -> None:
+    """In 16 bits, mean and deviation are rounded once, when they are stored: by half a step of 8 bits each."""
     norm = util.normalization(64).to(torch.bfloat16)
     x = ((torch.randn(2, 64, 32, 32) + mean) * 100).to(torch.bfloat16)
     got, exact = norm(x), F.group_norm(x.float(), 32, eps=1e-5)
@@ -419,8 +419,8 @@ def test_group_norm_adds_up_in_float32(mean: float) -> None:
     assert bool(((got.float() - exact).abs() <= allowed).all())
 
 
-def test_group_norm_of_other_weights_is_in_float32() -> None:
-    """Only what comes out is rounded to 8 bits, which is by no more than 2^-8 of it."""
+def test_group_norm_with_other_weights_computes_in_float32() -> None:
+    """Only the output is rounded to 8 bits, which is an error of at most 2^-8 of it."""
     norm, x = util.normalization(64), torch.randn(2, 64, 4, 4).to(torch.bfloat16) * 100
     got, exact = norm(x), F.group_norm(x.double(), 32, eps=1e-5)
     assert torch.equal(got, F.group_norm(x.float(), 32, norm.weight, norm.bias, eps=1e-5).to(torch.bfloat16))

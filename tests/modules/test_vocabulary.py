@@ -24,7 +24,7 @@ TEXT = {**SHAPE, "vocab_size": 30, "max_position_embeddings": 6}
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 6), st.data())
-def test_used_rows_survive_and_the_others_become_one(rows: int, width: int, data: st.DataObject) -> None:
+def test_used_rows_stay_and_the_others_become_one(rows: int, width: int, data: st.DataObject) -> None:
     table = torch.randn(rows, width)
     used = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=30)))
     packed = pack_table("words.weight", table, used)
@@ -37,22 +37,22 @@ def test_used_rows_survive_and_the_others_become_one(rows: int, width: int, data
     unused = sorted(set(range(rows)) - set(used.tolist()))
     if len(unused) > 1:
         assert torch.allclose(again[unused], table[used.unique()].mean(0).expand(len(unused), -1), atol=1e-6)
-    repacked = pack_table("words.weight", again, used)
-    assert torch.equal(unpack_tables(repacked)["words.weight"], again)
+    again_packed = pack_table("words.weight", again, used)
+    assert torch.equal(unpack_tables(again_packed)["words.weight"], again)
 
 
-def test_a_row_that_the_others_share_is_kept() -> None:
+def test_a_row_that_all_unused_rows_share_stays() -> None:
     table = torch.randn(6, 3)
     table[[0, 2, 5]] = torch.tensor([1.0, 2.0, 3.0])
     assert torch.equal(unpack_tables(pack_table("w", table, torch.tensor([1, 3, 4])))["w"], table)
 
 
-def test_half_precision_stays_half() -> None:
+def test_half_precision_stays() -> None:
     packed = pack_table("words.weight", torch.randn(5, 3).half(), torch.tensor([1, 3]))
     assert unpack_tables(packed)["words.weight"].dtype == torch.float16
 
 
-def test_tensors_without_packed_tables_are_left_alone() -> None:
+def test_tensors_without_packed_tables_stay() -> None:
     tensors = {"a.rows": torch.ones(1), "b.size": torch.ones(1)}
     assert unpack_tables(tensors) == tensors
 
@@ -83,7 +83,7 @@ def packed(**changes: Tensor | None) -> dict[str, Tensor]:
         {"row_numbers": torch.tensor([[0, 4]])},
     ],
 )
-def test_parts_that_are_missing_or_disagree(changes: dict[str, Tensor | None]) -> None:
+def test_missing_or_inconsistent_parts_are_refused(changes: dict[str, Tensor | None]) -> None:
     assert unpack_tables(packed())["w"].sum() == 6
     with pytest.raises(UserError, match="packed token table w"):
         unpack_tables(packed(**changes))
@@ -97,9 +97,9 @@ def tower() -> CLIPTextModel:
 
 @pytest.fixture(scope="module")
 def folder(tower: CLIPTextModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("tower")
-    tower.save_pretrained(place)
-    return place
+    folder = tmp_path_factory.mktemp("tower")
+    tower.save_pretrained(folder)
+    return folder
 
 
 def encode(model: CLIPTextModel, tokens: Tensor) -> Tensor:
@@ -107,24 +107,24 @@ def encode(model: CLIPTextModel, tokens: Tensor) -> Tensor:
         return model.eval()(tokens).last_hidden_state
 
 
-def repacked(folder: Path, place: Path, used: Tensor, half: bool = False, without: str = "") -> Path:
-    """A copy of the tower whose word table is packed."""
-    shutil.copytree(folder, place, dirs_exist_ok=True)
+def copy_packed(folder: Path, target: Path, used: Tensor, half: bool = False, without: str = "") -> Path:
+    """Copy a tower and pack its word table; `without` is the ending of a key to leave out."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
     state = {key: value.half() if half else value for key, value in load_file(folder / "model.safetensors").items()}
     name = next(key for key in state if key.endswith(TABLE))
     state |= pack_table(name, state.pop(name), used)
     save_file(
         {key: value for key, value in state.items() if not without or not key.endswith(without)},
-        place / "model.safetensors",
+        target / "model.safetensors",
         metadata={"format": "pt"},
     )
-    return place
+    return target
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_a_packed_tower_loads_in_full_precision(folder: Path, tower: CLIPTextModel, tmp_path: Path, half: bool) -> None:
     used = torch.tensor([1, 2, 5, 29])
-    model = load_pretrained(CLIPTextModel, repacked(folder, tmp_path, used, half))
+    model = load_pretrained(CLIPTextModel, copy_packed(folder, tmp_path, used, half))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     tokens = torch.tensor([[1, 5, 2, 29], [2, 2, 1, 29]])
     assert torch.allclose(encode(model, tokens), encode(tower, tokens), atol=1e-2 if half else 1e-6)
@@ -132,7 +132,7 @@ def test_a_packed_tower_loads_in_full_precision(folder: Path, tower: CLIPTextMod
     assert torch.allclose(model.get_input_embeddings().weight[3], before, atol=1e-3)
 
 
-def test_a_whole_tower_loads(folder: Path, tower: CLIPTextModel, tmp_path: Path) -> None:
+def test_a_tower_that_is_not_packed_loads(folder: Path, tower: CLIPTextModel, tmp_path: Path) -> None:
     tokens = torch.arange(6)[None]
     assert torch.equal(encode(load_pretrained(CLIPTextModel, folder), tokens), encode(tower, tokens))
     shutil.copytree(folder, tmp_path / "bin")
@@ -141,7 +141,7 @@ def test_a_whole_tower_loads(folder: Path, tower: CLIPTextModel, tmp_path: Path)
     assert torch.equal(encode(load_pretrained(CLIPTextModel, tmp_path / "bin"), tokens), encode(tower, tokens))
 
 
-def test_the_text_tower_of_a_whole_clip(tmp_path: Path) -> None:
+def test_the_text_tower_of_a_clip_loads(tmp_path: Path) -> None:
     torch.manual_seed(1)
     clip = CLIPModel(
         CLIPConfig(text_config=TEXT, vision_config={**SHAPE, "image_size": 8, "patch_size": 4}, projection_dim=4)
@@ -150,16 +150,16 @@ def test_the_text_tower_of_a_whole_clip(tmp_path: Path) -> None:
     tokens = torch.arange(6)[None]
     expected = encode(clip.text_model, tokens)
     assert torch.equal(encode(load_pretrained(CLIPTextModel, tmp_path), tokens), expected)
-    place = repacked(tmp_path, tmp_path / "packed", torch.arange(30))
-    assert torch.equal(encode(load_pretrained(CLIPTextModel, place), tokens), expected)
-    whole = load_pretrained(CLIPModel, place)
-    assert all(torch.equal(value, clip.state_dict()[key]) for key, value in whole.state_dict().items())
+    packed_folder = copy_packed(tmp_path, tmp_path / "packed", torch.arange(30))
+    assert torch.equal(encode(load_pretrained(CLIPTextModel, packed_folder), tokens), expected)
+    loaded = load_pretrained(CLIPModel, packed_folder)
+    assert all(torch.equal(value, clip.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize("without", ["final_layer_norm.weight", "mlp.fc1.bias", "position_embedding.weight"])
 def test_missing_weights_are_an_error(folder: Path, tmp_path: Path, without: str) -> None:
     with pytest.raises(UserError, match=without):
-        load_pretrained(CLIPTextModel, repacked(folder, tmp_path, torch.arange(30), without=without))
+        load_pretrained(CLIPTextModel, copy_packed(folder, tmp_path, torch.arange(30), without=without))
 
 
 def test_missing_weights_in_other_formats_are_an_error(folder: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_cut_off_weights_are_an_error(folder: Path, tmp_path: Path) -> None:
         load_pretrained(CLIPTextModel, tmp_path / "cut")
 
 
-def test_a_folder_without_weights(folder: Path, tmp_path: Path) -> None:
+def test_folders_without_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path)
     with pytest.raises(OSError):
         load_pretrained(CLIPTextModel, tmp_path)
