@@ -73,7 +73,7 @@ class Report:
         _write_text(self.folder / "results.json", json.dumps(results, indent=1, default=str) + "\n")
 
     def _summary(self) -> str:
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
+        settings = ", ".join(f"{name} {_format_setting(value)}" for name, value in self.settings.items())
         claims = "".join(f"| {claim.claim} | {claim.outcome} | {claim.evidence} |\n" for claim in self.claims)
         parts = ["# The paper's comparisons on this base model\n", f"Made with: {settings}.\n",
                  f"| claim | outcome | evidence |\n|---|---|---|\n{claims}\n{RULE}\n", *self.sections.values()]
@@ -81,6 +81,10 @@ class Report:
             listed = "".join(f"- {name}: {estimate.text('%')}\n" for name, estimate in self.ceilings.items())
             parts.append(f"## Accuracy of recognizing attributes, on real scenes\n\n{listed}")
         return "\n".join(parts)
+
+
+def _format_setting(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _note(study: Study, results: Results) -> str:

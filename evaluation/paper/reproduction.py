@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +160,13 @@ class Reproduction:
                                   for target in study_targets(study, self.examples)))
 
     def _report_settings(self) -> dict[str, Any]:
-        settings = asdict(self.options)
-        del settings["studies"]  # the summary is about others, too
+        """Return the settings of everything in the report, which is also about studies that were not asked for."""
+        settings = asdict(replace(self.options, generation=self.evaluation.plan.settings))
+        del settings["studies"]
         settings["baselines"] = [method.name for method in self.options.baselines]
-        settings["generation"] = {name: value for name, value in asdict(self.evaluation.plan.settings).items()
-                                  if value not in (None, False)}
-        return {**settings, "machine": self.training.machine}
+        model, generation = settings.pop("model"), settings.pop("generation")
+        flat = {**model, **settings, **generation, "machine": self.training.machine}
+        return {name: value for name, value in flat.items() if value not in (None, False)}
 
 
 def _accelerator(device: str | None) -> str | None:

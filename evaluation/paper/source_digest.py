@@ -13,7 +13,7 @@ import ast
 import functools
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,13 @@ class _ImportCollector(ast.NodeVisitor):
             self.visit(child)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        if not any(isinstance(target, ast.Name) and target.id in IGNORED_MAPPINGS for target in node.targets):
+        self._visit_assignment(node, node.targets)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self._visit_assignment(node, [node.target])
+
+    def _visit_assignment(self, node: ast.Assign | ast.AnnAssign, targets: Sequence[ast.expr]) -> None:
+        if not any(isinstance(target, ast.Name) and target.id in IGNORED_MAPPINGS for target in targets):
             self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> None:

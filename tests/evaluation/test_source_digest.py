@@ -127,6 +127,7 @@ def function():
 TABLE = {"one": "a.registered.Class"}
 HERE = "local.Class"
 MOVED_TARGETS = {"old": "a.moved.Class"}
+MOVED_TARGETS: dict = {"old": "a.moved.Class"}
 WORD = "a photo. of a.unrelated"
 """, **{f"a__{name}": "" for name in ("plain", "sibling", "relative", "inner", "for_annotations", "in_function",
                                        "registered", "local", "moved", "unrelated")})
