@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from ldm.common.paths import resolve_path
 from ldm.data.mini.backgrounds import BACKGROUNDS
 from ldm.data.mini.scenes import with_article
 from ldm.data.mini.world import KIND_NAMES
@@ -51,7 +52,7 @@ class ContrastiveTrainer(SharedStepModule):
                  backgrounds_weight: float = 0.0, scheduler_config: Mapping[str, Any] | None = None,
                  monitor: str | None = None) -> None:
         super().__init__()
-        self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
+        self.tokenizer = CLIPTokenizer.from_pretrained(str(resolve_path(tokenizer)))
         self.max_length, self.weight_decay = max_length, weight_decay
         self.class_weights = {"kind": kinds_weight, "background": backgrounds_weight}
         self.scheduler_config, self.monitor = scheduler_config, monitor

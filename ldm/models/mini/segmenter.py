@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from ldm.common.paths import resolve_path
 from ldm.data.mini.augmentation import MaskedAugmentation
 from ldm.models.clip_images import normalize_for_clip
 from ldm.models.open_clip_folder import SETTINGS, load_openclip
@@ -57,11 +57,12 @@ class SegmenterTrainer(SharedStepModule):
     def __init__(self, clip: str, widths: Sequence[int] = (32, 64, 96, 128, 128), augmentation: float = 0.0,
                  scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
         super().__init__()
-        settings = json.loads((Path(clip) / SETTINGS).read_text())["model_cfg"]
+        folder = resolve_path(clip)
+        settings = json.loads((folder / SETTINGS).read_text())["model_cfg"]
         self.tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
         self.segmenter = ResidualSegmenter(**settings, widths=widths)
         self.segmenter.clip.load_state_dict(
-            {key: value for key, value in load_openclip(clip).state_dict().items() if "attnpool" not in key})
+            {key: value for key, value in load_openclip(folder).state_dict().items() if "attnpool" not in key})
         self.segmenter.to(memory_format=torch.channels_last)
         self.augmentation = MaskedAugmentation(augmentation) if augmentation else None
         self.scheduler_config, self.monitor = scheduler_config, monitor
