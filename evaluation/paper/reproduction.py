@@ -46,7 +46,7 @@ class Reproduction:
     Attributes:
         training: trains concepts, or finds them.
         evaluation: generates and measures images, or finds the results.
-        studies: all studies, also those that were not asked for.
+        studies: all studies, including those that are not selected.
         examples: the concepts.
 
     Raises:
@@ -79,7 +79,7 @@ class Reproduction:
     def run(self) -> Path:
         """Carry out the studies and print the claims; return the path of the summary.
 
-        Studies that an earlier run completed are reported as well, whether or not they were asked for.
+        Studies that an earlier run completed are reported as well, even if they are not selected.
         """
         selected = [study for study in self.studies if study.key in self.options.studies]
         progress = self.measure_work(selected)
@@ -160,7 +160,7 @@ class Reproduction:
                                   for target in study_targets(study, self.examples)))
 
     def _report_settings(self) -> dict[str, Any]:
-        """Return the settings of everything in the report, which is also about studies that were not asked for."""
+        """Return the settings that all results in the report share, whichever studies are selected."""
         settings = asdict(replace(self.options, generation=self.evaluation.plan.settings))
         del settings["studies"]
         settings["baselines"] = [method.name for method in self.options.baselines]

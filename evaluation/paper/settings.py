@@ -1,4 +1,4 @@
-"""What `reproduce.py` is asked for, as plain values. Imports no torch."""
+"""The options of `reproduce.py`, as plain values. Imports no torch."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ QUICK_LIMITS = {"concepts": 2, "prompt_limit": 4, "seeds": 2, "train_steps": 50,
 
 @dataclass(frozen=True)
 class ReproduceOptions:
-    """Everything that `reproduce.py` is asked for.
+    """The options of `reproduce.py`.
 
     Attributes:
         model: Perfusion's training config, and the base model's weights.
@@ -56,7 +56,7 @@ class ReproduceOptions:
     jobs: int | None = None
 
     def quick(self) -> ReproduceOptions:
-        """Return a copy that takes minutes: fewer of everything, but never more than was asked for."""
+        """Return a copy that takes minutes: less of everything, and never more than these options."""
         limited = {}
         for name, limit in QUICK_LIMITS.items():
             value = getattr(self, name)

@@ -26,7 +26,7 @@ TRAINING_ENTRIES = ("main", "ldm.training.run")
 EVALUATION_ENTRIES = ("evaluation.paper.evaluators", "evaluation.paper.prompt_cases", "evaluation.sweeps.samples")
 # Code that generates images for prior preservation, which several methods share.
 PRIOR_ENTRIES = ("ldm.personalization.prior_preservation",)
-# Targets that configs of earlier versions name. The target that a config does name is an entry point itself.
+# Targets that configs of earlier versions name. The targets of the config in use are entry points of their own.
 IGNORED_MAPPINGS = ("MOVED_TARGETS",)
 LIBRARY_FOLDERS = ("site-packages", "dist-packages")
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()

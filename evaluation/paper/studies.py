@@ -68,7 +68,7 @@ class StudyInputs:
         return [make_curve("Perfusion, all layers", PERFUSION, biases=tuple(biases), all_layers=True)]
 
     def with_projection(self, method: Method) -> Method:
-        """Return Perfusion itself if its config has the projection of `method`, which need not be trained then."""
+        """Return `method`, or Perfusion if its config has the same projection, so that nothing is trained twice."""
         return PERFUSION if f"model.params.projection={self.projection}" in method.overrides else method
 
 

@@ -89,7 +89,7 @@ def make_table_rows(study: Study, results: Results) -> list[TableRow]:
 def format_markdown(study: Study, rows: Sequence[TableRow]) -> str:
     """Return the rows as a Markdown table.
 
-    pandas would need two more packages for this (itself and tabulate) and a second to start.
+    pandas would add two packages, pandas and tabulate, and a second of start-up time.
     """
     columns = COLUMNS[study.kind]
     headings = ["", "generated at", *(column.title for column in columns.values())]

@@ -115,7 +115,7 @@ class TrainingRuns:
         _remove_runs(runs, name)  # of an interrupted training
         seconds = self._run_main([*self._arguments(method, example), "--name", name, "--logdir", str(runs)], processes)
 
-        # A run that was told to end exits without an error, with what it has learned so far or with nothing.
+        # A terminated run exits without an error and leaves what it has learned so far, or nothing.
         made = next(runs.glob(f"*_{name}/concept.safetensors"), None)
         if made is None:
             raise UserError(f"training of {example.name} by {method.name} was stopped before it began; run this again")
