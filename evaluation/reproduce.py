@@ -17,7 +17,7 @@ from evaluation.paper.methods import BASELINES, select_methods  # noqa: E402
 from evaluation.paper.settings import BIASES, COMPARISON_BIASES, PAIR_BIASES, ReproduceOptions  # noqa: E402
 from evaluation.paper.studies import STUDIES  # noqa: E402
 from ldm.cli.generation import add_model_flags, model_settings  # noqa: E402
-from ldm.cli.parser import Parser, number, whole  # noqa: E402
+from ldm.cli.parser import Parser, float_in_range, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.paths import check_folder, resolve_path  # noqa: E402
 from ldm.inference.settings import GenerationSettings  # noqa: E402
@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ReproduceOptions:
     _add_generation_flags(parser)
     parser.add_argument("--evaluation_clip", metavar="FOLDER",
                         help="folder or name of the CLIP that measures (default: the model's)")
-    parser.add_argument("--jobs", type=whole(1), metavar="N",
+    parser.add_argument("--jobs", type=int_in_range(1), metavar="N",
                         help="trainings at a time, which share the cores (default: one for each core, up to 4)")
     add_model_flags(parser, outdir="outputs/reproduce")
     parser.set_defaults(config=CONFIG)
@@ -75,37 +75,37 @@ def _add_amount_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how much")
     group.add_argument("--quick", action="store_true",
                        help="fewer of everything, and trainings of a quarter of the length: a first look")
-    group.add_argument("--concepts", type=whole(2, 11), default=8, metavar="N",
+    group.add_argument("--concepts", type=int_in_range(2, 11), default=8, metavar="N",
                        help="number of bundled examples (default: %(default)s)")
     group.add_argument("--prompts", metavar="FILE", help="one prompt per line, with {} for the concept (default: "
                        "evaluation/prompts/mini.txt)")
-    group.add_argument("--prompts-limit", "--prompts_limit", type=whole(1), default=12, metavar="N",
+    group.add_argument("--prompts-limit", "--prompts_limit", type=int_in_range(1), default=12, metavar="N",
                        help="number of prompts, taken from all categories in turn (default: %(default)s)")
-    group.add_argument("--pair_backgrounds", "--pair_places", dest="pair_backgrounds", type=whole(1), default=4,
+    group.add_argument("--pair_backgrounds", "--pair_places", dest="pair_backgrounds", type=int_in_range(1), default=4,
                        metavar="N", help="number of backgrounds for two concepts (default: %(default)s)")
-    group.add_argument("--seeds", type=whole(1), default=8, metavar="N",
+    group.add_argument("--seeds", type=int_in_range(1), default=8, metavar="N",
                        help="images per prompt (default: %(default)s)")
-    group.add_argument("--train_steps", type=whole(1), metavar="N",
+    group.add_argument("--train_steps", type=int_in_range(1), metavar="N",
                        help="steps of each training (default: as in the config)")
 
 
 def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how images are generated")
-    group.add_argument("--biases", nargs="+", type=number(), default=BIASES, metavar="NUMBER",
+    group.add_argument("--biases", nargs="+", type=float_in_range(), default=BIASES, metavar="NUMBER",
                        help=f"of Perfusion's curve, rising (default: {' '.join(map(str, BIASES))})")
-    group.add_argument("--other_biases", nargs="+", type=number(), metavar="NUMBER",
+    group.add_argument("--other_biases", nargs="+", type=float_in_range(), metavar="NUMBER",
                        help="some of these, for the curves that it is compared with (default: those of "
                        f"{' '.join(map(str, COMPARISON_BIASES))} that are among --biases, or all)")
-    group.add_argument("--pair_biases", nargs="+", type=number(), default=PAIR_BIASES, metavar="NUMBER",
+    group.add_argument("--pair_biases", nargs="+", type=float_in_range(), default=PAIR_BIASES, metavar="NUMBER",
                        help="for two concepts in one image; the first one is judged, others are only shown (default: "
                        f"{' '.join(map(str, PAIR_BIASES))})")
     group.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpm",
                        help="default: %(default)s, which is closer to the converged sample in 10 steps than DDIM in 25")
-    group.add_argument("--steps", "--ddim_steps", dest="steps", type=whole(1), default=10, metavar="N",
+    group.add_argument("--steps", "--ddim_steps", dest="steps", type=int_in_range(1), default=10, metavar="N",
                        help="sampling steps (default: %(default)s)")
-    group.add_argument("--scale", type=number(1), metavar="NUMBER",
+    group.add_argument("--scale", type=float_in_range(1), metavar="NUMBER",
                        help="guidance (default: what the model's config says)")
-    group.add_argument("--batch_size", type=whole(1), default=32, metavar="N",
+    group.add_argument("--batch_size", type=int_in_range(1), default=32, metavar="N",
                        help="images generated at a time (default: %(default)s)")
 
 
