@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import BertTokenizer
 
 from ldm.common.errors import UserError
-from ldm.modules.encoders.clip import PROJECT
+from ldm.common.paths import PROJECT_ROOT
 from ldm.modules.encoders.prompts import AbstractEncoder, PromptEncoder
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
-BERT_TOKENIZER = PROJECT / "models" / "bert_tokenizer"
+BERT_TOKENIZER = PROJECT_ROOT / "models" / "bert_tokenizer"
 
 
 class TransformerEmbedder(AbstractEncoder):

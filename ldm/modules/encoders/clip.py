@@ -10,11 +10,11 @@ from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.common.errors import UserError
+from ldm.common.paths import PROJECT_ROOT, resolve_path
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.modules.encoders.vocabulary import load_pretrained
 
-PROJECT = Path(__file__).resolve().parents[3]
-TOKENIZER = PROJECT / "models" / "clip_tokenizer"
+TOKENIZER = PROJECT_ROOT / "models" / "clip_tokenizer"
 # Text towers whose weights are in Stable Diffusion checkpoints: they are built by name, without a download.
 KNOWN_TOWERS = {
     "openai/clip-vit-large-patch14": {
@@ -99,7 +99,7 @@ class FrozenCLIPEmbedder(ClipWords):
 
 def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Return the tokenizer and the tower that `version` names: a known tower, a folder, or a model on the hub."""
-    folder = Path(version) if Path(version).is_dir() else PROJECT / version
+    folder = resolve_path(version)
     try:
         if version in KNOWN_TOWERS and not Path(version).is_dir():
             tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
