@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.metrics.settings import NO_SEGMENTER, ReferenceSettings  # noqa: E402
 from evaluation.sweeps.settings import ClipEvalOptions, FolderSettings, SampleSettings  # noqa: E402
 from ldm.cli import generation as flags  # noqa: E402
-from ldm.cli.parser import Parser, whole  # noqa: E402
+from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.paths import resolve_path  # noqa: E402
 
@@ -68,9 +68,9 @@ def add_sample_flags(group: argparse._ArgumentGroup) -> None:
     default = SampleSettings()
     group.add_argument("--prompts", metavar="FILE", help="one prompt per line, with {} for the concept (default: "
                        "evaluation/prompts/mini.txt)")
-    group.add_argument("--seeds", type=whole(1), metavar="N", help="images per prompt, with seeds from --seed on "
+    group.add_argument("--seeds", type=int_in_range(1), metavar="N", help="images per prompt, with seeds from --seed on "
                        f"(default: {default.num_seeds})")
-    group.add_argument("--batch_size", type=whole(1), default=default.batch_size, metavar="N",
+    group.add_argument("--batch_size", type=int_in_range(1), default=default.batch_size, metavar="N",
                        help="images generated at a time (default: %(default)s)")
 
 

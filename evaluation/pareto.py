@@ -17,7 +17,7 @@ from evaluation.clip_eval import (  # noqa: E402
 )
 from evaluation.sweeps.settings import LOCKS, ParetoOptions  # noqa: E402
 from ldm.cli import generation as flags  # noqa: E402
-from ldm.cli.parser import Parser, number  # noqa: E402
+from ldm.cli.parser import Parser, float_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 
 BIASES = (0.45, 0.6, 0.75, 0.9, 1.05)
@@ -50,14 +50,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ParetoOptions:
                        help="concept files, each of one concept and all of the same subject")
     swept.add_argument("--labels", nargs="+", metavar="TEXT",
                        help="a name for each file (default: the names of the files)")
-    swept.add_argument("--biases", nargs="+", type=number(), default=BIASES, metavar="NUMBER",
+    swept.add_argument("--biases", nargs="+", type=float_in_range(), default=BIASES, metavar="NUMBER",
                        help=f"the points of each curve (default: {' '.join(map(str, BIASES))})")
     swept.add_argument("--locks", nargs="+", choices=LOCKS, default=LOCKS, metavar="LOCK",
                        help="local: the keys of the concept's word are locked to the super-category; global: those of "
                        "the whole prompt are. Files with trained keys use these (default: local global)")
-    swept.add_argument("--temperatures", nargs="+", type=number(above=0), default=(), metavar="NUMBER",
+    swept.add_argument("--temperatures", nargs="+", type=float_in_range(above=0), default=(), metavar="NUMBER",
                        help="temperatures besides that of training")
-    swept.add_argument("--scales", nargs="+", type=number(0), default=(), metavar="NUMBER",
+    swept.add_argument("--scales", nargs="+", type=float_in_range(0), default=(), metavar="NUMBER",
                        help="guidance scales besides --scale")
     add_sample_flags(parser.add_argument_group("which images"))
     flags.add_sampling_flags(parser)

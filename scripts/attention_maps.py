@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.attention.settings import AttentionOptions  # noqa: E402
 from ldm.cli import generation as flags  # noqa: E402
-from ldm.cli.parser import Parser, whole  # noqa: E402
+from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.inference.settings import GenerationOptions  # noqa: E402
 
@@ -44,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> AttentionOptions:
                         "(default: the concept's)")
     parser.add_argument("--reference", action="store_true", help="also show the base model, with the super-category in "
                         "place of the concept's word")
-    parser.add_argument("--shown", type=whole(1), default=1, metavar="N",
+    parser.add_argument("--shown", type=int_in_range(1), default=1, metavar="N",
                         help="images of each file in the figure, the first ones (default: 1)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--mask", metavar="FILE", help="your own mask for all images, white where the object is "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.cli.parser import Parser, whole  # noqa: E402
+from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.paths import check_file  # noqa: E402
 
@@ -68,11 +68,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> CovarianceOptions
     parser.add_argument("--tokens", default=CovarianceOptions.tokens, metavar="WHICH",
                         help="which tokens of a caption count: words, no_padding (words, start and end) or all "
                         "(default: %(default)s)")
-    parser.add_argument("--limit", type=whole(1), metavar="N", help="use N captions, evenly spread (default: all)")
+    parser.add_argument("--limit", type=int_in_range(1), metavar="N", help="use N captions, evenly spread (default: all)")
     parser.add_argument("--output", type=Path, default=Path("covariance.safetensors"), metavar="FILE",
                         help="file to write (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
-    parser.add_argument("--batch_size", type=whole(1), default=CovarianceOptions.batch_size, metavar="N",
+    parser.add_argument("--batch_size", type=int_in_range(1), default=CovarianceOptions.batch_size, metavar="N",
                         help="captions encoded at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
     check_file("--output", options.output)  # found out before hours of work, not after

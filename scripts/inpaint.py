@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli import generation as flags  # noqa: E402
-from ldm.cli.parser import Parser, whole  # noqa: E402
+from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.inference.settings import GenerationOptions, SourceSettings  # noqa: E402
 
@@ -42,9 +42,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> GenerationOptions
                        help='what to regenerate, in plain words such as "cat"; the segmenter looks for it')
     group.add_argument("--segmenter", metavar="NAME", help="folder or hub name of that CLIPSeg (default: the "
                        "config's, or else CIDAS/clipseg-rd64-refined)")
-    group.add_argument("--grow", type=whole(0, MAX_PIXELS), default=0, metavar="PIXELS",
+    group.add_argument("--grow", type=int_in_range(0, MAX_PIXELS), default=0, metavar="PIXELS",
                        help="spread the mask to all sides first (default: 0)")
-    group.add_argument("--border", type=whole(0, MAX_PIXELS), metavar="PIXELS",
+    group.add_argument("--border", type=int_in_range(0, MAX_PIXELS), metavar="PIXELS",
                        help="width of the border around the mask; 0 for a hard edge (default: 1/32 of the shorter "
                        "side)")
     flags.add_generation_flags(parser, outdir="outputs/inpaint-samples")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.parser import number, whole
+from ldm.cli.parser import float_in_range, int_in_range
 from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT, check_folder, resolve_path
 from ldm.inference.requests import SEED_LIMIT
@@ -40,7 +40,7 @@ def add_source_flags(parser: argparse.ArgumentParser, strength: float, meaning: 
     group = parser.add_argument_group("image to start from")
     group.add_argument("--init-img", "--init_img", dest="init_img", required=True, metavar="FILE",
                        help="image of any size; its middle is used, in the proportions of --W and --H")
-    group.add_argument("--strength", type=number(above=0, most=1), default=strength, metavar="NUMBER",
+    group.add_argument("--strength", type=float_in_range(above=0, most=1), default=strength, metavar="NUMBER",
                        help=f"{meaning} (default: %(default)s)")
     return group
 
@@ -59,7 +59,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
 
 def number_or_auto(text: str) -> float | str:
     """Read a flag's value: a finite number, or `AUTO`."""
-    return text if text == AUTO else number()(text)
+    return text if text == AUTO else float_in_range()(text)
 
 
 def add_concept_flags(parser: argparse.ArgumentParser, automatic: bool = False) -> None:
@@ -69,10 +69,10 @@ def add_concept_flags(parser: argparse.ArgumentParser, automatic: bool = False) 
                        metavar="FILE", help="concept files, each of one concept or merged from several; without this "
                        "flag the base model generates alone")
     auto = "; auto finds a balance by a small sweep and prints it" if automatic else ""
-    group.add_argument("--bias", nargs="+", type=number_or_auto if automatic else number(), metavar="NUMBER",
+    group.add_argument("--bias", nargs="+", type=number_or_auto if automatic else float_in_range(), metavar="NUMBER",
                        help=f"beta: higher follows the prompt more and the concept less; {ONE_OR_EACH}. 0.6 to 0.75 is "
                        f"usual, with --global_locking 0.4 to 0.6{auto} (default: that of training)")
-    group.add_argument("--temperature", nargs="+", type=number(above=0), metavar="NUMBER",
+    group.add_argument("--temperature", nargs="+", type=float_in_range(above=0), metavar="NUMBER",
                        help=f"tau: how softly the concept sets in; {ONE_OR_EACH}. 0.15 is usual (default: that of "
                        "training)")
     group.add_argument("--global_locking", action="store_true",
@@ -102,27 +102,27 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
                        help=f"{describe_samplers()} ({BY_MODEL} ddim)")
     which.add_argument("--plms", action="store_const", dest="sampler", const="plms", default=argparse.SUPPRESS,
                        help="short for --sampler plms")
-    group.add_argument("--ddim_steps", "--steps", dest="ddim_steps", type=whole(1), metavar="N",
+    group.add_argument("--ddim_steps", "--steps", dest="ddim_steps", type=int_in_range(1), metavar="N",
                        help=f"sampling steps, of any sampler ({BY_MODEL} 50)")
-    group.add_argument("--ddim_eta", type=number(0, 1), metavar="NUMBER",
+    group.add_argument("--ddim_eta", type=float_in_range(0, 1), metavar="NUMBER",
                        help="noise added in each step, from 0, none, to 1; for ddim (default: 0) and euler_a "
                        "(default: 1)")
-    group.add_argument("--scale", type=number(0), metavar="NUMBER",
+    group.add_argument("--scale", type=float_in_range(0), metavar="NUMBER",
                        help=f"guidance: 1 is none, higher follows the prompt more closely ({BY_MODEL} 6)")
-    group.add_argument("--seed", type=whole(0, SEED_LIMIT), default=1, metavar="N",
+    group.add_argument("--seed", type=int_in_range(0, SEED_LIMIT), default=1, metavar="N",
                        help="of each prompt's first image; the next ones count up (default: 1)")
 
 
 def add_amount_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of how many images, and of which size."""
     group = parser.add_argument_group("amount and size")
-    group.add_argument("--n_samples", type=whole(1), default=4, metavar="N", help="images per prompt (default: 4)")
-    group.add_argument("--n_iter", type=whole(1), default=1, metavar="N",
+    group.add_argument("--n_samples", type=int_in_range(1), default=4, metavar="N", help="images per prompt (default: 4)")
+    group.add_argument("--n_iter", type=int_in_range(1), default=1, metavar="N",
                        help="multiply that number of images, with further seeds (default: 1)")
-    group.add_argument("--batch_size", type=whole(1), metavar="N",
+    group.add_argument("--batch_size", type=int_in_range(1), metavar="N",
                        help="images generated at a time; fewer take less memory (default: as --n_samples)")
-    group.add_argument("--H", type=whole(1), metavar="PIXELS", help="height (default: the model's)")
-    group.add_argument("--W", type=whole(1), metavar="PIXELS", help="width (default: the model's)")
+    group.add_argument("--H", type=int_in_range(1), metavar="PIXELS", help="height (default: the model's)")
+    group.add_argument("--W", type=int_in_range(1), metavar="PIXELS", help="width (default: the model's)")
 
 
 def add_model_flags(parser: argparse.ArgumentParser, outdir: str) -> None:

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from ldm.cli.parser import Parser, whole
+from ldm.cli.parser import Parser, int_in_range
 from ldm.training.options import DEFAULT_SEED, SEED_LIMIT, TrainingOptions
 
 OVERRIDE = re.compile(r"(model|data|lightning|inference)(\.[\w.]+)?=")
@@ -52,7 +52,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
                         help="train (the default); '-t false' builds everything, reports, and stops")
     parser.add_argument("--no-test", nargs="?", const=True, default=argparse.SUPPRESS, type=_boolean,
                         action=Ignored, help="kept from the LDM family: evaluation/ does the testing")
-    parser.add_argument("-s", "--seed", type=whole(0, SEED_LIMIT),
+    parser.add_argument("-s", "--seed", type=int_in_range(0, SEED_LIMIT),
                         help=f"seed of everything random (default: {DEFAULT_SEED})")
     parser.add_argument("--scale_lr", nargs="?", const=True, default=True, type=_boolean,
                         help="multiply base_learning_rate by devices x batch size x accumulation (default: true)")
@@ -77,7 +77,7 @@ def _add_concept_flags(parser: argparse.ArgumentParser) -> None:
 def _add_trainer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accelerator", help="cpu, gpu or mps (default: the best there is)")
     parser.add_argument("--devices", help="how many, or which ones")
-    parser.add_argument("--max_steps", type=whole(1), help="training steps")
+    parser.add_argument("--max_steps", type=int_in_range(1), help="training steps")
     parser.add_argument("--precision", help="arithmetic, as Lightning names it: 32-true, bf16-mixed, 16-mixed")
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.output.file_names import slug
 from evaluation.output.goals import GOAL_TABLE, GoalRow, write_results
-from evaluation.output.table import MarkdownTable, slug, write_csv
+from evaluation.output.table import MarkdownTable, write_csv
 from evaluation.stats.intervals import Estimate
 
 QUALITY = GoalRow("its category recognized", Estimate(91.0, 88.0, 94.0, 200), "%", 90,

@@ -273,7 +273,7 @@ def test_the_other_scripts_find_biases_too(
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ("--bias auto", "--bias acts on learned concepts"),
-    ("--bias automatic --concept {teddy}", "'automatic' is no number"),
+    ("--bias automatic --concept {teddy}", "'automatic' is not a number"),
     ("--bias auto --concept {teddy}", "and there is none at {folder}/evaluation_clip; name a folder of one"),
     ("--bias auto --concept {teddy} --clip nowhere", "CLIP nowhere: no such folder"),
     ("--bias auto --concept {teddy} --photos nowhere", "--photos nowhere: no such folder"),

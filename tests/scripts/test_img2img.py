@@ -116,7 +116,7 @@ def test_images_depend_on_concept_and_seed_but_not_on_the_batch(
 MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--strength", "0"), "--strength: 0: must be above 0 and at most 1"),
     (("--strength", "1.5"), "1.5: must be above 0 and at most 1"),
-    (("--strength", "half"), "'half' is no number"),
+    (("--strength", "half"), "'half' is not a number"),
     (("--init-img", "nowhere.png"), "nowhere.png: no such file"),
     (("--init-img", "{model_files}"), "no such file"),
     (("--init-img", "{model_files}/base.yaml"), r"base.yaml: cannot be read \(not an image\); .* JPEG or PNG"),

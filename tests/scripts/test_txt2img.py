@@ -166,7 +166,7 @@ def test_equal_placeholders_are_renamed_and_prompts_come_from_a_file(
 
 MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--n_samples", "0"), "--n_samples: 0: must be 1 or more"),
-    (("--n_samples", "two"), "'two' is no whole number"),
+    (("--n_samples", "two"), "'two' is not a whole number"),
     (("--seed", "-1"), "-1: must be 0 or more"),
     (("--scale", "nan"), "nan: must be at least 0"),
     (("--ddim_eta", "1.5"), "must be at least 0 and at most 1"),
