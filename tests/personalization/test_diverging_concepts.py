@@ -145,7 +145,7 @@ def test_a_diverged_concept_gets_no_previews(folder: Path, tmp_path: Path, caplo
 # Clipping
 
 
-def test_the_gradient_norm_of_each_concept_is_clipped_by_itself() -> None:
+def test_the_gradient_norm_of_each_concept_is_clipped_separately() -> None:
     concepts = [nn.ParameterList([torch.zeros(3), torch.zeros(2)]) for _ in range(2)]
     for scale, concept in zip((1.0, 100.0), concepts, strict=True):
         for parameter in concept:

@@ -391,7 +391,7 @@ def test_a_concept_keeps_its_energy_under_the_covariance_of_training(
         save_perfusion_concepts(tmp_path / "concept.safetensors", [model.export_concept()])
 
 
-def test_inference_bias_is_kept_and_does_not_change_training(folder: Path) -> None:
+def test_inference_bias_is_saved_and_does_not_change_training(folder: Path) -> None:
     usual, shut = prepared(folder, bias=0.6), prepared(folder, bias=0.6, inference_bias=0.95)
     assert (usual.export_concept().bias, shut.export_concept().bias) == (0.6, 0.95)
     gates = [model.prompt_context(batch()["caption"]).gates for model in (usual, shut)]
