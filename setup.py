@@ -1,4 +1,4 @@
-"""Installs the package `ldm` with what Perfusion needs to train and sample; `.[test]` adds what tests need."""
+"""Install the package `ldm` with what training and sampling need; `.[test]` adds what the tests need."""
 from setuptools import find_packages, setup
 
 setup(
@@ -15,7 +15,7 @@ setup(
         "omegaconf>=2.3",
         "transformers>=5.6",
         "open-clip-torch",
-        "kornia>=0.7",  # varies the pictures that the segmenter is trained on
+        "kornia>=0.7",  # augments the images that the segmenter is trained on
         "numpy",
         "scipy",  # resamples the means of evaluations
         "filelock",  # keeps two evaluations out of one folder
@@ -24,11 +24,13 @@ setup(
         "tensorboard",
         "tqdm",
         "taming-transformers-rom1504",  # the quantizer and the discriminator of the public first stages
-        "einops",  # which that package imports without saying so
+        "einops",  # a dependency of that package, which does not declare it
     ],
     extras_require={
         "evaluation": ["matplotlib"],
         "benchmark": ["diffusers>=0.35", "peft"],
-        "test": ["pytest", "hypothesis", "diffusers>=0.35", "perfusion-pytorch", "ruff", "matplotlib", "peft"],
+        "notebook": ["notebook", "ipykernel"],
+        "test": ["pytest", "hypothesis", "diffusers>=0.35", "perfusion-pytorch", "ruff", "matplotlib", "peft",
+                 "nbclient", "ipykernel"],  # these two run docs/quickstart.ipynb
     },
 )
