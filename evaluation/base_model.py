@@ -1,4 +1,4 @@
-"""Measures the base model and its parts, and prints a table of results and goals.
+"""Measure the base model and its parts, and print a table of results and goals.
 
     python evaluation/base_model.py                     # everything, about half an hour on two cores
     python evaluation/base_model.py --quick             # a first look

@@ -1,4 +1,4 @@
-"""Measures with a CLIP how well images of a concept follow their prompts, and how similar they are to its photos."""
+"""Measure with a CLIP how well images of a concept follow their prompts, and how similar they are to its photos."""
 from __future__ import annotations
 
 import argparse
@@ -68,8 +68,8 @@ def add_sample_flags(group: argparse._ArgumentGroup) -> None:
     default = SampleSettings()
     group.add_argument("--prompts", metavar="FILE", help="one prompt per line, with {} for the concept (default: "
                        "evaluation/prompts/mini.txt)")
-    group.add_argument("--seeds", type=int_in_range(1), metavar="N", help="images per prompt, with seeds from --seed on "
-                       f"(default: {default.num_seeds})")
+    group.add_argument("--seeds", type=int_in_range(1), metavar="N",
+                       help=f"images per prompt, with seeds from --seed on (default: {default.num_seeds})")
     group.add_argument("--batch_size", type=int_in_range(1), default=default.batch_size, metavar="N",
                        help="images generated at a time (default: %(default)s)")
 

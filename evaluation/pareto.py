@@ -1,4 +1,4 @@
-"""Plots text similarity against image similarity of a concept along its bias, and what changes that curve."""
+"""Plot text similarity against image similarity of a concept along its bias, and what changes that curve."""
 from __future__ import annotations
 
 import argparse

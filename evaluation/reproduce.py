@@ -1,4 +1,4 @@
-"""Repeats the paper's comparisons on the bundled model, and checks each of the paper's claims."""
+"""Repeat the paper's comparisons on the bundled model, and check each of the paper's claims."""
 from __future__ import annotations
 
 import argparse
@@ -31,7 +31,7 @@ code and settings are used again, so an interrupted run continues where it stopp
 figure. summary.md and results.json cover all studies, also those that an earlier run completed.
 """
 EXAMPLES = """examples:
-  python evaluation/reproduce.py --quick              # a first look, about 6 minutes on two cores
+  python evaluation/reproduce.py --quick              # a first look, 6 to 7 minutes on two cores
   python evaluation/reproduce.py                      # about an hour and a half on two cores
   python evaluation/reproduce.py --only baselines two_concepts --concepts 10
   python evaluation/reproduce.py --only baselines --methods textual-inversion my_method.yaml

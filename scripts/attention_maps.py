@@ -1,4 +1,4 @@
-"""Shows where in the image the model attends to a word of the prompt, and how much of that lies on the object."""
+"""Show where in the image the model attends to a word of the prompt, and how much of that lies on the object."""
 from __future__ import annotations
 
 import argparse

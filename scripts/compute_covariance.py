@@ -1,4 +1,4 @@
-"""Computes the covariance C of a text encoder's outputs, by which Perfusion measures similarity.
+"""Compute the covariance C of a text encoder's outputs, with which Perfusion measures similarity.
 
     python scripts/compute_covariance.py --config configs/perfusion.yaml --output covariance.safetensors
 
@@ -68,7 +68,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> CovarianceOptions
     parser.add_argument("--tokens", default=CovarianceOptions.tokens, metavar="WHICH",
                         help="which tokens of a caption count: words, no_padding (words, start and end) or all "
                         "(default: %(default)s)")
-    parser.add_argument("--limit", type=int_in_range(1), metavar="N", help="use N captions, evenly spread (default: all)")
+    parser.add_argument("--limit", type=int_in_range(1), metavar="N",
+                        help="use N captions, evenly spread (default: all)")
     parser.add_argument("--output", type=Path, default=Path("covariance.safetensors"), metavar="FILE",
                         help="file to write (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")

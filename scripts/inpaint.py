@@ -1,4 +1,4 @@
-"""Regenerate a part of an image after a prompt, with learned concepts or without; the rest stays as it is."""
+"""Regenerate a part of an image from a prompt, with or without learned concepts; the rest stays as it is."""
 from __future__ import annotations
 
 import sys
@@ -13,8 +13,8 @@ from ldm.inference.settings import GenerationOptions, SourceSettings  # noqa: E4
 
 DESCRIPTION = f"""{__doc__}
 
-The white part of the mask is regenerated. In a border around it the new blends into the old; beyond the border every
-pixel is exactly that of the image, cropped to the size that is generated.
+The white part of the mask is regenerated. In a border around it, the new image blends into the old one. Beyond the
+border, every pixel is exactly that of the image, cropped to the generated size.
 Results go to OUTDIR/samples; a sheet of them with their prompts and the mask in use go to OUTDIR; earlier ones stay.
 The i-th result of a prompt, from 0, has the seed SEED + i and depends on nothing else of the run.
 """

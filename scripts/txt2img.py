@@ -1,4 +1,4 @@
-"""Generate images from prompts, with learned concepts in them or without."""
+"""Generate images from prompts, with or without learned concepts."""
 from __future__ import annotations
 
 import sys

@@ -1,4 +1,4 @@
-"""The paper's comparisons on one base model: what `evaluation/reproduce.py` does.
+"""The paper's comparisons on one base model, for `evaluation/reproduce.py`.
 
 What is compared (imports no torch):
     design.py            methods, variants, curves and studies as plain values
@@ -6,13 +6,13 @@ What is compared (imports no torch):
     studies.py           the studies; one function for each
     settings.py          options of the command
 
-What is made, each in files whose names contain a key of everything that they depend on:
+Intermediate results, each in files whose names contain a key of everything that they depend on:
     training_runs.py     concepts, by runs of main.py; processes.py starts and ends these
     evaluation_runs.py   images, and what is measured in them
     evaluators.py        the models that generate and measure; prompt_cases.py has prompts and seeds
     file_keys.py         keys of settings and files; source_digest.py those of the code
 
-What follows from it:
+Evaluation of the results:
     results.py           results of one study
     claims.py            claims about each study; decisions.py has the rule that decides
     tables.py            tables and figures; report.py writes them and the summary

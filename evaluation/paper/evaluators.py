@@ -79,7 +79,7 @@ class Evaluators:
 
     @functools.cache  # noqa: B019 - there is one instance for the whole run
     def scorer(self, example: ExampleConcept) -> ConceptScorer:
-        """Return what compares images with the photos of an example."""
+        """Return the scorer that compares images with the photos of an example."""
         photos = [crop_square(photo, self.pipeline.image_size[0]) for _, photo in load_folder(example.folder)]
         return ConceptScorer(self.clip, stack_images(photos), example.super_category, self.segmenter)
 
@@ -118,7 +118,7 @@ class Evaluators:
 
 
 def _attribute_record(subject: ExampleSubject, example: ExampleConcept, applies: bool) -> Record:
-    """Record whether an image shows a concept's attributes, and whether it shows exactly the drawing in its photos.
+    """Record whether an image shows a concept's attributes, and whether it shows the exact sprite of its photos.
 
     Args:
         applies: False if the prompt asks for other attributes; both values are None then.

@@ -14,8 +14,8 @@ LOCK_NAME = ".lock"
 def lock_folder(flag: str, folder: str | Path) -> Iterator[None]:
     """Hold the lock of a folder, which is created if it does not exist.
 
-    The operating system holds the lock, so it is released if the process ends in any way. A file that is left behind
-    does not matter.
+    The operating system holds the lock, so it is released however the process ends. A lock file that is left behind
+    has no effect.
 
     Raises:
         UserError: if another process holds the lock.

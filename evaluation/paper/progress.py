@@ -1,4 +1,4 @@
-"""How far a long run is, and how long the rest will take."""
+"""Report the progress of a long run, and estimate the remaining time."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ class _Unit:
     """Work of one kind.
 
     Attributes:
-        left: how many are left.
-        finished: how many are finished.
-        seconds: that these took.
+        left: number of pieces left.
+        finished: number of finished pieces.
+        seconds: time that the finished pieces took.
     """
 
     left: int

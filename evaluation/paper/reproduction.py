@@ -1,4 +1,4 @@
-"""Carries out studies: train what is missing, generate and measure what is missing, and report."""
+"""Carry out studies: train, generate and measure what is missing, and report."""
 from __future__ import annotations
 
 import time

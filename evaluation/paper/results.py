@@ -1,4 +1,4 @@
-"""What a study measured, in the form that claims and tables are computed from."""
+"""The measurements of a study, in the form that claims and tables are computed from."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ ImageRecord = Mapping[str, Any]  # what was measured in one image, by CSV column
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What learning one concept took, and its result.
+    """The cost of training one concept, and the size of the result.
 
     Attributes:
         seconds: processor time, summed over all cores; wall-clock time would depend on other processes.

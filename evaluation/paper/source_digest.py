@@ -1,4 +1,4 @@
-"""Digests of what code does, so that results are made again after a change of the code that made them.
+"""Digests of code, so that results are regenerated after a change of the code that produced them.
 
 A digest covers the import closure of some entry points: their own modules and every module of the project that these
 import, directly or not. Docstrings, comments and layout do not count, nor do installed libraries.

@@ -34,15 +34,14 @@ PAPERS_RULE = "the paper's rule"  # all layers, and Eq. 3 without a gate on the 
 
 @dataclass(frozen=True)
 class StudyInputs:
-    """What studies are made from.
+    """The inputs from which studies are built.
 
     Attributes:
         biases: of Perfusion's own curve.
         comparison_biases: of curves that are compared with it; some of `biases`.
         pair_biases: for two concepts in one image; the first one is judged.
         baselines: methods to compare Perfusion with.
-        projection: `projection` in Perfusion's config, "gated" or "full". What the config does anyway is not trained
-            twice. None: unknown.
+        projection: `projection` in Perfusion's config, "gated" or "full", which is not trained twice. None: unknown.
         has_used_layers: whether Perfusion's config selects layers by `used_layers`.
     """
 

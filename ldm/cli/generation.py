@@ -1,4 +1,4 @@
-"""Flags of the scripts that generate, and the dataclasses that they become.
+"""Flags of the generation scripts, and the dataclasses that they become.
 
 Imports no torch, so that `--help` and typing mistakes are answered at once.
 """
@@ -22,7 +22,7 @@ BY_MODEL = "default: what the model's config says, or else"
 
 
 def add_generation_flags(parser: argparse.ArgumentParser, outdir: str) -> None:
-    """Add all flags that every script which generates has."""
+    """Add the flags that all generation scripts share."""
     add_prompt_flags(parser)
     add_concept_flags(parser, automatic=True)
     add_sampling_flags(parser)
@@ -53,7 +53,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--from-file", "--from_file", dest="from_file", metavar="FILE",
                        help="text file with one prompt per line; these come after those of --prompt")
     group.add_argument("--negative_prompt", nargs="+", action="extend", default=[], metavar="TEXT",
-                       help="what guidance leads away from, in place of the empty prompt; one for all prompts, or one "
+                       help="what guidance steers away from, in place of the empty prompt; one for all prompts, or one "
                        "for each")
 
 
@@ -71,26 +71,26 @@ def add_concept_flags(parser: argparse.ArgumentParser, automatic: bool = False) 
     auto = "; auto finds a balance by a small sweep and prints it" if automatic else ""
     group.add_argument("--bias", nargs="+", type=number_or_auto if automatic else float_in_range(), metavar="NUMBER",
                        help=f"beta: higher follows the prompt more and the concept less; {ONE_OR_EACH}. 0.6 to 0.75 is "
-                       f"usual, with --global_locking 0.4 to 0.6{auto} (default: that of training)")
+                       f"usual, with --global_locking 0.4 to 0.6{auto} (default: the concept's own)")
     group.add_argument("--temperature", nargs="+", type=float_in_range(above=0), metavar="NUMBER",
-                       help=f"tau: how softly the concept sets in; {ONE_OR_EACH}. 0.15 is usual (default: that of "
-                       "training)")
+                       help=f"tau: how softly the gate opens; {ONE_OR_EACH}. 0.15 is usual (default: the concept's "
+                       "own)")
     group.add_argument("--global_locking", action="store_true",
                        help="lock the keys of the whole prompt, not only those of the concept's word, to the "
                        "super-category")
     group.add_argument("--all_layers", action="store_true",
-                       help="use what all layers have learned, for concepts that use a few: closer to the photos, for "
-                       "a subject alone")
+                       help="use the learned values of all layers, for concepts that use only some: closer to the "
+                       "photos if the subject is alone")
     if automatic:
-        group.add_argument("--clip", metavar="NAME", help="CLIP that --bias auto measures by: a folder of transformers "
-                           "or open_clip, or ARCHITECTURE/WEIGHTS of open_clip such as ViT-B-32/openai (default: the "
-                           "model's)")
+        group.add_argument("--clip", metavar="NAME", help="CLIP that --bias auto measures with: a folder of "
+                           "transformers or open_clip, or ARCHITECTURE/WEIGHTS of open_clip such as ViT-B-32/openai "
+                           "(default: the model's)")
         group.add_argument("--photos", metavar="FOLDER", help="the concept's photos, for --bias auto to compare with "
                            "(default: images generated with the lowest bias)")
 
 
 def leave_concepts_as_trained(parser: argparse.ArgumentParser) -> None:
-    """Set what `add_concept_flags` and negative prompts would give, for a script that leaves concepts as they are."""
+    """Set the defaults of `add_concept_flags` and negative prompts, for a script without these flags."""
     parser.set_defaults(bias=None, temperature=None, global_locking=False, all_layers=False, negative_prompt=[])
 
 
@@ -116,7 +116,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 def add_amount_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of how many images, and of which size."""
     group = parser.add_argument_group("amount and size")
-    group.add_argument("--n_samples", type=int_in_range(1), default=4, metavar="N", help="images per prompt (default: 4)")
+    group.add_argument("--n_samples", type=int_in_range(1), default=4, metavar="N",
+                       help="images per prompt (default: 4)")
     group.add_argument("--n_iter", type=int_in_range(1), default=1, metavar="N",
                        help="multiply that number of images, with further seeds (default: 1)")
     group.add_argument("--batch_size", type=int_in_range(1), metavar="N",
@@ -185,7 +186,7 @@ def generation_options(options: argparse.Namespace, source: SourceSettings | Non
 
 
 def generation_settings(options: argparse.Namespace) -> GenerationSettings:
-    """Return what the flags of sampling, size and concepts say, as far as a script has them."""
+    """Return the settings from the flags of sampling, size and concepts that the script has."""
 
     def flag(name: str, default: Any = None) -> Any:
         return getattr(options, name, default)
@@ -201,7 +202,7 @@ def generation_settings(options: argparse.Namespace) -> GenerationSettings:
 
 
 def model_settings(options: argparse.Namespace) -> ModelSettings:
-    """Return what the flags of `add_model_flags` say of the base model."""
+    """Return the settings of the base model from the flags of `add_model_flags`."""
     return ModelSettings(options.config, options.ckpt, options.device, options.precision)
 
 
@@ -209,7 +210,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     """Return the prompts given one by one and, after them, those of a text file.
 
     Raises:
-        UserError: the file is missing, no text or empty, or there is no prompt at all.
+        UserError: the file is missing, is not text or is empty, or there is no prompt at all.
     """
     lines = [] if file is None else _read_lines(Path(file))
     if not prompts and not lines:

@@ -1,4 +1,4 @@
-"""The command line of main.py: the flags of the LDM family that mean something here, and those of learning a concept.
+"""The command line of main.py: the flags of the LDM family that apply here, and those of training a concept.
 
 Imports no torch, so that `--help` and typing mistakes are answered at once.
 """

@@ -15,7 +15,7 @@ Tensors of the concept at index n of that list:
 
 Earlier formats still load. Format 2 has no `used_layers`: all layers are used. Format 1 has no `projection` either:
 all projections are full. A file with a single concept is a merge of one. For Stable Diffusion 1.5 a concept in float16
-takes about 30 KB. Symbols as in `ldm.modules.rank_one`.
+takes 32 KB. Symbols as in `ldm.modules.rank_one`.
 """
 from __future__ import annotations
 

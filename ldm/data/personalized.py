@@ -1,4 +1,7 @@
-"""The photos of one concept, with prompts and masks, as a training set (Perfusion, arXiv 2305.01644, section 4)."""
+"""The photos of one concept, with prompts and masks, as a training set (Perfusion, arXiv 2305.01644, section 4).
+
+`ldm.personalization.cached_latents` turns them into the latents and weights that the loss reads.
+"""
 from __future__ import annotations
 
 import random
@@ -31,8 +34,8 @@ class PersonalizedBase(Dataset):
         flipped: bool, whether image and mask are mirrored
         index:   int, the photo's index in `paths`
 
-    If `with_pixels` is false, items have neither image nor mask: a model that has encoded every photo needs neither,
-    and they take longer than all the rest.
+    If `with_pixels` is false, items have neither image nor mask: a model that has encoded every photo does not need
+    them, and loading them takes most of the time.
 
     Args:
         data_root: folder of photos (jpg, jpeg, png, webp, bmp). A warning names files that cannot be read.

@@ -6,14 +6,14 @@
     pipe.load_concepts("teddy.safetensors", "teapot.safetensors")
     images = pipe("a <teddy> next to a <teapot>", seed=1, num_images=4, bias=0.5).images
 
-What lies where:
+Modules:
     pipeline.py       PerfusionPipeline: the one path from prompts to images; everything that generates calls it
     settings.py       dataclasses: what to generate, how, and with which model (no torch, so command lines stay quick)
     requests.py       one request for each image: prompt, negative prompt, seed
-    model_config.py   what a model's config says: image sizes, and the guidance, sampler and helpers that suit it
-    encoding.py       prompts encoded once, with the concepts that each of them names
+    model_config.py   image sizes, default settings and helper models from a model's config
+    encoding.py       encodes each distinct prompt once, under the concepts that it names
     source_image.py   the image that img2img and inpainting start from
-    auto_bias.py      `bias="auto"`: a bias that balances the prompt and the concept
+    auto_bias.py      `bias="auto"`: finds a bias that balances the prompt and the concept
     precision.py      whether to sample in 16 bits
     run.py            what the command-line scripts do: check, load, generate, write
     output_folder.py  numbered image files with their settings inside, and contact sheets

@@ -59,7 +59,7 @@ TEXT, LIKENESS = "text", "likeness"
 
 
 class ImagePipeline(Protocol):
-    """What the search needs of a `PerfusionPipeline`."""
+    """The part of `PerfusionPipeline` that the search uses."""
 
     concepts: Sequence[AnyConcept]
     defaults: InferenceDefaults
@@ -75,7 +75,7 @@ class ImagePipeline(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class BiasTrial:
-    """What images at one bias reach.
+    """Text similarity and likeness of the images at one bias.
 
     Attributes:
         bias: beta.
@@ -121,7 +121,7 @@ def balanced(trials: Sequence[BiasTrial], own_bias: float) -> BiasTrial:
 
 
 def describe_choice(concept: Concept, chosen: BiasTrial, trials: Sequence[BiasTrial]) -> str:
-    """Return the choice in one line, with what makes it doubtful."""
+    """Describe the choice in one line, including any flat measures."""
     flat = flat_measures(trials)
     doubt = f"; {' and '.join(flat)} hardly change{'' if len(flat) > 1 else 's'}" if flat else ""
     unchanged = ", so it keeps its own" if LIKENESS in flat else ""
@@ -148,10 +148,10 @@ def find_biases(pipeline: ImagePipeline, settings: GenerationSettings, prompts: 
 
     Args:
         pipeline: with the concepts loaded.
-        settings: how images are going to be generated; `biases` holds "auto" once for all concepts or for some.
-        prompts: what is going to be generated.
-        clip: folder or name of the CLIP to measure by; None: the model's.
-        photos: of the concept; None: likeness is measured against generated images.
+        settings: how images will be generated; `biases` holds "auto", once for all concepts or for some of them.
+        prompts: the prompts that will be generated.
+        clip: folder or name of the CLIP to measure with; None: the model's.
+        photos: photos of the concept; None: likeness is measured against generated images.
 
     Raises:
         UserError: no concept is loaded, photos were given and several biases are open, or there is no usable CLIP.
@@ -171,7 +171,7 @@ def find_biases(pipeline: ImagePipeline, settings: GenerationSettings, prompts: 
 
 
 def clip_for(name: str | None, defaults: InferenceDefaults, checkpoint: str | Path | None = None) -> str:
-    """Return the CLIP to measure by, without loading it.
+    """Return the folder or name of the CLIP to measure with, without loading it.
 
     It is `name`, or the one in the model's config, or the folder evaluation_clip beside the model's weights.
 
@@ -198,7 +198,7 @@ class BiasFinder:
     Args:
         pipeline: with any concepts loaded.
         clip: the CLIP.
-        settings: how images are going to be generated; sampler, steps and size are replaced by quick ones.
+        settings: how images will be generated; the search replaces sampler, steps and size by faster ones.
         photos: images of the concept; None: likeness is measured against images generated with the lowest bias, of
             "a photo of" the concept.
     """
@@ -224,7 +224,7 @@ class BiasFinder:
         return chosen
 
     def sweep(self, concept: Concept, prompts: Sequence[str]) -> list[BiasTrial]:
-        """Return what images of the prompts reach at each bias, in rising order, the concept's own bias included."""
+        """Measure the prompts' images at each bias, in rising order, including the concept's own bias."""
         requests = requests_for(prompts, SEEDS)
         texts = self.clip.embed_texts([replace_word(concept.super_category, concept.placeholder, request.prompt)
                                        for request in requests])
@@ -264,7 +264,7 @@ def flat_measures(trials: Sequence[BiasTrial]) -> list[str]:
 
 
 def _is_certain(change: np.ndarray) -> bool:
-    """Return whether changes (P,) of prompts are visible in the mean, and more than chance makes of nothing."""
+    """Return whether the mean of changes (P,) over prompts is at least `FLAT` and twice its standard error."""
     error = change.std(ddof=1) / len(change)**0.5 if len(change) > 1 else 0.0
     return bool(change.mean() >= max(FLAT, 2 * error))
 

@@ -1,4 +1,4 @@
-"""Prompts encoded once for any number of images, each with the concepts that it names."""
+"""Encode each distinct prompt once for any number of images, under the concepts that it names."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance:
     unet = model.model.diffusion_model
     text_layers = name_text_layers(unet)
     if concepts and isinstance(concepts[0], FinetunedConcept):
-        # While it is trained, the U-Net has no longer the base model's fingerprint: the model remembers that.
+        # A U-Net in training no longer has the base model's fingerprint, so the model stores it as `base`.
         base = getattr(model, "base", "") or base_fingerprint(text_layers)
         return FinetunedPromptEncoder(encoder, unet, concepts, base, inverse_covariance)
     return ConceptPromptEncoder(encoder, text_layers, concepts, inverse_covariance)

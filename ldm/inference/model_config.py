@@ -1,4 +1,4 @@
-"""What a model's config says about generating with it. Loads no weights and imports no torch."""
+"""Read image sizes, default settings and helper models from a model's config. Loads no weights, imports no torch."""
 from __future__ import annotations
 
 import math
@@ -17,7 +17,7 @@ from ldm.inference.settings import AUTO, GenerationSettings
 from ldm.models.diffusion.samplers import sampler_class
 from ldm.util import check_param_types
 
-# What UNetModel, Encoder and DDPM take if a config does not say.
+# Defaults of UNetModel, Encoder and DDPM for what a config leaves out.
 DEFAULT_CHANNEL_MULT = (1, 2, 4, 8)
 DEFAULT_IMAGE_SIZE = 256
 DEFAULT_TIMESTEPS = 1000
@@ -27,14 +27,14 @@ MODEL_CONFIG = "config.yaml"  # beside a model's weights
 
 @dataclass(frozen=True)
 class InferenceDefaults:
-    """What suits a model, and what it needs beside its weights: the section `inference` of its config.
+    """Default settings and helper models of a model: the section `inference` of its config.
 
     Attributes:
-        guidance_scale: 1 is none.
+        guidance_scale: guidance scale; 1 means no guidance.
         sampler: a name in `ldm.models.diffusion.samplers.SAMPLERS`.
-        num_inference_steps: sampling steps.
+        num_inference_steps: number of sampling steps.
         evaluation_clip: folder or name of the CLIP that measures its images.
-        segmenter: folder or hub name of a CLIPSeg that finds things in its images.
+        segmenter: folder or hub name of a CLIPSeg that finds objects in its images.
         covariance: file of the covariance C of its text encoder; None: computed from default captions and cached.
     """
 
@@ -50,7 +50,7 @@ def read_model_config(path: str | Path) -> DictConfig:
     """Read a config that describes a model. A relative path may count from the project's root.
 
     Raises:
-        UserError: the file is missing, no YAML, or describes no model.
+        UserError: the file is missing, is not YAML, or describes no model.
     """
     config = _read_yaml(path)
     if not isinstance(config, DictConfig) or model_setting(config, "target") is None:
@@ -62,7 +62,7 @@ def inference_defaults(config: DictConfig | None, checkpoint: str | Path | None 
     """Return the section `inference` of a config, or that of the `config.yaml` beside the model's weights.
 
     Args:
-        config: a model's or a training run's; None: nothing is known.
+        config: config of a model or of a training run; None: return the defaults of this class.
         checkpoint: the weights in use; None: those that the config names.
 
     Raises:
@@ -106,7 +106,7 @@ def latent_size(config: DictConfig, height: int | None = None, width: int | None
     """Return (h, w) of the latents of images with this height and width in pixels; None: the model's own.
 
     Raises:
-        UserError: a side is not a multiple of what the first stage and the U-Net halve it to.
+        UserError: a side is not a multiple of the total downsampling factor of first stage and U-Net.
     """
     default = model_setting(config, "params.image_size", DEFAULT_IMAGE_SIZE)
     rows, columns = (default, default) if isinstance(default, int) else default
@@ -140,10 +140,10 @@ def check_steps(config: DictConfig, steps: int) -> None:
 
 def complete_settings(settings: GenerationSettings, config: DictConfig | None, defaults: InferenceDefaults
                       ) -> GenerationSettings:
-    """Fill in what `settings` leave open, and check them before any weights are loaded.
+    """Fill in the defaults of model and sampler, and check the settings before any weights are loaded.
 
     Raises:
-        UserError: the model or the sampler cannot generate like this.
+        UserError: the model or the sampler does not support a setting.
     """
     def either(value: Any, default: Any) -> Any:
         return default if value is None else value
@@ -160,7 +160,7 @@ def complete_settings(settings: GenerationSettings, config: DictConfig | None, d
 
 
 def _check_numbers(settings: GenerationSettings) -> None:
-    """Raise UserError if the guidance, a bias or a temperature is no number that can be used."""
+    """Raise UserError if the guidance scale, a bias or a temperature is out of range."""
     if not _is_finite(settings.guidance_scale) or settings.guidance_scale < 0:
         raise UserError(f"guidance_scale {settings.guidance_scale!r} must be a number of at least 0")
     for bias in settings.biases or ():

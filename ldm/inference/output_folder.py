@@ -1,4 +1,4 @@
-"""Numbered image files beside those of earlier runs, each with its settings inside, and contact sheets."""
+"""Write numbered image files with their settings as metadata, and contact sheets. Files of earlier runs stay."""
 from __future__ import annotations
 
 import itertools
@@ -63,7 +63,7 @@ class OutputFolder:
             self._pending.clear()
 
     def summary(self) -> str:
-        """Return what was written, for the end of a run."""
+        """Describe the written files, for the end of a run."""
         first, last = self.images[0], self.images[-1]
         counted = f"{len(self.images)} images" if len(self.images) > 1 else "1 image"
         files = f"{first} to {last.name}" if last != first else str(first)

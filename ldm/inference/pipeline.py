@@ -52,9 +52,9 @@ class PipelineOutput:
     """What a call of the pipeline returns.
 
     Attributes:
-        images: prompt by prompt, `num_images` of each.
+        images: the images, prompt by prompt.
         requests: prompt, seed and negative prompt of each image.
-        settings: the settings in use, with nothing left open.
+        settings: the settings that were used, with all defaults filled in.
     """
 
     images: list[Image.Image]
@@ -74,18 +74,18 @@ class PerfusionPipeline:
         pipe.load_concepts("teddy.safetensors", "teapot.safetensors")
         images = pipe("a <teddy> next to a <teapot>", seed=1, num_images=4, bias=0.5).images
 
-    Concepts never change the base model: they come and go between calls.
+    Concepts can be loaded and unloaded between calls. They never change the base model.
 
     Args:
         model: a text-to-image `LatentDiffusion`; it may be in training.
-        config: its config, for image sizes and for what suits it; None: only its own size can be generated.
+        config: its config, for image sizes and default settings; None: only the model's own image size is possible.
         precision: "full", "autocast" (the U-Net runs in 16 bits), or None: autocast on CUDA, full elsewhere.
-        accelerate: on CUDA with autocast, convert the U-Net for good into the fastest form that inference allows.
+        accelerate: on CUDA with autocast, convert the U-Net permanently to its fastest form for inference.
 
     Attributes:
-        defaults: guidance, sampler and helpers that suit the model, by its config.
-        checkpoint: where its weights come from; None: unknown.
-        concepts: those that are loaded.
+        defaults: default settings and helper models, from the section `inference` of the model's config.
+        checkpoint: the file or folder of its weights; None: unknown.
+        concepts: the loaded concepts.
         batch_size: images generated at a time unless a call says otherwise.
     """
 
@@ -148,7 +148,7 @@ class PerfusionPipeline:
         return pipeline
 
     def load_concepts(self, *concepts: str | Path | AnyConcept) -> list[AnyConcept]:
-        """Load concept files, or take concepts, beside those that are loaded already.
+        """Load concept files, or add `Concept` values, to the concepts that are loaded already.
 
         If two have the same placeholder, the later one is renamed to `<name-2>`; a log line says so.
 
@@ -156,7 +156,7 @@ class PerfusionPipeline:
             All concepts that are loaded now.
 
         Raises:
-            UserError: a file is no concept file, or a concept belongs to another base model or method.
+            UserError: a file is not a concept file, or a concept belongs to another base model or method.
         """
         base = getattr(self.model, "base", "") or base_fingerprint(name_text_layers(self.model.model.diffusion_model))
         merged = read_concepts(concepts, self.concepts)
@@ -166,10 +166,10 @@ class PerfusionPipeline:
         return list(merged)
 
     def unload_concepts(self, *placeholders: str) -> None:
-        """Unload the concepts with these placeholders, or all of them.
+        """Unload the concepts with these placeholders, or all concepts if none are given.
 
         Raises:
-            UserError: no loaded concept has one of them.
+            UserError: a placeholder belongs to no loaded concept.
         """
         for word in placeholders:
             if word.lower() not in (concept.placeholder.lower() for concept in self.concepts):
@@ -199,27 +199,27 @@ class PerfusionPipeline:
                  global_locking: bool = False, all_layers: bool = False, image: ImageLike | None = None,
                  strength: float | None = None, mask_image: ImageLike | None = None, mask_border: int | None = None,
                  batch_size: int | None = None, progress: bool = False) -> PipelineOutput:
-        """Generate images of prompts, in which loaded concepts stand by their placeholders.
+        """Generate images from prompts, in which placeholders stand for loaded concepts.
 
         Args:
-            prompt: one or several.
-            negative_prompt: what guidance leads away from; one for all prompts, or one for each.
-            num_images: of each prompt.
-            seed: of each prompt's first image; the next ones count up. The same seed gives the same image, whatever
-                the batch size and the device. None: a random one, which the output tells.
-            generator: where seeds come from instead; one, or one for each image.
-            num_inference_steps: sampling steps; None: what suits the model.
-            guidance_scale: 1 is none; None: what suits the model.
-            sampler: a name in `ldm.models.diffusion.samplers.SAMPLERS`; None: what suits the model.
-            eta: 0..1, share of noise that each step adds; None: the sampler's own.
-            height, width: in pixels; None: the model's own.
-            bias: beta of all concepts, of each in order, or by placeholder; higher follows the prompt more and the
-                concept less. "auto" chooses one that balances the two. None: that of training.
+            prompt: one prompt, or several.
+            negative_prompt: what guidance steers away from; one for all prompts, or one for each.
+            num_images: number of images per prompt.
+            seed: seed of the first image of each prompt; each further image adds 1. Up to rounding, the same seed gives
+                the same image at any batch size and on any device. None: random, see `PipelineOutput.seeds`.
+            generator: a generator, or one for each image, that seeds are drawn from; instead of `seed`.
+            num_inference_steps: number of sampling steps; None: the model's default.
+            guidance_scale: 1 means no guidance; None: the model's default.
+            sampler: a name in `ldm.models.diffusion.samplers.SAMPLERS`; None: the model's default.
+            eta: 0..1, share of noise that each step adds; None: the sampler's default.
+            height, width: image size in pixels; None: the model's own.
+            bias: beta; one value for all concepts, one for each in order, or a mapping from placeholders to values.
+                Higher follows the prompt more and the concept less. "auto" finds a balance. None: the concept's own.
             temperature: tau, likewise: how softly the gate opens.
             global_locking: lock the keys of the whole prompt to the super-category.
-            all_layers: use the target outputs of all layers.
+            all_layers: use the learned target outputs of all layers.
             image: an image or a file to start from (img2img).
-            strength: above 0 and up to 1, how far to go from `image`; None: 0.75, or 1 with a mask.
+            strength: above 0 and up to 1; higher keeps less of `image`. None: 0.75, or 1 with a mask.
             mask_image: white where `image` is regenerated (inpainting).
             mask_border: width in pixels of the blend around the mask; None: 1/32 of the shorter side.
             batch_size: images generated at a time; None: `self.batch_size`.
@@ -249,10 +249,10 @@ class PerfusionPipeline:
 
         Args:
             requests: one for each image.
-            settings: how; None: what suits the model.
-            concepts: those to use in place of the loaded ones.
+            settings: how to generate; None: the model's defaults.
+            concepts: concepts to use instead of the loaded ones.
             source: an image to start from.
-            batch_size, progress: as for a call.
+            batch_size, progress: as for `__call__`.
 
         Raises:
             UserError: a prompt is too long or names an unknown concept, or a setting cannot be used.
@@ -275,10 +275,10 @@ class PerfusionPipeline:
         return images if source is None else map(source.composite, images)
 
     def complete(self, settings: GenerationSettings) -> GenerationSettings:
-        """Return the settings with everything that they leave to the model or the sampler filled in.
+        """Return the settings with the defaults of the model and the sampler filled in.
 
         Raises:
-            UserError: the model or the sampler cannot generate like this.
+            UserError: the model or the sampler does not support a setting.
         """
         return complete_settings(settings, self.config, self.defaults)
 
@@ -288,7 +288,7 @@ class PerfusionPipeline:
         return encode_prompts(self.prompt_encoder(concepts), prompts, global_locking)
 
     def prompt_encoder(self, concepts: Sequence[AnyConcept]) -> AnyPromptEncoder:
-        """Return the encoder of prompts with these concepts; that of the last call is kept."""
+        """Return the encoder of prompts with these concepts. The last encoder is cached."""
         requested = list(concepts)
         if self._cached_encoder is None or not _are_same(self._cached_encoder[0], requested):
             encoder = build_prompt_encoder(self.model, requested, self.defaults.covariance)
@@ -324,9 +324,9 @@ class PerfusionPipeline:
         """Return the settings with every bias "auto" replaced by the one that `ldm.inference.auto_bias` finds.
 
         Args:
-            prompts: what is going to be generated.
-            clip: folder or name of the CLIP to measure by; None: the model's.
-            photos: of the concept, if only one bias is to be found.
+            prompts: the prompts that will be generated.
+            clip: folder or name of the CLIP to measure with; None: the model's.
+            photos: photos of the concept; allowed only if one bias is to be found.
         """
         if AUTO not in (settings.biases or ()):
             return settings
@@ -335,14 +335,14 @@ class PerfusionPipeline:
         return replace(settings, bias=find_biases(self, settings, prompts, clip, photos))
 
     def warn_about(self, requests: Sequence[GenerationRequest]) -> None:
-        """Warn of loaded concepts that no prompt names, and of words that the text encoder does not know."""
+        """Warn about loaded concepts that no prompt names, and about words that the text encoder does not know."""
         placeholders = [concept.placeholder for concept in self.concepts]
         prompts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
         warn_unused_concepts(prompts, placeholders)
         warn_unknown_words(self.model.cond_stage_model, prompts, placeholders)
 
     def _for_each(self, values: Any) -> Any:
-        """Return values by placeholder as a tuple with one for each loaded concept, any others as a tuple."""
+        """Return values as a tuple. A mapping from placeholders becomes one value for each loaded concept."""
         if not isinstance(values, Mapping):
             return as_tuple(values)
         by_word = {word.lower(): value for word, value in values.items()}
@@ -368,7 +368,7 @@ class PerfusionPipeline:
                                  "smaller images") from None
 
     def _accelerate_for(self, concepts: Sequence[AnyConcept]) -> None:
-        """Convert the U-Net, once, unless concepts bring weights for it, which have 32 bits."""
+        """Convert the U-Net, once, unless concepts replace some of its weights by 32-bit ones."""
         finetuned = any(getattr(concept, "weights", None) for concept in concepts)
         if self.accelerate and self.autocast and self.device.type == "cuda" and not finetuned:
             self.model.model.enable_fast_inference(sixteen_bit_type(self.device))
@@ -396,10 +396,10 @@ class PerfusionPipeline:
 
 
 def read_concepts(concepts: Sequence[str | Path | AnyConcept], loaded: Sequence[AnyConcept] = ()) -> list[AnyConcept]:
-    """Return `loaded` and the concepts of all files, renamed where placeholders are equal; log the new names.
+    """Return the concepts of `loaded` and of all files. Equal placeholders are renamed, and the new names logged.
 
     Raises:
-        UserError: a file is no concept file, or the concepts are of different methods or base models.
+        UserError: a file is not a concept file, or the concepts are of different methods or base models.
     """
     given = list(loaded)
     for concept in concepts:

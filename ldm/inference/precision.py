@@ -1,4 +1,4 @@
-"""Whether to sample in 16 bits, and in which kind of them."""
+"""Choose whether to sample in 16 bits, and in which 16-bit type."""
 from __future__ import annotations
 
 import torch
@@ -7,7 +7,7 @@ from ldm.common.errors import UserError
 
 
 def uses_sixteen_bits(precision: str | None, device: torch.device) -> bool:
-    """Return whether to sample in 16 bits: as `precision` says, or else where that is fast.
+    """Return whether to sample in 16 bits: as `precision` says, or by default on CUDA only.
 
     Raises:
         UserError: the precision is unknown.
@@ -18,6 +18,6 @@ def uses_sixteen_bits(precision: str | None, device: torch.device) -> bool:
 
 
 def sixteen_bit_type(device: torch.device) -> torch.dtype:
-    """Return bfloat16, whose range no activation leaves, or float16 for GPUs that have no bfloat16."""
+    """Return bfloat16, in which no activation overflows, or float16 for GPUs without bfloat16."""
     modern = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.bfloat16 if modern else torch.float16

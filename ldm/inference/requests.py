@@ -17,7 +17,7 @@ RANDOM_SEED_LIMIT = 2**32  # of seeds that are chosen at random, short enough to
 class GenerationRequest(NamedTuple):
     """One image to generate.
 
-    The image depends on this and on the `GenerationSettings`, not on what else is in its batch.
+    The image depends only on the request and the `GenerationSettings`, not on the rest of its batch.
 
     Attributes:
         prompt: names concepts by their placeholders.
@@ -35,8 +35,8 @@ def requests_for(prompts: Sequence[str], seeds: Sequence[Sequence[int]] | Sequen
     """Return one request for each prompt and each of its seeds, prompt by prompt.
 
     Args:
-        seeds: the same ones for every prompt, or a sequence for each prompt.
-        negative_prompts: none, one for all prompts, or one for each.
+        seeds: one sequence of seeds for all prompts, or one for each prompt.
+        negative_prompts: none, one for all prompts, or one for each prompt.
 
     Raises:
         UserError: there are several negative prompts, but not one for each prompt.
@@ -61,14 +61,14 @@ def seeds_for(prompts: int, num_images: int, seed: int | None = None,
     """Return the seeds of the images of each prompt.
 
     Args:
-        prompts: how many there are.
-        num_images: of each prompt.
-        seed: of each prompt's first image; the next ones count up. None: a random one, unless there is a generator.
-        generator: where the seeds come from instead; one, or one for each image.
+        prompts: number of prompts.
+        num_images: number of images per prompt.
+        seed: seed of the first image of each prompt; each further image adds 1. None: random, or from `generator`.
+        generator: a generator, or one for each image, that seeds are drawn from.
 
     Raises:
-        UserError: there are no images, both sources are given, a seed is out of range, or there are too many or too
-            few generators.
+        UserError: `num_images` or the seed is out of range, both sources are given, or the number of generators is
+            wrong.
     """
     if num_images < 1:
         raise UserError(f"num_images {num_images} must be 1 or more")

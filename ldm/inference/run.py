@@ -1,6 +1,6 @@
-"""What the scripts that generate do: check what was asked, load the model, generate, and write to a folder.
+"""Run a generation script: check its options, load the model, generate, and write to a folder.
 
-Checking comes first. It finds the user's mistakes before anything heavy is loaded.
+The checks come first, so that mistakes are reported before any weights are loaded.
 """
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run of which everything is known and checked but the weights.
+    """A run whose options, config and concepts are checked. Only the weights are not loaded yet.
 
     Attributes:
-        options: what was asked for.
+        options: the options of the script.
         config: the base model's config.
-        concepts: those of all files, with the bias and temperature that were asked for, except for open biases.
-        settings: how to generate, complete.
-        device: where.
-        open_biases: the biases with "auto" where one is to be found; None: nothing is open.
+        concepts: the concepts of all files, with the given bias and temperature, except for open biases.
+        settings: how to generate, with all defaults filled in.
+        device: the device to generate on.
+        open_biases: the biases, with "auto" for each that is to be found; None: no bias is open.
     """
 
     options: GenerationOptions
@@ -81,7 +81,7 @@ class PreparedRun:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What all images have in common, to be kept in their files."""
+        """The metadata that all images of the run share."""
         settings = asdict(self.settings.without_concept_settings())
         model = self.options.model
         width, height = self.size
@@ -103,7 +103,7 @@ class PreparedRun:
 
 
 def concept_metadata(concepts: Sequence[AnyConcept]) -> list[dict[str, Any]]:
-    """Return what images keep of the concepts that they were generated with."""
+    """Return the metadata of the concepts that images were generated with."""
     stored = ("placeholder", "super_category", "source", "bias", "temperature", "projection", "used_layers")
     return [{name: getattr(concept, name) for name in stored if hasattr(concept, name)} for concept in concepts]
 
@@ -112,7 +112,7 @@ def prepare_run(options: GenerationOptions) -> PreparedRun:
     """Read the config and the concepts, and check everything that needs no weights.
 
     Raises:
-        UserError: something does not fit the model's config, the concepts, this machine or the rest.
+        UserError: an option does not fit the model's config, the concepts, this machine or another option.
     """
     config = read_model_config(options.model.config)
     defaults = inference_defaults(config, options.model.checkpoint)
@@ -131,7 +131,7 @@ def prepare_run(options: GenerationOptions) -> PreparedRun:
 
 
 def _with_open_biases(run: PreparedRun, biases: tuple[float | str | None, ...]) -> PreparedRun:
-    """Check what `bias="auto"` needs, before any weights are loaded."""
+    """Check the requirements of `bias="auto"` before any weights are loaded."""
     from ldm.inference.auto_bias import STEPS, clip_for  # the CLIPs' library takes seconds to load
 
     options = run.options
@@ -146,10 +146,10 @@ def _with_open_biases(run: PreparedRun, biases: tuple[float | str | None, ...]) 
 
 
 def generate_to_folder(options: GenerationOptions) -> OutputFolder:
-    """Generate everything that was asked for and write it to a folder, which tells what was written.
+    """Generate the images of all prompts and write them to a folder, which is returned.
 
     Raises:
-        UserError: something that was asked for cannot be used, the weights do not fit, or memory is short.
+        UserError: an option cannot be used, the weights do not fit, or memory runs out.
     """
     run = prepare_run(options)
     source = None if options.source is None else load_source(run, options.source)
@@ -172,7 +172,7 @@ def load_source(run: PreparedRun, source: SourceSettings) -> SourceImage:
     """Load the image to start from, cropped to the size of the run, with its mask if only a part is regenerated.
 
     Raises:
-        UserError: a file cannot be read, or the segmenter does not find what is to be regenerated.
+        UserError: a file cannot be read, or the segmenter finds nothing for the mask words.
     """
     loaded = SourceImage.load(source.image, run.size, source.strength)
     if not source.inpaints:
@@ -210,7 +210,7 @@ def describe_concepts(concepts: Sequence[AnyConcept]) -> None:
 
 
 def _source_metadata(source: SourceImage, folder: OutputFolder) -> dict[str, Any]:
-    """Return how images came from `source`; write its mask to the folder."""
+    """Return the metadata of the source image, and write its mask to the folder."""
     metadata: dict[str, Any] = {"init_img": source.name, "strength": source.strength}
     if source.mask is not None:
         mask = folder.add_extra("mask", mask_to_image(source.mask))

@@ -1,4 +1,4 @@
-"""What to generate, how, and with which model, as plain values. Imports no torch."""
+"""The settings and options of generation, as plain values. Imports no torch."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ class GenerationSettings:
         guidance_scale: 1 is no guidance; higher follows the prompt more closely.
         sampler: a name in `ldm.models.diffusion.samplers.SAMPLERS`.
         eta: 0..1, share of DDPM's noise that each step adds.
-        height, width: of the images in pixels.
+        height, width: size of the images in pixels.
         bias, temperature: beta and tau, one value for all concepts or a tuple with one for each. A bias may be "auto".
         global_locking: lock the keys of the whole prompt to the super-category, not only those of the concept's word.
-        all_layers: use the target outputs of all layers, even of concepts that name a few.
+        all_layers: use the learned target outputs of all layers, whatever the concepts' `used_layers` are.
     """
 
     num_inference_steps: int | None = None

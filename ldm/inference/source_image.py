@@ -1,4 +1,4 @@
-"""The image that img2img and inpainting start from."""
+"""The image that img2img and inpainting start from, its mask and its latents."""
 from __future__ import annotations
 
 import logging
@@ -24,11 +24,11 @@ ImageLike = Image.Image | str | Path
 
 @dataclass(frozen=True)
 class StartingLatents:
-    """What a sampler starts from instead of pure noise.
+    """Encoded image that a sampler starts from instead of pure noise.
 
     Attributes:
         latents: (1, C, h, w), scaled as the U-Net sees them.
-        strength: above 0 and up to 1, how far images may go from them; 1 does not start from them at all.
+        strength: above 0 and up to 1; higher keeps less of the latents, and 1 ignores them.
         mask: (1, 1, h, w), 1 where the latents must stay as they are; None: nowhere.
     """
 
@@ -42,11 +42,11 @@ class SourceImage:
     """An image to start from, cropped and resized to the size of the generated images.
 
     Attributes:
-        image: RGB, of the size that is generated.
-        strength: above 0 and up to 1, how far to go from it.
+        image: RGB image of the generated size.
+        strength: above 0 and up to 1; higher keeps less of the image, and 1 ignores it.
         mask: (1, 1, H, W) of zeros and ones, 1 where the image is regenerated; None: everywhere.
         border: width in pixels of the band around the mask in which the generated image blends into this one.
-        name: what messages and metadata call it.
+        name: its name in messages and metadata.
         original_size: (width, height) before cropping.
     """
 
@@ -80,7 +80,7 @@ class SourceImage:
         It has the proportions of the original image, or the size of the generated ones.
 
         Raises:
-            UserError: the file cannot be read, has other proportions, or is black wherever the image is used.
+            UserError: the file cannot be read, has other proportions, or is black in the used part of the image.
         """
         if not isinstance(mask, Image.Image):
             return read_binary_mask(mask, self.original_size, *self.image.size)

@@ -303,8 +303,8 @@ def save_covariance(path: str | Path, covariance: Tensor, *, source: str, captio
     Args:
         path: the file; an existing one is replaced.
         covariance: C, (d, d).
-        source: where the captions are from.
-        captions: how many there were.
+        source: name of the captions' source.
+        captions: number of captions.
         tokens: which tokens counted, a key of `TOKENS`.
         encoder: `encoder_fingerprint` of the text encoder.
     """

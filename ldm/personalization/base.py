@@ -2,13 +2,13 @@
 
 A subclass defines four things:
 
-    make_concept      what is learned of a concept, and where it starts
-    parameter_groups  what the optimizer gets, with learning rates
-    prompt_context    how prompts with the concept's placeholder are encoded while it is learned
-    export_concept    what is kept of it, as a value
+    make_concept      the trainable parts of a concept, with their initial values
+    parameter_groups  the parameters to optimize, with learning rates
+    prompt_context    how prompts with the concept's placeholder are encoded during training
+    export_concept    the learned concept, as a value
 
-`sampling_encoder` says how the kept value acts on prompts. All methods share photos, masks, prompts and the noise of
-each step, so that they can be compared.
+`sampling_encoder` defines how the exported value acts on prompts. All methods share photos, masks, prompts and the
+noise of each step, so that they can be compared.
 
 Most runs learn one concept. A run that learns several learns them side by side. A batch holds as many samples of each
 concept as if it were alone, a prompt names one of them, and each has its own noise, loss and parameters. So each
@@ -60,20 +60,20 @@ class PersonalizationMethod(LatentDiffusion):
             the same order.
         segmenter: folder or hub name of a CLIPSeg. Its masks of the subject weight the squared errors. None: no masks,
             unless the data bring their own.
-        mask_border: 0..1, share of the image's side over which weights fall off outside a mask. If nothing beside the
-            subject counts, nothing says where it ends: it is generated too large and without an outline. CLIPSeg's own
-            masks are soft and reach beyond the subject; sharper ones do not.
-        seed: of noise and timesteps; None: the run's. Each step samples from (seed, step), so a resumed run repeats
-            them.
+        mask_border: 0..1, share of the image's side over which weights fall off outside a mask. Without a border, the
+            loss never sees where the subject ends, and it is generated too large and without an outline. CLIPSeg's
+            masks are soft and reach beyond the subject; sharper masks need a border.
+        seed: seed of noise and timesteps; None: the seed of the run. Each step samples from (seed, step), so a resumed
+            run repeats them.
 
     Attributes:
         method: short name in files and folders, such as "perfusion"; subclasses set it.
-        method_name: name for people, such as "Perfusion"; subclasses set it.
+        method_name: readable name, such as "Perfusion"; subclasses set it.
         concepts: the trainable parts of each concept; empty before `setup`. Each has a `distance()` for the log.
         placeholders, super_categories, names: the words of each concept, and its name in files.
         base: fingerprint of the base model before training; "" before `setup`.
         cached_latents: the encoded photos; None before `setup`.
-        groups: batches until every concept has had one. More than 1 if not all concepts fit into one batch.
+        groups: number of batches in which every concept occurs once; 1 unless `concepts_per_batch` limits a batch.
 
     Raises:
         UserError: a placeholder or super-category cannot be used, or `mask_border` is out of range.
@@ -105,21 +105,21 @@ class PersonalizationMethod(LatentDiffusion):
 
     @property
     def max_devices(self) -> int:
-        """Several devices share the concepts out among them: each learns its own."""
+        """The number of concepts: each device learns its own share of them."""
         return len(self.placeholders)
 
     # What a method defines
 
     def make_concept(self, dataset: PersonalizedBase, super_category: str) -> nn.Module:
-        """Return the trainable parts of one concept, at their start."""
+        """Return the trainable parts of one concept, with their initial values."""
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return what the optimizer gets: parameters, each group with its learning rate."""
+        """Return the parameters to optimize, in groups with a learning rate each."""
         raise NotImplementedError
 
     def prompt_context(self, prompts: list[str]) -> PromptContext:
-        """Encode prompts, each with a concept's placeholder in it, under the concepts as they are now."""
+        """Encode prompts, each with one concept's placeholder in it, under the current state of the concepts."""
         raise NotImplementedError
 
     def export_concept(self, index: int = 0) -> Concept | FinetunedConcept:
@@ -127,7 +127,7 @@ class PersonalizationMethod(LatentDiffusion):
         raise NotImplementedError
 
     def sampling_encoder(self, concepts: Sequence[AnyConcept]) -> ConceptPromptEncoder | FinetunedPromptEncoder:
-        """Return what encodes prompts under exported concepts of this method."""
+        """Return the encoder of prompts with exported concepts of this method."""
         raise NotImplementedError
 
     def trained_unet_weights(self) -> dict[str, nn.Parameter]:
@@ -206,7 +206,7 @@ class PersonalizationMethod(LatentDiffusion):
             encoder.tokenize(prompts)  # raises if one is too long
 
     def on_fit_start(self) -> None:
-        """The photos are encoded: batches need no pixels any more."""
+        """Stop loading pixels: the photos are encoded already."""
         for dataset in self.photos():
             dataset.with_pixels = False
 
@@ -214,7 +214,7 @@ class PersonalizationMethod(LatentDiffusion):
         """Return the tokens (T, N) of a concept's training prompts, its placeholder as `vector_count` tokens.
 
         Raises:
-            UserError: a prompt holds the placeholder anyway, or is too long with it.
+            UserError: the placeholder also occurs in a template itself, or a prompt is too long with it.
         """
         word = dataset.placeholder_token
         tokens = self.cond_stage_model.tokenize(
@@ -246,7 +246,7 @@ class PersonalizationMethod(LatentDiffusion):
         return optimizer_and_schedule(optimizer, self.scheduler_config)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step. If 16-bit gradients of one concept of several overflow, skip the step for that concept alone."""
+        """Take a step. If the 16-bit gradients of one of several concepts overflow, only that concept skips it."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None or len(self.concepts) < 2:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -258,7 +258,7 @@ class PersonalizationMethod(LatentDiffusion):
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
                                     gradient_clip_algorithm: Any = None) -> None:
-        """Clip the gradient norm of each concept by itself, as in a run of its own."""
+        """Clip the gradient norm of each concept separately, as in a run of its own."""
         by_norm = gradient_clip_algorithm is None or str(getattr(gradient_clip_algorithm, "value", "norm")) == "norm"
         if len(self.concepts) > 1 and gradient_clip_val and by_norm:
             clip_norm_of_each(self.parameters_of_each_concept(), gradient_clip_val)
@@ -291,7 +291,7 @@ class PersonalizationMethod(LatentDiffusion):
 
     @property
     def micro_batches(self) -> int:
-        """Batches of one concept that make up a step of its optimizer."""
+        """The number of batches of one concept per optimizer step."""
         return self.trainer.accumulate_grad_batches // self.groups
 
     def training_step(self, batch: Mapping[Any, Any], batch_idx: int) -> Tensor:
@@ -358,10 +358,10 @@ class PersonalizationMethod(LatentDiffusion):
         self.log_dict(means, batch_size=1)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Measure no scale, unlike the base class: the base model's latents are scaled already."""
+        """Do not measure a scale factor, unlike the base class: the base model has one already."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is learned and leave out the base model."""
+        """Keep only what is learned, without the base model."""
         trained = {f"model.diffusion_model.{name}" for name in self.trained_unet_weights()}
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items()
                                     if key.startswith("concepts.") or key in trained}
@@ -393,7 +393,7 @@ class PersonalizationMethod(LatentDiffusion):
 
 
 def _mean_of_each(values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the mean of each concept's share of values (B,): (J,)."""
+    """Return the mean of each concept's part of values (B,): (J,)."""
     return torch.stack([own.mean() for own in values.split(list(sizes))])
 
 

@@ -1,4 +1,4 @@
-"""From the photos of a run to what the loss reads: latents, loss weights and captions.
+"""Turn the photos of a run into what the loss reads: latents, loss weights and captions.
 
 The first stage encodes every photo once, before training, as it is and mirrored. A training step then samples latents
 from the cached posterior. Masks become weights on the latent grid in the same way.

@@ -1,4 +1,4 @@
-"""Gradients of a run that learns several concepts: what happens to those of one must not touch the others."""
+"""Keep the gradients of several concepts in one run apart, so that one cannot affect the others."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class DropOverflows:
         parameters: the trained parameters of each concept.
 
     Attributes:
-        dropped: whether the last call has dropped some.
+        dropped: whether the last call dropped gradients.
     """
 
     def __init__(self, closure: Callable[[], Any], parameters: Sequence[Sequence[nn.Parameter]]) -> None:
@@ -41,7 +41,7 @@ def drop_overflowing(parameters: Sequence[Sequence[nn.Parameter]]) -> bool:
     If the gradients of all concepts are not finite, they stay: the scaler then skips the step as usual.
 
     Returns:
-        Whether some were dropped.
+        Whether gradients were dropped.
     """
     finite = torch.stack([_has_finite_gradients(own) for own in parameters]).tolist()
     if all(finite) or not any(finite):

@@ -14,7 +14,7 @@ from ldm.personalization.prior_preservation import PriorPreservation
 class CustomDiffusion(PriorPreservation):
     """A model that learns W_K and W_V of cross-attention and the first vector of the concept's word.
 
-    Params are those of `PriorPreservation`. `ldm.concepts.weight_merging` merges concepts of separate runs.
+    It takes the params of `PriorPreservation`. `ldm.concepts.weight_merging` merges concepts of separate runs.
     """
 
     method = "custom-diffusion"

@@ -24,7 +24,7 @@ from ldm.personalization.checks import check_positive
 class FinetuningMethod(PersonalizationMethod):
     """A base model that learns vectors for the concept's word and, in subclasses, weights of its own.
 
-    Args (beside those of `PersonalizationMethod`; the papers use no masks, and without a segmenter the loss is theirs):
+    Args (beside those of `PersonalizationMethod`; without a segmenter there are no masks, as in the papers):
         embedding_lr: learning rate of the word's vectors.
 
     Raises:

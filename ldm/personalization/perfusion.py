@@ -1,8 +1,8 @@
-"""Training a concept with Perfusion: Tewel et al., "Key-Locked Rank One Editing for Text-to-Image Personalization".
+"""Train a concept with Perfusion: Tewel et al., "Key-Locked Rank One Editing for Text-to-Image Personalization".
 
 SIGGRAPH 2023 (arXiv 2305.01644). The base model is frozen. Trained are one word embedding and one value vector o*_V per
-cross-attention layer. The edit itself is in `ldm.modules.rank_one`; `ldm.concepts.prompt_encoder` applies saved
-concepts to prompts.
+cross-attention layer. The loss is `concept_losses` in `ldm.personalization.base`. The edit itself is in
+`ldm.modules.rank_one`; `ldm.concepts.prompt_encoder` applies saved concepts to prompts.
 """
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Perfusion(PersonalizationMethod):
     """A frozen latent diffusion model that learns concepts, or generates with learned ones.
 
     Args (beside those of `PersonalizationMethod`, whose segmenter makes the masks of the zero-shot mask loss):
-        bias, temperature: beta and tau of the gate in training, and the concept's defaults for sampling.
-        inference_bias: the default bias for sampling; None: that of training.
+        bias, temperature: beta and tau of the gate in training, and the concept's defaults for generation.
+        inference_bias: the concept's default bias for generation; None: `bias`.
         embedding_lr, value_lr: learning rates of the word embedding and of the target outputs.
         locking: "local" (keys locked to the super-category) or "trained" (keys learned like values, an ablation).
-        used_layers: the layers whose target outputs for values concepts are sampled with, by their names or by leading
-            parts of them such as `output_blocks` or `output_blocks.3`. The other layers learn as well, and so take up
-            the layout and style of the photos, but sampling replaces their target outputs by the super-category's.
-            None: all are used, as in the paper.
+        used_layers: the layers in which generation uses the learned o*_V, by name or by leading parts of names such as
+            `output_blocks` or `output_blocks.3`. The other layers are trained as well, and so absorb the layout and
+            style of the photos, but generation uses the super-category's output W_V i_super there. None: all layers,
+            as in the paper.
         projection: "full" (the paper's Eq. 3) or "gated", see `ldm.modules.rank_one`; concepts keep it.
-        target_input_decay: of the moving average i*, at least 0 and below 1.
+        target_input_decay: decay of the moving average i*, at least 0 and below 1.
         covariance: file of the text encoder's covariance C. None: computed once from default captions and cached.
 
     Raises:
@@ -118,7 +118,7 @@ class Perfusion(PersonalizationMethod):
         return self.prompt_context(prompts, update_target_inputs=True)
 
     def prompt_context(self, prompts: list[str], update_target_inputs: bool = False) -> PromptContext:
-        """Encode B prompts, each under the edit, as it is now, of the concept that it names.
+        """Encode B prompts, each under the current edit of the concept that it names.
 
         Args:
             prompts: each with the placeholder of one concept.
@@ -146,8 +146,8 @@ class Perfusion(PersonalizationMethod):
     def _update_target_input(self, index: int, encodings: Tensor) -> None:
         """i* <- decay i* + (1 - decay) mean of the encodings (n, d) of the concept's token in the batch.
 
-        Each micro-batch moves i* by its share of the step. Encodings that are not finite leave i* as it is: an i* that
-        is no direction would end the run for all of its concepts.
+        Each micro-batch moves i* by its share of the step. Encodings that are not finite leave i* unchanged, since an
+        invalid i* would end the run for all of its concepts.
         """
         concept = self.concepts[index]
         finite = encodings.detach().where(encodings.isfinite(), concept.target_input)
@@ -157,14 +157,14 @@ class Perfusion(PersonalizationMethod):
         return to_device(indices, self.device)
 
     def _exchange_target_inputs(self) -> None:
-        """Give every device the i* of the concepts that others learn; optimizers keep the rest the same everywhere."""
+        """Send each i* from the device that learns it to the others. All other parameters are in sync already."""
         devices = self.trainer.world_size
         for index, concept in enumerate(self.concepts if devices > 1 else ()):
             torch.distributed.broadcast(concept.target_input, src=index % devices)
 
     def export_concept(self, index: int = 0) -> Concept:
         concept = self.concepts[index]
-        # If training diverged, i* may be no direction: saving then raises.
+        # If training diverged, i* may not be finite: saving then raises.
         is_finite = bool(concept.target_input.isfinite().all())
         target_energy = float(energy(concept.target_input[None], self.inverse_covariance())) if is_finite else None
         return concept.to_concept(

@@ -93,7 +93,7 @@ class PriorPreservation(FinetuningMethod):
         return super().make_concept(dataset, super_category)
 
     def _load_or_generate_prior(self, prompts: list[str]) -> Tensor:
-        """Return latents (prior_count, C, h, w) of images of the prompts, which take turns; use the cache if it can."""
+        """Return latents (prior_count, C, h, w) of images that cycle through the prompts, from the cache if any."""
         path = Path(self.trainer.default_root_dir).parent / "prior" / f"{self._prior_key(prompts)}.safetensors"
         if path.is_file():
             return load_tensors(path)[0]["latents"]

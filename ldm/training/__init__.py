@@ -5,17 +5,17 @@
     trained = train_concept("photos/", "teddy bear", placeholder="<my-teddy>")
     trained.path         # the concept's file, for `PerfusionPipeline.load_concepts`
 
-What lies where:
+Modules:
     concept_training.py   train_concept: learn concepts from Python
-    options.py            TrainingOptions: what a run is asked for (no torch, so command lines stay quick)
+    options.py            TrainingOptions, the options of a run (imports no torch, so command lines start fast)
     config.py             YAML files, options and overrides -> the config of a run
     run.py                train: a log folder, a model, its data and a trainer, from beginning to end
     trainer.py            Lightning's trainer with the callbacks that a config asks for
     log_folder.py         the folder that a run writes to, and the checkpoint that it resumes from
     callbacks.py          configs and sample grids in the log folder, progress, stopping cleanly
     concept_callbacks.py  concept files, and previews before, during and after training
-    next_command.py       the command that generates with what a run has learned
-    run_record.py         what a finished run took, kept beside the weights that it made
+    next_command.py       the command that generates with a run's concepts, logged at its end
+    run_record.py         records machine, steps, time and losses of a finished run beside its weights
 """
 from ldm.common.lazy_imports import forward_names
 

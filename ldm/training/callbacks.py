@@ -1,4 +1,4 @@
-"""What happens beside the training steps: configs and sample grids in the log folder, progress, stopping cleanly."""
+"""Callbacks of every run: configs and sample grids in the log folder, faster frozen U-Nets, progress, clean stops."""
 from __future__ import annotations
 
 import json
@@ -110,8 +110,8 @@ class ImageLogger(pl.Callback):
 class AccelerateFrozenUNet(pl.Callback):
     """On a CUDA device with mixed precision, run a U-Net that is not trained in 16 bits and by CUDA graphs.
 
-    What stays in 32 bits, such as the text encoder, may then multiply in TF32 until the run ends. That moves gates by a
-    hundredth of what bfloat16 would, and takes a quarter of the time. CUDA graphs call the text encoder, too.
+    Modules that stay in 32 bits, such as the text encoder, may use TF32 until the run ends. This changes gates by a
+    hundredth of what bfloat16 would, and takes a quarter of the time. CUDA graphs also replay the text encoder.
     """
 
     DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -148,8 +148,8 @@ class AccelerateFrozenUNet(pl.Callback):
 class StepProgress(TQDMProgressBar):
     """Lightning's progress bar, counting the steps of the run instead of those of an epoch.
 
-    The numbers of the last step are shown once a second. Reading them waits until an accelerator has finished that
-    step, when it could be given the next one.
+    The numbers of the last step are shown once a second only: reading them waits until the accelerator has finished
+    that step, and meanwhile it cannot be given the next one.
     """
 
     SECONDS = 1.0
@@ -181,8 +181,8 @@ class StepProgress(TQDMProgressBar):
 class WholeEpochs(pl.Callback):
     """Let a run that resumes after the last batch of an epoch begin the next one.
 
-    Lightning would add a batch to the old epoch. If gradients accumulate over several batches, that one would count as
-    a whole step.
+    Lightning would add a batch to the old epoch. With gradient accumulation, that single batch would count as a whole
+    step.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -214,18 +214,18 @@ class StopAfterStep(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         has_finished = self.last_step is not None and trainer.global_step > self.last_step  # a step may take batches
-        if trainer.strategy.reduce_boolean_decision(has_finished, all=False):  # of any process of the run
+        if trainer.strategy.reduce_boolean_decision(has_finished, all=False):  # in any process of the run
             trainer.should_stop, self.last_step = True, trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_handler()
-        # The steps since the last regular checkpoint count as well.
+        # Save the steps since the last regular checkpoint, too.
         folder = Path(trainer.default_root_dir) / "checkpoints"
         has_checkpoint = trainer.strategy.broadcast(any(folder.glob(f"*-{trainer.global_step:08}.ckpt")))
         if trainer.checkpoint_callbacks and not has_checkpoint:
             trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
         was_stopped = self.last_step is not None and trainer.global_step != trainer.max_steps
-        if was_stopped and trainer.is_global_zero:  # whose log folder it is
+        if was_stopped and trainer.is_global_zero:  # the process that owns the log folder
             log.info("stopped after %d steps; continue with: python main.py --resume %s", trainer.global_step,
                      quote_command(trainer.default_root_dir))
 

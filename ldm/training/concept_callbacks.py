@@ -1,4 +1,4 @@
-"""What a user sees of concepts that are being learned: files, masks, and previews before, during and after training."""
+"""Write what users see of a concept run: concept files, masks, and previews before, during and after training."""
 from __future__ import annotations
 
 import logging
@@ -85,12 +85,12 @@ class BeforeDuringAfter(pl.Callback):
     Each of several concepts has its own sheet, in a folder of its name.
 
     Args:
-        prompts: with `{}` in the place of the placeholder; before training the super-category stands there.
+        prompts: with `{}` in place of the placeholder; before training, the super-category is filled in.
         during: number of rows between the first and the last.
-        num_inference_steps: sampling steps.
-        guidance_scale: None: what suits the model, by the section `inference` of its config.
-        seed: of the first image; the next ones count up.
-        sampler: None: what suits the model, likewise.
+        num_inference_steps: number of sampling steps.
+        guidance_scale: guidance scale; None: the default from the section `inference` of the model's config.
+        seed: seed of the first prompt's image; each further prompt adds 1.
+        sampler: name of a sampler; None: the default, likewise.
 
     Attributes:
         config: the run's config; None: the model alone decides.
@@ -126,7 +126,7 @@ class BeforeDuringAfter(pl.Callback):
             if dataset.has_masks:
                 overlays = [mask_overlay(image, dataset.mask(photo)) for photo, image in enumerate(dataset.images)]
                 save_grid(overlays, self._folder(index, trainer, model) / "masks.png", columns=2)
-        # A resumed run that trains the U-Net cannot show what was before.
+        # A resumed run that trains the U-Net no longer has the base model's weights.
         if not (trainer.global_step and model.trained_unet_weights()):
             self._preview("before", trainer, model, with_concepts=False)
         if trainer.global_step:

@@ -17,7 +17,7 @@ Paths = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class TrainedConcept:
-    """What `train_concept` has learned.
+    """The result of `train_concept`.
 
     Attributes:
         paths: the concept files, one for each concept.
@@ -57,22 +57,22 @@ def train_concept(photos: Paths, super_category: Words, placeholder: Words = "<m
 
     Args:
         photos: folder of 1 to 20 photos of the subject. Several folders are several concepts, which one run learns.
-        super_category: what kind of subject it is, such as "teddy bear"; of several one for all, or one each.
-        placeholder: the concept's own word in prompts; of several one each.
+        super_category: what kind of subject it is, such as "teddy bear". Several concepts: one for all, or one each.
+        placeholder: the concept's own word in prompts. Several concepts: one for each.
         config: YAML file, or several, of which later ones override earlier ones. A relative path may count from the
             project's root.
         max_steps: training steps; None: those of the config.
         logdir: folder in which the run gets a log folder.
-        seed: of everything random; None: that of the config.
-        checkpoint: base model, a .ckpt, .safetensors or diffusers folder; None: the config's.
+        seed: the random seed; None: the config's.
+        checkpoint: the base model, a .ckpt, .safetensors or diffusers folder; None: the config's.
         masks: folder of masks (one image per photo, of the same name, white where the subject is), or "none". None: the
             subject is segmented automatically.
         accelerator: "cpu", "gpu" or "mps"; None: the best there is.
-        name: of the log folder, after the date; "" uses the name of the config.
+        name: name of the log folder, after the date; "" uses the name of the config.
         overrides: "key=value" pairs that override the config, such as "data.params.batch_size=4".
 
     Raises:
-        UserError: photos, config or values cannot be used, memory runs out, or training diverges.
+        UserError: photos, config or arguments cannot be used, memory runs out, or training diverges.
     """
     options = TrainingOptions(
         configs=_as_tuple(config), overrides=tuple(overrides), name=name, logdir=str(logdir), seed=seed,

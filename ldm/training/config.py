@@ -1,4 +1,4 @@
-"""The config of a training run: YAML files, which options and key=value overrides change."""
+"""Build the config of a training run from YAML files, options and key=value overrides."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,8 +93,8 @@ def _rename_keys(section: Any, names: Mapping[str, str]) -> None:
 def _without_params_of_another_target(config: DictConfig, later: DictConfig) -> DictConfig:
     """Remove from `config` the model's params that the model named by `later` does not have.
 
-    So one file brings photos, base model and schedule, and the next one another method. Params that neither model has
-    stay; building the model then refuses them.
+    So the first file can give photos, base model and schedule, and the next one another method. Params that neither
+    model has stay; building the model then refuses them.
     """
     both = (config, later)
     if not all(isinstance(one.get("model"), DictConfig) and one.model.get("target") for one in both):
@@ -182,7 +182,7 @@ def _set_keys(config: DictConfig, option: str, keys: Sequence[str], value: Any) 
 
 def _check_required(config: DictConfig) -> None:
     """Raise UserError that names every value that the config requires ("???") and nothing has set."""
-    # References stay as they are, for one that leads nowhere is another error, and is found later.
+    # Leave references unresolved: a broken one is a different error, which is found later.
     missing = sorted(_missing_keys(OmegaConf.to_container(config, resolve=False)))
     if missing:
         demands = [f"{key} is required, {REQUIRED_VALUES[key]}" if key in REQUIRED_VALUES else

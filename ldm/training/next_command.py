@@ -1,4 +1,4 @@
-"""The commands that a run ends with: how to generate with what it has learned."""
+"""The command that a run logs at its end: how to generate with its concepts."""
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a training run is asked for. Imports no torch, so that command lines answer at once."""
+"""The options of a training run. Imports no torch, so that command lines answer at once."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ SEED_LIMIT = 2**32
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What a training run is asked for, by a command line or from Python. None leaves a setting to the configs.
+    """The options of a training run, from a command line or from Python. None leaves a setting to the configs.
 
     Attributes:
         configs: YAML files, later ones override earlier ones (--base).
         overrides: "key=value" pairs that override the configs.
         resume: log folder or checkpoint of a run to continue.
-        name: of the log folder, after the date; "" uses the name of the last config.
+        name: name of the log folder, after the date; "" uses the name of the last config.
         postfix: text after that name.
         logdir: folder of all log folders.
-        train: False builds everything, reports, and stops.
+        train: False builds model and data, reports, and stops.
         scale_lr: multiply `base_learning_rate` by devices x batch size x accumulation.
-        seed: of everything random, from 0 up to `SEED_LIMIT` - 1.
+        seed: the random seed, from 0 to `SEED_LIMIT` - 1.
         data_root: folders of photos, one for each concept.
         super_category: what kind of subject each concept is, or one for all of them (--init_word).
-        placeholder: the word of each concept in prompts. If several concepts have none, the names of their folders.
+        placeholder: the word of each concept in prompts. Several concepts without one are named after their folders.
         masks: folders of masks, one for each concept, or "none".
         checkpoint: base model, a .ckpt, .safetensors or diffusers folder (--actual_resume).
         accelerator: "cpu", "gpu" or "mps".

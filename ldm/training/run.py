@@ -1,4 +1,4 @@
-"""One training run, from its options to the files that it leaves in a log folder."""
+"""One training run, from its options to the files in its log folder."""
 from __future__ import annotations
 
 import contextlib
@@ -34,12 +34,12 @@ SECONDS_FORMAT = "%Y-%m-%dT%H-%M-%S"
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a training run leaves.
+    """The result of a training run.
 
     Attributes:
         logdir: its log folder.
-        steps: steps taken, those before it was resumed included.
-        concepts: files of the concepts that it learned, in the order of their placeholders.
+        steps: steps taken, including those before it was resumed.
+        concepts: files of the learned concepts, in the order of their placeholders.
     """
 
     logdir: Path
@@ -48,7 +48,7 @@ class FinishedRun:
 
 
 def train(options: TrainingOptions) -> FinishedRun | None:
-    """Train what the options describe. Returns None if they ask only to build everything.
+    """Train what the options describe. Return None if `options.train` is False.
 
     Raises:
         UserError: a config, a file or a value cannot be used, memory or disk space runs out, or a concept diverged.
@@ -123,7 +123,7 @@ def _explained_shortages(config: DictConfig) -> Iterator[None]:
 
 
 def _build(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataModule, pl.LightningModule]:
-    """Build data and model, ready to be trained. Data come first: they cost less and may hold mistakes, too."""
+    """Build data and model, ready for training. Data are built first: this is fast and finds mistakes early."""
     data = instantiate_from_config(config.data)
     _check_type("data", data, pl.LightningDataModule)
     data.setup()
@@ -156,7 +156,7 @@ def _set_learning_rate(model: pl.LightningModule, config: DictConfig, trainer: p
 
 
 def _finish(trainer: pl.Trainer, model: pl.LightningModule) -> FinishedRun:
-    """Return what the run leaves, and log the command that generates with its concepts."""
+    """Return the result of the run, and log the command that generates with its concepts."""
     folder = Path(trainer.default_root_dir)
     paths = tuple(path for callback in trainer.callbacks if isinstance(callback, ConceptSaver)
                   for path in callback.paths)
@@ -166,7 +166,7 @@ def _finish(trainer: pl.Trainer, model: pl.LightningModule) -> FinishedRun:
 
 
 def _silence_libraries() -> None:
-    """Silence what libraries say at every start and no user can act on."""
+    """Silence messages of libraries that appear at every start and that no user can act on."""
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt if there is no network

@@ -1,4 +1,4 @@
-"""What a finished training run took: read from its log folder, kept beside the weights that it made."""
+"""Record machine, steps, time and losses of a finished training run from its log folder, beside its weights."""
 from __future__ import annotations
 
 import json
@@ -29,10 +29,10 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def describe_run(run: str | Path) -> dict[str, Any]:
-    """Return what a log folder of main.py says: what was trained, on what, for how long, and with what result.
+    """Describe the run of a log folder: model, data, machine, steps, time and final losses.
 
     Seconds are those between the first and the last entry of each TensorBoard file; pauses between sessions do not
-    count. If a run does not say which machine it was on, it was this one.
+    count. If the folder does not describe its machine, this one is assumed.
 
     Raises:
         UserError: it is not such a folder, or holds no checkpoint.

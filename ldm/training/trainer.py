@@ -1,4 +1,4 @@
-"""Lightning's trainer as a run's config describes it."""
+"""Build Lightning's trainer from a run's config."""
 from __future__ import annotations
 
 import contextlib
@@ -27,9 +27,9 @@ def make_trainer(config: DictConfig, logdir: Path, now: str) -> pl.Trainer:
     """Return a trainer with the checkpoints, loggers and callbacks that the config asks for.
 
     Args:
-        config: of the run, as `read_config` returns it.
+        config: config of the run, from `read_config`.
         logdir: the run's log folder.
-        now: date and time that the files of this session are named after.
+        now: date and time, for the file names of this session.
 
     Raises:
         UserError: a setting of the section `lightning` is unknown or cannot be used.
@@ -59,7 +59,7 @@ def _make_checkpoint_callback(lightning: DictConfig, logdir: Path) -> ModelCheck
 
 
 def _make_config_callbacks(config: DictConfig) -> list[pl.Callback]:
-    """Return the callbacks that the config names. A run that learns concepts saves them, first of all."""
+    """Return the callbacks that the config names, after a `ConceptSaver` if the run learns concepts."""
     entries = (config.lightning.get("callbacks") or {}).values()
     named = [instantiate_from_config(entry) for entry in entries if entry is not None]  # null leaves one out
     for callback in named:

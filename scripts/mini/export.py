@@ -1,4 +1,4 @@
-"""Exports the mini models from their training runs to the files in `models/mini/`.
+"""Export the mini models from their training runs to the files in `models/mini/`.
 
     python scripts/mini/export.py autoencoder logs/..._autoencoder
     python scripts/mini/export.py decoder logs/..._decoder

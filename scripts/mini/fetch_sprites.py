@@ -1,4 +1,4 @@
-"""Fetches the emoji sets of the mini world from the npm registry and writes the sprites that it uses.
+"""Fetch the emoji sets of the mini world from the npm registry and write the sprites that it uses.
 
     python scripts/mini/fetch_sprites.py [--packages FOLDER]
 

@@ -1,4 +1,4 @@
-"""Makes the photos of the example concepts: five each of a subject that no mini model has seen.
+"""Make the photos of the example concepts: five each of a subject that no mini model has seen.
 
     python scripts/mini/make_example_concepts.py
 

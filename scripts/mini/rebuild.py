@@ -1,4 +1,4 @@
-"""Rebuilds everything in `models/mini/` from its sources, part by part, and measures the result.
+"""Rebuild everything in `models/mini/` from its sources, part by part, and measure the result.
 
     python scripts/mini/rebuild.py                                               # two cores: overnight
     python scripts/mini/rebuild.py --device cuda --times_batch 8 --workers 12    # one GPU
