@@ -1,4 +1,4 @@
-"""Where in the image the cross-attention to a word goes, for `scripts/attention_maps.py`.
+"""Record and measure where in the image a word is attended to, for `scripts/attention_maps.py`.
 
 - `settings`: the options of the script, as plain values (imports no torch).
 - `cases`: generates one prompt with several concept files, and records the maps.

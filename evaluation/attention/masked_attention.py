@@ -1,4 +1,4 @@
-"""How much of the attention to a word lies inside the mask of the object that the word names.
+"""Measure how much of the attention to a word lies inside the mask of the object that the word names.
 
 A map holds, for each position of the image, the share of its attention that goes to the word. From that we compute
 
@@ -27,9 +27,9 @@ class AttentionEstimates(NamedTuple):
     """Means over images.
 
     Attributes:
-        area: of the image, the part that the mask covers, in %.
-        attention: of all attention to the prompt, the part that goes to the word, in %.
-        share: of that, the part inside the mask, in %.
+        area: share of the image that the mask covers, in %.
+        attention: share of all attention to the prompt that goes to the word, in %.
+        share: share of the word's attention that lies inside the mask, in %.
         ratio: share / area, 1 if attention is uniform.
     """
 

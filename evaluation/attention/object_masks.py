@@ -1,4 +1,4 @@
-"""Where the object is in each image: by a painted mask, or as a segmenter finds it."""
+"""Locate the object in each image, by a painted mask or a segmenter."""
 from __future__ import annotations
 
 import logging
@@ -24,7 +24,7 @@ class ObjectMasks:
     """Finds the object in images.
 
     Args:
-        run: for the size of the images, the model's config and the device.
+        run: gives the size of the images, the model's config and the device.
         mask: image file with the mask of all images; None: a segmenter finds the object in each image.
         segmenter: folder or hub name of that CLIPSeg; None: the model's.
 

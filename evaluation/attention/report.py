@@ -21,9 +21,9 @@ def write_report(options: AttentionOptions, cases: Sequence[AttentionCase], rows
     """Write the figure of the first rows of each case, and the numbers of all rows as CSV and JSON; return the paths.
 
     Args:
-        options: of the script.
+        options: options of the script.
         cases: in the order of the figure.
-        rows: of each case.
+        rows: rows of each case.
     """
     shown = [replace(row, notes=_row_notes(row, case_rows))
              for case_rows in rows for row in case_rows[:options.shown]]

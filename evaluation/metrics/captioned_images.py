@@ -29,13 +29,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Caption:
-    """What is known of an image.
+    """The prompt of an image, and what else is known about it.
 
     Attributes:
         prompt: what it was generated from, with a placeholder or `{}` for each concept.
         super_categories: placeholder -> super-category, of the concepts that it was generated with.
         category: what the prompt asks of the concept, such as "style".
-        seed: of the image's noise, if known.
+        seed: seed of the image's noise, if known.
         file: the image's file; None if it was not saved.
     """
 

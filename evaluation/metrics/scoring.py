@@ -78,7 +78,7 @@ def estimate_means(scores: Sequence[Scores], prompts: Sequence[Hashable]) -> dic
     """Return the mean of each metric that has values, with an interval from resampling prompts.
 
     Args:
-        scores: of each image.
+        scores: scores of each image.
         prompts: a key for each image; images of one prompt belong together.
     """
     estimates = {}
@@ -93,12 +93,12 @@ def estimate_means(scores: Sequence[Scores], prompts: Sequence[Hashable]) -> dic
 
 def load_scorer(settings: ReferenceSettings, config: DictConfig, checkpoint: str | None, device: torch.device,
                 side: int, super_category: str | None) -> ConceptScorer:
-    """Load the photos and the models that images are compared by.
+    """Load the photos that images are compared with, and the models that compare them.
 
     Args:
         settings: which photos and models.
-        config, checkpoint: of the base model, for the CLIP and the segmenter that suit it.
-        side: of the square images, in pixels.
+        config, checkpoint: config and weights of the base model, whose default CLIP and segmenter are used.
+        side: side of the square images, in pixels.
         super_category: what the segmenter looks for; None is allowed only without a segmenter.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What images are compared with, as plain values. Imports no torch."""
+"""The settings of image comparisons, as plain values. Imports no torch."""
 from __future__ import annotations
 
 from dataclasses import dataclass

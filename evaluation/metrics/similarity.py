@@ -1,9 +1,9 @@
-"""How similar an image is to its prompt and to the photos of a concept, by the embeddings of a CLIP.
+"""Measure the similarity of an image to its prompt and to the photos of a concept, with a CLIP.
 
 Text similarity is the cosine of an image and its prompt, with the super-category in place of the concept's word. Image
 similarity is the mean cosine of an image and the concept's photos. Both are defined as in Gal et al., "An Image is
-Worth One Word" (2022), arXiv 2208.01618, and in Perfusion. An image that copies the background of the photos gains
-image similarity by that. Object similarity therefore compares the objects alone: a segmenter cuts them out of photos
+Worth One Word" (2022), arXiv 2208.01618, and in Perfusion. An image that copies the background of the photos also
+gains image similarity. Object similarity therefore compares the objects alone: a segmenter cuts them out of photos
 and images, and everything else becomes gray.
 
 All cosines are multiplied by 100.
@@ -24,7 +24,7 @@ SEGMENTER_BATCH_SIZE = 32
 
 
 class References:
-    """What the images of one concept are compared with.
+    """The photos that images of one concept are compared with.
 
     Args:
         clip: embeds images and texts.
@@ -34,7 +34,7 @@ class References:
         masks: (N, 1, H, W) in [0, 1], where the concept is in its photos; None: the segmenter finds it.
 
     Attributes:
-        photo_embeddings: (N, d), of unit length.
+        photo_embeddings: (N, d), unit vectors.
         object_embeddings: (M, d), of the objects found in the photos; None if there are none or no segmenter.
     """
 

@@ -106,7 +106,7 @@ class BaseModelEvaluator:
 
         Args:
             num_subjects: 1 or 2, in each image.
-            name: of the sheet of generated images.
+            name: name of the sheet of generated images.
 
         Returns:
             The generated images, and the composed scenes by the names in `REFERENCES`.

@@ -1,4 +1,4 @@
-"""What `evaluation/base_model.py` is asked for, as plain values. Imports no torch."""
+"""The options of `evaluation/base_model.py`, as plain values. Imports no torch."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
@@ -24,9 +24,9 @@ class BaseModelSettings:
         prompts: number of prompts with one subject, and of prompts with two.
         scenes: number of composed scenes for every other measurement and for ceilings.
         num_inference_steps: DDIM steps.
-        guidance_scale: 1 is none.
+        guidance_scale: guidance scale; 1 means no guidance.
         batch_size: images generated at a time.
-        seed: of prompts, images and scenes.
+        seed: seed of prompts, images and scenes.
         autoencoder: weights of a first stage to measure instead of the base model's own.
         clip: folder or name of the CLIP to measure.
         segmenter: folder of the segmenter to measure.

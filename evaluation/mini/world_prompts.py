@@ -47,7 +47,7 @@ class ScenePrompt:
 
     Attributes:
         prompt: the text.
-        seed: of the image.
+        seed: seed of the image.
         kinds: names of the one or two kinds that the image has to show.
         background: name of the background; None if the prompt does not name it.
         scene: a scene that the prompt describes.
@@ -140,11 +140,11 @@ def window_at(image: Tensor, center: tuple[float, float]) -> Tensor:
 
 @dataclass(frozen=True)
 class RecognitionResults:
-    """What was recognized in the images of some prompts.
+    """Kinds and backgrounds that were recognized in the images of some prompts.
 
     Attributes:
-        kinds: of each image, one kind, or two in the order of the prompt.
-        backgrounds: of each image.
+        kinds: for each image one kind, or two in the order of the prompt.
+        backgrounds: the background of each image.
     """
 
     kinds: list[tuple[str, ...]]

@@ -23,7 +23,7 @@ TEXT_COLOR, NOTE_COLOR = "#222222", "#777777"
 
 @dataclass(frozen=True)
 class ColumnHeading:
-    """What stands above a column.
+    """The heading of a column.
 
     Attributes:
         label: the first line.

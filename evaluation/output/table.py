@@ -16,7 +16,7 @@ class MarkdownTable:
 
     Attributes:
         headings: one for each column.
-        widths: of the columns, in characters; longer cells stick out.
+        widths: widths of the columns, in characters; longer cells stick out.
     """
 
     headings: Sequence[str]

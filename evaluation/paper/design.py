@@ -1,4 +1,4 @@
-"""What a comparison consists of: methods, variants of how their concepts are used, curves, and studies.
+"""The parts of a comparison: methods, variants of how their concepts are used, curves, and studies.
 
 A method is a training run of `main.py` that differs from a run with Perfusion's config by a config file or a few keys.
 A variant is a method together with the settings that its concepts are used with. A curve is a sequence of variants that

@@ -1,4 +1,4 @@
-"""Which images an evaluation generates: prompts and seeds, for single concepts and for pairs."""
+"""The prompts and seeds of an evaluation, for single concepts and for pairs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ class PromptCase:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """What is generated of every concept and every pair.
+    """The prompts, seeds and settings for every concept and every pair.
 
     Attributes:
         prompts: for single concepts.
         backgrounds: for pairs; names in `ldm.data.mini.backgrounds`.
         seeds: number of images of each prompt.
-        settings: of generation; what a variant sets overrides them.
+        settings: how to generate; settings of a variant override them.
     """
 
     prompts: Sequence[EvaluationPrompt]

@@ -48,7 +48,7 @@ class Report:
     tables: dict[str, list[TableRow]] = field(default_factory=dict)
 
     def add(self, study: Study, results: Results) -> list[ClaimCheck]:
-        """Write a study's table and figure, and the summary anew; return the study's claims."""
+        """Write a study's table and figure, and update the summary; return the study's claims."""
         rows, claims = make_table_rows(study, results), list(check_claims(study, results))
         plot_study(study, rows, self.folder / f"{study.key}.png")
         listed = "".join(f"- **{claim.outcome}**: {claim.claim}: {claim.evidence}\n" for claim in claims)

@@ -19,7 +19,7 @@ class TrainingCost:
     Attributes:
         seconds: processor time, summed over all cores; wall-clock time would depend on other processes.
         parameters: number of trained parameters.
-        size: of the concept file, in bytes.
+        size: size of the concept file, in bytes.
         machine: where it was measured, and how many trainings shared the machine.
     """
 

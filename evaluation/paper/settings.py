@@ -28,10 +28,10 @@ class ReproduceOptions:
         pair_backgrounds: number of backgrounds for two concepts in one image.
         seeds: number of images per prompt.
         train_steps: steps of each training; None: as in the config.
-        biases: of Perfusion's curve, in rising order.
-        comparison_biases: of the curves that it is compared with; some of `biases`.
-        pair_biases: of two concepts in one image.
-        generation: settings of sampling; None in them stands for what suits the model.
+        biases: biases of Perfusion's curve, in rising order.
+        comparison_biases: biases of the curves that it is compared with; some of `biases`.
+        pair_biases: biases for two concepts in one image.
+        generation: how to generate; None in it means the model's default.
         batch_size: images generated at a time.
         evaluation_clip: folder or name of the CLIP that measures; None: the model's.
         jobs: trainings at a time; None: one for each core, at most 4.

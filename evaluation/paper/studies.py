@@ -37,9 +37,9 @@ class StudyInputs:
     """The inputs from which studies are built.
 
     Attributes:
-        biases: of Perfusion's own curve.
-        comparison_biases: of curves that are compared with it; some of `biases`.
-        pair_biases: for two concepts in one image; the first one is judged.
+        biases: biases of Perfusion's own curve.
+        comparison_biases: biases of curves that are compared with it; some of `biases`.
+        pair_biases: biases for two concepts in one image; the first one is judged.
         baselines: methods to compare Perfusion with.
         projection: `projection` in Perfusion's config, "gated" or "full", which is not trained twice. None: unknown.
         has_used_layers: whether Perfusion's config selects layers by `used_layers`.

@@ -21,7 +21,7 @@ class TableColumn:
 
     Attributes:
         heading: what is measured.
-        unit: of the numbers, if they have one.
+        unit: unit of the numbers, if they have one.
         scale: factor from stored numbers to those in the table; used for costs.
     """
 
@@ -61,9 +61,9 @@ class TableRow:
     """A row of a study's table.
 
     Attributes:
-        name: of the curve or method.
-        settings: that its concepts were used with; empty if as trained.
-        estimates: by column; columns may be missing.
+        name: name of the curve or method.
+        settings: settings that its concepts were used with; empty if as trained.
+        estimates: column -> estimate; columns may be missing.
     """
 
     name: str

@@ -74,7 +74,7 @@ class TradeoffCurve:
 
 @dataclass(frozen=True)
 class CurveGap:
-    """How much more text similarity the first curve has than the second at equal image similarity.
+    """The difference in text similarity between two curves, first minus second, at equal image similarity.
 
     Attributes:
         difference: mean difference over the image similarities that both curves reach. In resamples without a common

@@ -1,4 +1,4 @@
-"""What `evaluation/clip_eval.py` does: score the images of a folder, or images that are generated of a concept."""
+"""Score the images of a folder, or generated images of a concept, for `evaluation/clip_eval.py`."""
 from __future__ import annotations
 
 import logging
@@ -47,10 +47,10 @@ class Evaluation:
     """The scores of some images.
 
     Attributes:
-        captions: of each image.
+        captions: the caption of each image.
         texts: the prompt of each image in plain words.
-        scores: of each image.
-        scorer: what scored them.
+        scores: the scores of each image.
+        scorer: the scorer that was used.
     """
 
     captions: Sequence[Caption]

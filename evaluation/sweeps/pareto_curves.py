@@ -1,4 +1,4 @@
-"""What `evaluation/pareto.py` does: run the points of sweeps, and write tables, plots and grids of images."""
+"""Run the points of sweeps, and write tables, plots and grids of images, for `evaluation/pareto.py`."""
 from __future__ import annotations
 
 import logging
@@ -154,7 +154,7 @@ def write_sweep(folder: Path, sweep: Sweep, curves: Mapping[str, Sequence[CurveR
         folder: gets the files.
         sweep: names them.
         curves: name of the curve -> its rows.
-        prompts: of the images.
+        prompts: prompts of the images.
     """
     rows = [row for curve in curves.values() for row in curve]
     records = [row.record() for row in rows]

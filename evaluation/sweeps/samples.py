@@ -58,14 +58,14 @@ def generate_images(pipeline: PerfusionPipeline, requests: Sequence[GenerationRe
 def save_images(images: Sequence[Image.Image], requests: Sequence[GenerationRequest], folder: str | Path, columns: int,
                 concepts: Sequence[AnyConcept] = (), settings: GenerationSettings | None = None,
                 categories: Sequence[str] | None = None) -> OutputFolder:
-    """Write images as the scripts that generate do, each with its settings inside, and contact sheets of them.
+    """Write images as the generation scripts do, each with its settings as metadata, and contact sheets.
 
     Args:
         images: one for each request.
         folder: gets `samples/00000.png`, ... and `grid-0000.png`, ...; earlier ones stay.
         columns: images in a row of a contact sheet, such as the number of seeds.
         settings: complete ones, as `PerfusionPipeline.complete` returns them.
-        categories: of the prompt of each image.
+        categories: the category of each image's prompt.
     """
     settings = settings or GenerationSettings()
     used = override_settings(concepts, settings.biases, settings.temperatures, settings.all_layers)

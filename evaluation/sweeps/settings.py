@@ -12,11 +12,11 @@ LOCKS = ("local", "global")
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Which images are generated of a concept.
+    """The images to generate of a concept.
 
     Attributes:
         prompts: file with one prompt per line.
-        seed: of the first image of each prompt; the next ones count up.
+        seed: seed of the first image of each prompt; each further image adds 1.
         num_seeds: images per prompt.
         batch_size: images generated at a time.
     """
@@ -83,7 +83,7 @@ class ParetoOptions:
         model: the base model.
         outdir: folder to write to.
         labels: a name for each file; None: the names of the files.
-        locks: of `LOCKS`, a curve for each.
+        locks: some of `LOCKS`; each gives a curve.
         temperatures, guidance_scales: values to sweep besides the default one; none: no such sweep.
         samples: which images to generate at each point.
         settings: how to generate them, apart from what is swept.

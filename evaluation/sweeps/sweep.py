@@ -44,7 +44,7 @@ class Source:
 
     @property
     def lock(self) -> str | None:
-        """What its keys are without global locking: "local" or "trained"; None for other methods."""
+        """The kind of its keys without global locking: "local" or "trained"; None for other methods."""
         if not self.has_gate:
             return None
         return "trained" if self.concept.target_outputs_k else "local"
@@ -107,11 +107,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class PointResult:
-    """What the images of a point reach.
+    """The scores of the images of a point.
 
     Attributes:
-        scores: of all images, prompt by prompt.
-        images: that of the first seed of each prompt.
+        scores: scores of all images, prompt by prompt.
+        images: the image of the first seed of each prompt.
     """
 
     scores: Sequence[Scores]
@@ -177,7 +177,7 @@ class SweepRunner:
         pipeline: generates.
         scorer: scores.
         prompts, seeds: each point has one image for each prompt and seed.
-        side: of the squares that are scored, in pixels.
+        side: side of the squares that are scored, in pixels.
         super_category: replaces the concept's word in texts.
         batch_size: images generated at a time.
     """

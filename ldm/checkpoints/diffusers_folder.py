@@ -16,7 +16,7 @@ class Network(NamedTuple):
     """A network of a pipeline.
 
     Attributes:
-        prefix: of its keys in a latent diffusion model.
+        prefix: prefix of its keys in a latent diffusion model.
         rename: converts its tensors to the names used there.
     """
 

@@ -110,7 +110,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scale", type=float_in_range(0), metavar="NUMBER",
                        help=f"guidance: 1 is none, higher follows the prompt more closely ({BY_MODEL} 6)")
     group.add_argument("--seed", type=int_in_range(0, SEED_LIMIT), default=1, metavar="N",
-                       help="of each prompt's first image; the next ones count up (default: 1)")
+                       help="seed of each prompt's first image; each further image adds 1 (default: 1)")
 
 
 def add_amount_flags(parser: argparse.ArgumentParser) -> None:

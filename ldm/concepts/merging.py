@@ -19,7 +19,7 @@ def merge_concepts(concepts: Sequence[AnyConcept], placeholders: Sequence[str] |
     """Return concepts that can be used together, renamed as `rename_duplicates` does.
 
     Args:
-        concepts: of one file or of several, in order.
+        concepts: concepts of one file or of several, in order.
         placeholders: see `rename_duplicates`.
 
     Raises:
@@ -38,7 +38,7 @@ def rename_duplicates(concepts: Sequence[AnyConcept], placeholders: Sequence[str
     """Return copies of the concepts, each with its own placeholder.
 
     Args:
-        concepts: of one base model, in order; they are not modified.
+        concepts: concepts of one base model, in order; they are not modified.
         placeholders: a new placeholder for each. None: concepts keep theirs; if several have the same, the first keeps
             it and the others become `<name-2>`, `<name-3>`, ...
 

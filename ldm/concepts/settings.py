@@ -14,7 +14,7 @@ def override_settings(concepts: Sequence[AnyConcept], biases: Sequence[float | N
     """Return copies of the concepts with other settings. The given concepts are not modified.
 
     Args:
-        concepts: of any method; only Perfusion's have these settings.
+        concepts: concepts of any method; only Perfusion's have these settings.
         biases: beta, one value for all concepts or one for each; None in the list keeps a concept's own.
         temperatures: tau, likewise.
         all_layers: use the learned target outputs of all layers, whatever the concepts' `used_layers` are.

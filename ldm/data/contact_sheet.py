@@ -26,7 +26,7 @@ def make_grid(images: Sequence[Image.Image], columns: int, titles: Sequence[str]
 
     Args:
         images: at least one.
-        columns: how many images stand in a row.
+        columns: number of images in a row.
         titles: one per image.
 
     Raises:

@@ -140,8 +140,8 @@ def largest_crop_size(size: tuple[int, int], width: int, height: int) -> tuple[i
 
     Args:
         size: (width, height) of the image.
-        width: of the wanted aspect ratio.
-        height: of the wanted aspect ratio.
+        width: width of the wanted aspect ratio.
+        height: height of the wanted aspect ratio.
     """
     image_width, image_height = size
     if image_width * height < image_height * width:

@@ -21,8 +21,8 @@ def read_binary_mask(path: str | Path, photo_size: tuple[int, int], width: int, 
     Args:
         path: the mask's file.
         photo_size: (width, height) of the photo's file.
-        width: of the result.
-        height: of the result.
+        width: width of the result.
+        height: height of the result.
 
     Returns:
         (1, 1, height, width), 1 where the mask is white and 0 elsewhere.

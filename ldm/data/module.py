@@ -26,7 +26,7 @@ class ResumableSampler(Sampler[int]):
     Args:
         length: number of items.
         shuffle: whether their order is random.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     def __init__(self, length: int, shuffle: bool, seed: int) -> None:
@@ -77,7 +77,7 @@ class MultiConceptLoader:
     Args:
         loaders: one per concept, two or more.
         concepts_per_batch: number of concepts in a batch; the others are in the next ones. None: all.
-        rank: of this process. Process r reads loaders r, r + world_size, ...
+        rank: rank of this process. Process r reads loaders r, r + world_size, ...
         world_size: number of processes.
     """
 

@@ -45,7 +45,7 @@ class PersonalizedBase(Dataset):
         placeholder_token: the word that stands for the concept in prompts, e.g. `<my-teddy>`.
         templates: name of a set in `ldm.data.templates`, or sentences with one `{}` each.
         mask_root: folder with one mask per photo, of the same name and aspect ratio (any image format; white counts).
-        seed: of templates and flips.
+        seed: seed of templates and flips.
 
     Raises:
         UserError: no usable photo, a photo without a mask, or a param out of its range.

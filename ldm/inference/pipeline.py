@@ -49,7 +49,7 @@ IMG2IMG_STRENGTH, INPAINT_STRENGTH = 0.75, 1.0
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a call of the pipeline returns.
+    """The result of a call of the pipeline.
 
     Attributes:
         images: the images, prompt by prompt.

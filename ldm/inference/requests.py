@@ -21,7 +21,7 @@ class GenerationRequest(NamedTuple):
 
     Attributes:
         prompt: names concepts by their placeholders.
-        seed: of the image's own noise.
+        seed: seed of the image's own noise.
         negative_prompt: what guidance leads away from.
     """
 

@@ -12,7 +12,7 @@ Number = TypeVar("Number", bound=float | str | None)
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How images are generated. None leaves a setting to the model's config, the sampler or the concept.
+    """The settings of generation. None leaves a setting to the model's config, the sampler or the concept.
 
     Attributes:
         num_inference_steps: 1 up to the model's timesteps.
@@ -53,7 +53,7 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which base model to load, and where.
+    """The base model, and how to load it.
 
     Attributes:
         config: YAML file that describes the model.
@@ -107,7 +107,7 @@ class GenerationOptions:
         outdir: folder to write to.
         concepts: concept files.
         settings: how to generate.
-        seed: of the first image of each prompt; the next ones count up.
+        seed: seed of the first image of each prompt; each further image adds 1.
         num_images: images of each prompt.
         columns: images in a row of a contact sheet.
         batch_size: images generated at a time.

@@ -371,7 +371,7 @@ class PersonalizationMethod(LatentDiffusion):
     @torch.no_grad()
     def log_images(self, batch: Mapping[Any, Any], N: int = 8, ddim_steps: int = 50,
                    unconditional_guidance_scale: float = 3.0) -> dict[str, Tensor]:
-        """Sample N images of prompts of the batch, of each concept in turn, under the concepts as they are now.
+        """Sample N images of the batch's prompts, alternating between concepts, in their current state.
 
         The photos themselves are not shown: batches hold no pixels.
         """

@@ -69,7 +69,7 @@ class ConceptSaver(pl.Callback):
 def generate_previews(model: PersonalizationMethod, concepts: Sequence[AnyConcept],
                       requests: Sequence[GenerationRequest], settings: GenerationSettings,
                       config: DictConfig | None = None) -> list[Image.Image]:
-    """Generate images with a model that is being trained, under concepts as they are now.
+    """Generate images with a model in training, under the current state of its concepts.
 
     Raises:
         MemoryShortage: the device has no room beside the training.
@@ -146,7 +146,7 @@ class BeforeDuringAfter(pl.Callback):
 
     def _preview(self, title: str, trainer: pl.Trainer, model: PersonalizationMethod, with_concepts: bool = True
                  ) -> None:
-        """Add a row to every sheet: of concepts as they are now or, before training, of their super-categories."""
+        """Add a row to every sheet: of the concepts in their current state or, before training, of super-categories."""
         self.last_step = trainer.global_step
         was_training = model.training
         model.eval()

@@ -22,11 +22,11 @@ STATE_KEYS = ("state_dict", "optimizer_states", "global_step", "pytorch-lightnin
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run continues.
+    """The point from which a run continues.
 
     Attributes:
-        folder: its log folder.
-        checkpoint: its file.
+        folder: the run's log folder.
+        checkpoint: the checkpoint file.
         steps: steps taken so far.
         configs: the config files of the run, oldest first.
     """

@@ -105,7 +105,7 @@ def _open_log_folder(folder_path: Path, resumed: ResumePoint | None, has_started
 
 @contextlib.contextmanager
 def _explained_shortages(config: DictConfig) -> Iterator[None]:
-    """Turn a lack of memory or of disk space into a UserError that says what to do."""
+    """Turn a lack of memory or disk space into a UserError that names the remedy."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -145,7 +145,7 @@ def _final_values(scalars: Scalars) -> dict[str, float]:
 
 
 def _processor_name() -> str:
-    """Return the processor's name if the system tells it, or else its architecture."""
+    """Return the processor's name if the system provides it, or else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]

@@ -1,4 +1,4 @@
-"""What all parts of the benchmark share: settings, rows of the table, and timing."""
+"""Shared by all parts of the benchmark: settings, rows of the table, and timing."""
 from __future__ import annotations
 
 import statistics
@@ -121,7 +121,7 @@ class BenchmarkRow:
         name: what was measured.
         value: the median of the measured values; None: not measured, and the note says why.
         unit: unit of the value.
-        minimum, maximum: of the measured values.
+        minimum, maximum: extremes of the measured values.
         count: number of measured values.
         goal: bound of the value.
         note: a remark.
@@ -172,7 +172,7 @@ def unavailable_row(name: str, unit: str, error: Exception) -> BenchmarkRow:
 
 
 def until_error(part: str, rows: Iterable[BenchmarkRow]) -> Iterator[BenchmarkRow]:
-    """Yield the rows of a part. If it fails, yield a last row that says why, so that the next part can run."""
+    """Yield the rows of a part. If it fails, yield a last row with the reason, so that the next part can run."""
     try:
         yield from rows
     except (UserError, torch.OutOfMemoryError) as error:

@@ -1,4 +1,4 @@
-"""What the device is, how fast it multiplies matrices, and how much memory a function takes on it."""
+"""Describe the device, and measure its rate of matrix products and the memory that a function takes on it."""
 from __future__ import annotations
 
 import ctypes

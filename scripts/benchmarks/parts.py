@@ -1,4 +1,4 @@
-"""What grows with the number of concepts, captions and photos: files, merging, the covariance, masks."""
+"""Costs that grow with the number of concepts, captions and photos: files, merging, the covariance, masks."""
 from __future__ import annotations
 
 import contextlib

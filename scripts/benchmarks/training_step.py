@@ -76,7 +76,7 @@ class StepComparison:
         batch_size: the batch size.
         perfusion: Perfusion's step.
         lower_bound: the frozen U-Net of that step.
-        components: of the other methods; None: there are none.
+        components: components of the other methods; None: there are none.
         others: name -> other method.
     """
 

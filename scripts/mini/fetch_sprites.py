@@ -39,7 +39,7 @@ class Package:
     """An npm package with an emoji set.
 
     Attributes:
-        name: with its version.
+        name: name with version.
         digest: its SHA-256.
         images: path of a code point's image in the package, or of the JSON file with all images.
     """

@@ -52,7 +52,7 @@ def main() -> None:
                         help="folder to write to (default: models/mini/examples)")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels (default: 128)")
     parser.add_argument("--seed", type=int, default=7,
-                        help="of the first concept's positions, extents and angles; the next ones count up "
+                        help="seed of the first concept's positions, extents and angles; each further one adds 1 "
                         "(default: 7)")
     options = parser.parse_args()
     for seed, (name, (kind, appearance)) in enumerate(CONCEPTS.items(), start=options.seed):

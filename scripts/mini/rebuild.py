@@ -57,11 +57,11 @@ ScriptRunner = Callable[[Sequence[str]], None]
 
 @dataclass(frozen=True)
 class RebuildSettings:
-    """How everything is rebuilt.
+    """The settings of a rebuild.
 
     Attributes:
-        folder: of the models.
-        logdir: of the log folders of training.
+        folder: folder of the models.
+        logdir: folder of all log folders.
         device: cpu, cuda or mps; None: the fastest available.
         steps_factor: multiplies the training steps of the configs.
         batch_factor: multiplies the batch sizes of the configs.
@@ -184,7 +184,7 @@ def run_in_project(command: Sequence[str]) -> None:
 
 
 def rename_earlier_runs(logdir: Path) -> None:
-    """Rename the folder of earlier runs, so that everything is trained anew."""
+    """Rename the folder of earlier runs, so that everything is trained again."""
     if logdir.exists():
         renamed = logdir.with_name(f"{logdir.name}-until-{datetime.datetime.now():%Y-%m-%dT%H-%M-%S}")
         logdir.rename(renamed)
@@ -193,7 +193,7 @@ def rename_earlier_runs(logdir: Path) -> None:
 
 @dataclass(frozen=True)
 class RebuildOptions:
-    """The command line: how and what to rebuild, and whether to train anew what earlier rebuilds trained."""
+    """The command line: how and what to rebuild, and whether to repeat finished trainings."""
 
     settings: RebuildSettings
     parts: tuple[str, ...]

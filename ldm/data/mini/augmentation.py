@@ -13,7 +13,7 @@ class MaskedAugmentation(nn.Module):
     that only shape and shading tell the kind of a subject.
 
     Args:
-        probability: of each augmentation except the horizontal flip, whose probability is 0.5.
+        probability: probability of each augmentation except the horizontal flip, whose probability is 0.5.
     """
 
     def __init__(self, probability: float = 0.7) -> None:

@@ -58,7 +58,7 @@ class SceneSubject:
 
     Attributes:
         kind: name of its kind.
-        emoji_set: that its sprite comes from.
+        emoji_set: emoji set that its sprite comes from.
         appearance: its color and pattern.
         center: (x, y) of its center, in [0, 1].
         extent: its longer side, as a fraction of the image.
@@ -88,7 +88,7 @@ class Scene:
         words: the words for the subjects in the caption.
         absent: name of a kind that is not in the scene.
         style: caption template of its style, a key of `STYLES`; None for a plain scene.
-        caption: of the scene.
+        caption: caption of the scene.
         close_up: index of the only subject that is visible and has a word; None if all are.
     """
 
@@ -169,8 +169,8 @@ def close_up_box(center: tuple[float, float], width: int, height: int) -> tuple[
 
     Args:
         center: (x, y) in [0, 1].
-        width: of the image.
-        height: of the image.
+        width: width of the image.
+        height: height of the image.
 
     Returns:
         (left, top, right, bottom) in pixels. The side is `CLOSE_UP` times the image's shorter side.

@@ -1,4 +1,4 @@
-"""What the mini world consists of: kinds of subjects, their sprites, colors and patterns.
+"""The parts of the mini world: kinds of subjects, their sprites, colors and patterns.
 
 A sprite is the emoji image of a kind in one of six emoji sets. `scripts/mini/fetch_sprites.py` fetches them into
 `models/mini/world/sprites/<kind>/<set>.webp`; `models/mini/world/README.md` lists sources and licenses. For half of the
@@ -23,8 +23,8 @@ class Kind:
     """A kind of subject.
 
     Attributes:
-        codepoint: in the emoji sets.
-        words: that captions use for it, the usual one first.
+        codepoint: its code point in the emoji sets.
+        words: words that captions use for it, the usual one first.
     """
 
     codepoint: str
@@ -135,8 +135,8 @@ def pattern_mask(pattern: str, height: int, width: int, phase: float = 0.0) -> n
 
     Args:
         pattern: one of `PATTERNS`. It scales with the sprite.
-        height: of the sprite.
-        width: of the sprite.
+        height: height of the sprite.
+        width: width of the sprite.
         phase: shift of the pattern, as a fraction of the sprite.
 
     Returns:

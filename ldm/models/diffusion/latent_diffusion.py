@@ -202,7 +202,7 @@ class LatentDiffusion(DDPM):
         """Return images (B, 3, H, W) in [-1, 1], sampled by DDIM.
 
         Args:
-            scale: of classifier-free guidance, 1 for none; others need an `unconditional` condition.
+            scale: scale of classifier-free guidance, 1 for none; others need an `unconditional` condition.
             generators: one per image, the sources of its noise; None: the global one.
         """
         latents = self.sample_latents(cond, batch_size, steps, scale, unconditional, eta, generators, verbose)

@@ -249,7 +249,7 @@ class Sampler(ABC):
             x_T: (batch_size, C, H, W), the noise to start from or to add to `x0`; None: random.
             log_every_t: interval of the steps, counted from the last, that the intermediates hold.
             unconditional_guidance_scale: 1 means no guidance.
-            unconditional_conditioning: of the same shape as `conditioning`; required unless the scale is 1.
+            unconditional_conditioning: has the same shape as `conditioning`; required unless the scale is 1.
             generators: one per image, the sources of all noise of that image; None: the global one.
 
         Returns:

@@ -37,11 +37,11 @@ class ContrastiveTrainer(SharedStepModule):
     Args:
         tokenizer: folder of the CLIP tokenizer.
         max_length: tokens per caption.
-        weight_decay: of all matrices except the embedding tables.
-        kinds_weight: of a second loss, which classifies the kinds of subjects in each image. In a small batch,
+        weight_decay: weight decay of all matrices except the embedding tables.
+        kinds_weight: weight of a second loss, which classifies the kinds of subjects in each image. In a small batch,
             backgrounds and colors distinguish most captions, so the towers learn kinds slowly without it.
-        backgrounds_weight: of a third loss, which classifies the background.
-        scheduler_config: of the learning rate.
+        backgrounds_weight: weight of a third loss, which classifies the background.
+        scheduler_config: schedule of the learning rate.
         monitor: name of the logged value that chooses the best checkpoint.
     """
 

@@ -48,7 +48,7 @@ class SegmenterTrainer(SharedStepModule):
         widths: channels of the decoder's levels (see `ResidualSegmenter`).
         augmentation: probability of each augmentation of a training image (see `MaskedAugmentation`); 0: none. Without
             it, the segmenter memorizes the sprites.
-        scheduler_config: of the learning rate.
+        scheduler_config: schedule of the learning rate.
         monitor: name of the logged value that chooses the best checkpoint.
     """
 
