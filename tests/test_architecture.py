@@ -64,12 +64,14 @@ def test_all_questions_are_answered() -> None:
     assert len(answers()) == 11  # the twelfth is the docstring of a module
 
 
+@pytest.mark.slow
 def test_no_room_imports_from_a_room_above() -> None:
     upward = [(module, imported) for module, imported in imports()
               if room_of(imported)[0] < room_of(module)[0]]
     assert upward == []
 
 
+@pytest.mark.slow
 def test_modules_do_not_import_each_other_in_circles() -> None:
     below: dict[str, set[str]] = {}
     for module, imported in imports():

@@ -250,22 +250,26 @@ RESUMED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), CONFIGS, ids=command_line)
 def test_bad_configs(refusal: Refusal, arguments: tuple[str, ...], message: str) -> None:
     assert message in refusal(MAIN, *arguments, "-l", "{out}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", UNKNOWN_KEYS)
 def test_unknown_keys(refusal: Refusal, override: str) -> None:
     line = refusal(MAIN, *BASE, "-l", "{out}", override)
     assert "unknown key foo" in line or "does not know foo; it knows" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "message"), OVERRIDES)
 def test_bad_values_of_the_config(refusal: Refusal, override: str, message: str) -> None:
     assert message in refusal(MAIN, *BASE, "-l", "{out}", override)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), FLAGS, ids=command_line)
 def test_bad_flags(refusal: Refusal, arguments: tuple[str, ...], message: str) -> None:
     assert message in refusal(MAIN, *BASE, "-l", "{out}", *arguments)
@@ -276,17 +280,20 @@ def test_a_missing_gpu(refusal: Refusal) -> None:
     assert "No supported gpu" in refusal(MAIN, *BASE, "-l", "{out}", "--accelerator", "gpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "message"), PHOTOS)
 def test_bad_folders_of_photos(refusal: Refusal, folder: str, message: str) -> None:
     assert message in refusal(MAIN, *BASE, "-l", "{out}", "--data_root", folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "message"), BASES)
 def test_bad_base_models(refusal: Refusal, here: Path, path: str, message: str) -> None:
     assert message in refusal(MAIN, *BASE, "-l", "{out}", "--actual_resume", path)
     assert not (here / "proof").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), FOUND_IN_SETUP, ids=command_line)
 def test_mistakes_that_only_the_model_can_find(refusal: Refusal, arguments: tuple[str, ...], message: str) -> None:
     masks = () if "segmenter" in arguments[0] else ("--masks", "none")
@@ -294,6 +301,7 @@ def test_mistakes_that_only_the_model_can_find(refusal: Refusal, arguments: tupl
     assert message in refusal(MAIN, *BASE, "-l", "{out}", *quick, *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("error", "message"), [
     (torch.OutOfMemoryError("CUDA out of memory."), "memory is too short for batches of 16; lower data.params.batch_s"),
     (OSError(errno.ENOSPC, "No space left on device", "last.ckpt"), "last.ckpt: no room is left on the disk")])
@@ -388,6 +396,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), GENERATION, ids=command_line)
 def test_bad_input_of_generation(refusal: Refusal, here: Path, arguments: tuple[str, ...], message: str) -> None:
     few = ("--outdir", "{out}", "--ddim_steps", "1", "--n_samples", "1", "--device", "cpu")
@@ -414,6 +423,7 @@ def test_unused_concepts_and_unknown_words_are_warned_about(
                         "warning: this text encoder does not know qzxvk; images will not show it"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [
     ("main.py", *BASE, "--data_root", "no/such/folder"),
     ("main.py", *BASE, "--max_steps", "1", "--init_word", "qzxvk", "--masks", "none"),

@@ -27,6 +27,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["main.py", "merge_embeddings.py", "scripts/txt2img.py", "scripts/img2img.py",
                                     "scripts/inpaint.py"])
 @pytest.mark.parametrize(("flags", "status"), [(["--help"], 0), (["--seed", "x", "--output_path"], 2)])

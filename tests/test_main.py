@@ -80,6 +80,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).mean())
 
 
+@pytest.mark.slow
 def test_a_run_saves_a_small_concept(teddy: SimpleNamespace) -> None:
     assert teddy.concept.stat().st_size < 100_000
     (concept,) = load_perfusion_concepts(teddy.concept)
@@ -114,6 +115,7 @@ def test_a_run_prints_where_its_files_are(teddy: SimpleNamespace) -> None:
     assert "Warning" not in teddy.output and "Traceback" not in teddy.output
 
 
+@pytest.mark.slow
 def test_the_next_command_generates_the_concept(teddy: SimpleNamespace, generate: Generate, tmp_path: Path) -> None:
     (line,) = (line for line in teddy.output.splitlines() if line.startswith("next: "))
     python, *command = shlex.split(line.removeprefix("next: "))
@@ -124,6 +126,7 @@ def test_the_next_command_generates_the_concept(teddy: SimpleNamespace, generate
     assert difference(first_image(tmp_path / "next"), base) > 2
 
 
+@pytest.mark.slow
 def test_two_concepts_in_one_image(
     teddy: SimpleNamespace, teapot: SimpleNamespace, merged: Path, generate: Generate, tmp_path: Path
 ) -> None:
@@ -138,6 +141,7 @@ def test_two_concepts_in_one_image(
     assert difference(from_merged, one) > 2 and difference(one, none) > 2
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_is_deterministic(teddy: SimpleNamespace, tmp_path: Path) -> None:
     """Repeat the run in another process. Measured: the loss falls by 2 %, and by 0.01 % by chance."""
     logdir = training_setup.train_main(tmp_path / "logs", "--max_steps", STEPS, *training_setup.FEW_IMAGES,

@@ -35,6 +35,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return one, save_concept(tmp_path / "other.safetensors", "<pet>", "teddy bear")
 
 
+@pytest.mark.slow
 def test_the_output_lists_the_concepts_and_how_to_use_them(files: tuple[Path, Path], tmp_path: Path) -> None:
     output = tmp_path / "new folder" / "both.safetensors"
     command = [sys.executable, "merge_embeddings.py", "--manager_ckpts", *files, "--output_path", output]

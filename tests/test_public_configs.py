@@ -45,6 +45,7 @@ def built_on_meta(section: dict[str, Any]) -> Any:
         return instantiate_from_config(section)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds(name: str) -> None:
     section = model_section(name)
@@ -70,6 +71,7 @@ def trained(section: dict[str, Any], batch: dict[str, Any], root: Path) -> tuple
     return model, before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_small_version_of_every_base_model_trains(name: str, tmp_path: Path) -> None:
     section = stand_in(name, tmp_path)
@@ -90,6 +92,7 @@ def test_a_small_version_of_every_base_model_trains(name: str, tmp_path: Path) -
     assert samples.shape == batch[section["params"]["first_stage_key"]].shape
 
 
+@pytest.mark.slow
 def test_class_labels_reach_the_network(tmp_path: Path) -> None:
     section = stand_in("configs/latent-diffusion/cin256-v2.yaml", tmp_path)
     model = instantiate_from_config(section).eval()

@@ -71,6 +71,7 @@ def config_of_unet(**shape: Any) -> dict[str, Any]:
         return dict(UNet2DConditionModel(**shape).config)
 
 
+@pytest.mark.slow
 def test_the_unet_is_what_converters_expect() -> None:
     ours = convert_ldm_unet_checkpoint(public_model().state_dict(), config_of_unet(**UNET_CONFIG))
     assert shapes(ours) == shapes_of(UNet2DConditionModel, **UNET_CONFIG)
@@ -157,6 +158,7 @@ def test_a_concept_fits_in_35_kilobytes(tmp_path: Path) -> None:
     assert sum(tensor.numel() for _, tensor in load_perfusion_concepts(path)[0].tensors()) == 12_480 + 3 * 768
 
 
+@pytest.mark.slow
 def test_the_concept_config_describes_the_same_base_model() -> None:
     names = ("stable-diffusion/v1-inference.yaml", "perfusion-sd-v1.yaml")
     public, trained = (config(name).model.params for name in names)
@@ -190,6 +192,7 @@ def tiny_checkpoint(folder: Path) -> dict[str, Tensor]:
     return {**state, **averages, "model_ema.decay": torch.tensor(0.9999), positions: torch.arange(16)[None]}
 
 
+@pytest.mark.slow
 def test_both_checkpoint_formats_load_and_generate_the_same_images(tmp_path: Path, caplog: pytest.LogCaptureFixture
                                                                    ) -> None:
     state = tiny_checkpoint(tmp_path)

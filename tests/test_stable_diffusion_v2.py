@@ -39,6 +39,7 @@ def public_model(name: str = CONFIGS[0]) -> Any:
         return instantiate_from_config(model_section(name))
 
 
+@pytest.mark.slow
 def test_the_unet_is_what_converters_expect() -> None:
     ours = convert_ldm_unet_checkpoint(public_model().state_dict(), config_of_unet(**UNET_CONFIG_2))
     assert shapes(ours) == shapes_of(UNet2DConditionModel, **UNET_CONFIG_2)
@@ -81,6 +82,7 @@ def test_every_key_of_the_file() -> None:
     assert {key for key, value in state.items() if not value.is_meta} == set(diffusion_buffers("linear", 1000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "predicts"), zip(CONFIGS, ("eps", "v"), strict=True))
 def test_the_values_of_the_configs(name: str, predicts: str) -> None:
     model = public_model(name)

@@ -37,6 +37,7 @@ def model_config(folder: Path, **params: Any) -> dict[str, Any]:
     return {"model": tiny_models.latent_diffusion_config(folder, **params)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [{}, {"use_ema": True}, {"use_ema": False}])
 def test_images_are_generated_with_the_averages(public: Public, params: dict[str, bool]) -> None:
     folder, state = public
@@ -45,6 +46,7 @@ def test_images_are_generated_with_the_averages(public: Public, params: dict[str
     assert not any(key.startswith("model_ema.") for key in model.state_dict())
 
 
+@pytest.mark.slow
 def test_concepts_are_trained_and_generated_with_the_same_weights(public: Public) -> None:
     folder, _ = public
     trained = instantiate_from_config(tiny_models.latent_diffusion_config(
@@ -54,6 +56,7 @@ def test_concepts_are_trained_and_generated_with_the_same_weights(public: Public
     assert len(fingerprints) == 1
 
 
+@pytest.mark.slow
 def test_training_continues_from_weights_and_averages(public: Public) -> None:
     folder, state = public
     model = tiny_models.latent_diffusion_config(folder, use_ema=True, ckpt_path=str(folder / "both.ckpt"))
@@ -62,6 +65,7 @@ def test_training_continues_from_weights_and_averages(public: Public) -> None:
     assert loaded["model_ema.num_updates"] == 840_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "params"), [
     ("emaonly.ckpt", {}), ("both.ckpt", {"ignore_keys": ["model_ema."]}), ("both.ckpt", {"load_only_unet": True})])
 def test_averages_start_at_the_weights_if_the_file_has_none(public: Public, name: str, params: Any) -> None:
@@ -73,6 +77,7 @@ def test_averages_start_at_the_weights_if_the_file_has_none(public: Public, name
     assert loaded["model_ema.num_updates"] == 0
 
 
+@pytest.mark.slow
 def test_the_averages_can_be_ignored(public: Public) -> None:
     folder, state = public
     model = load_model(model_config(folder, ignore_keys=["model_ema."]), folder / "both.ckpt")

@@ -159,6 +159,7 @@ def initialization_count(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: Counting.initialization_count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 def test_a_loaded_model_equals_the_file_without_random_initialization(
     tmp_path: Path, initialization_count: Callable[[], int], precision: torch.dtype
@@ -180,6 +181,7 @@ def test_a_loaded_model_equals_the_file_without_random_initialization(
     assert torch.equal(model.apply_model(x, t, context), usual.apply_model(x, t, context))
 
 
+@pytest.mark.slow
 def test_missing_keys_are_still_refused(tmp_path: Path) -> None:
     path = tiny_models.write_weights(tmp_path)
     state = torch.load(path)["state_dict"]
@@ -189,6 +191,7 @@ def test_missing_keys_are_still_refused(tmp_path: Path) -> None:
         load_model({"model": tiny_models.latent_diffusion_config(tmp_path)}, path)
 
 
+@pytest.mark.slow
 def test_ignored_keys_are_initialized(tmp_path: Path, initialization_count: Callable[[], int]) -> None:
     path = tiny_models.write_weights(tmp_path)
     ignored = ["first_stage_model.decoder.conv_out"]

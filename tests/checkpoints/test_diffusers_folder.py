@@ -109,6 +109,7 @@ def agree(model: Any, theirs: dict[str, nn.Module]) -> None:
     close(model.first_stage_model.decode(posterior.mean), theirs["vae"].decode(posterior.mean).sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_pipeline_gives_the_same_outputs(pipelines: Any, tmp_path: Path, caplog: Any, version: int) -> None:
     folder, theirs = pipelines(version)
@@ -123,6 +124,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert torch.equal(value, theirs[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_round_trip_through_diffusers_converters(pipelines: Any, tmp_path: Path, version: int) -> None:
     folder, theirs = pipelines(version)
@@ -140,6 +142,7 @@ def test_the_round_trip_through_diffusers_converters(pipelines: Any, tmp_path: P
     same({key.removeprefix("text_model."): value for key, value in back.items()}, tower)
 
 
+@pytest.mark.slow
 def test_weights_that_no_encoding_reads_are_not_required(pipelines: Any, tmp_path: Path) -> None:
     models = [load_model(config(2, tmp_path), pipelines(2)[0]) for _ in range(2)]
     last = [model.state_dict()["cond_stage_model.model.transformer.resblocks.2.mlp.c_fc.weight"] for model in models]
@@ -187,6 +190,7 @@ def with_more_beside(folder: Path) -> None:
             torch.save(other, folder / name / extra)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rewrite", [as_bin, as_half, in_shards, in_half_shards, with_more_beside])
 def test_other_ways_to_write_a_pipeline(pipelines: Any, tmp_path: Path, rewrite: Callable[[Path], None]) -> None:
     folder, theirs = pipelines(1)
@@ -268,6 +272,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "unet", "tower"), [
     ("v1-inference", {"cross_attention_dim": 768, "attention_head_dim": 8}, {"hidden_size": 768, "layers": 12}),
     ("v2-inference-v", {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),

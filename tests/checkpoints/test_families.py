@@ -54,6 +54,7 @@ PUBLIC = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "name"), PUBLIC.items())
 def test_public_models_are_identified_by_their_shapes(config: str, name: str) -> None:
     family = identify_family(shapes_of(config))
@@ -139,6 +140,7 @@ def small_config(tmp_path: Path) -> dict[str, Any]:
     return {"model": tiny_models.latent_diffusion_config(tmp_path, use_ema=False)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "advice"), [
     (V1, "use configs/stable-diffusion/v1-inference.yaml"),
     (V2, "use configs/stable-diffusion/v2-inference.yaml if it was made for 512 pixels, v2-inference-v.yaml"),

@@ -207,6 +207,7 @@ def test_safetensors_with_a_false_header(tmp_path: Path, content: bytes) -> None
     assert "not a complete safetensors file" in refusal(tmp_path / "x.safetensors")
 
 
+@pytest.mark.slow
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999))
 def test_truncated_safetensors(tmp_path: Path, share: float) -> None:

@@ -115,6 +115,7 @@ def test_public_checkpoints_with_the_state_of_their_training_run(tmp_path: Path)
     assert torch.serialization._weights_only_unpickler._get_user_allowed_globals() == before
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999), new_format=st.booleans())
 def test_truncated_ckpt(tmp_path: Path, share: float, new_format: bool) -> None:
@@ -126,6 +127,7 @@ def test_truncated_ckpt(tmp_path: Path, share: float, new_format: bool) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60), protocol=st.booleans())
 def test_other_content_is_refused_in_one_line(tmp_path: Path, content: bytes, protocol: bool) -> None:

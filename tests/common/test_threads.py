@@ -71,6 +71,7 @@ def test_nothing_is_set_once_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) ->
     assert "OMP_WAIT_POLICY" not in os.environ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ENTRY_POINTS)
 def test_every_entry_point_sets_the_policy_before_torch_and_knows_debug(script: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in USER_CHOICES}

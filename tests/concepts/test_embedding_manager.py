@@ -118,6 +118,7 @@ def train_stand_in(name: str, tmp_path: Path) -> tuple[nn.Module, dict[str, Any]
     return base, section, *fit(section, tmp_path / "run", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_stand_in_trains_its_vectors_only(name: str, tmp_path: Path) -> None:
     base, section, model, trainer = train_stand_in(name, tmp_path)
@@ -137,6 +138,7 @@ def test_a_stand_in_trains_its_vectors_only(name: str, tmp_path: Path) -> None:
     assert (concept.super_category, concept.steps, concept.parameter_count) == ("sculpture", 2, concept.vectors.numel())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_with_its_vectors(tmp_path: Path) -> None:
     _, section, model, _ = train_stand_in(CONFIGS[1], tmp_path)
     checkpoint = tmp_path / "run" / "last.ckpt"

@@ -132,6 +132,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_damaged_files_raise_only_user_errors(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

@@ -76,6 +76,7 @@ def test_the_seed_decides_the_order() -> None:
     assert order(1) == order(1) != order(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("before", [0, 1, 2, 3])
 def test_a_loader_continues_where_another_stopped(before: int, workers: int) -> None:
@@ -97,6 +98,7 @@ def test_a_loader_continues_where_another_stopped(before: int, workers: int) -> 
     assert got == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "seeded"), [("fork", "0"), ("fork", "1"), ("spawn", "1")])
 def test_workers_ignore_ctrl_c(start: str, seeded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_SEED_WORKERS", seeded)

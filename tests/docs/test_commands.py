@@ -32,6 +32,7 @@ def help_of(script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_commands_and_their_flags_exist(document: Path) -> None:
     for script, flags in commands(document.read_text(encoding="utf-8")):

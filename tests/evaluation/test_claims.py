@@ -80,6 +80,7 @@ def test_outside_of_a_curve_a_small_difference_decides_nothing() -> None:
     assert (decide_gap(CurveGap(small)), decide_gap(CurveGap(small, beyond=0.1))) == (NOT_SUPPORTED, INCONCLUSIVE)
 
 
+@pytest.mark.slow
 def test_baselines_are_below_the_curve_or_not() -> None:
     def means_of(variant: Variant) -> Means:
         if variant.method.has_bias:
@@ -96,6 +97,7 @@ def test_baselines_are_below_the_curve_or_not() -> None:
     assert not any(BASE_MODEL.name in claim for claim in outcomes)
 
 
+@pytest.mark.slow
 def test_all_layers_extend_the_curve() -> None:
     """Only with all layers, the image similarity reaches 85. Claims about higher biases leave these variants out."""
     def means_of(variant: Variant) -> Means:
@@ -108,6 +110,7 @@ def test_all_layers_extend_the_curve() -> None:
     assert outcomes["Perfusion is above DreamBooth"] == outcomes["a higher bias follows the prompt more"] == SUPPORTED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image", "outcome"), [(70.0, SUPPORTED), (76.0, NOT_SUPPORTED)])
 def test_image_similarity_is_compared_at_equal_text_similarity(image: float, outcome: str) -> None:
     """At the text similarity of a method that has hardly learned, the curve has image similarities of 73 to 74."""
@@ -118,6 +121,7 @@ def test_image_similarity_is_compared_at_equal_text_similarity(image: float, out
     assert outcomes["Perfusion is more like the concept than Textual Inversion"] == outcome
 
 
+@pytest.mark.slow
 def test_a_large_step_back_is_not_a_rise() -> None:
     def outcome_of(last: float) -> str:
         texts = {0.4: 20.0, 0.75: 28.0, 1.1: last}
@@ -127,6 +131,7 @@ def test_a_large_step_back_is_not_a_rise() -> None:
     assert (outcome_of(27.0), outcome_of(27.8)) == (NOT_SUPPORTED, SUPPORTED)  # the second step back is too small
 
 
+@pytest.mark.slow
 def test_a_single_bias_tells_nothing_about_higher_ones() -> None:
     study = build_studies(StudyInputs((0.6,), (0.6,), (0.5,)))["baselines"]
     texts = [check.claim for check in check_claims(study, simulate(study, lambda _: {"text": 20.0, "image": 77.0}))]
@@ -134,6 +139,7 @@ def test_a_single_bias_tells_nothing_about_higher_ones() -> None:
     assert all(text.startswith(("Perfusion is above", "Perfusion is more like")) for text in texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "image", "outcome"), [(22.0, 70.0, INCONCLUSIVE), (23.0, 70.0, SUPPORTED),
                                                         (19.0, 78.0, SUPPORTED)])
 def test_nothing_follows_from_a_method_that_is_worse_than_no_training(text: float, image: float, outcome: str) -> None:
@@ -173,6 +179,7 @@ def test_a_gated_projection_is_better_or_not(lost: float, outcome: str) -> None:
     assert len(outcomes) == 2 and set(outcomes.values()) == {outcome}
 
 
+@pytest.mark.slow
 @BETTER_OR_NOT
 def test_the_layers_in_use_are_better_or_not(lost: float, outcome: str) -> None:
     def means_of(variant: Variant) -> Means:

@@ -61,6 +61,7 @@ def concept_flags(files: Path, model_files: ModelFiles) -> tuple[object, ...]:
     return ("--concept", model_files.teddy, "--prompts", files / "prompts.txt", "--seeds", 2, "--ddim_steps", 2)
 
 
+@pytest.mark.slow
 def test_the_command_generates_measures_and_prints_from_any_directory(
         files: Path, model_files: ModelFiles, measure: Measure, tmp_path: Path) -> None:
     arguments = [*flags(files, model_files, tmp_path / "first"), *map(str, concept_flags(files, model_files)), "--save"]
@@ -89,6 +90,7 @@ def test_the_command_generates_measures_and_prints_from_any_directory(
     assert approximate(again) == approximate(first)
 
 
+@pytest.mark.slow
 def test_intervals_come_from_resampling_prompts(measure: Measure, files: Path, model_files: ModelFiles, tmp_path: Path
                                                 ) -> None:
     """A category of one prompt has no interval, however many seeds there are."""
@@ -100,6 +102,7 @@ def test_intervals_come_from_resampling_prompts(measure: Measure, files: Path, m
     assert float(means["all"]["high"]) == pytest.approx(expected.high, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_prompts_come_from_metadata_a_list_or_a_flag(measure: Measure, model_files: ModelFiles, files: Path,
                                                      tmp_path: Path) -> None:
     generated = measure(*concept_flags(files, model_files), "--save", outdir="generated", segmenter="none")
@@ -116,6 +119,7 @@ def test_prompts_come_from_metadata_a_list_or_a_flag(measure: Measure, model_fil
     assert found == expected
 
 
+@pytest.mark.slow
 def test_masks_of_the_photos_are_used(measure: Measure, files: Path) -> None:
     given = ("--images", files / "photos", "--prompt", "a cat", "--super_category", "cat")
     without, with_masks = measure(*given), measure(*given, "--masks", files / "masks")

@@ -69,6 +69,7 @@ def test_with_one_prompt_concepts_are_clusters() -> None:
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("of_concepts", "of_prompts", "of_cells"), [(1, 0, 0.2), (0, 1, 0.2), (1, 1, 1), (0, 0, 1)])
 def test_intervals_cover_the_truth_if_concepts_and_prompts_differ(of_concepts: float, of_prompts: float,
                                                                   of_cells: float) -> None:

@@ -100,6 +100,7 @@ def attention_row(mask: torch.Tensor | None, size: tuple[int, int] = (8, 8)) -> 
     return AttentionRow("Perfusion,\nlocal lock", "seed 1", image, maps_with(), mask, measured)
 
 
+@pytest.mark.slow
 def test_the_figure_grows_with_its_rows_and_is_deterministic() -> None:
     one = attention_figure([attention_row(left_half())], "Attention")
     two = attention_figure([attention_row(left_half()), attention_row(None)], "Attention")

@@ -127,6 +127,7 @@ def flags(files: Path, model_files: ModelFiles, outdir: Path, **changes: Any) ->
     return command_line(**{**defaults, **changes})
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_plots_and_grids(files: Path, model_files: ModelFiles, tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str],
                                                    caplog: pytest.LogCaptureFixture) -> None:
@@ -155,6 +156,7 @@ def test_the_command_writes_tables_plots_and_grids(files: Path, model_files: Mod
     assert printed.count("| local lock") == 3 and printed.count("*") == 2
 
 
+@pytest.mark.slow
 def test_trained_keys_and_other_methods_are_further_files(files: Path, model_files: ModelFiles, tmp_path: Path) -> None:
     (teddy,) = load_perfusion_concepts(model_files.teddy)
     keys = {name: value + 1 for name, value in teddy.target_outputs_v.items()}

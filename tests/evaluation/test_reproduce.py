@@ -137,6 +137,7 @@ def modification_times(folder: Path) -> dict[Path, int]:
             for path in (folder / kind).rglob("*.*")}
 
 
+@pytest.mark.slow
 def test_every_study_has_a_table_a_figure_and_claims(run: Run, training_calls: list[list[str]], tmp_path: Path,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     results = run("--biases", 0.6, "--seeds", 1)
@@ -165,6 +166,7 @@ def test_every_study_has_a_table_a_figure_and_claims(run: Run, training_calls: l
     assert (cost["mean"], cost["low"]) == (1.5, None) and "trainings at once" in (folder / "cost.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues(run: Run, training_calls: list[list[str]], tmp_path: Path,
                                       capsys: pytest.CaptureFixture[str]) -> None:
     few = ("--only", "masks", "--biases", 0.4, 1.1, "--other_biases", 0.4, 1.1)
@@ -182,6 +184,7 @@ def test_an_interrupted_run_continues(run: Run, training_calls: list[list[str]],
     assert printed.count("generated ") == 1 and "trained" not in printed and len(training_calls) == 4
 
 
+@pytest.mark.slow
 def test_results_of_other_settings_are_made_again(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     few = ("--only", "masks", "--biases", 0.4)
     run(*few)
@@ -193,6 +196,7 @@ def test_results_of_other_settings_are_made_again(run: Run, capsys: pytest.Captu
     assert capsys.readouterr().out.count("training again") == 4
 
 
+@pytest.mark.slow
 def test_results_of_earlier_versions_are_ignored(run: Run, tmp_path: Path) -> None:
     """Their file names have other keys, their records other columns."""
     out = tmp_path / "out"
@@ -206,6 +210,7 @@ def test_results_of_earlier_versions_are_ignored(run: Run, tmp_path: Path) -> No
     assert run("--only", "masks", "--biases", 0.4)["claims"]
 
 
+@pytest.mark.slow
 def test_csv_files_tell_what_was_recognized(run: Run, tmp_path: Path) -> None:
     run("--only", "masks", "two_concepts", "--biases", 0.4)
     (single, *_) = sorted((tmp_path / "out" / "evaluated" / "perfusion" / "teddy").glob("*.csv"))
@@ -287,6 +292,7 @@ def test_seeds_differ_by_concept_and_prompt_but_not_by_method(files: Path) -> No
     assert case_seeds(owl, case, 9)[:3] == seeds(owl)[1]  # a larger number adds seeds
 
 
+@pytest.mark.slow
 def test_complete_studies_are_reported_even_if_not_selected(run: Run, tmp_path: Path,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     few = ("--biases", 0.4, "--seeds", 1)
@@ -301,6 +307,7 @@ def test_complete_studies_are_reported_even_if_not_selected(run: Run, tmp_path: 
     assert list(run("--only", "cost", *few, "--train_steps", 3)["studies"]) == ["cost"]  # masks has other concepts
 
 
+@pytest.mark.slow
 def test_methods_selects_baselines_and_takes_config_files(run: Run, training_calls: list[list[str]], tmp_path: Path
                                                           ) -> None:
     mine = tmp_path / "mine.yaml"

@@ -48,6 +48,7 @@ def finetuned_concept(base: str, weight: torch.Tensor, name: str) -> FinetunedCo
                             {name: torch.randn(weight.shape, generator=generator)}, base=base)
 
 
+@pytest.mark.slow
 def test_images_equal_those_of_the_script(pipeline: PerfusionPipeline, model_files: ModelFiles, tmp_path: Path) -> None:
     run_script = script_generator(load_main("txt2img"), model_files.config, tmp_path)
     expected = run_script("--concept", model_files.teddy, "--prompt", PROMPT, "a cat", "--n_samples", 2, "--seed", 5,
@@ -60,6 +61,7 @@ def test_images_equal_those_of_the_script(pipeline: PerfusionPipeline, model_fil
     assert max_difference(levels(images), expected) <= ROUNDING
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(pipeline: PerfusionPipeline) -> None:
     requests = requests_for(["a cat", "a dog"], range(3))
     together = levels(generate_images(pipeline, requests, settings=SETTINGS))
@@ -69,6 +71,7 @@ def test_an_image_does_not_depend_on_its_batch(pipeline: PerfusionPipeline) -> N
     assert max_difference(together[4], alone[0]) <= ROUNDING
 
 
+@pytest.mark.slow
 def test_concepts_of_any_method_leave_the_base_model_unchanged(pipeline: PerfusionPipeline, model_files: ModelFiles
                                                                ) -> None:
     def generate(prompt: str, *concepts: object, **changes: object) -> np.ndarray:

@@ -94,6 +94,7 @@ def test_other_methods_and_the_list_of_studies_do_not_count() -> None:
     assert not {"evaluation.paper.studies", "evaluation.paper.methods", "evaluation.paper.claims"} & set(both)
 
 
+@pytest.mark.slow
 def test_closures_are_quick_to_find() -> None:
     clear_caches()
     started = time.process_time()

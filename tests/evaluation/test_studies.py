@@ -28,6 +28,7 @@ METHODS = list(dict.fromkeys(method for study in ALL.values() for method in stud
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "perfusion.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
 def test_every_method_has_a_config_that_main_accepts(method: Method) -> None:
     config = read_config(parse_training_options(["--base", *method.configs(CONFIG), *method.overrides]))

@@ -86,6 +86,7 @@ def calls(folder: Path) -> list[str]:
     return (folder / "calls").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_missing_concepts_are_trained_once(folder: Path, runs: TrainingRuns) -> None:
     pairs = [(method, example(folder, name)) for method in (PERFUSION, TRAINED_KEYS) for name in ("cat", "owl")]
     finished = list(runs.train(pairs))
@@ -102,6 +103,7 @@ def test_missing_concepts_are_trained_once(folder: Path, runs: TrainingRuns) -> 
     assert not list(runs.train(pairs)) and len(calls(folder)) == 4
 
 
+@pytest.mark.slow
 def test_seconds_are_processor_time(folder: Path, runs: TrainingRuns) -> None:
     seconds = []
     for statement in ("time.sleep(0.5)", "while time.process_time() < 0.5: pass"):
@@ -183,6 +185,7 @@ def my_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Method]
     clear_caches()
 
 
+@pytest.mark.slow
 def test_a_change_of_a_new_methods_code_trains_it_again_and_no_other(folder: Path, runs: TrainingRuns, my_method: Method
                                                                      ) -> None:
     def keys() -> list[str]:
@@ -198,6 +201,7 @@ def test_a_change_of_a_new_methods_code_trains_it_again_and_no_other(folder: Pat
     assert keys()[0] != before[0] and keys()[1] == before[1]
 
 
+@pytest.mark.slow
 def test_other_code_trains_again(folder: Path, runs: TrainingRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     first = runs.key(PERFUSION, example(folder))
     forget_files()
@@ -253,6 +257,7 @@ def test_closing_early_ends_trainings_that_run(folder: Path, runs: TrainingRuns)
         os.kill(int((folder / "number").read_text()), 0)
 
 
+@pytest.mark.slow
 def test_closing_early_starts_no_training(folder: Path, runs: TrainingRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training that a thread has picked up, but not started yet, is not started any more."""
     is_closed = threading.Event()

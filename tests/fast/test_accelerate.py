@@ -51,6 +51,7 @@ class TableEncoder(PromptEncoder):
         return embedded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_training_accelerates_frozen_text_encoders(tmp_path: Path, precision: str, trained: bool) -> None:
@@ -59,6 +60,7 @@ def test_training_accelerates_frozen_text_encoders(tmp_path: Path, precision: st
     assert (model.cond_stage_model.graphs is not None) == (precision == "bf16-mixed" and not trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "precision", "expected"), [
     (CUDA, "bf16-mixed", torch.bfloat16), (CUDA, "16-mixed", torch.float16), (CUDA, "32-true", None),
     (CPU, "bf16-mixed", None)])
@@ -80,6 +82,7 @@ def test_trained_or_averaged_networks_are_not_accelerated(tmp_path: Path) -> Non
         assert not is_accelerated(model)
 
 
+@pytest.mark.slow
 def test_dropout_prevents_graphs_only(tmp_path: Path) -> None:
     model = model_on(CUDA, tmp_path)
     model.model.diffusion_model.middle_block[0].out_layers[2].p = 0.1
@@ -91,6 +94,7 @@ def test_models_without_a_unet_are_left_alone() -> None:
     start_training(ModelStandIn(device=CUDA), "bf16-mixed")  # for example a first stage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "precision", "weights", "expected"), [
     (CUDA, "autocast", {}, True), (CUDA, "full", {}, False), (CPU, "autocast", {}, False),
     (CUDA, "autocast", {"out.2.weight": torch.zeros(1)}, False)])

@@ -97,6 +97,7 @@ def sixteen_bit_unet(device: str, monkeypatch: pytest.MonkeyPatch, checkpointing
     return unet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("with_concept", [False, True])
 def test_training_accumulates_the_same_gradients(device: str, with_concept: bool, checkpointing: bool,
@@ -122,6 +123,7 @@ def _two_steps(call: GraphedUNet | nn.Module, inputs: UNetInputs) -> list[Tensor
     return [*(output.detach() for output in outputs), *inputs.take_gradients()]
 
 
+@pytest.mark.slow
 def test_sampling_gives_the_same_results(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = sixteen_bit_unet(device, monkeypatch)
     graphed = GraphedUNet(unet)
@@ -163,6 +165,7 @@ def test_sampling_works_after_one_that_ran_out_of_memory(device: str, monkeypatc
     assert graphed.sampling_graph.graph is not None
 
 
+@pytest.mark.slow
 def test_each_shape_has_its_own_sampling_graph(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = sixteen_bit_unet(device, monkeypatch)
     graphed, graphs = GraphedUNet(unet), []
@@ -185,6 +188,7 @@ def test_prompts_that_are_not_cached_are_not_captured(device: str, monkeypatch: 
     assert torch.equal(first, second) and graphed.sampling_graph is None
 
 
+@pytest.mark.slow
 def test_shapes_beyond_the_limit_run_without_a_graph(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = sixteen_bit_unet(device, monkeypatch)
     graphed = GraphedUNet(unet)

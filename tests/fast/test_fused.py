@@ -81,6 +81,7 @@ class PlainNorm(FusedNorm):
         return torch.stack([x, y]) if self.residual else y
 
 
+@pytest.mark.slow
 @given(images=st.integers(1, 3), groups=st.sampled_from([1, 2, 32]), size=st.integers(1, 5), height=st.integers(1, 20),
        width=st.integers(1, 20), silu=st.booleans(), adds=st.booleans(), residual=st.booleans(),
        last=st.booleans())
@@ -99,6 +100,7 @@ def test_norms_equal_torch(images: int, groups: int, size: int, height: int, wid
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_norms_of_many_rows_and_channels() -> None:
     """The map takes several programs in each direction, and a group several iterations over its chunks."""
     norm = frozen_norm(160, 2)
@@ -115,6 +117,7 @@ def test_norms_of_maps_far_from_zero_are_accurate() -> None:
     assert relative_error(FusedNorm(norm.float(), False)(x), exact) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_of_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
     norm = frozen_norm(64, 32)
@@ -147,6 +150,7 @@ def test_sums_with_layer_norm_equal_torch(rows: int, channels: int, adds: bool) 
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), width=st.sampled_from([1, 7, 1024, 1300]),
        seed=st.integers(0, 9))
 @settings(max_examples=15)
@@ -162,6 +166,7 @@ def test_gated_gelu_equals_torch(shape: list[int], width: int, seed: int) -> Non
         torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_fused_unet_gives_the_same_results_and_keeps_its_keys() -> None:
     unet, prompts = frozen_unet().to(DEVICE), unet_inputs(with_concept=True, device=DEVICE)
 
@@ -183,6 +188,7 @@ def test_a_fused_unet_gives_the_same_results_and_keeps_its_keys() -> None:
     assert classes[FusedTransformerBlock] == classes[FusedGEGLU] == classes[FusedSpatialTransformer] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [32, 64])
 def test_residual_blocks_with_random_biases(width: int) -> None:
     block = ResBlock(32, 8, 0.0, width).to(DEVICE).requires_grad_(False)
@@ -209,6 +215,7 @@ def run_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_run_kernels", lambda device, dtype: run_kernels(torch.device(DEVICE), dtype))
 
 
+@pytest.mark.slow
 def test_can_fuse_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from ldm.modules.fast import kernels
 
@@ -232,6 +239,7 @@ def test_can_fuse_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(functions) == 4 and called == {(one, way) for one in functions for way in ("forward", "backward")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [RuntimeError("Failed to find C compiler\nand more"), RuntimeError("")])
 def test_one_warning_if_kernels_cannot_be_compiled(failure: Exception, monkeypatch: pytest.MonkeyPatch,
                                                     caplog: pytest.LogCaptureFixture) -> None:

@@ -23,6 +23,7 @@ def results(unet: nn.Module, given: UNetInputs) -> Iterable[Tensor]:
     return [output.detach(), *given.take_gradients()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("with_concept", [False, True])
 def test_errors_are_those_of_autocast(with_concept: bool, checkpointing: bool) -> None:

@@ -194,6 +194,7 @@ def test_the_clip_is_found_beside_the_checkpoint_that_a_config_names(tmp_path: P
     assert clip_for(None, inference_defaults(config), checkpoint) == str(tmp_path / "evaluation_clip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_photos", [True, False])
 def test_the_sweep_measures_as_the_evaluation_does(
     with_photos: bool, model_files: ModelFiles, clip: Path, short_sweep: None
@@ -227,6 +228,7 @@ def test_references_start_from_other_noise_than_the_images() -> None:
     assert not set(SEEDS) & set(REFERENCE_SEEDS)
 
 
+@pytest.mark.slow
 def test_the_script_reports_the_biases_that_it_finds_and_writes_them_to_the_images(
     generate: Generate, model_files: ModelFiles, clip: Path, short_sweep: None, tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -242,6 +244,7 @@ def test_the_script_reports_the_biases_that_it_finds_and_writes_them_to_the_imag
     assert np.array_equal(first, generate(*arguments, "--bias", *biases))
 
 
+@pytest.mark.slow
 def test_one_bias_may_be_given_and_the_other_found_with_photos(
     generate: Generate, model_files: ModelFiles, clip: Path, short_sweep: None, tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -256,6 +259,7 @@ def test_one_bias_may_be_given_and_the_other_found_with_photos(
     assert read_metadata(image_paths(tmp_path / "out")[0])["concepts"][0]["bias"] == 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["img2img", "inpaint"])
 def test_the_other_scripts_find_biases_too(
     script: str, model_files: ModelFiles, short_sweep: None, tmp_path: Path

@@ -99,6 +99,7 @@ def write_diffusers_folder(folder: Path, model: Any, text_config: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_form_of_weights_gives_the_same_image(
     pipeline: PerfusionPipeline, model_files: ModelFiles, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_folder_of_config_and_weights_can_be_moved(
     assert max_difference(pixels(output.images), generate(pipeline, sampler="dpm")) == 0
 
 
+@pytest.mark.slow
 def test_the_bundled_model_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pipeline = PerfusionPipeline.from_pretrained("models/mini", device="cpu")
@@ -153,6 +155,7 @@ def test_the_bundled_model_is_found_from_any_directory(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_importing_the_pipeline_by_its_public_name_is_quick() -> None:
     """Names are imported on first use, so the modules of settings stay free of torch."""
     code = "import sys, ldm.inference; assert 'torch' not in sys.modules; from ldm.inference import PerfusionPipeline"
@@ -203,6 +206,7 @@ def test_sixteen_bits_hardly_change_the_image(pipeline: PerfusionPipeline, model
 # Prompts and seeds
 
 
+@pytest.mark.slow
 def test_an_image_is_the_one_of_txt2img(
     with_concepts: PerfusionPipeline, model_files: ModelFiles, tmp_path: Path
 ) -> None:
@@ -214,6 +218,7 @@ def test_an_image_is_the_one_of_txt2img(
     assert max_difference(of_call, of_script) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_the_batch_size_does_not_change_images(with_concepts: PerfusionPipeline, batch_size: int) -> None:
     prompts = [PROMPT, CAT, "a <mug> and a <teddy>"]
@@ -332,6 +337,7 @@ def test_mistakes_are_errors_of_one_line(pipeline: PerfusionPipeline, arguments:
 # Concepts and their settings
 
 
+@pytest.mark.slow
 def test_a_concept_shows_in_the_images_that_name_it_only(
     pipeline: PerfusionPipeline, with_concepts: PerfusionPipeline, shared_model: Any, model_files: ModelFiles
 ) -> None:
@@ -341,6 +347,7 @@ def test_a_concept_shows_in_the_images_that_name_it_only(
     assert max_difference(generate(with_concepts, PROMPT), generate(with_concepts, PROMPT.upper().lower())) == 0
 
 
+@pytest.mark.slow
 def test_concepts_are_loaded_one_after_another_and_unloaded(
     pipeline: PerfusionPipeline, model_files: ModelFiles
 ) -> None:
@@ -410,6 +417,7 @@ def test_concepts_of_two_methods_cannot_be_combined(with_concepts: PerfusionPipe
 BOTH = "a <teddy> outside a <mug>"
 
 
+@pytest.mark.slow
 def test_a_bias_is_a_number_a_list_or_a_dict_by_placeholder(with_concepts: PerfusionPipeline) -> None:
     as_trained = generate(with_concepts, BOTH)
     (teddy, mug) = (concept.bias for concept in with_concepts.concepts)
@@ -424,6 +432,7 @@ def test_a_bias_is_a_number_a_list_or_a_dict_by_placeholder(with_concepts: Perfu
     assert max_difference(generate(with_concepts, BOTH), as_trained) == 0  # no call changes the concepts
 
 
+@pytest.mark.slow
 def test_a_temperature_is_a_number_a_list_or_a_dict_by_placeholder(with_concepts: PerfusionPipeline) -> None:
     as_trained = generate(with_concepts, BOTH)
     one = generate(with_concepts, BOTH, temperature=2.0)
@@ -450,6 +459,7 @@ def test_invalid_settings_of_concepts_are_errors_of_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_global_locking_and_all_layers_reach_the_images(
     pipeline: PerfusionPipeline, model_files: ModelFiles
 ) -> None:
@@ -464,6 +474,7 @@ def test_global_locking_and_all_layers_reach_the_images(
     assert max_difference(generate(pipeline, PROMPT), all_layers) <= ROUNDING
 
 
+@pytest.mark.slow
 def test_an_automatic_bias_is_found_and_reported(
     with_concepts: PerfusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -493,6 +504,7 @@ def test_concepts_that_no_prompt_names_are_reported(
     assert warnings == ["warning: concept <mug> is loaded, but its word does not occur in the prompt"]
 
 
+@pytest.mark.slow
 def test_prompts_are_encoded_once_for_any_number_of_images(
     with_concepts: PerfusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -507,6 +519,7 @@ def test_prompts_are_encoded_once_for_any_number_of_images(
 # An image to start from
 
 
+@pytest.mark.slow
 def test_strength_leads_from_the_image_to_the_one_of_the_prompt(pipeline: PerfusionPipeline) -> None:
     source = noise_image()
     near, middle, far = (generate(pipeline, image=source, strength=strength, num_inference_steps=10)
@@ -559,6 +572,7 @@ def test_a_black_mask_is_an_error(pipeline: PerfusionPipeline) -> None:
         generate(pipeline, image=noise_image(), mask_image=Image.new("L", (16, 16)))
 
 
+@pytest.mark.slow
 def test_the_sampler_starts_from_given_latents(pipeline: PerfusionPipeline) -> None:
     """Masked latents stay as they are, and a low strength changes little: img2img and inpainting build on this."""
     encoded = pipeline.encode([CAT, "a dog"], [])
@@ -578,6 +592,7 @@ def test_the_sampler_starts_from_given_latents(pipeline: PerfusionPipeline) -> N
 # Models that are in use elsewhere
 
 
+@pytest.mark.slow
 def test_a_model_in_training_generates_the_same_images_and_stays_in_training(
     with_concepts: PerfusionPipeline, model_files: ModelFiles
 ) -> None:

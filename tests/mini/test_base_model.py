@@ -46,6 +46,7 @@ def measure(flags: dict[str, Any], folder: Path, *arguments: str) -> dict[str, A
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_images_are_generated_recognized_and_recorded(base: dict[str, Any], tmp_path: Path,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     results = measure(base, tmp_path, "--only", "one_subject", "two_subjects", "size", "--prompts", "3",
@@ -67,6 +68,7 @@ def test_images_are_generated_recognized_and_recorded(base: dict[str, Any], tmp_
     assert results["settings"]["prompts"] == 3 and results["settings"]["machine"]["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_results(base: dict[str, Any], tmp_path: Path) -> None:
     few = ("--only", "one_subject", "--prompts", "2", "--scenes", "4", "--ddim_steps", "1")
     for name in ("a", "b"):
@@ -74,6 +76,7 @@ def test_the_same_seed_gives_the_same_results(base: dict[str, Any], tmp_path: Pa
     assert (tmp_path / "a" / "recognized.csv").read_text() == (tmp_path / "b" / "recognized.csv").read_text()
 
 
+@pytest.mark.slow
 def test_parts_are_measured_on_held_out_scenes(base: dict[str, Any], tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[SceneDataset] = []
@@ -86,6 +89,7 @@ def test_parts_are_measured_on_held_out_scenes(base: dict[str, Any], tmp_path: P
         assert all(subject.emoji_set == "twemoji" for index in range(20) for subject in data.plan(index).subjects)
 
 
+@pytest.mark.slow
 def test_another_autoencoder_can_be_measured(base: dict[str, Any], tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "autoencoder.yaml"

@@ -59,6 +59,7 @@ def test_captions_are_those_of_the_scenes() -> None:
     assert world_captions(3) == tuple(sorted({scenes[index]["caption"] for index in range(3)}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(len(CLIPS)))
 def test_an_exported_clip_is_the_same_for_words_of_the_captions(
         exported: Path, few_captions: tuple[str, ...], seed: int) -> None:
@@ -85,6 +86,7 @@ def test_the_exported_text_tower_is_that_of_the_first_clip(exported: Path, few_c
     assert encoded.std() > 0.5
 
 
+@pytest.mark.slow
 def test_an_exported_segmenter_is_the_same(exported: Path, few_captions: tuple[str, ...]) -> None:
     config = {"target": "ldm.models.mini.segmenter.SegmenterTrainer",
               "params": {"clip": str(exported / "clip"), "widths": [32, 32, 32, 32, 64]}}
@@ -100,6 +102,7 @@ def test_an_exported_segmenter_is_the_same(exported: Path, few_captions: tuple[s
     assert torch.allclose(found, expected, atol=5e-3) and expected.std() > 0.03
 
 
+@pytest.mark.slow
 def test_the_exported_model_has_the_further_trained_decoder(exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     shutil.copytree(exported, folder)

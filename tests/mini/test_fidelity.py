@@ -102,6 +102,7 @@ def test_scenes_are_reproducible_and_pairs_have_their_order() -> None:
     assert left[0].mean() < right[0].mean()  # purple on the left, orange on the right
 
 
+@pytest.mark.slow
 def test_concepts_are_recognized_in_scenes_and_others_are_not_mistaken_for_them(recognizer: SubjectFidelity) -> None:
     ceilings = {name: np.mean(hits) for name, hits in recognizer.measure_ceilings(8).items()}
     others = ceilings.pop("others classified as a concept")

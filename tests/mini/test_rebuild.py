@@ -74,6 +74,7 @@ def test_every_config_has_the_keys_that_are_overridden() -> None:
         assert all(OmegaConf.select(config, setting.partition("=")[0]) is not None for setting in settings)
 
 
+@pytest.mark.slow
 def test_parts_that_are_done_are_skipped(settings: RebuildSettings) -> None:
     rebuild(settings, PARTS, Recorder(settings))
     again = Recorder(settings)
@@ -141,6 +142,7 @@ def test_a_failed_script_is_named() -> None:
         rebuild_mini.run_in_project(["scripts/nothing.py"])
 
 
+@pytest.mark.slow
 def test_a_very_small_rebuild_is_resumed_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROJECT_ROOT)
     monkeypatch.setattr(export_mini, "world_captions", lambda: ("a cat", "a dog in the snow"))

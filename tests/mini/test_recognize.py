@@ -70,6 +70,7 @@ def test_the_nearest_class_has_the_smallest_angle() -> None:
     assert nearest_class(embeddings, classes).tolist() == [0, 2, 1]
 
 
+@pytest.mark.slow
 def test_the_library_of_a_folder_is_recognized(open_folder: Path) -> None:
     found, model = ClipEncoder.from_path(open_folder), tiny_openclip().clip.eval()
     assert isinstance(found, OpenClipEncoder) and found.image_size == 32

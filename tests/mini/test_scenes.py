@@ -91,6 +91,7 @@ def test_scenes_have_not_changed(index: int) -> None:
     assert np.abs(np.subtract(quarters(item["image"]), means)).max() <= 2
 
 
+@pytest.mark.slow
 def test_an_item_depends_only_on_seed_and_index() -> None:
     first, again = SceneDataset(seed=1), SceneDataset(seed=1, length=9)
     assert [digest(first[index]) for index in (4, 0, 2)] == [digest(again[index]) for index in (4, 0, 2)]
@@ -108,6 +109,7 @@ def test_configs_with_the_old_names_still_load() -> None:
     assert [digest(old[index]) for index in range(5)] == [digest(new[index]) for index in range(5)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(index=st.integers(0, 10**9), seed=st.integers(0, 1000), held_out=st.booleans())
 def test_held_out_sprites_are_never_used_for_training(index: int, seed: int, held_out: bool) -> None:
@@ -115,6 +117,7 @@ def test_held_out_sprites_are_never_used_for_training(index: int, seed: int, hel
     assert all(((subject.kind, subject.emoji_set) in HELD_OUT) == held_out for subject in scene["subjects"])
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(index=st.integers(0, 10**6), two=st.sampled_from([0.0, 1.0]), held_out=st.booleans())
 def test_captions_match_the_scene(index: int, two: float, held_out: bool) -> None:
@@ -168,6 +171,7 @@ def test_labels_match_the_scene(index: int, held_out: bool) -> None:
     assert (item["objects"] >= item["mask"]).all() and torch.equal(item["objects"], item["mask"]) == alone
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(index=st.integers(0, 10**6), size=st.sampled_from([32, 64]))
 def test_outside_of_the_masks_the_image_is_the_background(index: int, size: int) -> None:
@@ -351,6 +355,7 @@ def test_close_ups_show_and_name_one_of_two_subjects(index: int) -> None:
     assert SceneDataset(**whole).plan(index).subjects == SceneDataset(**whole, close_ups=1e-9).plan(index).subjects
 
 
+@pytest.mark.slow
 def test_frequencies() -> None:
     def share(count: int = 300, **settings: Any) -> list[dict[str, Any]]:
         dataset = SceneDataset(size=8, seed=3, **settings)

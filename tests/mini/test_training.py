@@ -54,6 +54,7 @@ def test_the_segmenter_starts_from_the_clip_and_trains_both_its_towers(
     assert unused == ["clip.logit_scale"]
 
 
+@pytest.mark.slow
 def test_a_batch_is_overfitted(segmenter: SegmenterTrainer) -> None:
     batch = scenes()
     losses = overfit(segmenter, batch, 30)

@@ -304,6 +304,7 @@ def test_state_dict_keys() -> None:
     assert "lvlb_weights" in dict(latent_model().named_buffers())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_restores_the_same_model(tmp_path: Path) -> None:
     model = tiny_models.build_model(tmp_path, use_ema=True)
     model.on_train_batch_end(None, None, 0)
@@ -357,6 +358,7 @@ def test_lightning_trains_and_resumes_it(tmp_path: Path) -> None:
     assert not torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"].keys() & {"lvlb_weights", "logvar"}
 
 
+@pytest.mark.slow
 def test_an_image_depends_only_on_its_own_seed(tmp_path: Path) -> None:
     weights = tiny_models.write_weights(tmp_path)
     model = load_model({"model": tiny_models.latent_diffusion_config(tmp_path)}, weights)

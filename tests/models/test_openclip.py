@@ -87,6 +87,7 @@ def test_the_background_loss_accepts_any_kind() -> None:
     assert torch.allclose(gained, 0.5 * expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_single_batch_is_overfitted(trainer: OpenCLIPTrainer) -> None:
     losses = overfit(trainer, scenes(), 20)
     assert losses[-1] < 0.5 * losses[0]

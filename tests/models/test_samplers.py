@@ -85,6 +85,7 @@ def distance_from_flow(name: str, kind: str, steps: int) -> float:
     return (got - flow(full_grid(name, steps), x, 0.8, 0.5)).abs().max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 def test_samplers_follow_the_flow_of_a_gaussian(kind):
     """First-order methods: four times the steps give about a quarter of the error. Higher orders are more accurate."""
@@ -97,6 +98,7 @@ def test_samplers_follow_the_flow_of_a_gaussian(kind):
         assert few < plain["ddim"][0] / 5 and many < 3e-3  # the last step, to a clean image, is of first order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_all_steps_of_the_schedule_recover_a_gaussian(eta):
     model = gaussian_denoiser(-0.6, 0.4, "eps", timesteps=1000)

@@ -80,6 +80,7 @@ def ours(name: str, kind: str, steps: int, **settings: Any) -> Tensor:
     return sampler.sample(steps, 2, SHAPE, verbose=False, **settings)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [10, 20, 50])
 @pytest.mark.parametrize(("name", "kind"), [
     *((name, kind) for name in ("dpm", "euler", "heun") for kind in ("eps", "v")), ("dpm", "x0"), ("euler", "x0")])
@@ -103,6 +104,7 @@ def test_plms(kind, steps):
     torch.testing.assert_close(ours("plms", kind, steps, x_T=x), expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [10, 20, 50])
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])

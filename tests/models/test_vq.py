@@ -56,6 +56,7 @@ def oracle(model: VQModel, levels: int) -> diffusers.VQModel:
         mid_block_add_attention=hasattr(model.encoder.mid.attn_1, "q"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"ch_mult": (1, 1, 2)}, {"attn_type": "none", "num_res_blocks": 2}])
 @torch.no_grad()
 def test_equals_diffusers(changes: dict[str, Any]) -> None:

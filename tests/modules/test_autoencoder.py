@@ -55,6 +55,7 @@ def oracle(model: AutoencoderKL, config: Mapping[str, Any]) -> diffusers.Autoenc
     return theirs.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -119,6 +120,7 @@ def test_stable_diffusions_first_stage_has_the_published_size() -> None:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(patch=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
 @torch.no_grad()
@@ -232,6 +234,7 @@ def test_weights_load_from_a_file(tmp_path: Path) -> None:
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_training_reduces_the_loss_and_trains_every_parameter() -> None:
     model = AutoencoderKL(
         {**SETTINGS, "ch_mult": (1,)}, {"target": "ldm.modules.losses.reconstruction.ReconstructionKL"}, 4

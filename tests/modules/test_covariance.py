@@ -167,6 +167,7 @@ def test_a_larger_subset_contains_the_smaller_one() -> None:
     assert spread_evenly(words, None) == spread_evenly(words, 97) == spread_evenly(words, 1000) == words
 
 
+@pytest.mark.slow
 def test_the_estimate_converges(embedder: FrozenCLIPEmbedder) -> None:
     corpus = default_captions(3000)
     whole = token_covariance(embedder, corpus, progress=False)

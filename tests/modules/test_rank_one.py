@@ -230,6 +230,7 @@ def test_a_target_input_without_energy_is_refused(inverse: Tensor, targets: Tens
 # Properties
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), count=st.integers(1, 5))
 def test_the_basis_is_orthonormal_and_the_projection_removes_every_concept(seed: int, count: int) -> None:

@@ -124,6 +124,7 @@ def mean_maps(pipeline: PerfusionPipeline, requests: list[GenerationRequest], wo
     return maps.grouped(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_recording_does_not_change_what_a_sampler_returns(pipeline: PerfusionPipeline, sampler: str, scale: float

@@ -55,6 +55,7 @@ def shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
         return {key: tuple(tensor.shape) for key, tensor in UNetModel(**config).state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conv_projections", [True, False], ids=["sd1", "sd2"])
 def test_equals_diffusers(conv_projections: bool) -> None:
     three_levels = {**TEXT, "channel_mult": [1, 2, 2]}
@@ -169,6 +170,7 @@ def gradients(unet: UNetModel, context: torch.Tensor | PromptContext) -> dict[st
     return {name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_checkpointing_gives_the_same_gradients() -> None:
     context = batch()[2]
     stored = gradients(randomize(UNetModel(**TEXT)), context)

@@ -80,6 +80,7 @@ def fit(folder: Path, root: Path, method: str, steps: int, resumed: Path | None 
 # What is trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TARGETS)
 def test_only_the_parameters_of_the_paper_are_trained(folder: Path, tmp_path: Path, method: str) -> None:
     model = prepared(folder, method)
@@ -97,6 +98,7 @@ def test_only_the_parameters_of_the_paper_are_trained(folder: Path, tmp_path: Pa
     assert learned.steps == 2 and learned.parameter_count == sum(p.numel() for p in model.trained_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINS_UNET)
 def test_resuming_equals_not_stopping(folder: Path, tmp_path: Path, method: str) -> None:
     straight = fit(folder, tmp_path / "a", method, 3)
@@ -129,6 +131,7 @@ def test_vectors_of_a_word_start_at_the_super_category(folder: Path) -> None:
         assert torch.allclose(model.prompt_context(PROMPTS).encoding, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINS_UNET)
 def test_a_rare_word_precedes_the_super_category_or_a_new_word_replaces_it(folder: Path, method: str) -> None:
     with torch.no_grad():
@@ -151,6 +154,7 @@ def plain_loss(model: FinetuningMethod, z: Tensor, encoding: Tensor, t: Tensor, 
     return (model.model.diffusion_model(noisy, t, context=encoding) - noise).square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TARGETS)
 def test_the_loss_adds_the_loss_on_the_prior(folder: Path, method: str) -> None:
     model = perturbed(prepared(folder, method, **({"prior_weight": 0.5} if method in TRAINS_UNET else {})))
@@ -169,6 +173,7 @@ def test_the_loss_adds_the_loss_on_the_prior(folder: Path, method: str) -> None:
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_base_model_generates_the_prior_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = prepared(folder, "custom-diffusion")
     monkeypatch.setattr(type(model), "_generate_prior", None)  # DreamBooth finds the images in the cache
@@ -194,6 +199,7 @@ def test_prompts_of_the_prior_have_the_right_article(folder: Path, monkeypatch: 
 # Files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "params"), [
     ("textual-inversion", {}), ("textual-inversion", {"vectors_per_word": 3}), ("custom-diffusion", {}),
     ("dreambooth", {})])
@@ -231,6 +237,7 @@ def files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
+@pytest.mark.slow
 def test_one_prompt_can_have_words_of_two_files(folder: Path, files: dict[str, list[Path]]) -> None:
     base = tiny_models.build_model(folder, use_ema=False).eval()
     one, two = concepts = read_concepts(files["textual-inversion"])
@@ -285,6 +292,7 @@ def test_global_locking_and_other_base_models_raise_a_user_error(folder: Path, f
         build_prompt_encoder(tiny_models.build_model(folder, seed=9, use_ema=False), concepts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "params", "named"), [
     ("textual-inversion", {"vectors_per_word": 0}, "vectors_per_word 0"),
     ("textual-inversion", {"vectors_per_word": 14}, "takes 14"), ("dreambooth", {"weight_lr": 0.0}, "weight_lr"),

@@ -102,6 +102,7 @@ def outputs_overflow(concept: nn.Module) -> None:
         output.fill_(1e38)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [embedding_overflows, outputs_are_nan, outputs_overflow])
 def test_a_diverged_concept_leaves_the_others_as_alone(folder: Path, tmp_path: Path, change: Change) -> None:
     with pytest.raises(UserError, match=r"mug\.safetensors: .*<mug>.*diverged") as error:
@@ -113,12 +114,14 @@ def test_a_diverged_concept_leaves_the_others_as_alone(folder: Path, tmp_path: P
         assert_same(ours, train_alone(folder, tmp_path, word))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [embedding_overflows, outputs_are_nan])
 def test_a_run_whose_only_concept_diverged_is_refused_by_name(folder: Path, tmp_path: Path, change: Change) -> None:
     with pytest.raises(UserError, match=r"concept\.safetensors: .*<mug>.*diverged"):
         train(folder, tmp_path, ["<mug>"], ChangeConcept(0, change))
 
 
+@pytest.mark.slow
 def test_logged_means_are_of_the_concepts_that_have_not_diverged(folder: Path, tmp_path: Path) -> None:
     logged: dict[str, list[float]] = {}
 
@@ -134,6 +137,7 @@ def test_logged_means_are_of_the_concepts_that_have_not_diverged(folder: Path, t
     assert logged["train/loss"][-1] == pytest.approx(np.mean(others))
 
 
+@pytest.mark.slow
 def test_a_diverged_concept_gets_no_previews(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     previews = BeforeDuringAfter(["a {}"], during=0, num_inference_steps=1)
     with pytest.raises(UserError, match="diverged"):
@@ -155,6 +159,7 @@ def test_the_gradient_norm_of_each_concept_is_clipped_separately() -> None:
     assert norms == pytest.approx([5 ** 0.5, 5.0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_clipped_concepts_come_out_as_alone(folder: Path, tmp_path: Path) -> None:
     clipping = {"gradient_clip_val": 1e-3}
     train(folder, tmp_path, WORDS[:2], **clipping)
@@ -179,6 +184,7 @@ def gradients_overflow(concept: nn.Module) -> None:
     concept.embedding.grad.fill_(torch.inf)
 
 
+@pytest.mark.slow
 def test_an_overflow_skips_the_step_of_one_concept_alone(folder: Path, tmp_path: Path) -> None:
     precision = ScaledPrecision()
     overflow = ChangeConcept(1, gradients_overflow, after_backward=True)
@@ -192,6 +198,7 @@ def test_an_overflow_skips_the_step_of_one_concept_alone(folder: Path, tmp_path:
         assert_same(ours, theirs)
 
 
+@pytest.mark.slow
 def test_an_overflow_of_all_concepts_skips_the_step(folder: Path, tmp_path: Path) -> None:
     precision = ScaledPrecision()
     overflows = [ChangeConcept(index, gradients_overflow, after_backward=True) for index in range(2)]
@@ -199,6 +206,7 @@ def test_an_overflow_of_all_concepts_skips_the_step(folder: Path, tmp_path: Path
     assert precision.scaler.get_scale() == 512.0
 
 
+@pytest.mark.slow
 def test_parameters_of_each_concept_are_those_that_are_trained(folder: Path, tmp_path: Path) -> None:
     model: PersonalizationMethod = train(folder, tmp_path, WORDS)
     of_each = model.parameters_of_each_concept()

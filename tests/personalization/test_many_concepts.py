@@ -98,6 +98,7 @@ def assert_same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
 # Learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("micro_batches", "settings"), [(1, {}), (2, {}), (1, {"concepts_per_batch": 2}),
                                                  (2, {"concepts_per_batch": 1})])
 def test_concepts_of_one_run_equal_those_of_separate_runs(folder: Path, micro_batches: int,
@@ -111,6 +112,7 @@ def test_concepts_of_one_run_equal_those_of_separate_runs(folder: Path, micro_ba
         assert (ours.embedding - learned.start).abs().max() > 100 * (ours.embedding - theirs.embedding).abs().max()
 
 
+@pytest.mark.slow
 def test_textual_inversion_learns_several_words(folder: Path) -> None:
     together = train_several(folder, WORDS[:2], method="textual-inversion")
     for index, word in enumerate(WORDS[:2]):
@@ -119,6 +121,7 @@ def test_textual_inversion_learns_several_words(folder: Path) -> None:
         assert together.export_concept(index).parameter_count == alone.export_concept().parameter_count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"concepts_per_batch": 1}])
 def test_devices_share_the_concepts(folder: Path, tmp_path: Path, settings: dict[str, int],
                                     monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +142,7 @@ def test_devices_share_the_concepts(folder: Path, tmp_path: Path, settings: dict
             assert torch.allclose(value, other, rtol=2e-3, atol=1e-3 * float(other.abs().max())), name
 
 
+@pytest.mark.slow
 def test_one_pass_of_the_model_serves_all_concepts(folder: Path) -> None:
     data = data_of(folder, WORDS)
     model = attach_trainer(learner(folder, WORDS), None)
@@ -175,6 +179,7 @@ def test_invalid_words_raise_a_user_error_of_one_line(folder: Path, params: dict
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_validation_and_test_data_raise_a_user_error(folder: Path, name: str, method: str) -> None:
@@ -210,6 +215,7 @@ def test_a_config_for_each_folder() -> None:
             split_concept_configs({**several, "params": {**several["params"], name: values}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at_a_time", "groups"), [(None, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("before", [0, 4, 11])
 def test_photos_come_in_the_order_of_separate_runs_also_after_resuming(
@@ -262,6 +268,7 @@ def model(folder: Path) -> PersonalizationMethod:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_logged_images_show_each_concept_in_turn(folder: Path, model: PersonalizationMethod) -> None:
     batch = next(iter(model.trainer.datamodule.train_dataloader()))
     prompts = [batch[concept]["caption"][number] for number in range(2) for concept in range(3)]
@@ -275,6 +282,7 @@ def test_logged_images_show_each_concept_in_turn(folder: Path, model: Personaliz
     assert torch.allclose(torch.stack([to_tensor(image) for image in images]), logged[4], atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_logged_images_of_a_single_concept(folder: Path, method: str) -> None:
     model = train_several(folder, WORDS[:1], steps=1, method=method)

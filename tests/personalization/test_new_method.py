@@ -56,6 +56,7 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return logdir
 
 
+@pytest.mark.slow
 def test_it_trains_and_is_saved_under_its_name(logdir: Path) -> None:
     path = logdir / "concept.safetensors"
     (concept,) = load_concepts(path)

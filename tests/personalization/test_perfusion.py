@@ -96,6 +96,7 @@ def perturb(model: Perfusion) -> None:
 # Initialization
 
 
+@pytest.mark.slow
 def test_everything_starts_at_the_super_category(folder: Path) -> None:
     model = prepared(folder)
     concept, at_word = model.concepts[0], encodings_of(model, "cat").mean(0)
@@ -137,6 +138,7 @@ def test_a_super_category_of_several_pieces_is_their_mean(folder: Path) -> None:
     assert torch.allclose(context.encoding[positions].mean(0), model.concepts[0].super_input, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("params", "message"), [
     ({"super_category": None}, "--init_word"), ({"super_category": "  "}, "teddy bear"),
     ({"ckpt_path": None}, "--actual_resume"), ({"placeholder": "two words"}, "white space"),
@@ -170,6 +172,7 @@ def gradients(model: Perfusion) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locking", ["local", "trained"])
 def test_only_the_concept_gets_gradients_with_and_without_recomputation(folder: Path, locking: str) -> None:
     stored, recomputed = (gradients(prepared(
@@ -211,6 +214,7 @@ def test_the_target_input_is_a_moving_average(folder: Path) -> None:
     assert not model.concepts[0].target_input.requires_grad and torch.equal(model.concepts[0].super_input, start)
 
 
+@pytest.mark.slow
 def test_micro_batches_move_the_average_as_far_as_one_batch(folder: Path) -> None:
     one = prepared(folder, target_input_decay=0.5)
     four = prepared(folder, micro_batches=4, target_input_decay=0.5)
@@ -250,6 +254,7 @@ def test_inputs_of_the_loss(folder: Path) -> None:
     assert weight[1, 0, 7].tolist() == [0.25] * 4 + [1.0] * 4  # mirrored along
 
 
+@pytest.mark.slow
 def test_noise_depends_on_seed_step_and_micro_batch_alone(folder: Path) -> None:
     model = prepared(folder, micro_batches=2, seed=0)
 
@@ -265,6 +270,7 @@ def test_noise_depends_on_seed_step_and_micro_batch_alone(folder: Path) -> None:
         assert not torch.equal(changed, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_timesteps_are_shifted_as_the_config_says(folder: Path, shift: float) -> None:
     model, generator = prepared(folder, timestep_shift=shift), torch.Generator().manual_seed(2)
@@ -286,6 +292,7 @@ def test_masks_decide_where_errors_count(folder: Path) -> None:
     assert losses[0] == losses[1] > 0
 
 
+@pytest.mark.slow
 def test_weights_fall_off_outside_a_mask(folder: Path) -> None:
     weight = inputs_of_the_loss(prepared(folder, masks=[left_half(0.0)] * 2, mask_border=0.25))[-1]
     expected = torch.tensor([1.0] * 4 + [0.7, 0.3, 0.0, 0.0])  # 0.8, 0.6, 0.4, 0.2 on four pixels, two in each cell
@@ -313,6 +320,7 @@ def test_half_precision_does_not_reach_the_similarity(folder: Path) -> None:
 # What the file keeps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("locking", "projection"), [("local", "full"), ("trained", "gated")])
 def test_a_saved_concept_gives_the_keys_and_values_of_training(folder: Path, tmp_path: Path, locking: str,
                                                                projection: str) -> None:
@@ -336,6 +344,7 @@ def test_a_saved_concept_gives_the_keys_and_values_of_training(folder: Path, tmp
                     assert torch.allclose(ours, theirs, atol=tolerance * float(theirs.abs().max()))
 
 
+@pytest.mark.slow
 def test_unused_layers_are_trained_but_not_sampled_with(folder: Path, tmp_path: Path) -> None:
     """The file has them, too: `all_layers` samples with all of them."""
     model = prepared(folder, used_layers="output_blocks")
@@ -370,6 +379,7 @@ def test_used_layers_match_whole_parts_of_names(prefixes: str | list[str], used:
         Perfusion._find_layers(without, as_list(prefixes))
 
 
+@pytest.mark.slow
 def test_a_concept_keeps_its_energy_under_the_covariance_of_training(
         folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = prepared(folder)
@@ -391,6 +401,7 @@ def test_a_concept_keeps_its_energy_under_the_covariance_of_training(
         save_perfusion_concepts(tmp_path / "concept.safetensors", [model.export_concept()])
 
 
+@pytest.mark.slow
 def test_inference_bias_is_saved_and_does_not_change_training(folder: Path) -> None:
     usual, shut = prepared(folder, bias=0.6), prepared(folder, bias=0.6, inference_bias=0.95)
     assert (usual.export_concept().bias, shut.export_concept().bias) == (0.6, 0.95)
@@ -398,6 +409,7 @@ def test_inference_bias_is_saved_and_does_not_change_training(folder: Path) -> N
     assert torch.equal(*gates)
 
 
+@pytest.mark.slow
 def test_trained_keys_are_used(folder: Path) -> None:
     model = prepared(folder, locking="trained")
     name, layer = next(iter(model.text_layers.items()))
@@ -421,6 +433,7 @@ def generate(model: Perfusion, prompts: list[str], concepts: list[Concept]) -> l
     return [np.asarray(image, dtype=float) for image in images]
 
 
+@pytest.mark.slow
 def test_generating_with_a_concept(folder: Path) -> None:
     model = prepared(folder)
     perturb(model)
@@ -436,6 +449,7 @@ def fit(folder: Path, root: Path, steps: int, resumed: Path | None = None, **set
     return train_method(unprepared(folder), RepeatedBatch(folder, batch()), root, steps, resumed, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_resuming_equals_not_stopping(folder: Path, tmp_path: Path, micro_batches: int) -> None:
     settings = {"accumulate_grad_batches": micro_batches}
@@ -451,6 +465,7 @@ def test_resuming_equals_not_stopping(folder: Path, tmp_path: Path, micro_batche
             assert not torch.equal(half.concepts[0].state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_a_run_saves_its_concept(folder: Path, tmp_path: Path) -> None:
     model = fit(folder, tmp_path, 2)
     (concept,) = load_perfusion_concepts(tmp_path / "concept.safetensors")
@@ -458,6 +473,7 @@ def test_a_run_saves_its_concept(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(concept.embedding, model.export_concept().embedding.half().float())
 
 
+@pytest.mark.slow
 def test_training_does_not_change_the_base_model(folder: Path, tmp_path: Path) -> None:
     model = fit(folder, tmp_path, 2)
     before = torch.load(folder / "base.ckpt", weights_only=True)["state_dict"]

@@ -69,6 +69,7 @@ def train(config: str, folder: Path, **changes: Any) -> Perfusion:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", MODELS)
 def test_two_steps_learn_a_concept_to_generate_with(config: str, tmp_path: Path) -> None:
     checkpoint = base_weights(MODELS[config], tmp_path)

@@ -66,6 +66,7 @@ def mask(tmp_path: Path) -> Path:
     return tmp_path / "mask.png"
 
 
+@pytest.mark.slow
 def test_methods_are_compared_in_a_figure_and_in_numbers(model_files: ModelFiles, inversion: Path, mask: Path,
                                                          tmp_path: Path) -> None:
     outdir = tmp_path / "out"
@@ -92,6 +93,7 @@ def test_methods_are_compared_in_a_figure_and_in_numbers(model_files: ModelFiles
         assert f"{case['label']}: {case['word']} gets" in result.stdout
 
 
+@pytest.mark.slow
 def test_images_in_which_the_segmenter_finds_nothing_do_not_count(
     main: Main, model_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
@@ -108,6 +110,7 @@ def test_images_in_which_the_segmenter_finds_nothing_do_not_count(
         ["area", "attention", "seed", "share"], ["seed"], ["area", "attention", "seed", "share"]]
 
 
+@pytest.mark.slow
 def test_maps_are_shown_even_if_nothing_can_be_measured(
     main: Main, model_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -148,6 +151,7 @@ ERRORS: Sequence[tuple[tuple[str, ...], str]] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[" ".join(error[0])[-40:] for error in ERRORS])
 def test_errors_are_one_line_and_nothing_is_written(
     main: Main, model_files: ModelFiles, mask: Path, tmp_path: Path, arguments: tuple[str, ...], message: str,

@@ -18,6 +18,7 @@ from scripts.benchmarks.device import PeakMemory, matrix_rate, memory_of
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 
 
+@pytest.mark.slow
 def test_scenes_are_printed_and_saved(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "scenes", "--quick", "--rounds", "1", "--device", "cpu",
                            "--outdir", str(tmp_path)], capture_output=True, text=True, check=True)
@@ -30,6 +31,7 @@ def test_scenes_are_printed_and_saved(tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in lines] == [row["name"] for row in results["rows"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "complaint"), [
     (["speed"], "there is no part 'speed'"), (["scenes", "--compile", "--device", "cpu"], "--compile: is for CUDA")])
 def test_impossible_options_are_refused(arguments: list[str], complaint: str, tmp_path: Path) -> None:
@@ -75,6 +77,7 @@ def test_shared_memory_counts_once() -> None:
     assert before == 440 and memory_of([layer, optimizer]) == 3 * 440 + 2 * 4  # two averages and a step count each
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_function() -> None:
     peak_memory = PeakMemory(torch.device("cpu"))
     peak = peak_memory.measure(lambda: torch.ones(20_000_000))

@@ -53,6 +53,7 @@ def build_components(perfusion: PerfusionStep, settings: BenchmarkSettings) -> b
     return baselines.DiffusersComponents(params, perfusion.model.cond_stage_model.transformer.config, settings.device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["perfusion.yaml", "perfusion-sd-v1.yaml", "perfusion-sd-v2.yaml"])
 def test_unet_of_diffusers_has_the_same_size(config: str) -> None:
     from diffusers import UNet2DConditionModel
@@ -73,6 +74,7 @@ def test_first_stage_of_diffusers_has_the_same_size() -> None:
     assert count_params(ours) == count_params(theirs)
 
 
+@pytest.mark.slow
 def test_every_method_has_rows(settings: BenchmarkSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(device.MATRIX_SIDE, "cpu", 256)
     rows = {row.name: row for row in training_step.measure(settings)}
@@ -83,6 +85,7 @@ def test_every_method_has_rows(settings: BenchmarkSettings, monkeypatch: pytest.
     assert all(row.goal is None for row in rows.values())
 
 
+@pytest.mark.slow
 def test_a_missing_package_leaves_its_method_out(settings: BenchmarkSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = baselines.importlib.util.find_spec
     monkeypatch.setattr(baselines.importlib.util, "find_spec",
@@ -95,6 +98,7 @@ def test_a_missing_package_leaves_its_method_out(settings: BenchmarkSettings, mo
     assert "GB" in str(dict(baselines.build_methods(components, free=10**5))[baselines.FULL])
 
 
+@pytest.mark.slow
 def test_each_method_trains_its_weights_only(settings: BenchmarkSettings) -> None:
     perfusion = PerfusionStep(settings)
     components = build_components(perfusion, settings)
@@ -124,6 +128,7 @@ def test_each_method_trains_its_weights_only(settings: BenchmarkSettings) -> Non
     assert all(torch.equal(weight, frozen[name]) for name, weight in perfusion.unet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_sampling_has_rows_for_each_count(settings: BenchmarkSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "COUNTS", (0, 1, 2))
     rows = [row.name for row in sampling.measure(settings)]
@@ -132,6 +137,7 @@ def test_sampling_has_rows_for_each_count(settings: BenchmarkSettings, monkeypat
     assert with_concepts.value > 0 and without.value > 0 and ratio.unit == "x"
 
 
+@pytest.mark.slow
 def test_parts_write_files_and_have_rows(settings: BenchmarkSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "CONCEPTS", (2, 3))
     monkeypatch.setattr(parts, "QUICK_CAPTIONS", 20)
@@ -142,6 +148,7 @@ def test_parts_write_files_and_have_rows(settings: BenchmarkSettings, monkeypatc
     assert len(load_perfusion_concepts(settings.folder / "concepts" / "merged_3.safetensors")) == 3
 
 
+@pytest.mark.slow
 def test_files_of_a_run_can_be_loaded(settings: BenchmarkSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
     config_class = CLIPSegConfig

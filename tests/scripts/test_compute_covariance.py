@@ -81,6 +81,7 @@ def latent_diffusion(encoder_config: dict[str, object]) -> dict[str, object]:
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config_names_output", [False, True])
 def test_the_script_writes_the_covariance_of_a_checkpoint(
     encoder_config: dict[str, object], files: SimpleNamespace, tmp_path: Path, config_names_output: bool

@@ -51,6 +51,7 @@ def main() -> Main:
     return load_main("img2img")
 
 
+@pytest.mark.slow
 def test_as_a_process_it_starts_from_a_rotated_jpeg_and_reports_what_it_did(
     model_files: ModelFiles, tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def test_as_a_process_it_starts_from_a_rotated_jpeg_and_reports_what_it_did(
     assert metadata["concepts"][0]["placeholder"] == "<teddy>"
 
 
+@pytest.mark.slow
 def test_strength_leads_from_the_reconstruction_to_the_image_of_txt2img(
     generate: Generate, model_files: ModelFiles, photo: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +91,7 @@ def test_strength_leads_from_the_reconstruction_to_the_image_of_txt2img(
     assert max_difference(generate(*base, "--strength", 0.9), txt2img) > ROUNDING
 
 
+@pytest.mark.slow
 def test_the_middle_of_an_image_of_any_size_and_mode_is_used(generate: Generate, tmp_path: Path) -> None:
     wide = landscape(96, 64)
     wide.save(tmp_path / "wide.bmp")
@@ -103,6 +106,7 @@ def test_the_middle_of_an_image_of_any_size_and_mode_is_used(generate: Generate,
         assert generate(*base, path).shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_images_depend_on_concept_and_seed_but_not_on_the_batch(
     generate: Generate, model_files: ModelFiles, photo: Path
 ) -> None:

@@ -87,6 +87,7 @@ def inside(left: int, top: int, right: int, bottom: int) -> np.ndarray:
     return box
 
 
+@pytest.mark.slow
 def test_as_a_process_it_keeps_what_is_not_masked(
     model_files: ModelFiles, photo: Path, mask: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_as_a_process_it_keeps_what_is_not_masked(
     assert metadata["concepts"][0]["placeholder"] == "<teddy>"
 
 
+@pytest.mark.slow
 def test_the_border_lies_outside_of_the_grown_mask(generate: Generate, photo: Path, mask: Path) -> None:
     original = read_pixels(photo)
     base = ("--init-img", photo, "--mask", mask, *CAT)
@@ -121,6 +123,7 @@ def test_the_border_lies_outside_of_the_grown_mask(generate: Generate, photo: Pa
     assert max_difference(default, hard) == 0
 
 
+@pytest.mark.slow
 def test_a_white_mask_gives_the_image_of_txt2img_and_strength_leads_there(
     generate: Generate, model_files: ModelFiles, photo: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +134,7 @@ def test_a_white_mask_gives_the_image_of_txt2img_and_strength_leads_there(
     assert max_difference(generate(*base, "--strength", 0.5), txt2img) > 10
 
 
+@pytest.mark.slow
 def test_a_mask_found_by_a_word_can_be_given_again(
     generate: Generate, photo: Path, segmenter: BrightnessSegmenter, tmp_path: Path
 ) -> None:

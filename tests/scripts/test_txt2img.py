@@ -41,6 +41,7 @@ def main() -> Main:
     return load_main("txt2img")
 
 
+@pytest.mark.slow
 def test_as_a_process_it_repeats_images_and_reports_their_files(
     generate: Generate, model_files: ModelFiles, tmp_path: Path
 ) -> None:
@@ -62,6 +63,7 @@ def test_as_a_process_it_repeats_images_and_reports_their_files(
     assert max_difference(first[0], first[1]) > 20 and max_difference(first[0], first[2]) > 20
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_own_seed_only(generate: Generate) -> None:
     four = generate("--prompt", "a cat", "a dog", "--n_samples", 4, "--seed", 3)
     iterated = generate("--prompt", "a cat", "--n_iter", 2, "--n_samples", 2, "--seed", 3)
@@ -73,6 +75,7 @@ def test_an_image_depends_on_its_own_seed_only(generate: Generate) -> None:
     assert max_difference(four[:4], four[4:]) > 20
 
 
+@pytest.mark.slow
 def test_a_concept_and_its_settings_change_the_image(generate: Generate, model_files: ModelFiles) -> None:
     concept = ("--concept", model_files.teddy, "--prompt", PROMPT, "--n_samples", 1)
     local = generate(*concept)
@@ -82,6 +85,7 @@ def test_a_concept_and_its_settings_change_the_image(generate: Generate, model_f
         assert max_difference(local, generate(*concept, *setting)) > ROUNDING, setting
 
 
+@pytest.mark.slow
 def test_a_concept_uses_its_own_layers_unless_all_are_requested(
     generate: Generate, model_files: ModelFiles, tmp_path: Path
 ) -> None:
@@ -95,6 +99,7 @@ def test_a_concept_uses_its_own_layers_unless_all_are_requested(
     assert max_difference(all_layers, generate(*arguments, file, "--all_layers")) <= ROUNDING
 
 
+@pytest.mark.slow
 def test_an_image_depends_only_on_the_concepts_that_its_prompts_name(
     generate: Generate, model_files: ModelFiles
 ) -> None:
@@ -110,6 +115,7 @@ def test_an_image_depends_only_on_the_concepts_that_its_prompts_name(
     assert max_difference(with_concept[0], with_word[0]) > ROUNDING
 
 
+@pytest.mark.slow
 def test_every_sampler_generates_and_is_in_the_metadata(generate: Generate, tmp_path: Path) -> None:
     base = ("--prompt", "a cat", "--n_samples", 1)
     images = {name: generate(*base, "--sampler", name, "--steps", 12, outdir=name) for name in SAMPLERS}
@@ -122,6 +128,7 @@ def test_every_sampler_generates_and_is_in_the_metadata(generate: Generate, tmp_
     assert max_difference(images["plms"], generate(*base, "--plms", "--ddim_steps", 12)) == 0
 
 
+@pytest.mark.slow
 def test_negative_prompts_are_one_for_all_prompts_or_one_for_each(generate: Generate, tmp_path: Path) -> None:
     both = ("--prompt", "a cat", "a dog", "--n_samples", 1)
     first = generate(*both, "--negative_prompt", "a mug", outdir="first")
@@ -131,6 +138,7 @@ def test_negative_prompts_are_one_for_all_prompts_or_one_for_each(generate: Gene
     assert [read_metadata(path)["negative_prompt"] for path in image_paths(tmp_path / "own")] == ["a mug", "a hat"]
 
 
+@pytest.mark.slow
 def test_an_image_of_the_base_model_equals_the_samplers_output(generate: Generate, model_files: ModelFiles) -> None:
     config = OmegaConf.load(model_files.config)
     model = instantiate_from_config(config.model).eval()
@@ -147,6 +155,7 @@ def test_an_image_of_the_base_model_equals_the_samplers_output(generate: Generat
     assert max_difference(images, sixteen_bits) <= 25
 
 
+@pytest.mark.slow
 def test_equal_placeholders_are_renamed_and_prompts_come_from_a_file(
     generate: Generate, model_files: ModelFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -201,6 +210,7 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(mistake[0])[-40:] for mistake in MISTAKES])
 def test_mistakes_are_reported_in_one_line_before_anything_is_written(
     main: Main, model_files: ModelFiles, tmp_path: Path, arguments: tuple[str, ...], message: str,
@@ -218,6 +228,7 @@ NO_ARGUMENTS = {"txt2img": 'no prompt; give --prompt "a photo of a dog" or --fro
                 "inpaint": "the following arguments are required: --init-img"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", NO_ARGUMENTS)
 def test_help_and_typing_mistakes_need_no_torch(script: str, tmp_path: Path) -> None:
     file = str(ROOT / "scripts" / f"{script}.py")
@@ -234,6 +245,7 @@ def test_help_and_typing_mistakes_need_no_torch(script: str, tmp_path: Path) -> 
         assert message in process.stdout + process.stderr
 
 
+@pytest.mark.slow
 def test_the_readmes_command_works_from_any_directory(tmp_path: Path) -> None:
     """The bundled model is found, and images go to ./outputs of the working directory."""
     command = [sys.executable, str(ROOT / "scripts" / "txt2img.py"), "--prompt", "a photo of a dog on the beach",

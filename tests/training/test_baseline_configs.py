@@ -33,6 +33,7 @@ def merge(*paths: Path) -> DictConfig:
     return read_config(parse_training_options(["--base", *map(str, paths), *SUBJECT]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("perfusion", PERFUSION, ids=lambda path: path.stem)
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda path: path.stem)
 def test_a_baseline_keeps_the_params_that_it_shares(perfusion: Path, baseline: Path) -> None:
@@ -49,6 +50,7 @@ def test_a_baseline_keeps_the_params_that_it_shares(perfusion: Path, baseline: P
     assert {"bias", "temperature", "locking", "value_lr"} & set(before.model.params) <= gone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("perfusion", PUBLIC, ids=lambda path: path.stem)
 @pytest.mark.parametrize("method", PUBLIC_RATES)
 def test_public_models_have_their_own_learning_rates(perfusion: Path, method: str) -> None:
@@ -60,6 +62,7 @@ def test_public_models_have_their_own_learning_rates(perfusion: Path, method: st
     assert all(mini.model.params[name] == config.model.params[name] for name in set(config.model.params) - set(rates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda path: path.stem)
 def test_the_commands_in_a_header_work(baseline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -21,6 +21,7 @@ from ldm.training.next_command import config_flag
 from ldm.util import instantiate_from_config
 
 
+@pytest.mark.slow
 def test_the_concept_is_saved_before_the_last_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
 
@@ -36,6 +37,7 @@ def test_the_concept_is_saved_before_the_last_previews(tmp_path: Path, monkeypat
     assert load_perfusion_concepts(path)[0].steps == 2
 
 
+@pytest.mark.slow
 def test_a_config_may_name_the_concept_saver(tmp_path: Path) -> None:
     saver = "lightning.callbacks.saver"
     logdir = train_main(tmp_path, *QUICK, "--max_steps", 1, "lightning.callbacks.previews=null",
@@ -45,6 +47,7 @@ def test_a_config_may_name_the_concept_saver(tmp_path: Path) -> None:
     assert not torch.equal(concept.target_input, concept.target_input.half().float())
 
 
+@pytest.mark.slow
 def test_previews_without_memory_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                               caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
@@ -55,6 +58,7 @@ def test_previews_without_memory_are_left_out(tmp_path: Path, monkeypatch: pytes
     assert [message for message in caplog.messages if message.startswith("no previews of my-teddy (after)")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fits", [True, False])
 def test_the_image_logger_of_public_configs_shows_concepts_if_memory_lasts(
     fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -72,6 +76,7 @@ def test_the_image_logger_of_public_configs_shows_concepts_if_memory_lasts(
     assert ("no images at step 1: CUDA out of memory" in caplog.messages) != fits
 
 
+@pytest.mark.slow
 def test_the_last_line_names_the_config_if_the_default_has_another_covariance(
         tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)

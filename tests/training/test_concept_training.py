@@ -31,6 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedConcept:
     return train_one(tmp_path_factory.mktemp("python"))
 
 
+@pytest.mark.slow
 def test_the_concept_equals_that_of_main(trained: TrainedConcept, tmp_path: Path) -> None:
     logdir = train_main(tmp_path, *QUICK, "--data_root", TEDDY)
     assert trained.path.read_bytes() == (logdir / "concept.safetensors").read_bytes()
@@ -40,6 +41,7 @@ def test_the_concept_equals_that_of_main(trained: TrainedConcept, tmp_path: Path
     assert trained.steps == 2 and len(trained.paths) == len(trained.concepts) == 1
 
 
+@pytest.mark.slow
 def test_the_working_directory_and_the_thread_do_not_matter(trained: TrainedConcept, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a notebook: Ctrl-C keeps its handler, and torch its settings."""
@@ -65,6 +67,7 @@ def test_the_working_directory_and_the_thread_do_not_matter(trained: TrainedConc
     assert signal.getsignal(signal.SIGINT) is handler and not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.slow
 def test_no_module_called_main_is_needed(tmp_path: Path) -> None:
     """Configs name classes by main.py; a user's own main.py must not be taken for it."""
     (tmp_path / "main.py").write_text("raise RuntimeError('a module of the user')")
@@ -74,6 +77,7 @@ def test_no_module_called_main_is_needed(tmp_path: Path) -> None:
     assert done.stdout.strip() == "ldm.data.module"
 
 
+@pytest.mark.slow
 def test_what_is_learned_can_be_generated_with(trained: TrainedConcept) -> None:
     pipe = PerfusionPipeline.from_pretrained("models/mini", device="cpu")
     pipe.load_concepts(trained.path)
@@ -81,6 +85,7 @@ def test_what_is_learned_can_be_generated_with(trained: TrainedConcept) -> None:
     assert image.size == (64, 64)
 
 
+@pytest.mark.slow
 def test_several_concepts(tmp_path: Path) -> None:
     with in_project_root():
         trained = train_concept([TEDDY, TEAPOT], ["teddy bear", "teapot"], ["<teddy>", "<teapot>"], max_steps=1,
@@ -89,6 +94,7 @@ def test_several_concepts(tmp_path: Path) -> None:
     assert [concept.super_category for concept in trained.concepts] == ["teddy bear", "teapot"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "message"), [
     ({"config": "nowhere.yaml"}, "nowhere.yaml: no such file"), ({"placeholder": "two words"}, "two words"),
     ({"masks": "nowhere"}, "nowhere: no such folder"), ({"checkpoint": "nowhere.ckpt"}, "nowhere.ckpt: no such file"),

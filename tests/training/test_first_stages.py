@@ -45,6 +45,7 @@ def factor(path: Path) -> int:
     return FACTORS.get(path.parent.name) or 256 // int(re.search(r"_(\d+)x\d+x\d+$", path.stem)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_latents_and_parameters_at_full_size(path: Path) -> None:
     """Latents have the size in the name. Parameters equal those of diffusers, with attention only in the middle."""
@@ -110,6 +111,7 @@ def train_small_model(path: Path, folders: tuple[Path, Path], folder: Path, *ove
     return logdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_a_small_model_trains(path: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Gradients reach both networks, and a checkpoint holds both, but not the perceptual one."""
@@ -129,6 +131,7 @@ def test_a_small_model_trains(path: Path, folders: tuple[Path, Path], tmp_path: 
 VQ_F4, KL_F8 = (ROOT / "models" / "first_stage_models" / name / "config.yaml" for name in ("vq-f4", "kl-f8"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """With two batches per step and clipped gradients. A VQ model samples nothing at random."""
     settings = ("lightning.trainer.accumulate_grad_batches=2", "lightning.trainer.gradient_clip_val=0.5",

@@ -33,6 +33,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_main(tmp_path_factory.mktemp("plain"), *QUICK)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_concept(plain: Path, tmp_path: Path) -> None:
     again, other = train_main(tmp_path / "again", *QUICK, "-s", 23), train_main(tmp_path / "other", *QUICK, "-s", 24)
     one, same, another = ((logdir / "concept.safetensors").read_bytes() for logdir in (plain, again, other))
@@ -40,6 +41,7 @@ def test_the_seed_decides_the_concept(plain: Path, tmp_path: Path) -> None:
     assert not torch.equal(concept_of(plain).target_input, concept_of(other).target_input)
 
 
+@pytest.mark.slow
 def test_a_name_and_a_folder(tmp_path: Path) -> None:
     logdir = train_main(tmp_path / "deep" / "runs", *QUICK, "-n", "mine", "-f", "_b", "-s", 5, "-t", "true")
     assert re.fullmatch(r"[\dT-]{19}_mine_b", logdir.name)
@@ -47,6 +49,7 @@ def test_a_name_and_a_folder(tmp_path: Path) -> None:
     assert OmegaConf.load(saved).lightning.seed == 5
 
 
+@pytest.mark.slow
 def test_a_callback_that_is_null_is_left_out(plain: Path, tmp_path: Path) -> None:
     logdir = train_main(tmp_path / "logs", *QUICK, "lightning.callbacks.previews=null")
     assert (plain / "images").is_dir() and not (logdir / "images").exists()
@@ -60,6 +63,7 @@ def test_a_run_that_does_not_train_writes_nothing(tmp_path: Path, caplog: pytest
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_one_photo_and_a_super_category_of_several_words(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.open(EXAMPLE / "0.png").save(tmp_path / "photos" / "only.jpg")
@@ -90,6 +94,7 @@ def write_photos(folder: Path) -> None:
     (folder / "notes.txt").write_text("no image")
 
 
+@pytest.mark.slow
 def test_photos_of_every_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_photos(tmp_path / "photos")
     with caplog.at_level(logging.WARNING):
@@ -104,6 +109,7 @@ def test_photos_of_every_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert (logdir / "images" / "masks.png").is_file()
 
 
+@pytest.mark.slow
 def test_no_masks(plain: Path, tmp_path: Path) -> None:
     logdir = train_main(tmp_path / "logs", *QUICK, "--masks", "none", KEEP_PHOTOS)
     assert not PhotoRecorder.photos.has_masks
@@ -111,6 +117,7 @@ def test_no_masks(plain: Path, tmp_path: Path) -> None:
     assert not torch.equal(concept_of(logdir).embedding, concept_of(plain).embedding)
 
 
+@pytest.mark.slow
 def test_masks_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for photo in EXAMPLE.glob("*.png"):
@@ -123,6 +130,7 @@ def test_masks_of_the_user(tmp_path: Path) -> None:
     assert not (logdir / "masks").exists() and (logdir / "images" / "masks.png").is_file()
 
 
+@pytest.mark.slow
 def test_another_base_model(plain: Path, tmp_path: Path) -> None:
     weights = load_file(ROOT / "models" / "mini" / "model.safetensors")
     name = next(key for key in weights if key.endswith("attn2.to_v.weight"))
@@ -133,6 +141,7 @@ def test_another_base_model(plain: Path, tmp_path: Path) -> None:
     assert OmegaConf.load(saved).model.params.ckpt_path == str(tmp_path / "other.safetensors")
 
 
+@pytest.mark.slow
 def test_later_configs_override_earlier_ones_and_overrides_all(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "model: {params: {inference_bias: 0.5, temperature: 0.3}}\nlightning: {trainer: {max_steps: 1}}\n")
@@ -146,6 +155,7 @@ def test_later_configs_override_earlier_ones_and_overrides_all(tmp_path: Path) -
     assert logdir.name.endswith("_mine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--data_root", "nowhere"], "nowhere"), (["--data_root", "{empty}"], "no images"),
     (["--init_word", ""], "--init_word"), (["--masks", "{empty}"], "{empty}"),

@@ -24,6 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_main(tmp_path_factory.mktemp("two"), *QUICK)
 
 
+@pytest.mark.slow
 def test_each_concept_has_its_file_and_previews(run: Path) -> None:
     for name, category in (("teddy", "teddy bear"), ("teapot", "teapot")):
         (concept,) = load_perfusion_concepts(run / f"{name}.safetensors")
@@ -34,6 +35,7 @@ def test_each_concept_has_its_file_and_previews(run: Path) -> None:
     assert len(list((run / "masks").iterdir())) == sum(len(list((EXAMPLES / n).iterdir())) for n in ("teddy", "teapot"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_concepts(run: Path, tmp_path: Path) -> None:
     logdir = train_main(tmp_path, *QUICK, "lightning.callbacks.ctrl_c.target=helpers.training_setup.InterruptAt",
                    "lightning.callbacks.ctrl_c.params.batch=1")
@@ -73,6 +75,7 @@ def test_a_single_concept_is_described_without_lists() -> None:
     assert config.model.params.placeholder == "<x>" and config.model.params.bias == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), [
     (TWO[:3], "2 subjects; say what they are"),
     ((*TWO, "--placeholder", "<a>"), r"placeholder_token: 1 of them \(<a>\) for 2 folders of photos"),

@@ -49,6 +49,7 @@ def run_and_signal(folder: Path, number: int, batch: int, *arguments: object) ->
     return process.wait(), output
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_concept_and_prints_how_to_continue(long_run: Path, tmp_path: Path) -> None:
     status, output = run_and_signal(tmp_path, signal.SIGINT, 3)
     (logdir,) = tmp_path.iterdir()
@@ -64,6 +65,7 @@ def test_ctrl_c_saves_the_concept_and_prints_how_to_continue(long_run: Path, tmp
     assert [path.name for path in (logdir / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_its_last_checkpoint(long_run: Path, tmp_path: Path) -> None:
     status, output = run_and_signal(tmp_path, signal.SIGKILL, 6, "lightning.modelcheckpoint.every_n_train_steps=4")
     (logdir,) = tmp_path.iterdir()
@@ -90,6 +92,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], P
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("micro_batches", "step"), [(1, 2), (1, 5), (2, 1), (2, 3)])
 def test_resuming_from_any_checkpoint(
     uninterrupted: Callable[[int], Path], tmp_path: Path, micro_batches: int, step: int
@@ -102,6 +105,7 @@ def test_resuming_from_any_checkpoint(
     assert_same_result(tmp_path / "run", uninterrupted(micro_batches))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("micro_batches", "steps"), [(1, 4), (1, 5), (2, 3)])
 def test_resuming_with_more_steps_equals_a_longer_run(
     uninterrupted: Callable[[int], Path], tmp_path: Path, micro_batches: int, steps: int
@@ -111,12 +115,14 @@ def test_resuming_with_more_steps_equals_a_longer_run(
     assert_same_result(resume_run(logdir, "--max_steps", 6), uninterrupted(micro_batches))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [4, 6, 100])
 def test_the_last_checkpoint_is_of_the_last_step(tmp_path: Path, interval: int) -> None:
     logdir = train_main(tmp_path, *short_run(1), f"lightning.modelcheckpoint.every_n_train_steps={interval}")
     assert load_state(logdir)["global_step"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("micro_batches", "batch", "steps"), [(1, 4, 5), (2, 2, 2)])
 def test_ctrl_c_completes_the_step(
     uninterrupted: Callable[[int], Path], tmp_path: Path, micro_batches: int, batch: int, steps: int
@@ -128,6 +134,7 @@ def test_ctrl_c_completes_the_step(
     assert_same_result(resume_run(logdir, "lightning.callbacks.ctrl_c.params.batch=-1"), uninterrupted(micro_batches))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_previews_the_start_again(tmp_path: Path) -> None:
     logdir = train_main(tmp_path / "logs", *QUICK, "lightning.callbacks.previews.params.during=0")
     sheet = logdir / "images" / "before_during_after.png"
@@ -136,6 +143,7 @@ def test_a_resumed_run_previews_the_start_again(tmp_path: Path) -> None:
     assert Image.open(sheet).height == pytest.approx(rows_before * 4 / 3, rel=0.02)  # and resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     lambda weights: weights.update({"concepts.0.embedding": torch.ones(1, 7)}),  # of another text encoder
     lambda weights: weights.pop("concepts.0.embedding"),
