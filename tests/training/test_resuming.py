@@ -158,7 +158,8 @@ def test_a_checkpoint_of_another_model_raises_a_user_error(
     change(state["state_dict"])
     torch.save(state, checkpoint)
     before = sorted((tmp_path / "run").glob("[!t]*/*"))  # tensorboard/ notes every start
-    with pytest.raises(UserError, match=rf"--resume {re.escape(str(checkpoint))}: belongs to another model than this config") as refused:
+    message = rf"--resume {re.escape(str(checkpoint))}: belongs to another model than this config"
+    with pytest.raises(UserError, match=message) as refused:
         resume_run(tmp_path / "run", "--max_steps", 7)
     assert "\n" not in str(refused.value) and "give the run's own config" in str(refused.value)
     assert sorted((tmp_path / "run").glob("[!t]*/*")) == before
