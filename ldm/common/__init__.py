@@ -1,0 +1,10 @@
+"""Helpers without any knowledge of models. They import no torch, or only when it is needed.
+
+    errors.py         `UserError`, and how commands print it as one line
+    files.py          atomic writes and safetensors files
+    paths.py          paths that users and configs name
+    words.py          whole words in prompts
+    annotations.py    checks of YAML values against type annotations
+    lazy_imports.py   public names that are imported on first access
+    threads.py        how idle threads wait
+"""

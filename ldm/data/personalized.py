@@ -22,7 +22,7 @@ PER_CONCEPT_PARAMS = ("data_root", "placeholder_token", "mask_root")
 
 
 class PersonalizedBase(Dataset):
-    """A few photos of a concept (about 3 to 20; more only cost memory), each used `repeats` times per epoch.
+    """A few photos of a concept (1 to 20; more only cost memory), each used `repeats` times per epoch.
 
     Photos are decoded, cropped to their center square and resized once, and kept in memory as bytes. An item depends
     only on (`seed`, its index, the epoch). So neither the number of workers nor the global generators change a run.
