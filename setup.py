@@ -29,7 +29,7 @@ setup(
     extras_require={
         "evaluation": ["matplotlib"],
         "benchmark": ["diffusers>=0.35", "peft"],
-        "notebook": ["notebook", "ipykernel"],
+        "notebook": ["notebook", "ipykernel", "ipywidgets"],
         "test": ["pytest", "hypothesis", "diffusers>=0.35", "perfusion-pytorch", "ruff", "matplotlib", "peft",
                  "nbclient", "ipykernel"],  # these two run docs/quickstart.ipynb
     },
