@@ -322,6 +322,7 @@ def test_runs_that_cannot_be_resumed(refusal: Refusal, here: Path, run: str, mes
     assert sorted(here.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_unreadable_photos_are_named_and_the_others_used(
     here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -412,6 +413,7 @@ def test_bad_input_of_merging_and_covariances(refusal: Refusal, main: Callable[[
     assert message in refusal(main, *first, *arguments)
 
 
+@pytest.mark.slow
 def test_unused_concepts_and_unknown_words_are_warned_about(
     here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def test_the_diffusion_process_of_the_config() -> None:
     assert model.betas.device.type == "cpu"  # the schedule is computed even if weights are on the meta device
 
 
+@pytest.mark.slow
 def test_averages_have_the_public_names() -> None:
     section = config("stable-diffusion/v1-inference.yaml").model
     with torch.device("meta"):

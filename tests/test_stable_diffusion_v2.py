@@ -93,6 +93,7 @@ def test_the_values_of_the_configs(name: str, predicts: str) -> None:
     assert float(model.alphas_cumprod[-1]) == pytest.approx(0.0047, abs=5e-5)
 
 
+@pytest.mark.slow
 def test_the_concept_config_describes_the_same_base_model() -> None:
     public, trained = (model_section(name)["params"] for name in (CONFIGS[1], "configs/perfusion-sd-v2.yaml"))
     for part in ("linear_start", "linear_end", "timesteps", "scale_factor", "channels", "conditioning_key",

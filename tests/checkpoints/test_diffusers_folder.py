@@ -213,6 +213,7 @@ def test_the_schedulers_prediction_type_is_compared_with_the_config(pipelines: A
     assert "its scheduler says that the model predicts v, the config (parameterization) eps" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_single_network(pipelines: Any, tmp_path: Path) -> None:
     folder, theirs = pipelines(1)
     params = config(1, tmp_path)["model"]["params"]

@@ -152,6 +152,7 @@ def test_tensors_larger_than_the_file(tmp_path: Path, factor: int, new_format: b
     refusal(tmp_path / "x.ckpt")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255), new_format=st.booleans())
 def test_a_flipped_byte_is_refused_or_read(tmp_path: Path, position: int, value: int, new_format: bool) -> None:

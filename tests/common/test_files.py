@@ -116,6 +116,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_old_file(tmp_path: Path, failu
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999))
 def test_truncated_files_are_refused(tmp_path: Path, share: float) -> None:

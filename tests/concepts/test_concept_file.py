@@ -138,6 +138,7 @@ INVALID: dict[str, tuple[Callable[[dict, dict], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INVALID)
 def test_invalid_contents_are_a_one_line_error_with_the_file(tmp_path: Path, name: str) -> None:
     change, message = INVALID[name]

@@ -149,6 +149,7 @@ def test_a_resumed_run_continues_with_its_vectors(tmp_path: Path) -> None:
     assert torch.equal(resumed.embedding_manager.vectors[0], model.embedding_manager.vectors[0])
 
 
+@pytest.mark.slow
 def test_models_without_trainable_vectors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no base model to train on"):
         fit(stand_ins.stand_in(CONFIGS[1], tmp_path), tmp_path, 1)

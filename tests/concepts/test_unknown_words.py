@@ -22,6 +22,7 @@ def encoder(tmp_path: Path) -> FrozenCLIPEmbedder:
     return embedder
 
 
+@pytest.mark.slow
 def test_unknown_words_are_refused_or_warned_of(encoder: FrozenCLIPEmbedder, caplog: pytest.LogCaptureFixture) -> None:
     assert encoder.unknown_words('A "Teddy", a cat - and a (cat)?') == ["cat", "and"]
     assert encoder.known_words() == ["a", "bear", "teddy"]

@@ -206,6 +206,7 @@ def test_too_much_noise_decides_nothing() -> None:
     assert outcomes["masks raise text similarity"] == INCONCLUSIVE
 
 
+@pytest.mark.slow
 def test_one_photo_training_bias_and_temperature() -> None:
     one_photo = outcomes_of("one_photo", lambda variant: on_the_front(variant, 2.0 * (variant.method.photos == 1)))
     assert set(one_photo.values()) == {SUPPORTED}

@@ -128,6 +128,7 @@ def test_masks_of_the_photos_are_used(measure: Measure, files: Path) -> None:
     assert [row["object_similarity"] for row in without] != [row["object_similarity"] for row in with_masks]
 
 
+@pytest.mark.slow
 def test_settings_reach_the_images(measure: Measure, model_files: ModelFiles, files: Path) -> None:
     (files / "one.txt").write_text("a {}\n")
     (row,) = measure("--concept", model_files.teddy, "--prompts", files / "one.txt", "--seeds", 1, "--ddim_steps", 2,

@@ -55,6 +55,7 @@ def test_a_point_at_an_end_is_outside_in_some_resamples() -> None:
     assert 0 < inside.beyond < at_the_end.beyond / 2
 
 
+@pytest.mark.slow
 def test_dominated_points_do_not_count() -> None:
     """The lowest bias of this sweep is lower in both similarities than the next one."""
     hooked = build_curve(make_points([18.0, 20.0, 24.0]), make_points([74.0, 80.0, 70.0]))

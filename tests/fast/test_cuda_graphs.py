@@ -29,6 +29,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are c
 ROUNDING = 0.05  # relative error of bfloat16; attention sums gradients in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_concept", [False, True])
 def test_rebuilt_contexts_give_the_same_result(with_concept: bool) -> None:
     inputs = unet_inputs(with_concept)
@@ -142,6 +143,7 @@ def test_sampling_gives_the_same_results(device: str, monkeypatch: pytest.Monkey
     assert len(graphs) == 1 and None not in graphs and not graphed.training_graphs.graphs
 
 
+@pytest.mark.slow
 def test_sampling_works_after_one_that_ran_out_of_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = sixteen_bit_unet(device, monkeypatch)
     graphed, capture = GraphedUNet(unet), torch.cuda.graph

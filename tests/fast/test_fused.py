@@ -128,6 +128,7 @@ def test_norms_of_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
         assert one.dtype == dtype and relative_error(one, other) < torch.finfo(dtype).eps
 
 
+@pytest.mark.slow
 @given(rows=st.integers(1, 9), channels=st.sampled_from([1, 5, 320, 5000]), adds=st.booleans())
 @settings(max_examples=15)
 def test_sums_with_layer_norm_equal_torch(rows: int, channels: int, adds: bool) -> None:

@@ -117,12 +117,14 @@ def test_every_form_of_weights_gives_the_same_image(
     assert max_difference(generate(described), expected) == 0
 
 
+@pytest.mark.slow
 def test_a_config_with_its_checkpoint_is_enough(pipeline: PerfusionPipeline, model_files: ModelFiles) -> None:
     loaded = PerfusionPipeline.from_pretrained(str(model_files.config), device="cpu")
     assert loaded.checkpoint == str(model_files.checkpoint)
     assert max_difference(generate(loaded), generate(pipeline)) == 0
 
 
+@pytest.mark.slow
 def test_a_folder_of_config_and_weights_can_be_moved(
     pipeline: PerfusionPipeline, model_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +198,7 @@ def test_a_model_that_reads_no_prompts_is_refused(model_files: ModelFiles, monke
         PerfusionPipeline(torch.nn.Identity())
 
 
+@pytest.mark.slow
 def test_sixteen_bits_hardly_change_the_image(pipeline: PerfusionPipeline, model_files: ModelFiles) -> None:
     assert not pipeline.autocast
     autocast = PerfusionPipeline.from_pretrained(model_files.config, device="cpu", precision="autocast")
@@ -226,6 +229,7 @@ def test_the_batch_size_does_not_change_images(with_concepts: PerfusionPipeline,
     assert max_difference(generate(with_concepts, prompts, num_images=2, batch_size=batch_size), expected) <= ROUNDING
 
 
+@pytest.mark.slow
 def test_seeds_count_up_from_the_first_image_of_each_prompt(pipeline: PerfusionPipeline) -> None:
     output = pipeline([CAT, "a dog"], seed=7, num_images=2, **QUICK)
     assert output.seeds == [7, 8, 7, 8]
@@ -243,6 +247,7 @@ def test_the_output_names_a_random_seed_that_gives_the_image_again(pipeline: Per
     assert max_difference(generate(pipeline, seed=first.seeds[0]), pixels(first.images)) == 0
 
 
+@pytest.mark.slow
 def test_a_generator_may_be_given_instead_of_a_seed(pipeline: PerfusionPipeline) -> None:
     def generator(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
@@ -291,6 +296,7 @@ def test_height_and_width_change_the_size(pipeline: PerfusionPipeline) -> None:
     assert generate(pipeline, width=12).shape == (1, 16, 12, 3)
 
 
+@pytest.mark.slow
 def test_images_come_as_soon_as_their_batch_is_done(pipeline: PerfusionPipeline) -> None:
     images = pipeline.generate(requests_for([CAT], range(3)), GenerationSettings(**QUICK), batch_size=1)
     first = pixels([next(images)])
@@ -302,6 +308,7 @@ def test_no_prompts_give_no_images(pipeline: PerfusionPipeline) -> None:
     assert pipeline([], seed=1, **QUICK).images == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"prompt": "a <mug>"}, "names <mug>, but no loaded concept has that word"),
     ({"negative_prompt": "<mug>"}, "names <mug>"),
@@ -530,6 +537,7 @@ def test_strength_leads_from_the_image_to_the_one_of_the_prompt(pipeline: Perfus
     assert max_difference(default, generate(pipeline, image=source, strength=0.75, num_inference_steps=8)) == 0
 
 
+@pytest.mark.slow
 def test_an_image_may_be_a_file_of_any_size_and_mode(pipeline: PerfusionPipeline, tmp_path: Path) -> None:
     noise_image(size=(40, 24)).convert("RGBA").save(tmp_path / "photo.png")
     of_file = generate(pipeline, image=tmp_path / "photo.png", strength=0.5)
@@ -545,6 +553,7 @@ def half_white(size: tuple[int, int] = (16, 16)) -> Image.Image:
     return mask
 
 
+@pytest.mark.slow
 def test_pixels_outside_of_the_mask_stay_as_they_are(
     with_concepts: PerfusionPipeline, tmp_path: Path
 ) -> None:

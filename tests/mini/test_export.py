@@ -54,6 +54,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_captions_are_those_of_the_scenes() -> None:
     scenes = SceneDataset(seed=2)
     assert world_captions(3) == tuple(sorted({scenes[index]["caption"] for index in range(3)}))

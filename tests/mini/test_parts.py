@@ -102,6 +102,7 @@ def test_the_size_leaves_out_weights_for_training(tmp_path: Path) -> None:
     assert parts.weights_megabytes(tmp_path) == pytest.approx(0.0015)
 
 
+@pytest.mark.slow
 def test_commands_are_timed_with_few_threads() -> None:
     says = "import os, time; time.sleep(0.2); raise SystemExit(int(os.environ['OMP_NUM_THREADS']) > 2)"
     assert 0.2 < parts.time_command([sys.executable, "-c", says]) < 10

@@ -83,6 +83,7 @@ def digest(item: dict[str, Any]) -> str:
     ).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", PINNED)
 def test_scenes_have_not_changed(index: int) -> None:
     caption, means = PINNED[index]

@@ -41,6 +41,7 @@ def segmenter(folder: Path) -> SegmenterTrainer:
     return SegmenterTrainer(str(folder), widths=[32, 32, 32, 32, 64])
 
 
+@pytest.mark.slow
 def test_the_segmenter_starts_from_the_clip_and_trains_both_its_towers(
         folder: Path, segmenter: SegmenterTrainer) -> None:
     started = segmenter.segmenter.clip.state_dict()

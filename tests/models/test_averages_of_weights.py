@@ -65,6 +65,7 @@ def test_averages_move_once_per_optimizer_step(tmp_path: Path, micro_batches: in
     assert model.global_step == steps and int(model.model_ema.num_updates) == steps
 
 
+@pytest.mark.slow
 def test_averages_of_a_first_stage_move_once_per_optimizer_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                                                                 ) -> None:
     model = build_vq_model(lossconfig=VQ_LOSS, use_ema=True)

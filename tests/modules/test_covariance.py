@@ -67,6 +67,7 @@ def loop_covariance(embedder: FrozenCLIPEmbedder, captions: list[str], tokens: s
     return torch.stack(products).mean(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", ["words", "no_padding", "all"])
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_the_covariance_is_the_mean_over_the_tokens_that_count(

@@ -142,6 +142,7 @@ def test_recording_does_not_change_what_a_sampler_returns(pipeline: PerfusionPip
     assert {tuple(layer[0].shape[1:]) for layer in maps.layers.values()} == {(8, 8), (4, 4)}
 
 
+@pytest.mark.slow
 def test_the_maps_of_an_image_do_not_depend_on_its_batch(pipeline: PerfusionPipeline) -> None:
     together, alone = (mean_maps(pipeline, requests, WORDS[:len(requests)]) for requests in (REQUESTS, REQUESTS[1:]))
     for name, layer in together.items():

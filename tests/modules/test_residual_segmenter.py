@@ -88,6 +88,7 @@ def test_a_mirror_image_has_the_mirror_image_of_the_mask(folder: Path) -> None:
     assert (found[0] - found[0].flip(-1)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_other_weights_have_another_fingerprint(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "other")
     weights = load_file(folder / "model.safetensors")
@@ -117,6 +118,7 @@ def damage(folder: Path, what: str) -> None:
         (folder / "config.json").write_text("{")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["weights cut off", "no weights", "no preprocessing", "another width",
                                   "another vocabulary", "no settings", "settings cut off"])
 def test_damaged_folders_are_refused_in_one_line(folder: Path, tmp_path: Path, what: str) -> None:

@@ -116,6 +116,7 @@ def copy_without(folder: Path, parent: Path, name: str) -> Path:
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "missing", ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "a weight", "half"]
 )

@@ -168,6 +168,7 @@ def test_replacing_placeholders_that_contain_each_other(text: str, words: dict[s
     assert replace_words(words, text) == replace_words(dict(reversed(words.items())), text) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.text("aB<->* ıſK.", max_size=4), max_size=6),
@@ -218,6 +219,7 @@ def without_text_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.replace("transformer.text_model.", "transformer."): value for key, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("old_buffer", [False, True])

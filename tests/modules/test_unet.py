@@ -200,6 +200,7 @@ def test_checkpointing_gives_the_same_gradients_of_a_concept() -> None:
     assert all(torch.allclose(recomputed, stored, rtol=1e-4, atol=1e-6) for stored, recomputed in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [False, True])
 def test_precomputed_keys_and_values_equal_those_of_each_layer(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = randomize(UNetModel(**TEXT)).requires_grad_(False)

@@ -66,6 +66,7 @@ def test_it_trains_and_is_saved_under_its_name(logdir: Path) -> None:
     assert (logdir / "images" / "before_during_after.png").is_file()
 
 
+@pytest.mark.slow
 def test_its_concept_can_be_generated_with(logdir: Path) -> None:
     (config,) = (logdir / "configs").glob("*-project.yaml")
     pipe = PerfusionPipeline.from_pretrained(config, device="cpu")

@@ -108,6 +108,7 @@ def test_everything_starts_at_the_super_category(folder: Path) -> None:
     assert len(concept.target_outputs_v) == len(model.text_layers) == LAYERS and concept.distance() == 0
 
 
+@pytest.mark.slow
 def test_the_first_step_moves_encodings_along_the_concept_only(folder: Path) -> None:
     """With o* = W i*, Eq. 3 is h = W (e + (g - s) i*): the plain model, on encodings moved along i* by gate minus s."""
     model = prepared(folder)
@@ -197,6 +198,7 @@ def test_the_optimizer_has_two_learning_rates_for_the_concept_alone(folder: Path
     assert not any(m.training for part in (model.first_stage_model, model.cond_stage_model) for m in part.modules())
 
 
+@pytest.mark.slow
 def test_the_target_input_is_a_moving_average(folder: Path) -> None:
     model = prepared(folder)
     start, first = model.concepts[0].target_input.clone(), encodings_of(model, "cat")
@@ -235,6 +237,7 @@ def inputs_of_the_loss(model: Perfusion, step: int = 0, micro_batch: int = 0) ->
     return seen[0]
 
 
+@pytest.mark.slow
 def test_inputs_of_the_loss(folder: Path) -> None:
     model = prepared(folder, masks=[left_half(0.5), left_half(0.25)])
     z, context, t, noise, weight = inputs_of_the_loss(model)

@@ -124,6 +124,7 @@ def test_maps_are_shown_even_if_nothing_can_be_measured(
     assert Image.open(tmp_path / "out" / "attention_maps-0000.png").width > 500
 
 
+@pytest.mark.slow
 def test_recording_does_not_change_the_images(main: Main, model_files: ModelFiles) -> None:
     options = main.__wrapped__.__globals__["parse_arguments"](
         [PROMPT, "--concepts", str(model_files.teddy), "--config", str(model_files.config), *QUICK])

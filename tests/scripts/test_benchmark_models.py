@@ -165,6 +165,7 @@ def test_files_of_a_run_can_be_loaded(settings: BenchmarkSettings, monkeypatch: 
     assert segmenter.preprocessing == parts.build_segmenter(random_segmenter).preprocessing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "concepts"), [("sd", 1), ("mini", 1), ("mini", 3)])
 def test_main_accepts_the_training_commands(shape: str, concepts: int, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
