@@ -51,7 +51,8 @@ def int_in_range(least: int = 0, below: int | None = None) -> Callable[[str], in
     return read
 
 
-def float_in_range(least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Callable[[str], float]:
+def float_in_range(least: float = -math.inf, most: float = math.inf, above: float = -math.inf
+                   ) -> Callable[[str], float]:
     """Return a flag's type: a finite number from `least` to `most`, and larger than `above`."""
     bounds = [f"{word} {bound:g}" for word, bound in (("at least", least), ("above", above), ("at most", most))
               if math.isfinite(bound)]
