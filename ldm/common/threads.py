@@ -7,8 +7,8 @@ import sys
 # Every OpenMP runtime reads these variables once, when it is loaded: GNU's (torch on Linux), LLVM's (macOS) and Intel's
 # (Windows). By default an idle thread spins for milliseconds before it sleeps. On a busy machine it spins away the
 # processor time of the thread that it waits for. Sleeping at once costs time on an idle machine, where many short
-# pieces of work follow each other. Spinning a thousand times first, which GNU's runtime can count, is a compromise for both
-# (docs/performance.md).
+# pieces of work follow each other. Spinning a thousand times first, which GNU's runtime can count, is a compromise for
+# both (docs/performance.md).
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 # The variables by which users choose how threads wait.
 USER_CHOICES = (*WAITING, "KMP_BLOCKTIME", "KMP_LIBRARY")
