@@ -1,4 +1,4 @@
-"""Generates images of concepts and scores them: with one setting, or along curves of settings.
+"""Generate images of concepts and score them: with one setting, or along curves of settings.
 
 - `samples`: images of many prompts and seeds from one pipeline.
 - `clip_evaluation`: what `clip_eval.py` does.

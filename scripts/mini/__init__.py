@@ -1,4 +1,4 @@
-"""Builds the bundled mini model from its sources.
+"""Build the bundled mini model from its sources.
 
 - `rebuild.py`: everything, part by part
 - `fetch_sprites.py`: the sprites of the mini world, from six emoji sets
