@@ -9,11 +9,12 @@ from ldm.cli.training import parse_training_options
 from ldm.common.errors import one_line_errors
 from ldm.common.lazy_imports import forward_names
 
-# Public configs name these as `main.…`.
+# Public configs and scripts name these as `main.…`.
 __getattr__ = forward_names(__name__, {
     "DataModuleFromConfig": "ldm.data.module",
     "ImageLogger": "ldm.training.callbacks",
     "SetupCallback": "ldm.training.callbacks",
+    "get_parser": "ldm.cli.training",
 })
 
 
