@@ -122,7 +122,7 @@ def _check_source(options: argparse.Namespace) -> None:
     for flag, value in unused.items():
         if value:
             mode = "--concept" if options.images else "--images"
-            raise UserError(f"{flag} goes with {mode}; leave it out, or give the images by {mode}")
+            raise UserError(f"{flag} requires {mode}; leave it out, or give the images by {mode}")
     if options.captions and options.prompt:
         raise UserError("--captions and --prompt both say what the images were generated from; give one of them")
     _check_exists("--images", options.images)

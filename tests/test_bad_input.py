@@ -235,7 +235,7 @@ FOUND_IN_SETUP = [  # after Lightning has started, with the base model loaded
     (("--init_word", "🧸"), "does not know the word 🧸; give another"), (("--init_word", "!!!"), "no word in it"),
     (("--init_word", "\u200b"), "no word in it"), (("--init_word", "qzxvk"), "does not know the word qzxvk"),
     (("--init_word", "<my-teddy>"), "contains a placeholder"), (("--init_word", "teddy " * 60), "shorten it"),
-    (("--placeholder", "photo"), "stands in the training prompts by itself"),
+    (("--placeholder", "photo"), "is an ordinary word of the training prompts"),
     (("model.params.ckpt_path=null",), "--actual_resume"),
     (("data.params.train.params.size=50",), "photos of 50 pixels"), (("model.params.channels=3",), "channels 3"),
     (("model.params.image_size=9",), "multiples of 4"),
@@ -303,7 +303,7 @@ def test_mistakes_that_only_the_model_can_find(refusal: Refusal, arguments: tupl
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("error", "message"), [
-    (torch.OutOfMemoryError("CUDA out of memory."), "memory is too short for batches of 16; lower data.params.batch_s"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory for batches of 16; lower data.params.batch_s"),
     (OSError(errno.ENOSPC, "No space left on device", "last.ckpt"), "last.ckpt: no room is left on the disk")])
 def test_too_little_memory_or_disk_space(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                      error: Exception, message: str) -> None:

@@ -23,8 +23,8 @@ from evaluation.paper.file_keys import KEY_LENGTH, content_digest, short_key
 from evaluation.paper.prompt_cases import EvalPlan, build_prompt_cases, requests_of
 from evaluation.paper.training_runs import TrainingRuns
 from evaluation.sweeps.samples import generate_images
+from ldm.concepts.storage import read_concepts
 from ldm.data.contact_sheet import save_grid
-from ldm.inference.pipeline import read_concepts
 from ldm.inference.requests import GenerationRequest
 
 SHEET_COLUMNS = 4

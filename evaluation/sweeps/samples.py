@@ -20,8 +20,9 @@ from tqdm import tqdm
 from ldm.common.errors import UserError
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.settings import override_settings
+from ldm.concepts.storage import read_concepts
 from ldm.inference.output_folder import OutputFolder
-from ldm.inference.pipeline import PerfusionPipeline, read_concepts
+from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.run import concept_metadata
 from ldm.inference.settings import GenerationSettings

@@ -162,7 +162,7 @@ def check_generation_flags(options: argparse.Namespace) -> None:
     automatic = AUTO in (options.bias or [])
     for flag, value in (("--clip", options.clip), ("--photos", options.photos)):
         if value is not None and not automatic:
-            raise UserError(f"{flag} goes with --bias {AUTO}; add that, or leave the flag out")
+            raise UserError(f"{flag} requires --bias {AUTO}; add it, or leave {flag} out")
     if options.photos is not None and not Path(options.photos).is_dir():
         raise UserError(f"--photos {options.photos}: no such folder; give the one that holds the concept's photos")
 

@@ -1,6 +1,7 @@
 """Load and save concept files of any method."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
 from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
 from ldm.concepts.finetuned_concept_file import load_finetuned_concepts, save_finetuned_concepts
+from ldm.concepts.merging import merge_concepts
+
+log = logging.getLogger(__name__)
 
 
 def load_concepts(path: str | Path) -> list[Concept] | list[FinetunedConcept]:
@@ -40,3 +44,19 @@ def save_concepts(path: str | Path, concepts: Sequence[AnyConcept],
     if concepts and isinstance(concepts[0], FinetunedConcept):
         return save_finetuned_concepts(path, concepts, precision)
     return save_perfusion_concepts(path, concepts, precision)
+
+
+def read_concepts(concepts: Sequence[str | Path | AnyConcept], loaded: Sequence[AnyConcept] = ()) -> list[AnyConcept]:
+    """Return the concepts of `loaded` and of all files. Equal placeholders are renamed, and the new names logged.
+
+    Raises:
+        UserError: a file is not a concept file, or the concepts are of different methods or base models.
+    """
+    given = list(loaded)
+    for concept in concepts:
+        given += load_concepts(concept) if isinstance(concept, str | Path) else [concept]
+    merged = merge_concepts(given) if given else []
+    for concept, before in zip(merged, given, strict=True):
+        if concept.placeholder != before.placeholder:
+            log.info("%s stands for the %s of %s", concept.placeholder, before.placeholder, concept.source)
+    return merged

@@ -17,10 +17,9 @@ from ldm.common.errors import MemoryShortage, UserError
 from ldm.common.paths import resolve_path
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.fingerprint import base_fingerprint, check_base
-from ldm.concepts.merging import merge_concepts
 from ldm.concepts.prompt_checks import check_placeholders, warn_unknown_words, warn_unused_concepts
 from ldm.concepts.settings import override_settings
-from ldm.concepts.storage import load_concepts
+from ldm.concepts.storage import read_concepts
 from ldm.data.images import from_tensor
 from ldm.inference.encoding import AnyPromptEncoder, EncodedPrompts, build_prompt_encoder, encode_prompts
 from ldm.inference.model_config import (
@@ -393,22 +392,6 @@ class PerfusionPipeline:
         if self.config is None:
             raise ValueError("the pipeline was built without the model's config, so it knows no size in pixels")
         return self.config
-
-
-def read_concepts(concepts: Sequence[str | Path | AnyConcept], loaded: Sequence[AnyConcept] = ()) -> list[AnyConcept]:
-    """Return the concepts of `loaded` and of all files. Equal placeholders are renamed, and the new names logged.
-
-    Raises:
-        UserError: a file is not a concept file, or the concepts are of different methods or base models.
-    """
-    given = list(loaded)
-    for concept in concepts:
-        given += load_concepts(concept) if isinstance(concept, str | Path) else [concept]
-    merged = merge_concepts(given) if given else []
-    for concept, before in zip(merged, given, strict=True):
-        if concept.placeholder != before.placeholder:
-            log.info("%s stands for the %s of %s", concept.placeholder, before.placeholder, concept.source)
-    return merged
 
 
 def _are_same(some: Sequence[AnyConcept], others: Sequence[AnyConcept]) -> bool:

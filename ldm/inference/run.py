@@ -17,6 +17,7 @@ from ldm.common.errors import UserError
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.prompt_checks import check_placeholders
 from ldm.concepts.settings import override_settings
+from ldm.concepts.storage import read_concepts
 from ldm.data.images import load_folder
 from ldm.data.masks import mask_to_image
 from ldm.inference.model_config import (
@@ -30,7 +31,7 @@ from ldm.inference.model_config import (
     segmenter_of,
 )
 from ldm.inference.output_folder import OutputFolder
-from ldm.inference.pipeline import PerfusionPipeline, read_concepts
+from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest, requests_for
 from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, SourceSettings
 from ldm.inference.source_image import SourceImage

@@ -187,8 +187,8 @@ class PersonalizationMethod(LatentDiffusion):
     def _check_run(self, photos: Sequence[PersonalizedBase]) -> None:
         for name in ("validation", "test"):
             if name in self._datasets:
-                raise UserError(f"data.params.{name}: a loss on it says nothing about the concept; leave it out, "
-                                "and measure concepts with evaluation/clip_eval.py")
+                raise UserError(f"data.params.{name}: a loss on other images says nothing about the concept; leave it "
+                                "out, and measure concepts with evaluation/clip_eval.py")
         if self._initial_weights[0] is None:
             raise UserError("no base model to train on: name its checkpoint with --actual_resume, or in the config as "
                             "model.params.ckpt_path")
@@ -220,7 +220,7 @@ class PersonalizationMethod(LatentDiffusion):
         tokens = self.cond_stage_model.tokenize(
             [fill_template(template, word) for template in dataset.templates], [word], [vector_count])
         if not bool((self.concept_positions(tokens).sum(1) == vector_count).all()):
-            raise UserError(f"placeholder {word!r}: stands in the training prompts by itself; "
+            raise UserError(f"placeholder {word!r}: is an ordinary word of the training prompts; "
                             "give a word of its own, such as <my-teddy>")
         return tokens
 

@@ -112,7 +112,7 @@ def _explained_shortages(config: DictConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise MemoryShortage(
-            f"memory is too short for batches of {config.data.params.get('batch_size')}; lower data.params.batch_size "
+            f"not enough memory for batches of {config.data.params.get('batch_size')}; lower data.params.batch_size "
             "(and raise lightning.trainer.accumulate_grad_batches as much, for the same steps), or set "
             "model.params.unet_config.params.use_checkpoint=true if it is false") from error
     except OSError as error:

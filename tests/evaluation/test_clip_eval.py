@@ -143,8 +143,8 @@ def test_settings_reach_the_images(measure: Measure, model_files: ModelFiles, fi
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ("", "--images FOLDER"), ("--images {photos} --concept {teddy}", "give either --images"),
-    ("--images {photos} --seeds 2", "--seeds goes with --concept"), ("--images {photos} --save", "--save goes with"),
-    ("--concept {teddy} --prompt cat", "--prompt goes with --images"),
+    ("--images {photos} --seeds 2", "--seeds requires --concept"), ("--images {photos} --save", "--save requires"),
+    ("--concept {teddy} --prompt cat", "--prompt requires --images"),
     ("--images {photos} --prompt cat --captions x", "both say"), ("--images nowhere", "--images nowhere: no such"),
     ("--images {photos} --prompt cat --photos nowhere", "--photos nowhere"),
     ("--images {photos} --prompt cat --bias 0.5", "--bias acts on learned concepts"),

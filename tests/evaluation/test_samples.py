@@ -23,9 +23,10 @@ from evaluation.metrics.scoring import stack_images
 from evaluation.sweeps.samples import generate_images, read_single_concept, save_images
 from ldm.common.errors import UserError
 from ldm.concepts.finetuned_concept import FinetunedConcept
+from ldm.concepts.storage import read_concepts
 from ldm.data.images import from_tensor
 from ldm.inference.output_folder import read_metadata
-from ldm.inference.pipeline import PerfusionPipeline, read_concepts
+from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest, requests_for
 from ldm.inference.settings import GenerationSettings
 

@@ -29,7 +29,7 @@ from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept
 from ldm.concepts.finetuned_concept import FinetunedConcept
 from ldm.concepts.settings import override_settings
-from ldm.concepts.storage import save_concepts
+from ldm.concepts.storage import read_concepts, save_concepts
 from ldm.data.images import to_tensor
 from ldm.inference import auto_bias
 from ldm.inference.auto_bias import (
@@ -45,7 +45,7 @@ from ldm.inference.auto_bias import (
 )
 from ldm.inference.model_config import InferenceDefaults, inference_defaults, model_setting
 from ldm.inference.output_folder import read_metadata
-from ldm.inference.pipeline import PerfusionPipeline, read_concepts
+from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import requests_for
 from ldm.inference.settings import GenerationSettings
 from ldm.models.clip_encoder import ClipEncoder
@@ -284,8 +284,8 @@ def test_the_other_scripts_find_biases_too(
     ("--bias auto --concept {toy}", "--bias: concept <toy> ({toy}) was learned by Textual Inversion and has none"),
     ("--bias auto auto auto --concept {teddy} {mug}", "3 values of bias for 2 concepts"),
     ("--bias auto --concept {teddy} {mug} --photos {folder}", "can be of one concept only, and --bias auto is for 2"),
-    ("--bias 0.5 --concept {teddy} --clip {folder}", "--clip goes with --bias auto"),
-    ("--concept {teddy} --photos {folder}", "--photos goes with --bias auto")])
+    ("--bias 0.5 --concept {teddy} --clip {folder}", "--clip requires --bias auto"),
+    ("--concept {teddy} --photos {folder}", "--photos requires --bias auto")])
 def test_what_cannot_be_balanced_is_refused_in_one_line(
     arguments: str, message: str, model_files: ModelFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,9 +13,8 @@ from torch import Tensor
 from ldm.common.errors import UserError
 from ldm.common.files import load_metadata, load_tensors
 from ldm.concepts.settings import override_settings
-from ldm.concepts.storage import load_concepts, save_concepts
+from ldm.concepts.storage import load_concepts, read_concepts, save_concepts
 from ldm.inference.encoding import build_prompt_encoder, encode_prompts
-from ldm.inference.pipeline import read_concepts
 from ldm.personalization.finetuning import FinetuningMethod
 from ldm.util import instantiate_from_config
 

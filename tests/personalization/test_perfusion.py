@@ -24,8 +24,9 @@ from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
 from ldm.concepts.settings import override_settings
+from ldm.concepts.storage import read_concepts
 from ldm.inference.encoding import build_prompt_encoder
-from ldm.inference.pipeline import PerfusionPipeline, read_concepts
+from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.settings import GenerationSettings
 from ldm.modules.context import PromptContext
