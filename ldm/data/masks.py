@@ -35,11 +35,16 @@ def read_binary_mask(path: str | Path, photo_size: tuple[int, int], width: int, 
     if mask.size != (width, height):
         check_aspect_ratio(path, mask.size, photo_size)
         mask = crop_and_resize(mask, width, height)
-    binary = torch.from_numpy(np.array(mask) > THRESHOLD).float()[None, None]
+    binary = binarize_mask(mask)
     if not binary.any():
         raise UserError(f"{path}: black where the photo is used, so nothing would change; paint the part to generate "
                         "white")
     return binary
+
+
+def binarize_mask(mask: Image.Image) -> Tensor:
+    """Convert an image of mode "L" to a mask (1, 1, H, W), 1 where it is white and 0 elsewhere."""
+    return torch.from_numpy(np.array(mask) > THRESHOLD).float()[None, None]
 
 
 def mask_to_image(mask: Tensor) -> Image.Image:

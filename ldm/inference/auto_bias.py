@@ -159,7 +159,7 @@ def find_biases(pipeline: ImagePipeline, settings: GenerationSettings, prompts: 
     concepts = override_settings(pipeline.concepts, None, settings.temperatures, settings.all_layers)
     if not concepts:
         raise UserError("bias auto acts on learned concepts, and none is loaded; load one first")
-    biases = settings.biases if len(settings.biases) > 1 else settings.biases * len(concepts)
+    biases = settings.biases_of(len(concepts))
     open_biases = biases.count(AUTO)
     if photos is not None and open_biases > 1:
         raise UserError(f"the photos can be of one concept only, and bias auto is asked for {open_biases}; leave the "

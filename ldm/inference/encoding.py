@@ -53,6 +53,14 @@ class EncodedPrompts:
         return self.encoder.mask_concepts(conditional, texts), self.encoder.mask_concepts(unconditional, texts)
 
 
+def fingerprint_of(model: Any) -> str:
+    """Return the fingerprint of the base model.
+
+    A U-Net in training no longer has it, so a model that learns concepts stores it as `base`.
+    """
+    return getattr(model, "base", "") or base_fingerprint(name_text_layers(model.model.diffusion_model))
+
+
 def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance: str | None = None
                          ) -> AnyPromptEncoder:
     """Build the encoder of prompts for `model` with `concepts` in them.
@@ -81,9 +89,7 @@ def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance:
     unet = model.model.diffusion_model
     text_layers = name_text_layers(unet)
     if concepts and isinstance(concepts[0], FinetunedConcept):
-        # A U-Net in training no longer has the base model's fingerprint, so the model stores it as `base`.
-        base = getattr(model, "base", "") or base_fingerprint(text_layers)
-        return FinetunedPromptEncoder(encoder, unet, concepts, base, inverse_covariance)
+        return FinetunedPromptEncoder(encoder, unet, concepts, fingerprint_of(model), inverse_covariance)
     return ConceptPromptEncoder(encoder, text_layers, concepts, inverse_covariance)
 
 

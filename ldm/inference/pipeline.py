@@ -16,12 +16,18 @@ from ldm.checkpoints.load import load_model
 from ldm.common.errors import MemoryShortage, UserError
 from ldm.common.paths import resolve_path
 from ldm.concepts.finetuned_concept import AnyConcept
-from ldm.concepts.fingerprint import base_fingerprint, check_base
+from ldm.concepts.fingerprint import check_base
 from ldm.concepts.prompt_checks import check_placeholders, warn_unknown_words, warn_unused_concepts
 from ldm.concepts.settings import override_settings
 from ldm.concepts.storage import read_concepts
 from ldm.data.images import from_tensor
-from ldm.inference.encoding import AnyPromptEncoder, EncodedPrompts, build_prompt_encoder, encode_prompts
+from ldm.inference.encoding import (
+    AnyPromptEncoder,
+    EncodedPrompts,
+    build_prompt_encoder,
+    encode_prompts,
+    fingerprint_of,
+)
 from ldm.inference.model_config import (
     MODEL_CONFIG,
     InferenceDefaults,
@@ -37,7 +43,6 @@ from ldm.inference.requests import GenerationRequest, requests_for, seeds_for
 from ldm.inference.settings import AUTO, GenerationSettings, as_tuple
 from ldm.inference.source_image import ImageLike, SourceImage, StartingLatents
 from ldm.models.diffusion.samplers import sampler_class
-from ldm.modules.attention import name_text_layers
 from ldm.util import pick_device
 
 log = logging.getLogger(__name__)
@@ -157,7 +162,7 @@ class PerfusionPipeline:
         Raises:
             UserError: a file is not a concept file, or a concept belongs to another base model or method.
         """
-        base = getattr(self.model, "base", "") or base_fingerprint(name_text_layers(self.model.model.diffusion_model))
+        base = fingerprint_of(self.model)
         merged = read_concepts(concepts, self.concepts)
         for concept in merged:
             check_base(concept, base)

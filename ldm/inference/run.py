@@ -128,15 +128,15 @@ def prepare_run(options: GenerationOptions) -> PreparedRun:
     run = PreparedRun(options, config, concepts, settings.without_concept_settings(), device)
     check_placeholders(run.texts, [concept.placeholder for concept in concepts])
     _ = run.requests  # checks the negative prompts
-    return _with_open_biases(run, biases) if biases and AUTO in biases else run
+    return _with_open_biases(run, settings) if biases and AUTO in biases else run
 
 
-def _with_open_biases(run: PreparedRun, biases: tuple[float | str | None, ...]) -> PreparedRun:
+def _with_open_biases(run: PreparedRun, settings: GenerationSettings) -> PreparedRun:
     """Check the requirements of `bias="auto"` before any weights are loaded."""
     from ldm.inference.auto_bias import STEPS, clip_for  # the CLIPs' library takes seconds to load
 
     options = run.options
-    each = biases if len(biases) > 1 else biases * len(run.concepts)
+    each = settings.biases_of(len(run.concepts))
     if options.photos is not None and each.count(AUTO) > 1:
         raise UserError(f"--photos {options.photos}: can be of one concept only, and --bias auto is for "
                         f"{each.count(AUTO)}; leave the photos out, or give numbers for the other biases")

@@ -41,6 +41,10 @@ class GenerationSettings:
         """The biases as a tuple; None if concepts keep their own."""
         return as_tuple(self.bias)
 
+    def biases_of(self, count: int) -> tuple[float | str | None, ...]:
+        """Return the bias of each of `count` concepts, if biases are set."""
+        return self.biases if len(self.biases) > 1 else self.biases * count
+
     @property
     def temperatures(self) -> tuple[float | None, ...] | None:
         """The temperatures as a tuple; None if concepts keep their own."""

@@ -2,19 +2,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ldm.common.errors import UserError
 from ldm.data.images import crop_and_resize, largest_crop_size, read_image, to_tensor
-from ldm.data.masks import dilate_mask, feather_mask, mask_to_image, read_binary_mask, unmasked_cells
+from ldm.data.masks import binarize_mask, dilate_mask, feather_mask, mask_to_image, read_binary_mask, unmasked_cells
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +82,7 @@ class SourceImage:
         """
         if not isinstance(mask, Image.Image):
             return read_binary_mask(mask, self.original_size, *self.image.size)
-        levels = np.asarray(crop_and_resize(mask.convert("L"), *self.image.size))
-        regenerate = torch.from_numpy(levels > 127).float()[None, None]
+        regenerate = binarize_mask(crop_and_resize(mask.convert("L"), *self.image.size))
         if not regenerate.any():
             raise UserError("mask_image: is black, so nothing would change; paint white what is to be regenerated")
         return regenerate
@@ -99,7 +96,7 @@ class SourceImage:
             border: see the class; None: 1/32 of the shorter side.
         """
         width = min(self.image.size) // BORDER_SHARE if border is None else border
-        return SourceImage(self.image, self.strength, dilate_mask(mask, grow), width, self.name, self.original_size)
+        return replace(self, mask=dilate_mask(mask, grow), border=width)
 
     @cached_property
     def weights(self) -> Tensor:
