@@ -21,7 +21,7 @@ from ldm.cli.parser import Parser, float_in_range, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.paths import check_folder, resolve_path  # noqa: E402
 from ldm.inference.settings import GenerationSettings  # noqa: E402
-from ldm.models.diffusion.samplers import SAMPLERS  # noqa: E402
+from ldm.sampling.samplers import SAMPLERS  # noqa: E402
 
 CONFIG = "configs/perfusion.yaml"
 DESCRIPTION = f"""{__doc__}

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ANSWER = re.compile(r"`([\w/]+\.py):(\d+)` `(\w+)`")
 ROOMS = (  # from top to bottom; a room imports only from those below it
     ("main", "merge_embeddings", "scripts"), ("evaluation",), ("ldm.cli",), ("ldm.training",), ("ldm.inference",),
-    ("ldm.personalization",), ("ldm.models",), ("ldm.concepts",), ("ldm.modules",), ("ldm.checkpoints",),
-    ("ldm.data",), ("ldm.util", "ldm.lr_scheduler"), ("ldm.common",))
+    ("ldm.personalization",), ("ldm.models",), ("ldm.concepts",), ("ldm.sampling",), ("ldm.modules",),
+    ("ldm.checkpoints",), ("ldm.data",), ("ldm.util", "ldm.lr_scheduler"), ("ldm.common",))
 
 
 def modules() -> dict[str, Path]:

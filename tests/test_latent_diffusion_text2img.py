@@ -12,7 +12,7 @@ from helpers.oracles_bert import diffusers_bert_state
 from helpers.stand_ins import model_section
 from test_stable_diffusion_v1 import UNET_CONFIG, VAE_CONFIG, config_of_unet, shapes, shapes_of
 
-from ldm.models.diffusion.schedule import diffusion_buffers
+from ldm.sampling.schedule import diffusion_buffers
 from ldm.util import count_params, instantiate_from_config
 
 CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"

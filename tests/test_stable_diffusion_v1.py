@@ -23,8 +23,8 @@ from ldm.checkpoints.load import load_model
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
 from ldm.data.personalized import PersonalizedBase
-from ldm.models.diffusion.schedule import diffusion_buffers
 from ldm.modules.attention import name_text_layers
+from ldm.sampling.schedule import diffusion_buffers
 from ldm.util import check_param_names, count_params, instantiate_from_config
 
 PROJECT = Path(__file__).resolve().parents[1]

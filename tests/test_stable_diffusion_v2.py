@@ -20,8 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import save_perfusion_concepts
-from ldm.models.diffusion.schedule import diffusion_buffers
 from ldm.modules.attention import name_text_layers
+from ldm.sampling.schedule import diffusion_buffers
 from ldm.util import count_params, instantiate_from_config
 
 CONFIGS = ("configs/stable-diffusion/v2-inference.yaml", "configs/stable-diffusion/v2-inference-v.yaml")

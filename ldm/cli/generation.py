@@ -14,7 +14,7 @@ from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT, check_folder, resolve_path
 from ldm.inference.requests import SEED_LIMIT
 from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, ModelSettings, SourceSettings
-from ldm.models.diffusion.samplers import SAMPLERS, describe_samplers
+from ldm.sampling.samplers import SAMPLERS, describe_samplers
 
 DEFAULT_CONFIG = "models/mini/config.yaml"
 ONE_OR_EACH = "one for all concepts, or one for each in the order of the files"

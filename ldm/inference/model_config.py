@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
 from ldm.inference.settings import AUTO, GenerationSettings
-from ldm.models.diffusion.samplers import sampler_class
+from ldm.sampling.samplers import sampler_class
 from ldm.util import check_param_types
 
 # Defaults of UNetModel, Encoder and DDPM for what a config leaves out.
@@ -31,7 +31,7 @@ class InferenceDefaults:
 
     Attributes:
         guidance_scale: guidance scale; 1 means no guidance.
-        sampler: a name in `ldm.models.diffusion.samplers.SAMPLERS`.
+        sampler: a name in `ldm.sampling.samplers.SAMPLERS`.
         num_inference_steps: number of sampling steps.
         evaluation_clip: folder or name of the CLIP that measures its images.
         segmenter: folder or hub name of a CLIPSeg that finds objects in its images.

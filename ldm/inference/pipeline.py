@@ -42,7 +42,7 @@ from ldm.inference.precision import sixteen_bit_type, uses_sixteen_bits
 from ldm.inference.requests import GenerationRequest, requests_for, seeds_for
 from ldm.inference.settings import AUTO, GenerationSettings, as_tuple
 from ldm.inference.source_image import ImageLike, SourceImage, StartingLatents
-from ldm.models.diffusion.samplers import sampler_class
+from ldm.sampling.samplers import sampler_class
 from ldm.util import pick_device
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class PerfusionPipeline:
             generator: a generator, or one for each image, that seeds are drawn from; instead of `seed`.
             num_inference_steps: number of sampling steps; None: the model's default.
             guidance_scale: 1 means no guidance; None: the model's default.
-            sampler: a name in `ldm.models.diffusion.samplers.SAMPLERS`; None: the model's default.
+            sampler: a name in `ldm.sampling.samplers.SAMPLERS`; None: the model's default.
             eta: 0..1, share of noise that each step adds; None: the sampler's default.
             height, width: image size in pixels; None: the model's own.
             bias: beta; one value for all concepts, one for each in order, or a mapping from placeholders to values.

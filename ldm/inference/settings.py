@@ -17,7 +17,7 @@ class GenerationSettings:
     Attributes:
         num_inference_steps: 1 up to the model's timesteps.
         guidance_scale: 1 is no guidance; higher follows the prompt more closely.
-        sampler: a name in `ldm.models.diffusion.samplers.SAMPLERS`.
+        sampler: a name in `ldm.sampling.samplers.SAMPLERS`.
         eta: 0..1, share of DDPM's noise that each step adds.
         height, width: size of the images in pixels.
         bias, temperature: beta and tau, one value for all concepts or a tuple with one for each. A bias may be "auto".

@@ -1,6 +1,6 @@
 """Diffusion models, first stages, and the CLIP that evaluations use.
 
-    diffusion/           diffusion models, noise schedules and samplers
+    diffusion/           diffusion models, and LDM's samplers
     autoencoder.py       KL autoencoders; first_stage.py is the base class of all first stages
     vq.py                VQ autoencoders
     clip_encoder.py      embeds images and texts with a CLIP, helped by clip_images.py and open_clip_folder.py

@@ -21,9 +21,9 @@ from ldm.data.templates import fill_template
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.settings import GenerationSettings
-from ldm.models.diffusion.samplers import sampler_class
 from ldm.modules.segmentation import mask_overlay
 from ldm.personalization.base import PersonalizationMethod
+from ldm.sampling.samplers import sampler_class
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from evaluation.paper.source_digest import (
 )
 from ldm.common.paths import PROJECT_ROOT
 from ldm.inference.settings import GenerationSettings
-from ldm.models.diffusion.samplers import SAMPLERS, sampler_class
+from ldm.sampling.samplers import SAMPLERS, sampler_class
 
 PLAIN = "def double(x):\n    return 2 * x\n"
 CONFIG = OmegaConf.to_container(OmegaConf.load(PROJECT_ROOT / "configs" / "perfusion.yaml"))

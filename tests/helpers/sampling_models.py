@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.diffusion.samplers import SAMPLERS, sampler_class
-from ldm.models.diffusion.sampling import Sampler
-from ldm.models.diffusion.schedule import diffusion_buffers
+from ldm.sampling.sampler import Sampler
+from ldm.sampling.samplers import SAMPLERS, sampler_class
+from ldm.sampling.schedule import diffusion_buffers
 
 SHAPE = (2, 6, 6)
 SAMPLER_CLASSES: dict[str, type[Sampler]] = {name: sampler_class(name) for name in SAMPLERS}

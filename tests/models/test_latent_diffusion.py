@@ -16,8 +16,8 @@ from ldm.checkpoints.load import load_model
 from ldm.common.errors import UserError
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.objectives import resize_mask_to_latents
-from ldm.models.diffusion.schedule import q_sample
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.sampling.schedule import q_sample
 from ldm.util import instantiate_from_config
 
 SCHEDULE = {

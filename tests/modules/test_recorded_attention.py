@@ -14,10 +14,10 @@ from ldm.inference.encoding import EncodedPrompts
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.settings import GenerationSettings
-from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.modules.attention import PerfusionCrossAttention, name_text_layers
 from ldm.modules.attention_maps import AttentionMaps, attention_probabilities, map_size, record_attention
 from ldm.modules.context import PromptContext
+from ldm.sampling.samplers import SAMPLERS
 
 LATENTS = (8, 8)
 EVALUATIONS = {"plms": 5, "heun": 7}  # of the U-Net in four steps; other samplers need four

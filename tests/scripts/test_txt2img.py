@@ -31,8 +31,8 @@ from omegaconf import OmegaConf
 
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
 from ldm.inference.output_folder import read_metadata
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.sampling.ddim import DDIM
+from ldm.sampling.samplers import SAMPLERS
 from ldm.util import instantiate_from_config
 
 
@@ -143,7 +143,7 @@ def test_an_image_of_the_base_model_equals_the_samplers_output(generate: Generat
     config = OmegaConf.load(model_files.config)
     model = instantiate_from_config(config.model).eval()
     generator = torch.Generator().manual_seed(9)
-    latents, _ = DDIMSampler(model).sample(
+    latents, _ = DDIM(model).sample(
         3, 1, (4, 8, 12), model.cond_stage_model(["a cat"]), verbose=False, generators=[generator],
         unconditional_guidance_scale=2.0, unconditional_conditioning=model.cond_stage_model([""]))
     expected = model.decode_first_stage(latents)[0].clamp(-1, 1).add(1).mul(127.5).round().movedim(0, -1).numpy()

@@ -13,13 +13,13 @@ from ldm.common.errors import UserError
 from ldm.concepts.embedding_manager import EmbeddingManager
 from ldm.concepts.fingerprint import base_fingerprint
 from ldm.models.autoencoder import image_batch
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.pixel_diffusion import DDPM
 from ldm.models.diffusion.wrapper import Condition
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import PromptContext
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.prompts import PromptEncoder
+from ldm.sampling.ddim import DDIM
 from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class LatentDiffusion(DDPM):
                        unconditional: Condition = None, eta: float = 0.0,
                        generators: Sequence[torch.Generator] | None = None, verbose: bool = False) -> Tensor:
         """Return scaled latents (B, C, h, w). Arguments as for `sample_images`."""
-        latents, _ = DDIMSampler(self).sample(
+        latents, _ = DDIM(self).sample(
             steps, batch_size, self.latent_shape, cond, eta=eta, verbose=verbose, generators=generators,
             unconditional_guidance_scale=scale, unconditional_conditioning=unconditional)
         return latents

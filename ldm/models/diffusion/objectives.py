@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.common.errors import UserError
-from ldm.models.diffusion.schedule import NoiseSchedule, check_parameterization, get_v
+from ldm.sampling.schedule import NoiseSchedule, check_parameterization, get_v
 
 ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": lambda prediction, target: (prediction - target).abs(),

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ldm.common.errors import UserError
 from ldm.models.autoencoder import image_batch
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.objectives import check_loss_type, error_per_sample, training_target
-from ldm.models.diffusion.schedule import check_parameterization, diffusion_buffers, lvlb_weights, q_sample
 from ldm.models.diffusion.wrapper import Condition, DiffusionWrapper, as_model_kwargs
 from ldm.models.initial_weights import LoadsInitialWeights
 from ldm.models.optimization import ResumableModule, can_use_fused_optimizer, optimizer_and_schedule
 from ldm.models.random_state import RandomState
 from ldm.modules.ema import LitEma
+from ldm.sampling.ddim import DDIM
+from ldm.sampling.schedule import check_parameterization, diffusion_buffers, lvlb_weights, q_sample
 from ldm.util import to_device
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class DDPM(LoadsInitialWeights, ResumableModule):
     Args:
         unet_config: config of the network.
         timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas, v_posterior: see
-            `ldm.models.diffusion.schedule.diffusion_buffers`.
+            `ldm.sampling.schedule.diffusion_buffers`.
         loss_type: "l1" or "l2".
         ckpt_path: checkpoint of the initial weights. It must hold all parts of the model, those of a subclass too.
         ignore_keys: beginnings of keys that are neither required nor loaded.
@@ -224,5 +224,5 @@ class DDPM(LoadsInitialWeights, ResumableModule):
         """Return images of the batch and new samples for the log folder."""
         images, _ = self.get_input(batch)
         with self.ema_scope():
-            samples, _ = DDIMSampler(self).sample(ddim_steps, N, self.latent_shape, verbose=False)
+            samples, _ = DDIM(self).sample(ddim_steps, N, self.latent_shape, verbose=False)
         return {"inputs": images[:N], "samples": samples}

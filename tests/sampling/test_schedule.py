@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ldm.common.errors import UserError
-from ldm.models.diffusion.schedule import (
+from ldm.sampling.schedule import (
     PARAMETERIZATIONS,
     add_noise,
     diffusion_buffers,

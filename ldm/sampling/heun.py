@@ -1,4 +1,4 @@
-"""Heun's method of second order: Karras et al. 2022, Algorithm 1 without its churn (see `ldm.models.diffusion.euler`).
+"""Heun's method of second order: Karras et al. 2022, Algorithm 1 without its churn (see `ldm.sampling.euler`).
 
 A step averages the directions at its start and at the point where Euler's method would lead. The last step, which leads
 to a clean image, stays with Euler, so S steps cost 2 S - 1 evaluations of the model.
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.models.diffusion.sampling import Denoiser, Sampler
-from ldm.models.diffusion.schedule import Prediction, add_noise, prediction_from_eps
-from ldm.models.diffusion.time_grid import TimeGrid, karras_grid
+from ldm.sampling.sampler import Denoiser, Sampler
+from ldm.sampling.schedule import Prediction, add_noise, prediction_from_eps
+from ldm.sampling.time_grid import TimeGrid, karras_grid
 
 
 def average_eps(denoise: Denoiser, grid: TimeGrid, start: Prediction, i: int) -> Tensor:
@@ -23,7 +23,7 @@ def average_eps(denoise: Denoiser, grid: TimeGrid, start: Prediction, i: int) ->
     return (start.eps + end.eps) / 2
 
 
-class HeunSampler(Sampler):
+class Heun(Sampler):
     """Deterministic, on the noise levels of Karras et al.; more accurate than Euler, at twice the cost per step."""
 
     label = "Heun"

@@ -10,9 +10,9 @@ from collections import deque
 
 from torch import Tensor
 
-from ldm.models.diffusion.sampling import Denoiser, Sampler
-from ldm.models.diffusion.schedule import Prediction, prediction_from_x0
-from ldm.models.diffusion.time_grid import TimeGrid, karras_grid
+from ldm.sampling.sampler import Denoiser, Sampler
+from ldm.sampling.schedule import Prediction, prediction_from_x0
+from ldm.sampling.time_grid import TimeGrid, karras_grid
 
 
 def extrapolation_weight(grid: TimeGrid, i: int) -> float:
@@ -26,7 +26,7 @@ def extrapolation_weight(grid: TimeGrid, i: int) -> float:
     return (following - current) / (current - previous) / 2
 
 
-class DPMSolverSampler(Sampler):
+class DPMSolver(Sampler):
     """Deterministic, on the noise levels of Karras et al.; accurate from about 20 steps."""
 
     label = "DPM-Solver++"

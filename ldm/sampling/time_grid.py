@@ -1,6 +1,6 @@
 """The noise levels that sampling visits: three ways to space S of them on a model's schedule.
 
-Legend, as in `ldm.models.diffusion.schedule`:
+Legend, as in `ldm.sampling.schedule`:
     alpha_bar   the share of the image's variance that is left at a timestep; 1 is a clean image
     sigma       sqrt((1 - alpha_bar) / alpha_bar), the noise of an image at full scale: x / sqrt(alpha_bar) =
                 x_0 + sigma eps

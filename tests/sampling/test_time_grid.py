@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.common.errors import UserError
-from ldm.models.diffusion import time_grid as grids
-from ldm.models.diffusion.schedule import diffusion_buffers
+from ldm.sampling import time_grid as grids
+from ldm.sampling.schedule import diffusion_buffers
 
 SCHEDULE = diffusion_buffers("linear", 1000, 0.00085, 0.012)["alphas_cumprod"]
 SPACINGS = (grids.leading_grid, grids.trailing_grid, grids.karras_grid)

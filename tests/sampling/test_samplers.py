@@ -21,11 +21,11 @@ from helpers.tiny_models import unet_config
 from torch import Tensor, nn
 
 from ldm.common.errors import UserError
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.sampling import ddim_step, guided_denoiser
-from ldm.models.diffusion.schedule import Prediction, add_noise
-from ldm.models.diffusion.time_grid import TimeGrid
 from ldm.modules.context import PromptContext
+from ldm.sampling.ddim import DDIM
+from ldm.sampling.sampler import ddim_step, guided_denoiser
+from ldm.sampling.schedule import Prediction, add_noise
+from ldm.sampling.time_grid import TimeGrid
 from ldm.util import instantiate_from_config
 
 EVERY = pytest.mark.parametrize("name", SAMPLER_CLASSES)
@@ -103,7 +103,7 @@ def test_samplers_follow_the_flow_of_a_gaussian(kind):
 def test_all_steps_of_the_schedule_recover_a_gaussian(eta):
     model = gaussian_denoiser(-0.6, 0.4, "eps", timesteps=1000)
     generators = [seeded_generator(3)]
-    x, _ = DDIMSampler(model).sample(1000, 1, (1, 64, 64), eta=eta, generators=generators, verbose=False)
+    x, _ = DDIM(model).sample(1000, 1, (1, 64, 64), eta=eta, generators=generators, verbose=False)
     assert x.mean().item() == pytest.approx(-0.6, abs=0.03)
     assert x.std().item() == pytest.approx(0.4, rel=0.05)
 
@@ -237,10 +237,10 @@ def test_the_callers_context_stays_without_cache():
     layer = TextLayer()
     model, cond = TinyModel(layer), PromptContext.plain(torch.randn(2, 3, 4), cache=True)
     settings = {"x_T": start_noise(), "verbose": False}
-    before, _ = DDIMSampler(model).sample(4, 2, SHAPE, cond, **settings)
+    before, _ = DDIM(model).sample(4, 2, SHAPE, cond, **settings)
     with torch.no_grad():
         layer.to_v.weight.add_(1)
-    after, _ = DDIMSampler(model).sample(4, 2, SHAPE, cond, **settings)
+    after, _ = DDIM(model).sample(4, 2, SHAPE, cond, **settings)
     assert len(layer.computed) == 2
     assert not torch.allclose(before, after)
 
@@ -248,7 +248,7 @@ def test_the_callers_context_stays_without_cache():
 def test_intermediates_and_callbacks():
     indices, predictions = [], []
     x = start_noise()
-    samples, intermediates = DDIMSampler(TinyModel(convolution_network)).sample(
+    samples, intermediates = DDIM(TinyModel(convolution_network)).sample(
         10, 2, SHAPE, x_T=x, log_every_t=4, verbose=False,
         callback=indices.append, img_callback=lambda pred_x0, i: predictions.append((pred_x0, i)),
     )
@@ -260,7 +260,7 @@ def test_intermediates_and_callbacks():
 
 
 def test_progress_bar_can_be_turned_off(capfd):
-    sampler = DDIMSampler(TinyModel(convolution_network))
+    sampler = DDIM(TinyModel(convolution_network))
     sampler.sample(3, 1, SHAPE, verbose=False)
     assert capfd.readouterr().err == ""
     sampler.sample(3, 1, SHAPE)
@@ -328,9 +328,9 @@ def test_full_strength_runs_all_steps_and_low_strength_stays_close(name):
 
 def test_temperature_scales_the_noise_of_eta():
     model, settings = TinyModel(convolution_network), {"x_T": start_noise(), "verbose": False, "eta": 1.0}
-    cold, _ = DDIMSampler(model).sample(8, 2, SHAPE, temperature=0.0, **settings)
-    again, _ = DDIMSampler(model).sample(8, 2, SHAPE, temperature=0.0, **settings)
-    warm, _ = DDIMSampler(model).sample(8, 2, SHAPE, **settings)
+    cold, _ = DDIM(model).sample(8, 2, SHAPE, temperature=0.0, **settings)
+    again, _ = DDIM(model).sample(8, 2, SHAPE, temperature=0.0, **settings)
+    warm, _ = DDIM(model).sample(8, 2, SHAPE, **settings)
     assert torch.equal(cold, again)
     assert not torch.allclose(cold, warm)
 
@@ -396,6 +396,6 @@ def test_the_default_eta():
 
 def test_unknown_parameters_and_parameterizations_are_refused():
     with pytest.raises(TypeError, match="guidence"):
-        DDIMSampler(TinyModel(convolution_network)).sample(5, 1, SHAPE, guidence=2.0)
+        DDIM(TinyModel(convolution_network)).sample(5, 1, SHAPE, guidence=2.0)
     with pytest.raises(UserError, match="eps, v, x0"):
-        DDIMSampler(TinyModel(convolution_network, "score"))
+        DDIM(TinyModel(convolution_network, "score"))

@@ -1,11 +1,11 @@
 """DDIM: Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models"; the update is `ddim_update` in sampling.py."""
 from __future__ import annotations
 
-from ldm.models.diffusion.sampling import Sampler
-from ldm.models.diffusion.time_grid import TimeGrid, leading_grid
+from ldm.sampling.sampler import Sampler
+from ldm.sampling.time_grid import TimeGrid, leading_grid
 
 
-class DDIMSampler(Sampler):
+class DDIM(Sampler):
     """Deterministic at eta 0, DDPM's posterior at eta 1 (with as many steps as the model was trained with)."""
 
     label = "DDIM"

@@ -9,10 +9,10 @@ from collections import deque
 
 from torch import Tensor
 
-from ldm.models.diffusion.heun import average_eps
-from ldm.models.diffusion.sampling import Denoiser, Sampler
-from ldm.models.diffusion.schedule import Prediction, prediction_from_eps
-from ldm.models.diffusion.time_grid import TimeGrid, leading_grid
+from ldm.sampling.heun import average_eps
+from ldm.sampling.sampler import Denoiser, Sampler
+from ldm.sampling.schedule import Prediction, prediction_from_eps
+from ldm.sampling.time_grid import TimeGrid, leading_grid
 
 # Adams-Bashforth weights by the number of available estimates of eps, the newest first; order 4 is Eq. 12 of the paper.
 # The method assumes evenly spaced timesteps. If S does not divide the schedule, intervals differ by one timestep, which
@@ -31,7 +31,7 @@ def multistep_eps(newest_first: list[Tensor]) -> Tensor:
     return sum(weight * eps for weight, eps in zip(weights, newest_first, strict=True))
 
 
-class PLMSSampler(Sampler):
+class PLMS(Sampler):
     """Deterministic; needs fewer steps than DDIM for the same quality."""
 
     label = "PLMS"

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from ldm.common.errors import UserError
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.sampling import Sampler
+    from ldm.sampling.sampler import Sampler
 
 
 class SamplerEntry(NamedTuple):
     """A sampler as users see it.
 
     Attributes:
-        path: module and class, below `ldm.models.diffusion`.
+        path: module and class, below `ldm.sampling`.
         description: what it is, for help texts.
     """
 
@@ -26,12 +26,12 @@ class SamplerEntry(NamedTuple):
 
 
 SAMPLERS = {  # the name that command lines use -> entry
-    "ddim": SamplerEntry("ddim.DDIMSampler", "DDIM, deterministic unless eta is above 0"),
-    "plms": SamplerEntry("plms.PLMSSampler", "linear multistep, more accurate than DDIM for the same steps"),
-    "dpm": SamplerEntry("dpm_solver.DPMSolverSampler", "DPM-Solver++(2M), accurate from about 20 steps"),
-    "euler": SamplerEntry("euler.EulerSampler", "Euler's method on Karras' noise levels"),
-    "heun": SamplerEntry("heun.HeunSampler", "Heun's method of second order, two model evaluations per step"),
-    "euler_a": SamplerEntry("euler.EulerAncestralSampler", "ancestral Euler, adds noise at each step"),
+    "ddim": SamplerEntry("ddim.DDIM", "DDIM, deterministic unless eta is above 0"),
+    "plms": SamplerEntry("plms.PLMS", "linear multistep, more accurate than DDIM for the same steps"),
+    "dpm": SamplerEntry("dpm_solver.DPMSolver", "DPM-Solver++(2M), accurate from about 20 steps"),
+    "euler": SamplerEntry("euler.Euler", "Euler's method on Karras' noise levels"),
+    "heun": SamplerEntry("heun.Heun", "Heun's method of second order, two model evaluations per step"),
+    "euler_a": SamplerEntry("euler.EulerAncestral", "ancestral Euler, adds noise at each step"),
 }
 
 
@@ -44,7 +44,7 @@ def sampler_class(name: str) -> type[Sampler]:
     if name not in SAMPLERS:
         raise UserError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     module, _, attribute = SAMPLERS[name].path.rpartition(".")
-    return getattr(import_module(f"ldm.models.diffusion.{module}"), attribute)
+    return getattr(import_module(f"ldm.sampling.{module}"), attribute)
 
 
 def describe_samplers() -> str:

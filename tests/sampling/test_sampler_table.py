@@ -8,15 +8,15 @@ import pytest
 from ldm.cli.generation import add_sampling_flags
 from ldm.cli.parser import Parser
 from ldm.common.errors import UserError
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.samplers import SAMPLERS, SamplerEntry, sampler_class
+from ldm.sampling.ddim import DDIM
+from ldm.sampling.samplers import SAMPLERS, SamplerEntry, sampler_class
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_one_line_in_the_table_adds_a_sampler(monkeypatch):
-    monkeypatch.setitem(SAMPLERS, "copy", SamplerEntry("ddim.DDIMSampler", "a copy of DDIM"))
-    assert sampler_class("copy") is DDIMSampler
+    monkeypatch.setitem(SAMPLERS, "copy", SamplerEntry("ddim.DDIM", "a copy of DDIM"))
+    assert sampler_class("copy") is DDIM
     parser = Parser("")
     add_sampling_flags(parser)
     assert parser.parse_args(["--sampler", "copy"]).sampler == "copy"

@@ -6,11 +6,11 @@ step of DDIM with eta 0, and a step of ancestral Euler one with eta 1. What diff
 """
 from __future__ import annotations
 
-from ldm.models.diffusion.sampling import Sampler
-from ldm.models.diffusion.time_grid import TimeGrid, karras_grid, trailing_grid
+from ldm.sampling.sampler import Sampler
+from ldm.sampling.time_grid import TimeGrid, karras_grid, trailing_grid
 
 
-class EulerSampler(Sampler):
+class Euler(Sampler):
     """Deterministic, on the noise levels of Karras et al."""
 
     label = "Euler"
@@ -21,7 +21,7 @@ class EulerSampler(Sampler):
         return karras_grid(self.model.alphas_cumprod, steps)
 
 
-class EulerAncestralSampler(Sampler):
+class EulerAncestral(Sampler):
     """Each step removes more noise than necessary and adds fresh noise; eta is 1 by default."""
 
     label = "ancestral Euler"

@@ -18,10 +18,10 @@ from torch import Generator, Tensor
 from tqdm import trange
 
 from ldm.common.errors import UserError
-from ldm.models.diffusion.sampling_checks import check_guidance, check_noise, check_original, latent_size
-from ldm.models.diffusion.schedule import Prediction, add_noise, check_parameterization, prediction_from_output
-from ldm.models.diffusion.time_grid import TimeGrid
 from ldm.modules.context import PromptContext
+from ldm.sampling.checks import check_guidance, check_noise, check_original, latent_size
+from ldm.sampling.schedule import Prediction, add_noise, check_parameterization, prediction_from_output
+from ldm.sampling.time_grid import TimeGrid
 
 Conditioning = Tensor | PromptContext
 Denoiser = Callable[[Tensor, int], Prediction]  # (x, index on the grid) -> prediction
