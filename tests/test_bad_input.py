@@ -186,7 +186,8 @@ UNKNOWN_KEYS = [
 ]
 OVERRIDES = [
     ("model", "neither a flag"), ("a.b=[1", "not readable"), ("model.target=nope.Nope", "nope.Nope"),
-    ("model.target=builtins.dict", "does not know"), ("data.target=builtins.dict", "does not know"),
+    ("model.target=builtins.dict", "model.target must name a LightningModule, not a dict"),
+    ("data.target=builtins.dict", "data.target must name a LightningDataModule, not a dict"),
     ("model.params=", "model.params"), ("model.params.unet_config=", "unet_config must be keys with values"),
     ("model.params.bias=abc", "bias must be a finite number, not 'abc'"), ("model.params.bias=.nan", "bias"),
     ("model.params.temperature=0", "temperature 0"), ("model.params.value_lr=-1", "value_lr -1"),

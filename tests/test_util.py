@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -9,6 +14,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.common.errors import UserError
+from ldm.common.instantiate import is_own
+from ldm.data.folder import ImageFolder
 from ldm.util import (
     check_param_names,
     count_params,
@@ -21,31 +28,43 @@ from ldm.util import (
 )
 
 
+def own(target: Any) -> Any:
+    """Decorate a class or function of this file, so that it passes for one of the project's own."""
+    target.__module__ = "ldm.made_up"
+    return target
+
+
+@own
 class Base:
     def __init__(self, size: int, colour: Any = "red", *, depth: int = 1) -> None:
         self.given = {"size": size, "colour": colour, "depth": depth}
 
 
+@own
 class PassingOn(Base):
     def __init__(self, extra: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.given["extra"] = extra
 
 
+@own
 class Inheriting(PassingOn):
     """Inherits its constructor."""
 
 
+@own
 class WithoutKwargs(PassingOn):
     def __init__(self, only: int = 0) -> None:
         super().__init__(size=only)
 
 
+@own
 class Module(nn.Module):
     def __init__(self, width: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
 
+@own
 def double(value: int, **ignored: Any) -> int:
     return 2 * value
 
@@ -63,6 +82,7 @@ def test_params_go_through_every_constructor_that_passes_them_on() -> None:
         assert built(name, size=3, depth=2, extra=7).given == expected
 
 
+@own
 class Renamed(PassingOn):
     renamed_params: ClassVar[dict[str, str]] = {"colour": "color"}
 
@@ -70,6 +90,7 @@ class Renamed(PassingOn):
         super().__init__(colour=color, **kwargs)
 
 
+@own
 class RenamedAgain(Renamed):
     renamed_params: ClassVar[dict[str, str]] = {"surplus": "extra"}
 
@@ -149,8 +170,70 @@ def test_strings_that_mean_no_module(word: str) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"params": {}}, "target", None, [1], 3])
 def test_sections_without_a_target(config: Any) -> None:
-    with pytest.raises(UserError, match="target"):
+    with pytest.raises(UserError, match="^config section without a `target`"):
         instantiate_from_config(config)
+    with pytest.raises(KeyError):
+        instantiate_from_config(config)
+
+
+def test_other_keys_of_a_section_are_left_to_the_caller() -> None:
+    config = {"base_learning_rate": 1e-6, "target": "test_util.double", "params": {"value": 2}, "comment": "mine"}
+    assert instantiate_from_config(config) == instantiate_from_config(OmegaConf.create(config)) == 4
+
+
+@pytest.mark.parametrize("key", ["param", "parms", "prams", "Params", "targets"])
+def test_misspelt_sections_are_refused(key: str) -> None:
+    with pytest.raises(UserError, match=f"test_util.halve: unknown key {key}; did you mean (params|target)"):
+        instantiate_from_config({"target": "test_util.halve", key: {"value": 1}})
+
+
+class Foreign:
+    """A class as users write it."""
+
+    def __init__(self, size: int = 1, **kwargs: Any) -> None:
+        if size == -1:
+            raise ValueError("a size below zero")
+        self.given = {"size": size, **kwargs}
+
+
+@own
+class Around:
+    def __init__(self, part: dict[str, Any]) -> None:
+        self.part = instantiate_from_config(part)
+
+
+def test_users_classes_take_any_params() -> None:
+    assert built("Foreign", size="large", target=3).given == {"size": "large", "target": 3}
+    with pytest.raises(TypeError, match="sise"):
+        built("halve", value=1, sise=3)
+
+
+def test_users_classes_get_omegaconf_values() -> None:
+    config = OmegaConf.create({"width": 4, "part": {"target": "test_util.Foreign", "params": {
+        "size": "${width}", "inner": {"sizes": [1]}}}})
+    given = instantiate_from_config(config.part, extra=5).given
+    assert given["size"] == 4 and given["inner"].sizes[0] == 1 and given["extra"] == 5
+
+
+def test_exceptions_of_users_classes_pass() -> None:
+    for name, params in (("Foreign", {"size": -1}),
+                         ("Around", {"part": {"target": "test_util.Foreign", "params": {"size": -1}}})):
+        with pytest.raises(ValueError, match="^a size below zero$") as passed:
+            built(name, **params)
+        assert not isinstance(passed.value, UserError)
+
+
+@pytest.mark.parametrize(("module", "file", "own_module"), [
+    ("ldm.data.folder", "ldm/data/folder.py", True), ("scripts.made_up", "scripts/made_up.py", True),
+    ("scripts.made_up", "/home/user/scripts/made_up.py", False), ("evaluation.made_up", None, False),
+    ("cldm.cldm", "cldm/cldm.py", False)])
+def test_which_classes_are_own(module: str, file: str | None, own_module: bool,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(__file__=file and str(root / file)))
+    assert is_own(type("Made", (), {"__module__": module})) is own_module
+
+
 
 
 @pytest.mark.parametrize("params", [[1, 2], "size=3", OmegaConf.create([1])])
@@ -170,6 +253,61 @@ def test_targets_that_cannot_be_imported(target: Any) -> None:
 
 def test_targets_are_imported() -> None:
     assert get_obj_from_str("torch.nn.Linear") is nn.Linear
+    assert get_obj_from_str("ldm.data.folder.PictureFolder") is ImageFolder
+
+
+@pytest.mark.parametrize(("target", "error"), [
+    ("no.such.module.Thing", ModuleNotFoundError), ("no.such.module.Thing", ImportError),
+    ("torch.nn.NoSuchLayer", AttributeError), ("nodots", ValueError)])
+def test_failing_imports_are_pythons_errors_too(target: str, error: type[Exception]) -> None:
+    """Users' scripts catch them as such."""
+    with pytest.raises(error):
+        get_obj_from_str(target)
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """A function that writes a module of a user, found before any other. It is forgotten afterwards."""
+    names = []
+
+    def write(name: str, code: str) -> Path:
+        names.append(name)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        path = tmp_path / f"{name}.py"
+        path.write_text(code)
+        return path
+
+    monkeypatch.syspath_prepend(tmp_path)
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_modules_can_be_imported_again(user_module: Callable[[str, str], Path]) -> None:
+    path = user_module("changing", "value = 1")
+    assert get_obj_from_str("changing.value") == 1
+    path.write_text("value = 23")
+    assert get_obj_from_str("changing.value") == 1 and get_obj_from_str("changing.value", reload=True) == 23
+
+
+def test_errors_in_a_users_module_pass(user_module: Callable[[str, str], Path]) -> None:
+    user_module("broken", "1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        get_obj_from_str("broken.Thing")
+
+
+def test_the_users_own_main_comes_first(user_module: Callable[[str, str], Path]) -> None:
+    user_module("main", "ImageLogger = 'of the user'")
+    assert get_obj_from_str("main.ImageLogger") == "of the user"
+    assert get_obj_from_str("main.SetupCallback").__module__ == "ldm.training.callbacks"
+
+
+def test_the_running_main_comes_before_others(user_module: Callable[[str, str], Path],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    path = user_module("main", "ImageLogger = 'of another main.py'")
+    monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace(ImageLogger="running", __file__=str(path)))
+    assert get_obj_from_str("main.ImageLogger") == "running"
 
 
 def test_default() -> None:
@@ -269,7 +407,7 @@ def test_a_bug_in_a_constructor_passes_with_its_traceback(monkeypatch: pytest.Mo
     """A typing mistake in one of the project's own constructors is not the user's."""
     namespace: dict[str, Any] = {"__name__": "ldm.modules.made_up"}
     exec("class Buggy:\n    def __init__(self, size=1):\n        self.sizes = {}['size']", namespace)
-    monkeypatch.setattr("ldm.util.get_obj_from_str", lambda path: namespace["Buggy"])
+    monkeypatch.setattr("ldm.common.instantiate.get_obj_from_str", lambda path: namespace["Buggy"])
     with pytest.raises(KeyError, match="size"):
         instantiate_from_config({"target": "ldm.modules.made_up.Buggy", "params": {"size": 3}})
 

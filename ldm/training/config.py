@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.common.annotations import matches_type
 from ldm.common.errors import UserError
+from ldm.common.library_errors import OWN_PACKAGES
 from ldm.common.paths import resolve_path
 from ldm.inference.model_config import inference_defaults
 from ldm.training.options import DEFAULT_SEED, NO_MASKS, SEED_LIMIT, TrainingOptions
@@ -19,6 +20,8 @@ from ldm.util import get_obj_from_str, known_params
 
 SECTIONS = {"": ("model", "data", "lightning", "inference"), "model": ("target", "params", "base_learning_rate"),
             "data": ("target", "params"), "lightning": ("trainer", "callbacks", "modelcheckpoint", "seed")}
+PART_KEYS = ("target", "params", "base_learning_rate")  # of a section that describes an object
+CHECKED_PACKAGES = (*OWN_PACKAGES, "main")
 REQUIRED_SECTIONS = "model, data and, if need be, lightning"
 FREE_SECTIONS = ("lightning.trainer", "lightning.callbacks", "lightning.modelcheckpoint", "inference")
 TRAINER_OPTIONS = ("accelerator", "devices", "max_steps", "precision")
@@ -212,6 +215,25 @@ def _check_sections(config: DictConfig) -> None:
         if unknown:
             raise UserError(f"config: unknown key {', '.join(unknown)} in {name or 'the top level'}; "
                             f"known: {', '.join(known)}")
+    _check_parts(OmegaConf.to_container(config, resolve=False))
+
+
+def _check_parts(section: Any) -> None:
+    """Raise UserError if a part of the config that names an own class has other keys than a part can have."""
+    if isinstance(section, list):
+        for item in section:
+            _check_parts(item)
+    if not isinstance(section, dict):
+        return
+    if "target" in section:
+        if str(section["target"]).partition(".")[0] not in CHECKED_PACKAGES:
+            return
+        unknown = sorted(set(map(str, section)) - {*PART_KEYS})
+        if unknown:
+            raise UserError(f"config section of {section['target']}: unknown key {', '.join(unknown)}; "
+                            "it has a target and params")
+    for item in section.values():
+        _check_parts(item)
 
 
 def _check_values(config: DictConfig) -> None:
