@@ -19,6 +19,7 @@ from tqdm import trange
 
 from ldm.common.errors import UserError
 from ldm.modules.context import PromptContext
+from ldm.modules.diffusionmodules.util import ddim_sigma
 from ldm.sampling.checks import check_guidance, check_noise, check_original, latent_size
 from ldm.sampling.schedule import Prediction, add_noise, check_parameterization, prediction_from_output
 from ldm.sampling.time_grid import TimeGrid
@@ -103,11 +104,6 @@ def guided_denoiser(
 # Steps
 
 
-def ddim_sigma(alpha_bar: float, alpha_bar_next: float, eta: float) -> float:
-    """Return the standard deviation of the noise that a step adds (DDIM Eq. 16)."""
-    return eta * math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
-
-
 def ddim_update(prediction: Prediction, alpha_bar: float, alpha_bar_next: float, eta: float,
                 sample_noise: NoiseSource) -> Tensor:
     """Return x at the next noise level (DDIM Eq. 12).
@@ -117,7 +113,7 @@ def ddim_update(prediction: Prediction, alpha_bar: float, alpha_bar_next: float,
         eta: 0 for a deterministic step, 1 for DDPM's noise.
         sample_noise: source of the noise; not called if the step adds none.
     """
-    sigma = ddim_sigma(alpha_bar, alpha_bar_next, eta)
+    sigma = float(ddim_sigma(alpha_bar, alpha_bar_next, eta))
     if not sigma:
         return add_noise(prediction, alpha_bar_next)
     # The three terms of Eq. 12: the predicted x_0, the direction that points to x_t, and random noise.

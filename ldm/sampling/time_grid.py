@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor
 
 from ldm.common.errors import UserError
-from ldm.modules.diffusionmodules.util import make_ddim_timesteps
 
 KARRAS_RHO = 7.0
 SIGMA_MAX = 80.0  # Karras et al. 2022, Table 1
@@ -58,7 +57,11 @@ def leading_grid(schedule: Tensor, steps: int) -> TimeGrid:
     Raises:
         UserError: if `steps` is out of range.
     """
-    times = make_ddim_timesteps("uniform", steps, len(schedule))[::-1].tolist()
+    _check_steps(steps, len(schedule))
+    evenly = np.arange(steps) * len(schedule) // steps
+    # Moved up by one, as in latent diffusion, unless that would leave the schedule.
+    shift = int(evenly[-1] + 1 < len(schedule))
+    times = (evenly + shift)[::-1].tolist()
     levels = _to_numpy(schedule)
     last = levels[times[-1] - 1] if times[-1] else 1.0
     return _make_grid(times, levels[times], float(last))

@@ -1,6 +1,7 @@
 """Noise schedules, the timesteps of DDIM, and the building blocks of the U-Net."""
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -14,6 +15,9 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from ldm.common.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
+FloatOrArray = TypeVar("FloatOrArray", float, np.ndarray)
+
+log = logging.getLogger(__name__)
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -59,19 +63,22 @@ def make_beta_schedule(
     return tables[schedule]()
 
 
-def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int) -> np.ndarray:
-    """Choose the S of the T training timesteps that DDIM visits.
+def make_ddim_timesteps(
+    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
+) -> np.ndarray:
+    """Choose the timesteps that the LDM family's DDIM visits.
 
-    The timesteps are moved up by one, as in latent diffusion, unless that would leave the schedule. So S may be any
-    number up to T, whether or not it divides T.
+    An S that does not divide T gives more than S of them. `ldm.sampling.time_grid.leading_grid` gives exactly S.
 
     Args:
-        ddim_discr_method: "uniform" for even spacing, or "quad" for quadratic spacing over the first 80 %.
+        ddim_discr_method: "uniform" for every (T // S)-th timestep, or "quad" for S of them, spaced quadratically over
+            the first 80 %.
         num_ddim_timesteps: S.
         num_ddpm_timesteps: T.
+        verbose: whether to log the timesteps.
 
     Returns:
-        (S,) integers from 0 to T - 1, ascending.
+        Integers from 1, ascending; T itself, which no schedule has, is the last one if S is more than T / 2.
 
     Raises:
         UserError: if the method is unknown, or S is not from 1 to T.
@@ -81,12 +88,49 @@ def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddp
     if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
         raise UserError(f"{num_ddim_timesteps} sampling steps: give a number from 1 to {num_ddpm_timesteps}")
     if ddim_discr_method == "uniform":
-        steps = np.arange(num_ddim_timesteps) * num_ddpm_timesteps // num_ddim_timesteps
+        steps = np.arange(0, num_ddpm_timesteps, num_ddpm_timesteps // num_ddim_timesteps)
     elif ddim_discr_method == "quad":
         steps = (np.linspace(0, math.sqrt(0.8 * num_ddpm_timesteps), num_ddim_timesteps) ** 2).astype(int)
     else:
         raise UserError(f"DDIM discretization {ddim_discr_method!r} is unknown; choose uniform or quad")
-    return steps + 1 if steps[-1] + 1 < num_ddpm_timesteps else steps
+    if verbose:
+        log.info("timesteps of DDIM: %s", steps + 1)
+    return steps + 1
+
+
+def make_ddim_sampling_parameters(
+    alphacums: Tensor | np.ndarray, ddim_timesteps: np.ndarray, eta: float, verbose: bool = True
+) -> tuple[Tensor | np.ndarray, Tensor | np.ndarray, np.ndarray]:
+    """Return the noise levels of DDIM's steps as the LDM family has them.
+
+    Args:
+        alphacums: alpha_bar of all timesteps, (T,), on the CPU.
+        ddim_timesteps: (S,) integers below T, ascending.
+        eta: share of DDPM's noise in each step.
+        verbose: whether to log the tables.
+
+    Returns:
+        sigma of the noise that each step adds (S,) in float64, and alpha_bar before and after each step (S,). The last
+        one is a float64 array, the first two have the type of `alphacums`.
+    """
+    alphas = alphacums[ddim_timesteps]
+    alphas_prev = np.append(alphacums[:1], alphacums[ddim_timesteps[:-1]]).astype(np.float64)
+    sigmas = ddim_sigma(np.asarray(alphas, dtype=np.float64), alphas_prev, eta)
+    if verbose:
+        log.info("alpha_bar of DDIM's steps: %s, after them: %s, sigma at eta %g: %s", alphas, alphas_prev, eta, sigmas)
+    return torch.from_numpy(sigmas) if isinstance(alphacums, Tensor) else sigmas, alphas, alphas_prev
+
+
+def ddim_sigma(alpha_bar: FloatOrArray, alpha_bar_next: FloatOrArray, eta: float) -> FloatOrArray:
+    """Return the standard deviation of the noise that a step adds (Song et al. 2020, eq. 16)."""
+    return eta * np.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
+
+
+def noise_like(shape: Sequence[int], device: torch.device | str, repeat: bool = False) -> Tensor:
+    """Return standard normal noise of `shape`; with `repeat`, the same for all samples of the batch."""
+    if not repeat:
+        return torch.randn(tuple(shape), device=device)
+    return torch.randn((1, *shape[1:]), device=device).repeat(shape[0], *[1] * (len(shape) - 1))
 
 
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
