@@ -190,6 +190,21 @@ def test_prompts_that_are_too_long_are_refused(encoder: FrozenCLIPEmbedder) -> N
             encoder.tokenize([prompt], placeholders)
 
 
+def test_encoding_cuts_long_prompts_off_and_warns_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = FrozenCLIPEmbedder(str(folder), max_length=24)
+    long = "a photo of " + "teddy bear " * 20
+    with torch.no_grad():
+        assert torch.equal(encoder.encode([long, "a cat"]), encoder.encode_tokens(reference_tokens([long, "a cat"])))
+        encoder(long)
+    (record,) = caplog.records
+    assert "has 43 tokens, but the text encoder takes 22: the end" in record.getMessage()
+
+
+def test_tokens_follow_the_weights_whatever_device_is_set(encoder: FrozenCLIPEmbedder) -> None:
+    encoder.device = "cuda:3"  # as scripts do after they moved the model
+    assert encoder.device == torch.device("cpu") and encoder("a cat").device == torch.device("cpu")
+
+
 def test_frozen_encoders_stay_in_evaluation_mode(folder: Path) -> None:
     frozen = FrozenCLIPEmbedder(str(folder), max_length=24)
     assert not any(p.requires_grad for p in frozen.parameters())

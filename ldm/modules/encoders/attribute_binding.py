@@ -99,7 +99,7 @@ class AttributeBindingCLIPEmbedder(FrozenCLIPEmbedder):
         # Encode every plain caption, and the full captions that differ from them.
         with_attributes = list(dict.fromkeys(noun.caption for noun in nouns))
         full_captions = [full_caption(captions[index]) for index in with_attributes]
-        encoding = super().forward([*map(plain_caption, captions), *full_captions])
+        encoding = self.encode_tokens(self.tokenize([*map(plain_caption, captions), *full_captions]))
         plain, full = encoding[:len(captions)], encoding[len(captions):]
 
         bound = _bind_nouns(plain, full, nouns, with_attributes) if nouns else plain

@@ -12,7 +12,7 @@ from transformers import BertTokenizer
 
 from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT
-from ldm.modules.encoders.prompts import AbstractEncoder, PromptEncoder
+from ldm.modules.encoders.prompts import AbstractEncoder, EmbeddingManagerLike, PromptEncoder
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 BERT_TOKENIZER = PROJECT_ROOT / "models" / "bert_tokenizer"
@@ -103,6 +103,8 @@ class BERTEmbedder(PromptEncoder):
     def _whole_words(self) -> dict[str, int]:
         return {piece: index for piece, index in self.tokenizer.get_vocab().items() if not piece.startswith("##")}
 
-    def forward(self, text: Sequence[str] | str | Tensor) -> Tensor:
-        """Encode prompts, or tokens if there is no tokenizer."""
-        return super().forward(text) if self.use_tknz_fn else self.encode_tokens(text)
+    def forward(self, text: Sequence[str] | str | Tensor,
+                embedding_manager: EmbeddingManagerLike | None = None) -> Tensor:
+        """Encode prompts, or tokens if there is no tokenizer; see `PromptEncoder.forward`."""
+        encode = super().forward if self.use_tknz_fn else self.encode_managed
+        return encode(text, embedding_manager)

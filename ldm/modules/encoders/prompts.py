@@ -19,8 +19,9 @@ How a prompt reaches a layer
 """
 from __future__ import annotations
 
+import logging
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ from ldm.common.errors import UserError
 from ldm.common.words import split_at_placeholders
 from ldm.modules.fast.cuda_graphs import GraphedEncoder
 from ldm.util import has_trainable_parameters, to_device
+
+log = logging.getLogger(__name__)
+# Replaces the embeddings of placeholders, given tokens (B, N) and their embeddings (B, N, width): the interface of
+# Textual Inversion's embedding manager. `ldm.concepts.embedding_manager.EmbeddingManager` is the one of this package.
+EmbeddingManagerLike = Callable[[Tensor, Tensor], Tensor]
 
 
 class AbstractEncoder(nn.Module):
@@ -59,6 +65,7 @@ class PromptEncoder(AbstractEncoder):
     tokenizer: Any
     max_length: int
     graphs: GraphedEncoder | None = None
+    _warned_of_truncation = False
 
     # What a subclass implements.
 
@@ -81,12 +88,29 @@ class PromptEncoder(AbstractEncoder):
 
     # Prompts to encodings.
 
-    def forward(self, text: Sequence[str] | str) -> Tensor:
-        """Encode prompts without placeholders: B texts, or one, to (B, N, d)."""
-        return self.encode_tokens(self.tokenize([text] if isinstance(text, str) else text))
+    def forward(self, text: Sequence[str] | str, embedding_manager: EmbeddingManagerLike | None = None) -> Tensor:
+        """Encode prompts as the public encoders do: what does not fit is cut off, with one logged warning.
+
+        Args:
+            text: B prompts, or one.
+            embedding_manager: replaces the embeddings of placeholders (Textual Inversion); None: there are none.
+
+        Returns:
+            (B, N, d)
+        """
+        texts = [text] if isinstance(text, str) else text
+        new_words = getattr(embedding_manager, "new_words", ())
+        return self.encode_managed(self.tokenize(texts, new_words, truncate=True), embedding_manager)
+
+    def encode_managed(self, tokens: Tensor, embedding_manager: EmbeddingManagerLike | None = None) -> Tensor:
+        """Encode tokens (B, N), after `embedding_manager` has replaced embeddings, to (B, N, d)."""
+        if embedding_manager is None:
+            return self.encode_tokens(tokens)
+        embedded = embedding_manager(to_device(tokens, self.token_table.device), self.embed_tokens(tokens))
+        return self._encode_embedded(embedded, tokens)
 
     def tokenize(self, prompts: Sequence[str], placeholders: Sequence[str] = (),
-                 counts: Sequence[int] | None = None) -> Tensor:
+                 counts: Sequence[int] | None = None, truncate: bool = False) -> Tensor:
         """Turn prompts into token indices. Placeholders get indices past the vocabulary, in their order.
 
         Args:
@@ -94,12 +118,13 @@ class PromptEncoder(AbstractEncoder):
             placeholders: the words of concepts, matched as whole words in any case.
             counts: number of tokens of each placeholder; None: one each. With one each, the j-th placeholder has the
                 index V + j. With `counts`, the j-th is a run of counts[j] tokens.
+            truncate: whether to cut off what does not fit, and to log a warning the first time.
 
         Returns:
             (B, N) integers on the CPU, with start, end and padding tokens.
 
         Raises:
-            UserError: if a prompt has more tokens than fit.
+            UserError: if a prompt has more tokens than fit, unless `truncate` is set.
         """
         # Give each placeholder its range of indices past the vocabulary.
         indices: list[range] = []
@@ -119,18 +144,27 @@ class PromptEncoder(AbstractEncoder):
             pieces: list[int] = []
             for part in parts:
                 pieces += next(pieces_of_texts) if isinstance(part, str) else indices[part]
-            rows.append(self._pad(prompt, pieces))
+            rows.append(self._pad(self._fit(prompt, pieces, truncate)))
         return torch.stack(rows)
 
-    def _pad(self, prompt: str, pieces: Sequence[int]) -> Tensor:
-        """Return the tokens (N,) of a prompt: start, word pieces, end, padding."""
+    def _fit(self, prompt: str, pieces: Sequence[int], truncate: bool) -> Sequence[int]:
+        """Return the word pieces of a prompt; if there are too many, raise UserError or cut off the last ones."""
         room = self.max_length - 2
-        if len(pieces) > room:
-            shown = prompt if len(prompt) <= 80 else f"{prompt[:79]}…"
-            raise UserError(f"the prompt {shown!r} has {len(pieces)} tokens, but the text encoder takes {room}; "
-                            "shorten it")
+        if len(pieces) <= room:
+            return pieces
+        shown = prompt if len(prompt) <= 80 else f"{prompt[:79]}…"
+        problem = f"the prompt {shown!r} has {len(pieces)} tokens, but the text encoder takes {room}"
+        if not truncate:
+            raise UserError(f"{problem}; shorten it")
+        if not self._warned_of_truncation:
+            log.warning("%s: the end of this and of other long prompts is cut off", problem)
+            self._warned_of_truncation = True
+        return pieces[:room]
+
+    def _pad(self, pieces: Sequence[int]) -> Tensor:
+        """Return the tokens (N,) of a prompt: start, word pieces, end, padding."""
         start, end, padding = self._special_tokens()
-        return torch.tensor([start, *pieces, end, *[padding] * (room - len(pieces))])
+        return torch.tensor([start, *pieces, end, *[padding] * (self.max_length - 2 - len(pieces))])
 
     def encode_tokens(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Encode tokens, of which some may be placeholders.
@@ -145,14 +179,22 @@ class PromptEncoder(AbstractEncoder):
         Returns:
             (B, N, d)
         """
+        return self._encode_embedded(self.embed_tokens(tokens, vectors), tokens)
+
+    def embed_tokens(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """Return the embeddings (B, N, width) of tokens. Arguments as for `encode_tokens`."""
         table, tokens = self.token_table, tokens.cpu()
         is_placeholder = tokens >= len(table)
         known_tokens = tokens.masked_fill(is_placeholder, 0)  # any index will do: the next lines replace its embedding
         embedded = nn.functional.embedding(to_device(known_tokens, table.device), table)
-        if vectors is not None:
-            positions = [to_device(indices, table.device) for indices in is_placeholder.nonzero(as_tuple=True)]
-            replacements = vectors.to(table)[to_device(tokens[is_placeholder] - len(table), table.device)]
-            embedded = embedded.index_put(positions, replacements)
+        if vectors is None:
+            return embedded
+        positions = [to_device(indices, table.device) for indices in is_placeholder.nonzero(as_tuple=True)]
+        replacements = vectors.to(table)[to_device(tokens[is_placeholder] - len(table), table.device)]
+        return embedded.index_put(positions, replacements)
+
+    def _encode_embedded(self, embedded: Tensor, tokens: Tensor) -> Tensor:
+        """Encode embeddings (B, N, width) of these tokens (B, N), by CUDA graphs if they are enabled."""
         return (self.graphs or self.encode_embedded)(embedded)
 
     # Word pieces and the words that the encoder was trained on.
@@ -191,7 +233,12 @@ class PromptEncoder(AbstractEncoder):
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights. Setting it changes nothing: tokens go to where the weights are."""
         return self.token_table.device
+
+    @device.setter
+    def device(self, device: torch.device | str) -> None:
+        pass
 
     def freeze(self) -> None:
         """Take all parameters out of training."""
