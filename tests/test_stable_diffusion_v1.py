@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ldm.checkpoints.load import load_model
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
-from ldm.data.personalized import PersonalizedBase
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.modules.attention import name_text_layers
 from ldm.sampling.schedule import diffusion_buffers
 from ldm.util import check_param_names, count_params, instantiate_from_config
@@ -178,7 +178,7 @@ def test_the_concept_config_has_the_papers_values() -> None:
     params, data, trainer = whole.model.params, whole.data.params, whole.lightning.trainer
     assert (params.bias, params.temperature, params.embedding_lr, params.value_lr) == (0.75, 0.1, 0.006, 0.03)
     assert data.batch_size * trainer.accumulate_grad_batches == 16 and trainer.max_steps == 400
-    check_param_names("data", PersonalizedBase, data.train.params)
+    check_param_names("data", ConceptPhotos, data.train.params)
     for callback in whole.lightning.callbacks.values():
         instantiate_from_config(callback)
 

@@ -16,8 +16,8 @@ from evaluation.metrics.similarity import ImageBatch, References
 from evaluation.stats.intervals import Estimate, cluster_bootstrap_mean
 from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT, resolve_path
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.images import to_tensor
-from ldm.data.personalized import PersonalizedBase
 from ldm.inference.model_config import inference_defaults, segmenter_of
 from ldm.models.clip_encoder import ClipEncoder
 from ldm.modules.segmentation import ZeroShotSegmenter
@@ -104,7 +104,7 @@ def load_scorer(settings: ReferenceSettings, config: DictConfig, checkpoint: str
     Raises:
         UserError: a file or model cannot be used, or the segmenter has nothing to look for.
     """
-    photos = PersonalizedBase(settings.photos, side, mask_root=settings.masks)
+    photos = ConceptPhotos(settings.photos, side, mask_root=settings.masks)
     segmenter, masks = None, None
     if settings.segmenter != NO_SEGMENTER:
         if super_category is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.common.files import write_atomically
+from ldm.common.atomic_write import write_atomically
 
 FONT_SIZE = 13
 LINE_HEIGHT = FONT_SIZE + 3
@@ -45,8 +45,12 @@ def save_grid(
 ) -> Path:
     """Write the sheet that `make_grid` lays out as a PNG file, and return its path."""
     sheet = make_grid(images, columns, titles)
-    return write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG",
-                                                               compress_level=FAST_COMPRESSION))
+    return write_atomically(path, lambda temporary: save_quickly(sheet, temporary))
+
+
+def save_quickly(sheet: Image.Image, path: Path) -> None:
+    """Write a large image as PNG in little time."""
+    sheet.save(path, format="PNG", compress_level=FAST_COMPRESSION)
 
 
 def _enlargement_factor(side: int) -> int:

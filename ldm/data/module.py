@@ -14,7 +14,7 @@ from lightning_fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.common.errors import UserError
-from ldm.data.personalized import split_concept_configs
+from ldm.data.concept_photos import split_concept_configs
 from ldm.util import default, instantiate_from_config
 
 COUNT = "drawn"  # name of the count of batches in checkpoints
@@ -47,7 +47,7 @@ class ResumableSampler(Sampler[int]):
 class ResumableLoader(DataLoader):
     """A loader that continues at the batch where a checkpoint's run stopped. Lightning saves and restores the count.
 
-    A dataset with a method `set_epoch`, such as `PersonalizedBase`, is told the epoch before its first batch.
+    A dataset with a method `set_epoch`, such as `ConceptPhotos`, is told the epoch before its first batch.
     """
 
     batches_done = 0  # over all epochs

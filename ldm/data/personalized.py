@@ -1,189 +1,133 @@
-"""The photos of one concept, with prompts and masks, as a training set (Perfusion, arXiv 2305.01644, section 4).
+"""The photos of a concept under Textual Inversion's public path, as that repository and its forks read them.
 
-`ldm.personalization.cached_latents` turns them into the latents and weights that the loss reads.
+Methods of this project train on `ldm.data.concept_photos.ConceptPhotos`, with masks and repeatable captions.
 """
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.common.errors import UserError
-from ldm.data.images import check_aspect_ratio, crop_square, list_images, read_folder, read_mask, to_tensor
-from ldm.data.templates import fill_template, get_templates
+from ldm.data import imagenet_templates
+from ldm.data.concept_photos import ConceptPhotos
+from ldm.data.pixel_arrays import PixelArrays
 
-PER_CONCEPT_PARAMS = ("data_root", "placeholder_token", "mask_root")
+TEXTUAL_INVERSION_PARAMS = frozenset({
+    "set", "per_image_tokens", "interpolation", "center_crop", "mixing_prob", "coarse_class_text", "reg"})
+INTERPOLATION_POSITION = 3
+
+# The family's names
+per_img_token_list = imagenet_templates.PER_IMAGE_TOKENS
+imagenet_templates_smallest = ["a photo of a {}"]
+imagenet_templates_small = list(imagenet_templates.SUBJECT)
+imagenet_dual_templates_small = list(imagenet_templates.SUBJECT_DUAL)
 
 
-class PersonalizedBase(Dataset):
-    """A few photos of a concept (1 to 20; more only cost memory), each used `repeats` times per epoch.
+class _ChoosesConceptPhotos(Dataset):
+    """Makes `PersonalizedBase(...)` a `ConceptPhotos` unless a param is Textual Inversion's alone.
 
-    Photos are decoded, cropped to their center square and resized once, and kept in memory as bytes. An item depends
-    only on (`seed`, its index, the epoch). So neither the number of workers nor the global generators change a run.
+    Configs of both kinds name `PersonalizedBase`. Subclasses of it are what they say.
+    """
 
-    Items are dicts:
-        image:   (3, size, size) float32 in [-1, 1]
-        caption: str, a template filled with the placeholder
-        mask:    (1, size, size) float32 in [0, 1]; all ones unless `mask_root` or `set_masks` give masks
-        flipped: bool, whether image and mask are mirrored
-        index:   int, the photo's index in `paths`
+    def __new__(cls, *args: Any, **params: Any) -> Any:
+        is_unpickled = not args and not params
+        if cls is PersonalizedBase and not is_unpickled and not _are_textual_inversion_params(args, params):
+            return ConceptPhotos(*args, **params)
+        return super().__new__(cls)
 
-    If `with_pixels` is false, items have neither image nor mask: a model that has encoded every photo does not need
-    them, and loading them takes most of the time.
+
+class PersonalizedBase(_ChoosesConceptPhotos):
+    """Photos with random captions, for Textual Inversion and DreamBooth as their public scripts train them.
+
+    Without a param that only these have, such as `set`, the result is a `ConceptPhotos`.
+
+    Items are dicts: `image` (H, W, 3) float32 in [-1, 1], and `caption`. The global generators of `random` (caption),
+    NumPy (per-image tokens) and torch (flip) choose them, in this order, so that a seed gives what it gives there.
 
     Args:
-        data_root: folder of photos (jpg, jpeg, png, webp, bmp). A warning names files that cannot be read.
-        size: side of the square images, in pixels.
-        repeats: how often each photo is used per epoch.
-        flip_p: probability of a horizontal flip; 0 for a concept that must not be mirrored (asymmetric, lettering).
-        placeholder_token: the word that stands for the concept in prompts, e.g. `<my-teddy>`.
-        templates: name of a set in `ldm.data.templates`, or sentences with one `{}` each.
-        mask_root: folder with one mask per photo, of the same name and aspect ratio (any image format; white counts).
-        seed: seed of templates and flips.
+        data_root: folder of photos, read in the order in which the system lists it.
+        size: side of the square images, in pixels; None keeps the photos' sizes.
+        repeats: how often each photo is used per epoch, if `set` is "train".
+        interpolation: "linear", "bilinear", "bicubic" or "lanczos".
+        flip_p: probability of a horizontal flip.
+        set: "train", or anything else for each photo once.
+        placeholder_token: the concept's word in captions.
+        per_image_tokens: whether some captions have a word of their photo's own as well, from `per_img_token_list`.
+        center_crop: whether to crop the largest square; otherwise photos are squeezed to one.
+        mixing_prob: share of the captions with a word of the photo's own.
+        coarse_class_text: text before the placeholder, the concept's class.
+        reg: for DreamBooth, whether these are the images of the class (True) or the subject's photos (False), whose
+            captions have the identifier "sks". None: Textual Inversion.
+        templates, mask_root, seed: params of `ConceptPhotos`.
 
     Raises:
-        UserError: no usable photo, a photo without a mask, or a param out of its range.
+        UserError: there are no photos or too many for per-image tokens, or the params contradict each other.
     """
 
-    def __init__(
-        self,
-        data_root: str | Path,
-        size: int = 512,
-        repeats: int = 100,
-        flip_p: float = 0.5,
-        placeholder_token: str = "*",
-        templates: str | Sequence[str] = "photo",
-        mask_root: str | Path | None = None,
-        seed: int = 0,
-    ) -> None:
-        _check_params(size, repeats, flip_p, placeholder_token)
-        self.size = size
-        self.repeats = repeats
-        self.flip_p = flip_p
+    templates: ClassVar[Sequence[str]] = imagenet_templates.SUBJECT
+    dual_templates: ClassVar[Sequence[str]] = imagenet_templates.SUBJECT_DUAL
+
+    def __init__(self, data_root: str | Path, size: int | None = None, repeats: int = 100,
+                 interpolation: str = "bicubic", flip_p: float = 0.5, set: str = "train",
+                 placeholder_token: str = "*", per_image_tokens: bool = False, center_crop: bool = False,
+                 mixing_prob: float = 0.25, coarse_class_text: str | None = None, reg: bool | None = None,
+                 templates: str | Sequence[str] | None = None, mask_root: str | Path | None = None,
+                 seed: int | None = None) -> None:
+        if templates is not None or mask_root is not None or seed is not None:
+            raise UserError("templates, mask_root and seed do not go with set, per_image_tokens and other params of "
+                            "Textual Inversion's photos; leave out one kind")
+        self.data_root = data_root
+        self.image_paths = _list_files(data_root)
+        self.num_images = len(self.image_paths)
+        if per_image_tokens and self.num_images >= len(per_img_token_list):
+            raise UserError(f"per_image_tokens: there are words for {len(per_img_token_list) - 1} photos, not for "
+                            f"{self.num_images}; give fewer photos, or leave it out")
+        self._length = self.num_images * (repeats if set == "train" else 1)
         self.placeholder_token = placeholder_token
-        self.templates = get_templates(templates)
-        self.seed = seed
-        self.with_pixels = True
-        self.paths: list[Path] = []
-        self.images: list[Image.Image] = []
-        sizes: list[tuple[int, int]] = []
-        for path, photo in read_folder(data_root):
-            self.paths.append(path)
-            self.images.append(crop_square(photo, size))
-            sizes.append(photo.size)
-        self._masks = None if mask_root is None else _read_masks(mask_root, self.paths, sizes, size)
-        # In shared memory, so that workers that live through several epochs see the change.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.per_image_tokens, self.mixing_prob = per_image_tokens, mixing_prob
+        self.coarse_class_text = coarse_class_text
+        self.reg = reg
+        self.size, self.center_crop = size, center_crop
+        self.read_pixels = PixelArrays(size, interpolation, flip_p, center_crop)
 
     def __len__(self) -> int:
-        return len(self.paths) * self.repeats
+        return self._length
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str | bool | int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
-        photo = index % len(self.paths)
-        # `random` hashes a text seed itself, so it gives the same numbers on every machine and in every process.
-        rng = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
-        template = rng.choice(self.templates)
-        flipped = rng.random() < self.flip_p
-        item = {"caption": fill_template(template, self.placeholder_token), "flipped": flipped, "index": photo}
-        if self.with_pixels:
-            pixels = {"image": to_tensor(self.images[photo]), "mask": self.mask(photo)}
-            item |= {name: tensor.flip(-1) if flipped else tensor for name, tensor in pixels.items()}
-        return item
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        photo = i % self.num_images
+        return {"caption": self._draw_caption(photo), "image": self.read_pixels(self.image_paths[photo])}
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether `mask_root` or `set_masks` gave masks."""
-        return self._masks is not None
-
-    def mask(self, photo: int) -> torch.Tensor:
-        """Return the mask (1, size, size) of a photo, not flipped; all ones if there are no masks."""
-        return torch.ones(1, self.size, self.size) if self._masks is None else self._masks[photo].clone()
-
-    def set_masks(self, masks: Sequence[torch.Tensor]) -> None:
-        """Set the photos' masks. Call this before workers start.
-
-        Args:
-            masks: one per photo, in the order of `paths`: (1, size, size) in [0, 1].
-
-        Raises:
-            ValueError: not one mask per photo, or a mask has another shape or range.
-        """
-        if len(masks) != len(self.paths):
-            raise ValueError(f"{len(masks)} masks for {len(self.paths)} photos")
-        for path, mask in zip(self.paths, masks, strict=True):
-            if mask.shape != (1, self.size, self.size) or not bool(((mask >= 0) & (mask <= 1)).all()):
-                raise ValueError(f"mask of {path.name}: {tuple(mask.shape)}, not (1, {self.size}, {self.size}) in 0..1")
-        self._masks = [mask.detach().cpu().float().clone() for mask in masks]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the templates and flips of `epoch` from now on. Loaders call it when an epoch starts."""
-        self._epoch.fill_(epoch)
+    def _draw_caption(self, photo: int) -> str:
+        word = self.placeholder_token
+        if self.coarse_class_text:
+            word = f"{self.coarse_class_text} {word}"
+        if self.reg is not None:
+            templates = imagenet_templates.REGULARIZATION if self.reg else imagenet_templates.DREAMBOOTH
+            return random.choice(templates).format(word)
+        if self.per_image_tokens and np.random.uniform() < self.mixing_prob:
+            return random.choice(self.dual_templates).format(word, per_img_token_list[photo])
+        return random.choice(self.templates).format(word)
 
 
-def split_concept_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Split the config of a training set into one per concept, if its param `data_root` lists several folders.
-
-    Each of these has one of the folders, and one of the values of `placeholder_token` and `mask_root`. The other params
-    are shared.
-
-    Raises:
-        UserError: there are not as many placeholders or mask folders as folders.
-    """
-    params = config.get("params") or {}
-    if not any(isinstance(params.get(name), list) for name in PER_CONCEPT_PARAMS):
-        return [config]
-    lists: dict[str, list[Any]] = {}
-    for name in PER_CONCEPT_PARAMS:
-        if params.get(name) is not None:
-            lists[name] = params[name] if isinstance(params[name], list) else [params[name]]
-    count = len(lists.get("data_root", ()))
-    for name, values in lists.items():
-        if len(values) != count:
-            raise UserError(f"{name}: {len(values)} of them ({', '.join(map(str, values))}) for {count} folders of "
-                            "photos (data_root); give one for each")
-    configs = []
-    for index in range(count):
-        own = {name: values[index] for name, values in lists.items()}
-        configs.append({**config, "params": {**params, **own}})
-    return configs
+def _are_textual_inversion_params(args: Sequence[Any], params: Mapping[str, Any]) -> bool:
+    has_interpolation = len(args) > INTERPOLATION_POSITION and isinstance(args[INTERPOLATION_POSITION], str)
+    return has_interpolation or not TEXTUAL_INVERSION_PARAMS.isdisjoint(params)
 
 
-def _check_params(size: int, repeats: int, flip_p: float, placeholder_token: str) -> None:
-    if size < 8:
-        raise UserError(f"size: {size} pixels make no image; give the size that the base model works at, e.g. 512")
-    if repeats < 1:
-        raise UserError(f"repeats: {repeats} leaves no training data; give 1 or more")
-    if not 0 <= flip_p <= 1:
-        raise UserError(f"flip_p: {flip_p} is not a probability; give a number from 0 to 1")
-    if not placeholder_token.strip():
-        raise UserError("placeholder_token is empty; give the concept a word such as <my-teddy>")
-
-
-def _read_masks(
-    folder: str | Path, photos: Sequence[Path], photo_sizes: Sequence[tuple[int, int]], size: int
-) -> list[torch.Tensor]:
-    """Read one mask (1, size, size) per photo, found by the name of the photo's file."""
-    by_name = {path.stem: path for path in list_images(folder)}
-    missing = [photo.name for photo in photos if photo.stem not in by_name]
-    if missing:
-        raise UserError(f"{folder}: no mask for {', '.join(missing)}; add one of the same name, or drop mask_root")
-    return [_read_mask(by_name[photo.stem], photo_size, size)
-            for photo, photo_size in zip(photos, photo_sizes, strict=True)]
-
-
-def _read_mask(path: Path, photo_size: tuple[int, int], size: int) -> torch.Tensor:
-    """Read a mask, crop it as its photo is cropped, and scale its maximum to 1. Returns (1, size, size)."""
-    mask = read_mask(path)
-    check_aspect_ratio(path, mask.size, photo_size)
-    levels = torch.from_numpy(np.array(crop_square(mask, size))).float()
-    if not levels.max() > 0:
-        raise UserError(f"{path}: black where the photo is used (its center square); paint the concept white")
-    return (levels / levels.max())[None]
+def _list_files(folder: str | Path) -> list[str]:
+    """Return the paths of a folder's files, but hidden ones, in the order in which the system lists them."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); give the folder that holds the photos") from None
+    paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    paths = [path for path in paths if os.path.isfile(path)]
+    if not paths:
+        raise UserError(f"{folder}: no photos in this folder; put some there")
+    return paths

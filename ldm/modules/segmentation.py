@@ -261,7 +261,7 @@ def threshold_mask(probabilities: torch.Tensor, text: str, name: str) -> torch.T
 def cached_masks(
     paths: Sequence[Path], segmenter: ZeroShotSegmenter, text: str, cache_dir: str | Path, size: int
 ) -> list[torch.Tensor]:
-    """Compute the soft mask of each photo's centered square, the crop that `PersonalizedBase` trains on.
+    """Compute the soft mask of each photo's centered square, the crop that `ConceptPhotos` trains on.
 
     Segmentations are cached, one PNG file per photo. The file's name depends on the photo's bytes, `text`, the
     segmenter and `size`. Files that cannot be read are made again.

@@ -30,8 +30,8 @@ from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
 from ldm.concepts.fingerprint import base_fingerprint
 from ldm.concepts.prompt_checks import check_super_category
 from ldm.concepts.prompt_encoder import ConceptPromptEncoder
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.module import DataModuleFromConfig
-from ldm.data.personalized import PersonalizedBase
 from ldm.data.templates import fill_template
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.optimization import can_use_fused_optimizer, optimizer_and_schedule
@@ -47,7 +47,7 @@ from ldm.personalization.concept_names import (
 )
 from ldm.util import to_device
 
-Batch = Mapping[str, Any]  # a collated batch of a `PersonalizedBase`
+Batch = Mapping[str, Any]  # a collated batch of a `ConceptPhotos`
 
 
 class PersonalizationMethod(LatentDiffusion):
@@ -110,7 +110,7 @@ class PersonalizationMethod(LatentDiffusion):
 
     # What a method defines
 
-    def make_concept(self, dataset: PersonalizedBase, super_category: str) -> nn.Module:
+    def make_concept(self, dataset: ConceptPhotos, super_category: str) -> nn.Module:
         """Return the trainable parts of one concept, with their initial values."""
         raise NotImplementedError
 
@@ -162,7 +162,7 @@ class PersonalizationMethod(LatentDiffusion):
         self.groups = data.num_groups if isinstance(data, DataModuleFromConfig) else 1
         self.trainer.accumulate_grad_batches *= self.groups
 
-    def photos(self) -> list[PersonalizedBase]:
+    def photos(self) -> list[ConceptPhotos]:
         """Return the photos of each concept.
 
         Raises:
@@ -170,9 +170,10 @@ class PersonalizationMethod(LatentDiffusion):
         """
         train = self._datasets.get("train")
         photos = train if isinstance(train, list) else [train]
-        if not all(isinstance(dataset, PersonalizedBase) for dataset in photos):
+        if not all(isinstance(dataset, ConceptPhotos) for dataset in photos):
             raise UserError(f"{type(self).__name__} learns from photos: "
-                            "data.params.train must be an ldm.data.personalized.PersonalizedBase")
+                            "data.params.train must be an ldm.data.concept_photos.ConceptPhotos, or a PersonalizedBase "
+                            "without params of the public Textual Inversion such as set and per_image_tokens")
         theirs = [dataset.placeholder_token for dataset in photos]
         if theirs != self.placeholders:
             raise UserError(f"placeholder {', '.join(self.placeholders)} (model.params), but {', '.join(theirs)} in "
@@ -184,7 +185,7 @@ class PersonalizationMethod(LatentDiffusion):
     def _datasets(self) -> Mapping[str, Any]:
         return getattr(getattr(self.trainer, "datamodule", None), "datasets", {})
 
-    def _check_run(self, photos: Sequence[PersonalizedBase]) -> None:
+    def _check_run(self, photos: Sequence[ConceptPhotos]) -> None:
         for name in ("validation", "test"):
             if name in self._datasets:
                 raise UserError(f"data.params.{name}: a loss on other images says nothing about the concept; leave it "
@@ -198,7 +199,7 @@ class PersonalizationMethod(LatentDiffusion):
             raise UserError(f"{type(self).__name__} trains weights of the base model, which only one concept can have; "
                             "train one concept at a time")
 
-    def _check_words(self, photos: Sequence[PersonalizedBase]) -> None:
+    def _check_words(self, photos: Sequence[ConceptPhotos]) -> None:
         encoder = self.cond_stage_model
         for dataset, category in zip(photos, self.super_categories, strict=True):
             check_super_category(encoder, category)
@@ -210,7 +211,7 @@ class PersonalizationMethod(LatentDiffusion):
         for dataset in self.photos():
             dataset.with_pixels = False
 
-    def training_tokens(self, dataset: PersonalizedBase, vector_count: int = 1) -> Tensor:
+    def training_tokens(self, dataset: ConceptPhotos, vector_count: int = 1) -> Tensor:
         """Return the tokens (T, N) of a concept's training prompts, its placeholder as `vector_count` tokens.
 
         Raises:

@@ -15,9 +15,9 @@ import torch
 from torch import Generator, Tensor
 
 from ldm.common.errors import UserError
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.images import to_tensor
 from ldm.data.masks import feather_mask
-from ldm.data.personalized import PersonalizedBase
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.diffusion.objectives import resize_mask_to_latents
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -59,7 +59,7 @@ class CachedLatents:
         UserError: the photos' size does not fit the first stage or the U-Net.
     """
 
-    def __init__(self, model: LatentDiffusion, photos: Sequence[PersonalizedBase], mask_border: float = 0.0) -> None:
+    def __init__(self, model: LatentDiffusion, photos: Sequence[ConceptPhotos], mask_border: float = 0.0) -> None:
         self.scale_factor = model.scale_factor
         counts = [len(dataset.images) for dataset in photos]
         self.first_photos = [sum(counts[:index]) for index in range(len(counts))]
@@ -79,7 +79,7 @@ class CachedLatents:
 
         Args:
             concept: index of the concept.
-            items: a collated batch of its `PersonalizedBase`.
+            items: a collated batch of its `ConceptPhotos`.
             generator: samples the latents from the posterior.
             device: where the tensors are needed.
         """
@@ -90,7 +90,7 @@ class CachedLatents:
 
 
 @torch.no_grad()
-def _encode_photos(model: LatentDiffusion, dataset: PersonalizedBase) -> Tensor:
+def _encode_photos(model: LatentDiffusion, dataset: ConceptPhotos) -> Tensor:
     """Return the posterior's moments of every photo, plain and mirrored: (M, 2, 2C, h, w)."""
     moments = []
     for photo in dataset.images:
@@ -117,7 +117,7 @@ def _check_latent_shape(model: LatentDiffusion, channels: int, height: int, widt
                         f"(model.params), but the U-Net takes multiples of {step}; change it")
 
 
-def make_missing_masks(photos: Sequence[PersonalizedBase], super_categories: Sequence[str], segmenter: str,
+def make_missing_masks(photos: Sequence[ConceptPhotos], super_categories: Sequence[str], segmenter: str,
                        folder: Path, device: torch.device) -> None:
     """Segment the subject in the photos of every concept that has no masks yet.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.concepts.finetuned_concept import FinetunedConcept
 from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
 from ldm.concepts.trainable_word import TrainableWord
-from ldm.data.personalized import PersonalizedBase
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance
 from ldm.modules.rank_one import invert_covariance
@@ -40,7 +40,7 @@ class FinetuningMethod(PersonalizationMethod):
         """Return the start of the trained vectors (n, width), and the vectors (m, width) that follow and stay fixed."""
         raise NotImplementedError
 
-    def make_concept(self, dataset: PersonalizedBase, super_category: str) -> TrainableWord:
+    def make_concept(self, dataset: ConceptPhotos, super_category: str) -> TrainableWord:
         word = TrainableWord(*self.initial_vectors(super_category)).to(self.device)
         self._training_tokens = self.training_tokens(dataset, len(word()))
         return word

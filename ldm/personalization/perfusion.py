@@ -17,7 +17,7 @@ from ldm.common.paths import resolve_path
 from ldm.concepts.concept import Concept
 from ldm.concepts.prompt_encoder import ConceptPromptEncoder
 from ldm.concepts.trainable_concept import LOCKINGS, TrainableConcept
-from ldm.data.personalized import PersonalizedBase
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
 from ldm.modules.encoders.prompts import word_vector
@@ -100,7 +100,7 @@ class Perfusion(PersonalizationMethod):
         self._inverse_covariance = self._inverse_covariance.to(self.device)
         return self._inverse_covariance
 
-    def make_concept(self, dataset: PersonalizedBase, super_category: str) -> TrainableConcept:
+    def make_concept(self, dataset: ConceptPhotos, super_category: str) -> TrainableConcept:
         encoder = self.cond_stage_model
         # v starts at the super-category's word embedding.
         embedding = word_vector(encoder, super_category)

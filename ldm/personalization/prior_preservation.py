@@ -19,9 +19,9 @@ from ldm.common.errors import UserError
 from ldm.common.files import load_tensors, save_tensors
 from ldm.common.words import replace_word
 from ldm.concepts.trainable_word import TrainableWord
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.contact_sheet import save_grid
 from ldm.data.images import from_tensor
-from ldm.data.personalized import PersonalizedBase
 from ldm.data.templates import SLOT
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import encoder_fingerprint
@@ -85,7 +85,7 @@ class PriorPreservation(FinetuningMethod):
 
     # The prior images
 
-    def make_concept(self, dataset: PersonalizedBase, super_category: str) -> TrainableWord:
+    def make_concept(self, dataset: ConceptPhotos, super_category: str) -> TrainableWord:
         if self.prior_weight:
             prompts = [replace_word(super_category, SLOT, template) for template in dataset.templates]
             self._prior_encodings = self.cond_stage_model(prompts)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from ldm.data.personalized import PersonalizedBase
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.modules.fast.cuda_graphs import GraphedEncoder, GraphedUNet
 from ldm.training.callbacks import AccelerateFrozenUNet
 from scripts.benchmarks.common import BenchmarkSettings
@@ -44,7 +44,7 @@ class PerfusionStep:
         data = config.data.params.train.params
         folder = random_photos(settings.folder / f"photos_{settings.side}", settings.side)
         templates = data.templates if isinstance(data.templates, str) else list(data.templates)
-        self.data = PersonalizedBase(folder, settings.side, flip_p=data.get("flip_p", 0.5),
+        self.data = ConceptPhotos(folder, settings.side, flip_p=data.get("flip_p", 0.5),
                                      placeholder_token=config.model.params.placeholder, templates=templates)
         self.model = random_model(config.model, ckpt_path=None, segmenter=None, covariance=None, seed=0)
         self._prepare()

@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.common.errors import UserError
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.module import DataModuleFromConfig
-from ldm.data.personalized import PersonalizedBase
 
 
 class Numbers(Dataset):
@@ -184,7 +184,7 @@ def captions_and_flips(batch: dict[str, Any]) -> list[tuple[str, bool, int]]:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_epoch_has_its_own_captions_and_flips(photos: dict[str, Any], workers: int) -> None:
     module = prepared(train=photos, num_workers=workers, shuffle=False)
-    loader, dataset = module.train_dataloader(), PersonalizedBase(**photos["params"])
+    loader, dataset = module.train_dataloader(), ConceptPhotos(**photos["params"])
     epochs = []
     for epoch in range(3):
         dataset.set_epoch(epoch)

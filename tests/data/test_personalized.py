@@ -1,196 +1,175 @@
-"""The training set of a concept: the contents of its items, and that they depend only on seed, index and epoch."""
+"""The photos of Textual Inversion and DreamBooth: captions, pixels and the order of random numbers."""
 from __future__ import annotations
 
+import os
+import pickle
 import random
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torchvision import transforms
 
 from ldm.common.errors import UserError
-from ldm.data.images import crop_square, read_image, to_tensor
-from ldm.data.personalized import PersonalizedBase
-from ldm.data.templates import PHOTO, TEMPLATES, get_templates
+from ldm.data import personalized, personalized_style
+from ldm.data.concept_photos import ConceptPhotos
+from ldm.data.personalized import PersonalizedBase, per_img_token_list
+from ldm.util import instantiate_from_config
 
 SIZE = 16
-
-
-def save_noise(path: Path, width: int, height: int, seed: int) -> None:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number, shape in enumerate([(32, 32), (48, 32), (20, 40)]):
-        save_noise(folder / f"{number}.png", *shape, seed=number)
+    for number, shape in enumerate([(32, 32, 3), (33, 48, 3), (40, 21, 3)]):
+        pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
 
 
-@pytest.fixture
-def masks(tmp_path: Path, photos: Path) -> Path:
-    """Each photo's mask is its own red channel at twice the size, so that both are aligned in every pixel."""
-    folder = tmp_path / "masks"
-    folder.mkdir()
-    for path in photos.iterdir():
-        red = read_image(path).getchannel("R")
-        red.resize((red.width * 2, red.height * 2), Image.Resampling.NEAREST).save(folder / path.name)
-    return folder
+# Which photos a call means
 
 
-def test_items(photos: Path) -> None:
-    data = PersonalizedBase(photos, size=SIZE, repeats=4, placeholder_token="<my-teddy>")
-    assert len(data) == 12
-    assert [path.name for path in data.paths] == ["0.png", "1.png", "2.png"]
-    assert not data.has_masks
-    for index in range(len(data)):
-        item = data[index]
-        assert (item["image"].shape, item["image"].dtype) == ((3, SIZE, SIZE), torch.float32)
-        assert item["caption"] in {template.replace("{}", "<my-teddy>") for template in PHOTO}
-        assert item["mask"].shape == (1, SIZE, SIZE) and item["mask"].eq(1).all()
-        expected = to_tensor(crop_square(read_image(data.paths[item["index"]]), SIZE))
-        assert torch.equal(item["image"], expected.flip(-1) if item["flipped"] else expected)
-    assert [data[index]["index"] for index in range(6)] == [0, 1, 2, 0, 1, 2]
-    with pytest.raises(IndexError):
-        data[12]
+@pytest.mark.parametrize("params", [
+    {"set": "train"}, {"per_image_tokens": False}, {"interpolation": "lanczos"}, {"center_crop": True},
+    {"mixing_prob": 0.5}, {"coarse_class_text": "toy"}, {"reg": False}])
+def test_params_of_textual_inversion_decide(photos: Path, params: dict[str, Any]) -> None:
+    assert isinstance(PersonalizedBase(photos, **params), PersonalizedBase)
 
 
-def collected(data: PersonalizedBase, workers: int) -> list[tuple[str, bool, int, float]]:
-    loader = DataLoader(data, batch_size=4, num_workers=workers)
-    return [row for batch in loader for row in rows_of(batch)]
+@pytest.mark.parametrize("params", [{}, {"size": SIZE}, {"templates": "photo_small"}, {"seed": 3}])
+def test_without_them_they_are_concept_photos(photos: Path, params: dict[str, Any]) -> None:
+    built = PersonalizedBase(photos, **params)
+    assert isinstance(built, ConceptPhotos) and not isinstance(built, PersonalizedBase)
+    target = "ldm.data.personalized.PersonalizedBase"
+    config = {"target": target, "params": {"data_root": str(photos), **params}}
+    assert isinstance(instantiate_from_config(config), ConceptPhotos)
 
 
-def rows_of(batch: dict) -> list[tuple[str, bool, int, float]]:
-    totals = batch["image"].mul(torch.arange(SIZE)).sum((1, 2, 3)).tolist()
-    return list(zip(batch["caption"], batch["flipped"].tolist(), batch["index"].tolist(), totals, strict=True))
+def test_positional_arguments_in_the_order_of_either_kind(photos: Path) -> None:
+    assert isinstance(PersonalizedBase(photos, SIZE, 2, "bicubic", 0.5, "train"), PersonalizedBase)
+    assert isinstance(PersonalizedBase(photos, SIZE, 2, 0.5, "<toy>"), ConceptPhotos)
 
 
-def test_items_do_not_depend_on_workers_or_global_generators(photos: Path) -> None:
-    def build() -> PersonalizedBase:
-        return PersonalizedBase(photos, size=SIZE, repeats=5, seed=7)
+def test_subclasses_are_textual_inversions(photos: Path) -> None:
+    class Mine(PersonalizedBase):
+        pass
 
-    alone = collected(build(), 0)
-    torch.manual_seed(99)
-    random.seed(99)
-    assert collected(build(), 2) == alone
-    assert [row[:3] for row in alone] != [row[:3] for row in collected(PersonalizedBase(photos, SIZE, 5, seed=8), 0)]
+    assert isinstance(Mine(photos, SIZE), Mine)
 
 
-def test_epochs_differ_and_are_reproducible(photos: Path) -> None:
-    data = PersonalizedBase(photos, size=SIZE, repeats=5)
-    epochs = []
-    for epoch in (0, 1, 0):
-        data.set_epoch(epoch)
-        epochs.append(collected(data, 0))
-    assert epochs[0] == epochs[2] != epochs[1]
+def test_params_of_both_kinds_are_refused(photos: Path) -> None:
+    with pytest.raises(UserError, match="leave out one kind"):
+        PersonalizedBase(photos, set="train", mask_root="masks")
+    with pytest.raises(UserError, match="does not know flips"):
+        instantiate_from_config({"target": "ldm.data.personalized.PersonalizedBase",
+                                 "params": {"data_root": str(photos), "set": "train", "flips": 1}})
 
 
-def test_running_workers_see_a_new_epoch(photos: Path) -> None:
-    data = PersonalizedBase(photos, size=SIZE, repeats=4)
-    loader = DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True)
-    first = [row for batch in loader for row in rows_of(batch)]
-    data.set_epoch(1)
-    second = [row for batch in loader for row in rows_of(batch)]
-    assert second == collected(data, 0) != first
+# Items
 
 
-@pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (1.0, 60)])
-def test_flips_never_or_always(photos: Path, probability: float, expected: int) -> None:
-    data = PersonalizedBase(photos, size=SIZE, repeats=20, flip_p=probability)
-    assert sum(data[index]["flipped"] for index in range(60)) == expected
+def expected_pixels(path: str, size: int | None, flip_p: float, center_crop: bool = False) -> np.ndarray:
+    """Use torchvision for what the data set does with Pillow."""
+    image = Image.open(path).convert("RGB")
+    if center_crop:
+        pixels, side = np.array(image), min(image.size)
+        top, left = ((length - side) // 2 for length in pixels.shape[:2])
+        image = Image.fromarray(pixels[top:top + side, left:left + side])
+    if size is not None:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    image = transforms.RandomHorizontalFlip(flip_p)(image)
+    return (np.array(image) / 127.5 - 1).astype(np.float32)
 
 
-def test_flips_and_templates_are_uniform(photos: Path) -> None:
-    data = PersonalizedBase(photos, size=8, repeats=200)
-    items = [data[index] for index in range(600)]
-    assert abs(sum(item["flipped"] for item in items) - 300) < 5 * (600 * 0.25) ** 0.5
-    assert len({item["caption"] for item in items}) == len(PHOTO)
+@pytest.mark.parametrize(("size", "center_crop"), [(SIZE, False), (SIZE, True), (None, False)])
+def test_pixels(photos: Path, size: int | None, center_crop: bool) -> None:
+    data = PersonalizedBase(photos, size, set="train", center_crop=center_crop)
+    torch.manual_seed(1)
+    items = [data[index]["image"] for index in range(12)]
+    torch.manual_seed(1)
+    for index, pixels in enumerate(items):
+        path = os.path.join(photos, os.listdir(photos)[index % 3])
+        assert np.array_equal(pixels, expected_pixels(path, size, 0.5, center_crop))
 
 
-def test_image_and_mask_stay_aligned(photos: Path, masks: Path) -> None:
-    data = PersonalizedBase(photos, size=SIZE, repeats=10, mask_root=masks)
-    assert data.has_masks
-    flips = set()
-    for index in range(len(data)):
-        item = data[index]
-        red = (item["image"][:1] + 1) / 2
-        assert item["mask"].amax() == 1 and item["mask"].amin() >= 0
-        assert torch.corrcoef(torch.stack([red.ravel(), item["mask"].ravel()]))[0, 1] > 0.95
-        flips.add(item["flipped"])
-    assert flips == {False, True}
+def test_one_seed_gives_the_captions_of_the_templates_in_order(photos: Path) -> None:
+    data = PersonalizedBase(photos, SIZE, set="train", placeholder_token="*", coarse_class_text="toy")
+    random.seed(5)
+    captions = [data[index]["caption"] for index in range(20)]
+    random.seed(5)
+    templates = personalized.imagenet_templates_small
+    assert captions == [random.choice(templates).format("toy *") for _ in range(20)]
+    assert len(templates) == 81 and templates[:2] == ["a photo of a {}", "a rendering of a {}"]
+    assert templates[27] == "an illustration of a {}" and templates[-1] == "a depiction of a small {}"
 
 
-def test_set_masks(photos: Path) -> None:
-    data = PersonalizedBase(photos, size=SIZE, repeats=8)
-    given = [torch.rand(1, SIZE, SIZE) for _ in range(3)]
-    data.set_masks(given)
-    for index in range(len(data)):
-        item = data[index]
-        assert torch.equal(item["mask"].flip(-1) if item["flipped"] else item["mask"], given[item["index"]])
-    two, third = given[:2], given[2]
-    for wrong in (two, [*two, third[0]], [*two, third + 1], [*two, third * torch.nan]):
-        with pytest.raises(ValueError, match="mask"):
-            data.set_masks(wrong)
+def test_per_image_tokens(photos: Path) -> None:
+    data = PersonalizedBase(photos, SIZE, per_image_tokens=True, mixing_prob=0.5)
+    random.seed(5)
+    np.random.seed(5)
+    captions = [data[index]["caption"] for index in range(30)]
+    random.seed(5)
+    np.random.seed(5)
+    for index, caption in enumerate(captions):
+        if np.random.uniform() < 0.5:
+            template = random.choice(personalized.imagenet_dual_templates_small)
+            assert caption == template.format("*", per_img_token_list[index % 3])
+        else:
+            assert caption == random.choice(personalized.imagenet_templates_small).format("*")
+    assert len(per_img_token_list) == 22 and len(personalized.imagenet_dual_templates_small) == 27
 
 
-def test_label_maps_are_masks_too(photos: Path, tmp_path: Path) -> None:
-    for path in photos.iterdir():
-        with Image.open(path) as photo:
-            labels = Image.new("L", photo.size, 0)
-        labels.paste(1, (0, 0, labels.width, labels.height // 2))
-        (tmp_path / "labels").mkdir(exist_ok=True)
-        labels.save(tmp_path / "labels" / f"{path.stem}.bmp")
-    mask = PersonalizedBase(photos, size=SIZE, mask_root=tmp_path / "labels").mask(0)
-    assert mask[0, :6].eq(1).all() and mask[0, 10:].eq(0).all()
+def test_dreambooth(photos: Path) -> None:
+    subject = PersonalizedBase(photos, SIZE, set="train", reg=False, placeholder_token="dog")
+    images = PersonalizedBase(photos, SIZE, set="train", reg=True, placeholder_token="dog", repeats=10)
+    assert subject[0]["caption"] == "photo of a sks dog" and images[0]["caption"] == "photo of a dog"
+    assert (len(subject), len(images)) == (300, 30)
 
 
-def spoil_missing(folder: Path) -> None:
-    (folder / "1.png").unlink()
+def test_styles(photos: Path) -> None:
+    data = personalized_style.PersonalizedBase(photos, SIZE, placeholder_token="*")
+    random.seed(2)
+    caption = data[0]["caption"]
+    random.seed(2)
+    assert caption == random.choice(personalized_style.imagenet_templates_small).format("*")
+    assert len(personalized_style.imagenet_templates_small) == 19
+    assert len(personalized_style.imagenet_dual_templates_small) == 17
+    assert "a painting of one {} in the style of {}" in personalized_style.imagenet_dual_templates_small
 
 
-def spoil_black(folder: Path) -> None:
-    Image.new("L", (48, 32)).save(folder / "1.png")
+def test_every_photo_once_for_validation(photos: Path) -> None:
+    assert len(PersonalizedBase(photos, set="val", repeats=10)) == 3
 
 
-def spoil_aspect(folder: Path) -> None:
-    Image.new("L", (32, 48), 255).save(folder / "1.png")
+def test_workers_may_be_started_anew(photos: Path) -> None:
+    data = pickle.loads(pickle.dumps(PersonalizedBase(photos, SIZE, set="train", flip_p=0.0)))
+    assert data[1]["image"].shape == (SIZE, SIZE, 3)
 
 
-def spoil_bytes(folder: Path) -> None:
-    (folder / "1.png").write_bytes(b"nothing")
+# Mistakes
 
 
-@pytest.mark.parametrize("spoil", [spoil_missing, spoil_black, spoil_aspect, spoil_bytes])
-def test_unusable_masks_are_named(photos: Path, masks: Path, spoil: Callable[[Path], None]) -> None:
-    spoil(masks)
-    with pytest.raises(UserError, match="1.png"):
-        PersonalizedBase(photos, size=SIZE, mask_root=masks)
+def test_unusable_photos(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give the folder"):
+        PersonalizedBase(tmp_path / "nowhere", set="train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no photos"):
+        PersonalizedBase(tmp_path / "empty", set="train")
+    (tmp_path / "empty" / "notes.txt").write_text("no photo")
+    with pytest.raises(UserError, match="notes.txt: cannot be read"):
+        PersonalizedBase(tmp_path / "empty", set="train")[0]
+    with pytest.raises(UserError, match="nearest"):
+        PersonalizedBase(photos, interpolation="nearest")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("size", 0), ("repeats", 0), ("flip_p", 1.5), ("placeholder_token", " "), ("templates", "poetry"),
-     ("templates", []), ("templates", ["a photo"]), ("templates", ["a {} and a {}"])],
-)
-def test_params_out_of_range_are_named(photos: Path, name: str, value: object) -> None:
-    with pytest.raises(UserError, match=name):
-        PersonalizedBase(photos, **{name: value})
-
-
-def test_templates_of_a_list(photos: Path) -> None:
-    data = PersonalizedBase(photos, size=SIZE, repeats=1, templates=["{odd} {}"], placeholder_token="<{}>")
-    assert data[0]["caption"] == "{odd} <{}>"
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_template_sets(name: str) -> None:
-    templates = get_templates(name)
-    assert len(set(templates)) == len(templates) >= 4
-    assert all(template.count("{}") == 1 and len(template.split()) < 12 for template in templates)
-    assert get_templates(list(templates)) == templates
+def test_too_many_photos_for_per_image_tokens(tmp_path: Path) -> None:
+    for number in range(22):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
+    with pytest.raises(UserError, match="words for 21 photos"):
+        PersonalizedBase(tmp_path, per_image_tokens=True)

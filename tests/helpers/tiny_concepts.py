@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from helpers import tiny_models
-from ldm.data.personalized import PersonalizedBase
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.modules.covariance import encoder_fingerprint, save_covariance
 from ldm.personalization.base import PersonalizationMethod
 from ldm.training.concept_callbacks import ConceptSaver
@@ -36,8 +36,8 @@ def write_photos(folder: Path) -> None:
         Image.fromarray(photo).save(folder / "photos" / f"{number}.png")
 
 
-def load_photos(folder: Path) -> PersonalizedBase:
-    return PersonalizedBase(folder / "photos", size=16, placeholder_token=WORD, templates=tiny_models.TEMPLATES)
+def load_photos(folder: Path) -> ConceptPhotos:
+    return ConceptPhotos(folder / "photos", size=16, placeholder_token=WORD, templates=tiny_models.TEMPLATES)
 
 
 def attach_trainer(model: PersonalizationMethod, data: object, micro_batches: int = 1, root: str = "unused"

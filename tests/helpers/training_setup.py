@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.cli.training import parse_training_options
-from ldm.data.personalized import PersonalizedBase
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.templates import fill_template
 from ldm.models.diffusion.objectives import resize_mask_to_latents
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -100,7 +100,7 @@ class LossRecorder(pl.Callback):
 class PhotoRecorder(pl.Callback):
     """Remembers the photos of the last run in this process."""
 
-    photos: PersonalizedBase
+    photos: ConceptPhotos
 
     def on_train_start(self, trainer: pl.Trainer, model: Perfusion) -> None:
         PhotoRecorder.photos = trainer.datamodule.datasets["train"]
@@ -142,7 +142,7 @@ class WaitForInterrupt(pl.Callback):
 
 
 @torch.no_grad()
-def fixed_loss(model: Perfusion, data: PersonalizedBase, timesteps: int) -> float:
+def fixed_loss(model: Perfusion, data: ConceptPhotos, timesteps: int) -> float:
     """Return the mean loss of every photo at `timesteps` noise levels, with alternating prompts."""
     generator = torch.Generator().manual_seed(99)
     photos = torch.arange(len(data.images)).repeat_interleave(timesteps)

@@ -18,9 +18,9 @@ from torch.utils.data import default_collate
 from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts
+from ldm.data.concept_photos import split_concept_configs
 from ldm.data.images import to_tensor
 from ldm.data.module import DataModuleFromConfig
-from ldm.data.personalized import split_concept_configs
 from ldm.inference.encoding import build_prompt_encoder, encode_prompts
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ldm.checkpoints.load import load_model
 from ldm.concepts.concept_file import load_perfusion_concepts
-from ldm.data.personalized import PersonalizedBase
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.settings import GenerationSettings
@@ -30,7 +30,7 @@ MODELS = {"configs/perfusion-sd-v1.yaml": "configs/stable-diffusion/v1-inference
 
 
 class Photos(pl.LightningDataModule):
-    """What a data module gives Perfusion: a `PersonalizedBase` and batches of it."""
+    """What a data module gives Perfusion: a `ConceptPhotos` and batches of it."""
 
     def __init__(self, folder: Path, size: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Photos(pl.LightningDataModule):
         folder.mkdir()
         for number, photo in enumerate(pixels):
             Image.fromarray(photo).save(folder / f"{number}.png")
-        self.datasets = {"train": PersonalizedBase(folder, size, placeholder_token=WORD, templates=TEMPLATES)}
+        self.datasets = {"train": ConceptPhotos(folder, size, placeholder_token=WORD, templates=TEMPLATES)}
 
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(self.datasets["train"], batch_size=2)

@@ -1,0 +1,196 @@
+"""The training set of a concept: the contents of its items, and that they depend only on seed, index and epoch."""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ldm.common.errors import UserError
+from ldm.data.concept_photos import ConceptPhotos
+from ldm.data.images import crop_square, read_image, to_tensor
+from ldm.data.templates import PHOTO, TEMPLATES, get_templates
+
+SIZE = 16
+
+
+def save_noise(path: Path, width: int, height: int, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, shape in enumerate([(32, 32), (48, 32), (20, 40)]):
+        save_noise(folder / f"{number}.png", *shape, seed=number)
+    return folder
+
+
+@pytest.fixture
+def masks(tmp_path: Path, photos: Path) -> Path:
+    """Each photo's mask is its own red channel at twice the size, so that both are aligned in every pixel."""
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for path in photos.iterdir():
+        red = read_image(path).getchannel("R")
+        red.resize((red.width * 2, red.height * 2), Image.Resampling.NEAREST).save(folder / path.name)
+    return folder
+
+
+def test_items(photos: Path) -> None:
+    data = ConceptPhotos(photos, size=SIZE, repeats=4, placeholder_token="<my-teddy>")
+    assert len(data) == 12
+    assert [path.name for path in data.paths] == ["0.png", "1.png", "2.png"]
+    assert not data.has_masks
+    for index in range(len(data)):
+        item = data[index]
+        assert (item["image"].shape, item["image"].dtype) == ((3, SIZE, SIZE), torch.float32)
+        assert item["caption"] in {template.replace("{}", "<my-teddy>") for template in PHOTO}
+        assert item["mask"].shape == (1, SIZE, SIZE) and item["mask"].eq(1).all()
+        expected = to_tensor(crop_square(read_image(data.paths[item["index"]]), SIZE))
+        assert torch.equal(item["image"], expected.flip(-1) if item["flipped"] else expected)
+    assert [data[index]["index"] for index in range(6)] == [0, 1, 2, 0, 1, 2]
+    with pytest.raises(IndexError):
+        data[12]
+
+
+def collected(data: ConceptPhotos, workers: int) -> list[tuple[str, bool, int, float]]:
+    loader = DataLoader(data, batch_size=4, num_workers=workers)
+    return [row for batch in loader for row in rows_of(batch)]
+
+
+def rows_of(batch: dict) -> list[tuple[str, bool, int, float]]:
+    totals = batch["image"].mul(torch.arange(SIZE)).sum((1, 2, 3)).tolist()
+    return list(zip(batch["caption"], batch["flipped"].tolist(), batch["index"].tolist(), totals, strict=True))
+
+
+def test_items_do_not_depend_on_workers_or_global_generators(photos: Path) -> None:
+    def build() -> ConceptPhotos:
+        return ConceptPhotos(photos, size=SIZE, repeats=5, seed=7)
+
+    alone = collected(build(), 0)
+    torch.manual_seed(99)
+    random.seed(99)
+    assert collected(build(), 2) == alone
+    assert [row[:3] for row in alone] != [row[:3] for row in collected(ConceptPhotos(photos, SIZE, 5, seed=8), 0)]
+
+
+def test_epochs_differ_and_are_reproducible(photos: Path) -> None:
+    data = ConceptPhotos(photos, size=SIZE, repeats=5)
+    epochs = []
+    for epoch in (0, 1, 0):
+        data.set_epoch(epoch)
+        epochs.append(collected(data, 0))
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_running_workers_see_a_new_epoch(photos: Path) -> None:
+    data = ConceptPhotos(photos, size=SIZE, repeats=4)
+    loader = DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True)
+    first = [row for batch in loader for row in rows_of(batch)]
+    data.set_epoch(1)
+    second = [row for batch in loader for row in rows_of(batch)]
+    assert second == collected(data, 0) != first
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (1.0, 60)])
+def test_flips_never_or_always(photos: Path, probability: float, expected: int) -> None:
+    data = ConceptPhotos(photos, size=SIZE, repeats=20, flip_p=probability)
+    assert sum(data[index]["flipped"] for index in range(60)) == expected
+
+
+def test_flips_and_templates_are_uniform(photos: Path) -> None:
+    data = ConceptPhotos(photos, size=8, repeats=200)
+    items = [data[index] for index in range(600)]
+    assert abs(sum(item["flipped"] for item in items) - 300) < 5 * (600 * 0.25) ** 0.5
+    assert len({item["caption"] for item in items}) == len(PHOTO)
+
+
+def test_image_and_mask_stay_aligned(photos: Path, masks: Path) -> None:
+    data = ConceptPhotos(photos, size=SIZE, repeats=10, mask_root=masks)
+    assert data.has_masks
+    flips = set()
+    for index in range(len(data)):
+        item = data[index]
+        red = (item["image"][:1] + 1) / 2
+        assert item["mask"].amax() == 1 and item["mask"].amin() >= 0
+        assert torch.corrcoef(torch.stack([red.ravel(), item["mask"].ravel()]))[0, 1] > 0.95
+        flips.add(item["flipped"])
+    assert flips == {False, True}
+
+
+def test_set_masks(photos: Path) -> None:
+    data = ConceptPhotos(photos, size=SIZE, repeats=8)
+    given = [torch.rand(1, SIZE, SIZE) for _ in range(3)]
+    data.set_masks(given)
+    for index in range(len(data)):
+        item = data[index]
+        assert torch.equal(item["mask"].flip(-1) if item["flipped"] else item["mask"], given[item["index"]])
+    two, third = given[:2], given[2]
+    for wrong in (two, [*two, third[0]], [*two, third + 1], [*two, third * torch.nan]):
+        with pytest.raises(ValueError, match="mask"):
+            data.set_masks(wrong)
+
+
+def test_label_maps_are_masks_too(photos: Path, tmp_path: Path) -> None:
+    for path in photos.iterdir():
+        with Image.open(path) as photo:
+            labels = Image.new("L", photo.size, 0)
+        labels.paste(1, (0, 0, labels.width, labels.height // 2))
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        labels.save(tmp_path / "labels" / f"{path.stem}.bmp")
+    mask = ConceptPhotos(photos, size=SIZE, mask_root=tmp_path / "labels").mask(0)
+    assert mask[0, :6].eq(1).all() and mask[0, 10:].eq(0).all()
+
+
+def spoil_missing(folder: Path) -> None:
+    (folder / "1.png").unlink()
+
+
+def spoil_black(folder: Path) -> None:
+    Image.new("L", (48, 32)).save(folder / "1.png")
+
+
+def spoil_aspect(folder: Path) -> None:
+    Image.new("L", (32, 48), 255).save(folder / "1.png")
+
+
+def spoil_bytes(folder: Path) -> None:
+    (folder / "1.png").write_bytes(b"nothing")
+
+
+@pytest.mark.parametrize("spoil", [spoil_missing, spoil_black, spoil_aspect, spoil_bytes])
+def test_unusable_masks_are_named(photos: Path, masks: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(masks)
+    with pytest.raises(UserError, match="1.png"):
+        ConceptPhotos(photos, size=SIZE, mask_root=masks)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("size", 0), ("repeats", 0), ("flip_p", 1.5), ("placeholder_token", " "), ("templates", "poetry"),
+     ("templates", []), ("templates", ["a photo"]), ("templates", ["a {} and a {}"])],
+)
+def test_params_out_of_range_are_named(photos: Path, name: str, value: object) -> None:
+    with pytest.raises(UserError, match=name):
+        ConceptPhotos(photos, **{name: value})
+
+
+def test_templates_of_a_list(photos: Path) -> None:
+    data = ConceptPhotos(photos, size=SIZE, repeats=1, templates=["{odd} {}"], placeholder_token="<{}>")
+    assert data[0]["caption"] == "{odd} <{}>"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_sets(name: str) -> None:
+    templates = get_templates(name)
+    assert len(set(templates)) == len(templates) >= 4
+    assert all(template.count("{}") == 1 and len(template.split()) < 12 for template in templates)
+    assert get_templates(list(templates)) == templates
