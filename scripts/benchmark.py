@@ -62,7 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     # Imported only now, since torch takes long to load and --help does not need it.
-    from ldm.common.files import write_atomically
+    from ldm.common.atomic_write import write_atomically
     from ldm.util import pick_device
     from scripts.benchmarks.common import SHAPES, BenchmarkSettings
     from scripts.benchmarks.device import describe_benchmark

@@ -20,8 +20,8 @@ from ldm.common.threads import use_passive_waiting  # noqa: E402
 use_passive_waiting()  # before torch is imported
 
 from ldm.cli.parser import Parser  # noqa: E402
+from ldm.common.atomic_write import write_atomically  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.files import write_atomically  # noqa: E402
 from ldm.modules.encoders.bert import BERT_TOKENIZER  # noqa: E402
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from evaluation.attention.figure import AttentionRow, attention_figure
 from evaluation.attention.masked_attention import COLUMNS, MaskedAttention, attention_records, estimate_attention
 from evaluation.attention.settings import AttentionOptions
 from evaluation.output.table import write_csv
-from ldm.common.files import write_atomically
+from ldm.common.atomic_write import write_atomically
 from ldm.inference.output_folder import OutputFolder
 
 

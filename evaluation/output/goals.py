@@ -9,7 +9,7 @@ from typing import Any
 
 from evaluation.output.table import MarkdownTable, write_csv
 from evaluation.stats.intervals import Estimate
-from ldm.common.files import write_atomically
+from ldm.common.atomic_write import write_atomically
 
 GOAL_TABLE = MarkdownTable(
     ("what", "reached (95 % interval)", "goal", "the recognizer's ceiling on real scenes"), (58, 26, 26, 64))

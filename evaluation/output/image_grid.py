@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation.output.plots import DPI
-from ldm.common.files import write_atomically
+from ldm.common.atomic_write import write_atomically
 
 # Lengths are in inches.
 TILE = 1.05  # an image's longer side

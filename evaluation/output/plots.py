@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evaluation.stats.intervals import Estimate
-from ldm.common.files import write_atomically
+from ldm.common.atomic_write import write_atomically
 
 SIZE_INCHES = (6.4, 4.4)
 DPI = 150

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.common.files import write_atomically
+from ldm.common.atomic_write import write_atomically
 
 
 @dataclass(frozen=True)

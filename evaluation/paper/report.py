@@ -13,7 +13,7 @@ from evaluation.paper.design import Study
 from evaluation.paper.results import Results
 from evaluation.paper.tables import TableRow, format_markdown, make_table_rows, plot_study
 from evaluation.stats.intervals import Estimate
-from ldm.common.files import write_atomically
+from ldm.common.atomic_write import write_atomically
 
 RULE = f"""A claim is expressed as a number that is positive if the claim is true. It is *supported* if the 95 %
 interval of this number lies above 0. It is *not supported* if the interval lies below 0, or within {MARGIN:g} on both

@@ -26,8 +26,8 @@ from evaluation.paper.processes import ProcessGroup
 from evaluation.paper.results import TrainingCost
 from evaluation.paper.source_digest import PRIOR_ENTRIES, TRAINING_ENTRIES, code_digest, config_targets
 from ldm.cli.training import parse_training_options
+from ldm.common.atomic_write import write_atomically
 from ldm.common.errors import UserError
-from ldm.common.files import write_atomically
 from ldm.common.paths import PROJECT_ROOT
 from ldm.concepts.storage import load_concepts
 from ldm.data.images import list_images

@@ -1,7 +1,8 @@
 """Helpers without any knowledge of models. They import no torch, or only when it is needed.
 
     errors.py         `UserError`, and how commands print it as one line
-    files.py          atomic writes and safetensors files
+    atomic_write.py   atomic writes, and new files under free names
+    files.py          safetensors files
     paths.py          paths that users and configs name
     words.py          whole words in prompts
     annotations.py    checks of YAML values against type annotations

@@ -22,6 +22,10 @@ class UserError(Exception):
     """An input of the user's cannot be used. The message is one line that names the input and the remedy."""
 
 
+class FileNotWritten(UserError):
+    """A file cannot be written: its folder or the disk does not allow it."""
+
+
 class MemoryShortage(UserError):
     """The device has too little memory for what the user requested."""
 

@@ -1,4 +1,4 @@
-"""Write files atomically, and read and write tensors as safetensors, which runs none of a file's content.
+"""Read and write tensors as safetensors, which runs none of a file's content. Files are written atomically.
 
 Importing this loads no torch: command lines that write no tensors do not wait for it.
 """
@@ -6,67 +6,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from ldm.common.atomic_write import write_atomically
 from ldm.common.errors import UserError
+from ldm.common.paths import expand_home
 
 if TYPE_CHECKING:
     import torch
-
-NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
-    """Call `write` with a temporary path in the same folder, then rename the result to `path`.
-
-    An interruption at any point leaves either the old file or the new one, never a part of one.
-
-    Raises:
-        UserError: if the folder cannot be created or written to, or the disk is full.
-    """
-    path = Path(path)
-    temporary = _create_temporary_file(path)
-    try:
-        with _report_write_errors(path):
-            write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _create_temporary_file(path: Path) -> Path:
-    """Create an empty file beside `path` with the permissions that new files have (by the umask), and its suffix.
-
-    `tempfile.mkstemp` makes files that only their owner may read. To mend that, one would have to know the umask, which
-    no thread can read without changing it for all others.
-    """
-    with _report_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-            try:
-                os.close(os.open(temporary, NEW_FILE, 0o666))
-            except FileExistsError:
-                continue
-            return temporary
-
-
-@contextlib.contextmanager
-def _report_write_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to write into a UserError that names the file and the system's reason."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from None
-
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]) -> Path:
     """Write a safetensors file. Each value of `metadata` is stored as JSON text under its key."""
@@ -100,6 +51,7 @@ def load_metadata(path: str | Path) -> dict[str, object]:
 
 @contextlib.contextmanager
 def _open_safetensors(path: Path) -> Iterator[Any]:
+    path = Path(expand_home(path))
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:

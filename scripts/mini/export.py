@@ -36,8 +36,9 @@ from ldm.checkpoints.diffusers_names import clip_text_tensors  # noqa: E402
 from ldm.checkpoints.load import AVERAGES, moving_averages, read_state_dict  # noqa: E402
 from ldm.checkpoints.packed_tables import pack_table  # noqa: E402
 from ldm.cli.parser import Parser  # noqa: E402
+from ldm.common.atomic_write import write_atomically  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.files import save_tensors, write_atomically  # noqa: E402
+from ldm.common.files import save_tensors  # noqa: E402
 from ldm.common.paths import PROJECT_ROOT, check_folder  # noqa: E402
 from ldm.data.mini.scenes import SceneDataset  # noqa: E402
 from ldm.models.clip_images import CLIP_MEAN, CLIP_STD  # noqa: E402

@@ -24,8 +24,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ldm.cli.parser import Parser  # noqa: E402
+from ldm.common.atomic_write import write_atomically  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.files import write_atomically  # noqa: E402
 from ldm.data.mini.world import EXCLUDED, KINDS, sprite_file  # noqa: E402
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from ldm.cli.parser import Parser  # noqa: E402
+from ldm.common.atomic_write import write_atomically  # noqa: E402
 from ldm.common.errors import one_line_errors  # noqa: E402
-from ldm.common.files import write_atomically  # noqa: E402
 from ldm.common.paths import PROJECT_ROOT  # noqa: E402
 from ldm.data.mini.example_concepts import CONCEPTS, PHOTO_BACKGROUNDS  # noqa: E402
 from ldm.data.mini.scenes import VARIANTS_PER_BACKGROUND, Appearance, SceneSubject, compose  # noqa: E402
