@@ -10,8 +10,9 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from ldm.common.files import write_atomically
-from ldm.data.contact_sheet import save_grid
+from ldm.common.atomic_write import write_new
+from ldm.common.paths import expand_home
+from ldm.data.contact_sheet import make_grid, save_quickly
 
 METADATA_CHUNK = "perfusion"  # the text chunk of a PNG that holds, as JSON, how the image was made
 MAX_COLUMNS = 8
@@ -20,6 +21,8 @@ ROWS = 16  # of one contact sheet; more rows go on further sheets, so that memor
 
 class OutputFolder:
     """A folder with `samples/00000.png`, ... and `grid-0000.png`, ...; numbers continue those of earlier runs.
+
+    Several runs may write to it at a time: each takes the next free number.
 
     Args:
         folder: created when the first image is written.
@@ -31,7 +34,7 @@ class OutputFolder:
     """
 
     def __init__(self, folder: str | Path, columns: int) -> None:
-        self.folder, self.columns = Path(folder), min(columns, MAX_COLUMNS)
+        self.folder, self.columns = Path(expand_home(folder)), min(columns, MAX_COLUMNS)
         self.images: list[Path] = []
         self.sheets: list[Path] = []
         self._pending: list[tuple[Image.Image, str]] = []
@@ -42,8 +45,7 @@ class OutputFolder:
         """Write an image as PNG with `metadata` inside, and put it on the contact sheet under `title`."""
         chunks = PngImagePlugin.PngInfo()
         chunks.add_text(METADATA_CHUNK, json.dumps(metadata))
-        path = next(self._free_images)
-        write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
+        path = write_new(self._free_images, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
         self.images.append(path)
         self._pending.append((image, title))
         if len(self._pending) == self.columns * ROWS:
@@ -52,14 +54,15 @@ class OutputFolder:
 
     def add_extra(self, name: str, image: Image.Image) -> Path:
         """Write an image that belongs to the run but was not generated, such as a mask, as `<name>-0000.png`."""
-        path = next(_free_paths(self.folder, f"{name}-", 4))
-        return write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+        paths = _free_paths(self.folder, f"{name}-", 4)
+        return write_new(paths, lambda temporary: image.save(temporary, format="PNG"))
 
     def finish_sheet(self) -> None:
         """Write the contact sheet of the images added since the last one, if there are any."""
         if self._pending:
             images, titles = zip(*self._pending, strict=True)
-            self.sheets.append(save_grid(images, next(self._free_sheets), self.columns, titles))
+            sheet = make_grid(images, self.columns, titles)
+            self.sheets.append(write_new(self._free_sheets, lambda temporary: save_quickly(sheet, temporary)))
             self._pending.clear()
 
     def summary(self) -> str:
@@ -67,6 +70,8 @@ class OutputFolder:
         first, last = self.images[0], self.images[-1]
         counted = f"{len(self.images)} images" if len(self.images) > 1 else "1 image"
         files = f"{first} to {last.name}" if last != first else str(first)
+        if int(last.stem) - int(first.stem) >= len(self.images):
+            files += ", between those of another run"
         return f"{counted}: {files}\nwith their prompts: {', '.join(map(str, self.sheets))}"
 
 
@@ -77,11 +82,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def _free_paths(folder: Path, prefix: str, digits: int) -> Iterator[Path]:
-    """Yield numbered paths that do not exist, starting after the highest number in the folder."""
+    """Yield numbered paths, starting after the highest number in the folder. Other runs may take some of them first."""
     numbered = re.compile(rf"{re.escape(prefix)}(\d+)\.png")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     taken = [int(match[1]) for match in map(numbered.fullmatch, names) if match]
     for number in itertools.count(max(taken, default=-1) + 1):
-        path = folder / f"{prefix}{number:0{digits}d}.png"
-        if not path.exists():
-            yield path
+        yield folder / f"{prefix}{number:0{digits}d}.png"
