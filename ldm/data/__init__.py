@@ -1,8 +1,10 @@
 """Data sets and loaders.
 
 - `images.py`: image files -> upright RGB images, crops, tensors; `masks.py`: masks; `contact_sheet.py`: PNG sheets
-- `personalized.py`: the photos of one concept as a training set, with captions from `templates.py`
+- `concept_photos.py`: the photos of one concept as a training set, with captions from `templates.py`
 - `folder.py`: a folder of images, for first stages and unconditional models
 - `module.py`: loaders for these from a config (`main.DataModuleFromConfig`)
+- under the LDM family's names: `personalized.py` and `personalized_style.py` (Textual Inversion and DreamBooth, with
+  captions from `imagenet_templates.py`), `lsun.py`, `imagenet.py`, `base.py`; `pixel_arrays.py` reads their images
 - `mini/`: the mini world, in which the bundled models were trained
 """
