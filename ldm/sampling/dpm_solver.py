@@ -12,18 +12,41 @@ from torch import Tensor
 
 from ldm.sampling.sampler import Denoiser, Sampler
 from ldm.sampling.schedule import Prediction, prediction_from_x0
-from ldm.sampling.time_grid import TimeGrid, karras_grid
+from ldm.sampling.time_grid import TimeGrid, half_log_snr, karras_grid
 
 
 def extrapolation_weight(grid: TimeGrid, i: int) -> float:
-    """Return 1 / (2 r_i) with r_i = h_{i-1} / h_i, the step lengths in lambda; 0 for the first and the last step.
+    """Return 1 / (2 r_i) with r_i = h_{i-1} / h_i, the step lengths in lambda.
 
-    The first step has no earlier prediction. The last one leads to a clean image, where lambda is infinite.
+    It is 0 for the first step, which has no earlier prediction, and for a step that leads to a clean image, where
+    lambda is infinite.
     """
-    if not 0 < i < len(grid) - 1:
+    if i == 0 or grid.alpha_bar_next[i] == 1:
         return 0.0
-    previous, current, following = (grid.half_log_snr(index) for index in (i - 1, i, i + 1))
+    levels = (grid.alpha_bar[i - 1], grid.alpha_bar[i], grid.alpha_bar_next[i])
+    previous, current, following = (half_log_snr(level) for level in levels)
     return (following - current) / (current - previous) / 2
+
+
+def multistep_predictor(denoise: Denoiser, grid: TimeGrid, lower_order_final: bool = False) -> Denoiser:
+    """Return what predicts with x_0 extrapolated from this and the previous step.
+
+    Args:
+        denoise: predicts at the start of a step.
+        lower_order_final: whether the last step is of first order wherever it leads, which is more stable if the steps
+            are few.
+    """
+    history: deque[Tensor] = deque(maxlen=2)
+
+    def predict(x: Tensor, i: int) -> Prediction:
+        history.append(denoise(x, i).x0)
+        first_order = lower_order_final and i + 1 == len(grid)
+        # D_i = x_i + (x_i - x_{i-1}) / (2 r_i), Algorithm 2, line 9
+        weight = 0.0 if first_order else extrapolation_weight(grid, i)
+        x0 = history[-1] + weight * (history[-1] - history[0])
+        return prediction_from_x0(x, x0, grid.alpha_bar[i])
+
+    return predict
 
 
 class DPMSolver(Sampler):
@@ -38,13 +61,4 @@ class DPMSolver(Sampler):
 
     def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
         """Predict with x_0 extrapolated from this and the previous step."""
-        history: deque[Tensor] = deque(maxlen=2)
-
-        def predict(x: Tensor, i: int) -> Prediction:
-            history.append(denoise(x, i).x0)
-            # D_i = x_i + (x_i - x_{i-1}) / (2 r_i), Algorithm 2, line 9
-            change = history[-1] - history[0]
-            x0 = history[-1] + extrapolation_weight(grid, i) * change
-            return prediction_from_x0(x, x0, grid.alpha_bar[i])
-
-        return predict
+        return multistep_predictor(denoise, grid)

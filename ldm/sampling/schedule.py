@@ -82,7 +82,7 @@ def diffusion_buffers(
         "betas": betas,
         "alphas_cumprod": alpha_bar,
         "alphas_cumprod_prev": alpha_bar_prev,
-        **_marginal_tensors(alpha_bar),
+        **marginal_tensors(alpha_bar),
         **_posterior_tensors(betas, alpha_bar, alpha_bar_prev, v_posterior),
     }
     return {name: tensor.float() for name, tensor in tensors.items()}
@@ -93,7 +93,7 @@ def _check_betas(betas: Tensor) -> None:
         raise UserError("the betas must be two or more numbers between 0 and 1; check the noise schedule's settings")
 
 
-def _marginal_tensors(alpha_bar: Tensor) -> dict[str, Tensor]:
+def marginal_tensors(alpha_bar: Tensor) -> dict[str, Tensor]:
     """Return the coefficients of q(x_t | x_0), and of its inversion for x_0."""
     return {
         "sqrt_alphas_cumprod": alpha_bar.sqrt(),

@@ -1,4 +1,4 @@
-"""The noise levels that sampling visits: three ways to space S of them on a model's schedule.
+"""The noise levels that sampling visits: four ways to space S of them on a model's schedule.
 
 Legend, as in `ldm.sampling.schedule`:
     alpha_bar   the share of the image's variance that is left at a timestep; 1 is a clean image
@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ldm.common.errors import UserError
@@ -40,9 +41,10 @@ class TimeGrid:
         """Return the last `steps` steps, 1..len."""
         return TimeGrid(self.times[-steps:], self.alpha_bar[-steps:], self.alpha_bar_next[-steps:])
 
-    def half_log_snr(self, index: int) -> float:
-        """Return lambda = -log sigma, the time variable of exponential integrators (Lu et al. 2022, Section 2)."""
-        return math.log(self.alpha_bar[index] / (1 - self.alpha_bar[index])) / 2
+
+def half_log_snr(alpha_bar: float) -> float:
+    """Return lambda = -log sigma, the time variable of exponential integrators (Lu et al. 2022, Section 2)."""
+    return math.log(alpha_bar / (1 - alpha_bar)) / 2
 
 
 def leading_grid(schedule: Tensor, steps: int) -> TimeGrid:
@@ -97,6 +99,23 @@ def karras_grid(schedule: Tensor, steps: int) -> TimeGrid:
     sigmas = roots**KARRAS_RHO
     times = np.interp(np.log(sigmas), np.log(known_sigmas), np.arange(len(known_sigmas)))
     return _make_grid(times.tolist(), 1 / (1 + sigmas**2), 1.0)
+
+
+def time_uniform_grid(schedule: Tensor, steps: int) -> TimeGrid:
+    """Return evenly spaced times from the schedule's noisy end to its clean end, where the last step leads.
+
+    The times are continuous: timestep n of T is at (n + 1) / T, and log alpha_bar is linear between timesteps. A
+    network is told 1000 (t - 1 / T), which is n if T is 1000. Arguments and errors as for `leading_grid`.
+
+    Source: Lu, Zhou, Bao, Chen, Li & Zhu 2022, "DPM-Solver", Appendix D, and its code ("time_uniform"), which computes
+    times in float32. Networks are sensitive to their last bits.
+    """
+    total = len(schedule)
+    _check_steps(steps, total)
+    times = torch.linspace(1, 1 / total, steps + 1, dtype=torch.float32)
+    known_times = np.arange(1, total + 1) / total
+    levels = np.exp(np.interp(times.double().numpy(), known_times, np.log(_to_numpy(schedule))))
+    return _make_grid(((times - 1 / total) * 1000)[:-1].tolist(), levels[:-1], float(levels[-1]))
 
 
 def _to_numpy(schedule: Tensor) -> np.ndarray:

@@ -78,7 +78,7 @@ def test_the_last_steps_of_a_grid():
     last = grid.end(2)
     assert (last.times, last.alpha_bar) == (grid.times[7:], grid.alpha_bar[7:])
     assert last.alpha_bar_next == grid.alpha_bar_next[7:]
-    assert grid.half_log_snr(3) == pytest.approx(0.5 * np.log(grid.alpha_bar[3] / (1 - grid.alpha_bar[3])))
+    assert grids.half_log_snr(grid.alpha_bar[3]) == pytest.approx(0.5 * np.log(grid.alpha_bar[3] / (1 - grid.alpha_bar[3])))
 
 
 @EVERY
