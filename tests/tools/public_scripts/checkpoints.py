@@ -15,7 +15,7 @@ import numpy
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 
-from public_scripts.run import Input, Workplace, launch
+from public_scripts.run import Input, Workplace, launch, launch_order
 from public_scripts.towers import OPEN_CLIP_ARCH, WIDTH, clip_tower
 
 BUILDER = Path(__file__).with_name("build_checkpoint.py")
@@ -27,40 +27,41 @@ class TinyModel:
 
     Attributes:
         config: the config's path, as OWNER--NAME/PATH.
-        ldm: folder of the `ldm` that builds the checkpoint, as OWNER--NAME or OWNER--NAME/FOLDER.
+        path: folders for Python's path, as OWNER--NAME/FOLDER; the first one has the `ldm` that builds the checkpoint.
         params: replaced params of the model.
         clip_width: width of the text tower.
     """
 
     config: str
-    ldm: str
+    path: tuple[str, ...]
     params: Mapping[str, Any] = field(default_factory=dict)
     clip_width: int = WIDTH
 
 
 COMPVIS_SD, COMPVIS_LDM = "CompVis--stable-diffusion", "CompVis--latent-diffusion"
 STABILITY, INVERSION = "Stability-AI--stablediffusion", "rinongal--textual_inversion"
-PIX2PIX = "timothybrooks--instruct-pix2pix"
+PIX2PIX, CUSTOM = "timothybrooks--instruct-pix2pix", "adobe-research--custom-diffusion"
+RUNWAY = "runwayml--stable-diffusion"
 SD1_CONFIG = f"{COMPVIS_SD}/configs/stable-diffusion/v1-inference.yaml"
+CELEBA_CONFIG = f"{COMPVIS_LDM}/models/ldm/celeba256/config.yaml"
 MODELS = {
-    "sd1": TinyModel(SD1_CONFIG, COMPVIS_SD),
-    "sd1-768": TinyModel(SD1_CONFIG, COMPVIS_SD, clip_width=768),
-    "sd1-inpainting": TinyModel("runwayml--stable-diffusion/configs/stable-diffusion/v1-inpainting-inference.yaml",
-                                "runwayml--stable-diffusion"),
-    "sd2": TinyModel(f"{STABILITY}/configs/stable-diffusion/v2-inference.yaml", STABILITY),
-    "sd2-v": TinyModel(f"{STABILITY}/configs/stable-diffusion/v2-inference-v.yaml", STABILITY),
-    "text2img": TinyModel(f"{COMPVIS_LDM}/configs/latent-diffusion/txt2img-1p4B-eval.yaml", COMPVIS_LDM),
-    "celeba": TinyModel(f"{COMPVIS_LDM}/models/ldm/celeba256/config.yaml", COMPVIS_LDM, {"image_size": 16}),
-    "celeba-20": TinyModel(f"{COMPVIS_LDM}/models/ldm/celeba256/config.yaml", COMPVIS_LDM,
-                           {"image_size": 16, "timesteps": 20}),
-    "class-conditional": TinyModel(f"{COMPVIS_LDM}/configs/latent-diffusion/cin256-v2.yaml", COMPVIS_LDM),
-    "inpainting": TinyModel(f"{COMPVIS_LDM}/models/ldm/inpainting_big/config.yaml", COMPVIS_LDM, {"image_size": 16}),
-    "inversion-sd1": TinyModel(f"{INVERSION}/configs/stable-diffusion/v1-inference.yaml", INVERSION),
+    "sd1": TinyModel(SD1_CONFIG, (COMPVIS_SD,)),
+    "sd1-768": TinyModel(SD1_CONFIG, (COMPVIS_SD,), clip_width=768),
+    "sd1-inpainting": TinyModel(f"{RUNWAY}/configs/stable-diffusion/v1-inpainting-inference.yaml", (RUNWAY,)),
+    "sd2": TinyModel(f"{STABILITY}/configs/stable-diffusion/v2-inference.yaml", (STABILITY,)),
+    "sd2-v": TinyModel(f"{STABILITY}/configs/stable-diffusion/v2-inference-v.yaml", (STABILITY,)),
+    "text2img": TinyModel(f"{COMPVIS_LDM}/configs/latent-diffusion/txt2img-1p4B-eval.yaml", (COMPVIS_LDM,)),
+    "celeba": TinyModel(CELEBA_CONFIG, (COMPVIS_LDM,), {"image_size": 16}),
+    "celeba-20": TinyModel(CELEBA_CONFIG, (COMPVIS_LDM,), {"image_size": 16, "timesteps": 20}),
+    "class-conditional": TinyModel(f"{COMPVIS_LDM}/configs/latent-diffusion/cin256-v2.yaml", (COMPVIS_LDM,)),
+    "inpainting": TinyModel(f"{COMPVIS_LDM}/models/ldm/inpainting_big/config.yaml", (COMPVIS_LDM,),
+                            {"image_size": 16}),
+    "inversion-sd1": TinyModel(f"{INVERSION}/configs/stable-diffusion/v1-inference.yaml", (INVERSION,)),
     "inversion-text2img": TinyModel(f"{INVERSION}/configs/latent-diffusion/txt2img-1p4B-eval_with_tokens.yaml",
-                                    INVERSION),
-    "custom": TinyModel("adobe-research--custom-diffusion/configs/custom-diffusion/finetune_addtoken.yaml", COMPVIS_SD,
+                                    (INVERSION,)),
+    "custom": TinyModel(f"{CUSTOM}/configs/custom-diffusion/finetune_addtoken.yaml", (COMPVIS_SD, CUSTOM),
                         clip_width=768),
-    "pix2pix": TinyModel(f"{PIX2PIX}/configs/generate.yaml", f"{PIX2PIX}/stable_diffusion"),
+    "pix2pix": TinyModel(f"{PIX2PIX}/configs/generate.yaml", (f"{PIX2PIX}/stable_diffusion",)),
 }
 
 
@@ -119,8 +120,10 @@ def build(name: str, place: Workplace) -> Path:
         return checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(tiny_config(name, place), folder / "config.yaml")
-    outcome = launch(BUILDER, ("config.yaml", "model.ckpt"), [place.path_in(model.ldm)], folder, original=True,
-                     transformers4=True, hub=place.hub(model.clip_width))
+    order = launch_order(BUILDER, ("config.yaml", "model.ckpt"), [place.path_in(path) for path in model.path],
+                         original=True, transformers4=True, hub=place.hub(model.clip_width),
+                         stand_ins=("public_scripts.towers:register_open_clip",))
+    outcome = launch(order, folder)
     if not outcome.succeeded:
         raise LookupError(f"the original cannot build {name}: {outcome.error}")
     return checkpoint

@@ -10,8 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from public_scripts.towers import clip_tower
@@ -122,35 +122,52 @@ def ldm_folder(run: PublicRun, place: Workplace) -> Path:
     return place.path_in(run.ldm) if "--" in run.ldm else place.path_in(f"{run.repository}/{run.ldm}")
 
 
+def order_for(run: PublicRun, place: Workplace, original: bool) -> dict[str, object]:
+    """Return what `launcher.py` is to do: run the script on the original `ldm` or on ours.
+
+    Raises:
+        LookupError: if a repository is missing.
+    """
+    repository = place.path_in(run.repository)
+    own_package = PROJECT if run.whole_checkout else place.own_package()
+    package = ldm_folder(run, place) if original else own_package
+    # The order of Python's path: the package under test, then the script's folder and its repository.
+    script = repository / run.script
+    path = [package, script.parent, repository, *(place.path_in(extra) for extra in run.extra_path)]
+    return launch_order(script, run.arguments, path, original=original, transformers4=original or run.transformers4,
+                        stand_ins=run.stand_ins, hub=place.hub(run.clip_width))
+
+
+def launch_order(script: Path, arguments: Sequence[str], path: Sequence[Path], *, original: bool, transformers4: bool,
+                 stand_ins: Sequence[str] = (), hub: Mapping[str, str] | None = None) -> dict[str, object]:
+    """Return the content of the file that `launcher.py` reads."""
+    return {"script": str(script), "arguments": list(arguments), "path": [str(entry) for entry in path], "seed": SEED,
+            "original": original, "transformers4": transformers4, "stand_ins": list(stand_ins), "hub": hub or {}}
+
+
 def run_script(run: PublicRun, place: Workplace, original: bool) -> Outcome:
     """Run a script in a child process, on the original `ldm` or on ours, in a folder of its own.
 
     Raises:
         LookupError: if a repository is missing.
     """
-    repository = place.path_in(run.repository)
-    folder = place.folder / run.name / ("original" if original else "ours")
+    folder = outcome_folder(run, place, original)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for relative, write in run.inputs.items():
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         write(place, target)
-    own_package = PROJECT if run.whole_checkout else place.own_package()
-    package = ldm_folder(run, place) if original else own_package
-    # The order of Python's path: the package under test, then the script's folder and its repository.
-    script = repository / run.script
-    path = [package, script.parent, repository, *(place.path_in(extra) for extra in run.extra_path)]
-    return launch(script, run.arguments, path, folder, original=original, transformers4=original or run.transformers4,
-                  stand_ins=run.stand_ins, hub=place.hub(run.clip_width))
+    return launch(order_for(run, place, original), folder)
 
 
-def launch(script: Path, arguments: tuple[str, ...], path: list[Path], folder: Path, original: bool = False,
-           transformers4: bool = False, stand_ins: tuple[str, ...] = (),
-           hub: Mapping[str, str] | None = None) -> Outcome:
-    """Run a script by `launcher.py`: as __main__, in `folder`, with `path` first on Python's path."""
-    order = {"script": str(script), "arguments": arguments, "path": [str(entry) for entry in path], "seed": SEED,
-             "original": original, "transformers4": transformers4, "stand_ins": stand_ins, "hub": hub or {}}
+def outcome_folder(run: PublicRun, place: Workplace, original: bool) -> Path:
+    """Return the folder in which a script runs."""
+    return place.folder / run.name / ("original" if original else "ours")
+
+
+def launch(order: Mapping[str, object], folder: Path) -> Outcome:
+    """Run a script by `launcher.py`: as __main__, in `folder`."""
     (folder / "order.json").write_text(json.dumps(order, indent=1))
     log = folder / "log.txt"
     environment = {**os.environ, "PYTHONPATH": str(TOOLS), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
@@ -180,14 +197,10 @@ def last_error(log: str) -> str:
 
 
 def earlier_outcome(run: PublicRun, place: Workplace) -> Outcome | None:
-    """Return the original's outcome of an earlier call of the tool, if the run's description is still the same."""
-    folder = place.folder / run.name / "original"
-    described = folder / "outcome.json"
-    if not described.is_file():
+    """Return the original's outcome of an earlier call of the tool, if it succeeded and did the same."""
+    folder = outcome_folder(run, place, original=True)
+    order, outcome = folder / "order.json", folder / "outcome.json"
+    if not outcome.is_file() or json.loads(outcome.read_text())["error"]:
         return None
-    return Outcome(folder, json.loads(described.read_text())["error"])
-
-
-def describe(run: PublicRun) -> str:
-    """Return the attributes of a run for people, one a line."""
-    return "\n".join(f"{key}: {value}" for key, value in asdict(run).items() if value)
+    same = json.loads(order.read_text()) == order_for(run, place, original=True)
+    return Outcome(folder, "") if same else None
