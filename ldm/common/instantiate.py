@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.common.dreambooth import mark_subject
 from ldm.common.errors import UserError
 from ldm.common.library_errors import OWN_PACKAGES, call_foreign, user_error_for
 from ldm.common.params import check_param_names, check_param_types, missing_params, rename_old_params
@@ -29,6 +30,7 @@ MOVED_TARGETS = {
         "ldm.modules.encoders.attribute_binding.AttributeBindingCLIPEmbedder",
     "ldm.training.concept_progress.BeforeDuringAfter": "ldm.training.concept_callbacks.BeforeDuringAfter",
     # Public configs name these by main.py. A main.py of the user comes first, see `_import_main`.
+    "main.CUDACallback": "ldm.training.callbacks.CUDACallback",
     "main.DataModuleFromConfig": "ldm.data.module.DataModuleFromConfig",
     "main.ImageLogger": "ldm.training.callbacks.ImageLogger",
     "main.SetupCallback": "ldm.training.callbacks.SetupCallback",
@@ -143,7 +145,7 @@ def _build_foreign(name: str, target: Any, config: Mapping[str, Any], extra: Map
     params = config.get("params") or {}
     if not isinstance(params, Mapping):
         raise UserError(f"params of {name}: must be keys with values, not {params!r}")
-    return call_foreign(target, {**rename_old_params(name, target, params), **extra})
+    return call_foreign(target, {**rename_old_params(name, target, mark_subject(params)), **extra})
 
 
 def _check_spelling(config: Mapping[str, Any]) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.seed import pl_worker_init_function
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from ldm.common.dreambooth import mark_subject
 from ldm.common.errors import UserError
+from ldm.data.base import Txt2ImgIterableBaseDataset
 from ldm.data.concept_photos import split_concept_configs
 from ldm.util import default, instantiate_from_config
 
@@ -117,15 +119,36 @@ def _batches_from(loader: ResumableLoader, batches_done: int) -> Iterator[Any]:
         yield from loader
 
 
+class PairedDataset(Dataset):
+    """Pairs of the items that two data sets have at the same index, as many as the shorter one has.
+
+    Loaders make pairs of batches of them: for DreamBooth, of the subject's photos and the images of its class.
+    """
+
+    def __init__(self, first: Dataset, second: Dataset) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return min(len(self.first), len(self.second))
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.first[index], self.second[index]
+
+
 def prepare_worker(worker_id: int, rank: int) -> None:
     """Initialize a loader's worker process.
 
     The worker ignores Ctrl-C, which the terminal sends to every process: the main one handles it. Its random numbers
-    are those that Lightning gives to workers after `seed_everything(workers=True)`.
+    are those that Lightning gives to workers after `seed_everything(workers=True)`. Of a streamed data set it reads
+    its own part.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.environ.get("PL_SEED_WORKERS") == "1":
         pl_worker_init_function(worker_id, rank)
+    worker = get_worker_info()
+    if worker is not None and isinstance(worker.dataset, Txt2ImgIterableBaseDataset) and worker.dataset.valid_ids:
+        share = worker.dataset.num_records // worker.num_workers
+        worker.dataset.sample_ids = worker.dataset.valid_ids[worker_id * share:(worker_id + 1) * share]
 
 
 class DataModuleFromConfig(pl.LightningDataModule):
@@ -141,8 +164,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         validation: likewise; its batches are in order and complete.
         test: as `validation`.
         predict: as `validation`.
-        wrap: kept for the public configs; datasets here have a length of their own.
+        wrap: kept for the public configs; anything with a length and items is a data set here.
         num_workers: loader processes; None or 0 loads in the main process.
+        shuffle_test_loader: whether the batches of `test` come in random order.
+        use_worker_init_fn: kept for the public configs; workers always get random numbers of their own.
+        shuffle_val_dataloader: whether the batches of `validation` come in random order.
+        reg: config of DreamBooth's images of the class. A training batch is then a pair, of photos and of these.
         shuffle: whether training batches come in random order (with the seed of `seed_everything`).
         concepts_per_batch: number of training sets that have a batch in one pass through the model. This bounds the
             memory; a step still goes through all of them. None: all at once.
@@ -154,7 +181,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def __init__(self, batch_size: int, train: Mapping[str, Any] | None = None,
                  validation: Mapping[str, Any] | None = None, test: Mapping[str, Any] | None = None,
                  predict: Mapping[str, Any] | None = None, wrap: bool = False, num_workers: int | None = None,
-                 shuffle: bool = True, concepts_per_batch: int | None = None) -> None:
+                 shuffle_test_loader: bool = False, use_worker_init_fn: bool = False,
+                 shuffle_val_dataloader: bool = False, reg: Mapping[str, Any] | None = None, shuffle: bool = True,
+                 concepts_per_batch: int | None = None) -> None:
         super().__init__()
         if batch_size < 1 or default(num_workers, 0) < 0:
             raise UserError(f"batch_size {batch_size}, num_workers {num_workers}: give at least 1 item, 0 workers")
@@ -162,7 +191,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise UserError(f"concepts_per_batch {concepts_per_batch}: give 1 or more, or leave it out")
         self.concepts_per_batch = concepts_per_batch
         self.batch_size, self.num_workers, self.shuffle = batch_size, default(num_workers, 0), shuffle
-        configs = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.shuffled = {"validation": shuffle_val_dataloader, "test": shuffle_test_loader}
+        configs = mark_subject({"train": train, "reg": reg, "validation": validation, "test": test, "predict": predict})
         self.dataset_configs = {name: config for name, config in configs.items() if config is not None}
         self.datasets: dict[str, Dataset | list[Dataset]] = {}
         # Lightning looks for these methods, so define only those that have a dataset.
@@ -177,7 +207,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 configs = split_concept_configs(config) if name == "train" else [config]
                 sets = [instantiate_from_config(one) for one in configs]
                 self.datasets[name] = sets if len(sets) > 1 else sets[0]
-        for dataset in self.training_sets:
+        self._check_training_sets()
+
+    def _check_training_sets(self) -> None:
+        if "reg" in self.datasets and len(self.training_sets) != 1:
+            raise UserError("reg: goes with one training set; name one folder of photos, or leave reg out")
+        for dataset in [*self.training_sets, self.datasets.get("reg")]:
+            if dataset is None or isinstance(dataset, IterableDataset):
+                continue
             if len(dataset) < self.batch_size:  # an incomplete batch is left out, so there would be none
                 raise UserError(f"{len(dataset)} training items do not fill a batch of {self.batch_size}; "
                                 "lower data.params.batch_size")
@@ -204,7 +241,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def _loader(self, name: str) -> DataLoader | MultiConceptLoader:
         if name != "train":
-            return DataLoader(self.datasets[name], self.batch_size, **self._worker_options)
+            dataset = self.datasets[name]
+            shuffle = self.shuffled.get(name, False) and not isinstance(dataset, IterableDataset)
+            return DataLoader(dataset, self.batch_size, shuffle=shuffle, **self._worker_options)
         loaders = [self._training_loader(dataset) for dataset in self.training_sets]
         if len(loaders) == 1:
             return loaders[0]
@@ -213,7 +252,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
                             f"evenly by {self._process['world_size']} devices; leave it out")
         return MultiConceptLoader(loaders, self.concepts_per_batch, **self._process)
 
-    def _training_loader(self, dataset: Dataset) -> ResumableLoader:
+    def _training_loader(self, dataset: Dataset) -> DataLoader:
+        if isinstance(dataset, IterableDataset):
+            return DataLoader(dataset, self.batch_size, **self._worker_options)
+        if "reg" in self.datasets:
+            dataset = PairedDataset(dataset, self.datasets["reg"])
         sampler = ResumableSampler(len(dataset), self.shuffle, torch.initial_seed())
         return ResumableLoader(dataset, self.batch_size, sampler=sampler, drop_last=True, **self._worker_options)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.common.errors import UserError
+from ldm.data.base import Txt2ImgIterableBaseDataset
 from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.module import DataModuleFromConfig
 
@@ -121,6 +122,50 @@ def test_workers_ignore_ctrl_c(start: str, seeded: str, monkeypatch: pytest.Monk
 def test_other_batches_are_in_order_and_complete(name: str, loader: str) -> None:
     module = prepared(**{name: numbers(count=6, offset=100)})
     assert batches(getattr(module, loader)()) == [[100, 101, 102, 103], [104, 105]]
+
+
+@pytest.mark.parametrize(("option", "name", "loader"), [
+    ("shuffle_val_dataloader", "validation", "val_dataloader"), ("shuffle_test_loader", "test", "test_dataloader")])
+def test_other_batches_are_shuffled_on_request(option: str, name: str, loader: str) -> None:
+    module = prepared(**{name: numbers(count=40), option: True})
+    numbers_in_order = sum(batches(getattr(module, loader)()), [])
+    assert numbers_in_order != sorted(numbers_in_order) == list(range(40))
+
+
+# DreamBooth: a training batch is a pair
+
+
+def test_batches_with_regularization_images() -> None:
+    module = prepared(train=numbers(count=12), reg=numbers(count=9, offset=100), shuffle=False)
+    pairs = [(subject.tolist(), images.tolist()) for subject, images in module.train_dataloader()]
+    assert pairs == [([0, 1, 2, 3], [100, 101, 102, 103]), ([4, 5, 6, 7], [104, 105, 106, 107])]
+
+
+def test_the_subject_of_dreambooth_has_its_identifier(photos: dict[str, Any]) -> None:
+    params = {"data_root": photos["params"]["data_root"], "size": 16, "set": "train", "placeholder_token": "dog"}
+    train = {"target": photos["target"], "params": params}
+    module = prepared(train=train, reg={**train, "params": {**params, "reg": True}})
+    subject, images = next(iter(module.train_dataloader()))
+    assert set(subject["caption"]) == {"photo of a sks dog"} and set(images["caption"]) == {"photo of a dog"}
+    assert subject["image"].shape == images["image"].shape == (4, 16, 16, 3)
+    assert "reg" not in params  # the given config stays as it is
+
+
+# Streamed data sets
+
+
+class Stream(Txt2ImgIterableBaseDataset):
+    def __init__(self) -> None:
+        super().__init__(num_records=8, valid_ids=list(range(8)))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sample_ids)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_share_a_streamed_data_set(workers: int) -> None:
+    module = prepared(train={"target": "test_module.Stream"}, num_workers=workers)
+    assert batches(module.train_dataloader()) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_lightning_sees_only_the_loaders_that_have_a_dataset() -> None:
