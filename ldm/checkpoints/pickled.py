@@ -5,7 +5,9 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,18 +46,23 @@ class _IgnoredMapping:
         return {}
 
 
-def read_pickled(path: Path) -> Any:
+def read_pickled(path: Path, stand_ins: Mapping[str, type] = MappingProxyType({})) -> Any:
     """Return the content of a file that `torch.save` wrote in any of its formats, with tensors on the CPU.
 
     Tensors of the current (zip) format are read from the disk when they are used.
+
+    Args:
+        path: the file.
+        stand_ins: full name of a class in the file -> class whose `__setstate__` takes the state of such objects.
 
     Raises:
         UserError: if the file is incomplete, not a checkpoint, or holds objects whose code would have to run.
     """
     try:
         in_zip = _is_zip(path)
-        stand_ins = [(_stand_in(name), name) for name in _training_state_in(path)] if in_zip else []
-        with safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
+        ignored = {name: _stand_in(name) for name in _training_state_in(path)} if in_zip else {}
+        known = [(cls, name) for name, cls in {**ignored, **stand_ins}.items()]
+        with safe_globals(known), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: is no checkpoint, or holds more than weights, which is not run; "

@@ -193,7 +193,7 @@ def _tokenize_short(embedder: PromptEncoder, captions: Sequence[str]) -> list[li
     """Return the word pieces of each caption that fits, shortest first, so that batches have similar lengths."""
     if not captions:
         return []
-    encoded = embedder.tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = embedder.word_tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
     return sorted((row for row in encoded if len(row) <= embedder.max_length - 2), key=len)
 
 

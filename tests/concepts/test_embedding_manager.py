@@ -14,11 +14,13 @@ from torch import nn
 
 from ldm.common.errors import UserError
 from ldm.common.files import save_tensors
+from ldm.common.paths import PROJECT_ROOT
 from ldm.concepts.embedding_manager import EmbeddingManager
 from ldm.concepts.finetuned_concept import FinetunedConcept
 from ldm.concepts.storage import load_concepts, save_concepts
 from ldm.inference.encoding import build_prompt_encoder
 from ldm.modules.encoders.bert import BERTEmbedder
+from ldm.modules.encoders.clip import FrozenCLIPEmbedder
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.util import instantiate_from_config
 
@@ -36,48 +38,96 @@ def test_vectors_start_at_their_initializer_words(embedder: PromptEncoder) -> No
     manager = EmbeddingManager(embedder, ["*", "<mug>"], ["cat"])
     prompts = ["a photo of *, here", "a * by a <mug>", "a dog"]
     with torch.no_grad():
-        encoded = manager(embedder, prompts)
+        encoded = embedder.encode(prompts, embedding_manager=manager)
         assert torch.allclose(encoded[[0, 2]], embedder(["a photo of cat, here", "a dog"]), atol=1e-5)
-        manager.vectors[1].copy_(embedder.token_table[embedder.word_pieces("dog")])
-        assert torch.allclose(manager(embedder, prompts[1:2]), embedder(["a cat by a dog"]), atol=1e-5)
-    table = embedder.token_table
-    without_word = EmbeddingManager(embedder, num_vectors_per_token=99).vectors[0].detach()
-    assert float(without_word.std()) == pytest.approx(float(table.std()), rel=0.2)
+        manager.string_to_param_dict["<mug>"].copy_(embedder.token_table[embedder.word_pieces("dog")])
+        assert torch.allclose(embedder(prompts[1], manager)[0], embedder(["a cat by a dog"])[0], atol=1e-5)
+
+
+def test_placeholders_are_tokens_of_the_vocabulary_or_past_it(embedder: PromptEncoder) -> None:
+    manager = EmbeddingManager(embedder, ["<one>", "*", "<two>"])
+    size = len(embedder.token_table)
+    tokens = {word: int(token) for word, token in manager.string_to_token_dict.items()}
+    assert tokens == {"<one>": size, "*": embedder.word_pieces("*")[0], "<two>": size + 1}
+    assert manager.placeholders == ["<one>", "*", "<two>"] and manager.new_words == ["<one>", "<two>"]
+    assert EmbeddingManager(embedder).placeholders == ["*"]
+
+
+def test_random_starts_are_uniform_and_drawn_from_the_global_generator(embedder: PromptEncoder) -> None:
+    torch.manual_seed(3)
+    manager = EmbeddingManager(embedder, ["*", "<mug>"], num_vectors_per_token=2)
+    torch.manual_seed(3)
+    for vectors in manager.embedding_parameters():
+        assert torch.equal(vectors, torch.rand(2, 8))
+
+
+def test_clips_start_is_the_embedding_at_the_first_position() -> None:
+    clip = FrozenCLIPEmbedder(str(PROJECT_ROOT / "models" / "mini" / "text_encoder"), max_length=16)
+    manager = EmbeddingManager(clip, ["*"], ["cat"])
+    tokens = torch.tensor([clip.word_pieces("cat")])
+    assert torch.equal(manager.string_to_param_dict["*"], clip.transformer.text_model.embeddings(tokens)[0])
 
 
 def test_several_vectors_stand_for_one_word(embedder: PromptEncoder) -> None:
     manager = EmbeddingManager(embedder, ["*", "<mug>"], num_vectors_per_token=2)
     with torch.no_grad():
-        for vectors, words in zip(manager.vectors, ("red cat", "blue cup"), strict=True):
+        for vectors, words in zip(manager.embedding_parameters(), ("red cat", "blue cup"), strict=True):
             vectors.copy_(embedder.token_table[embedder.word_pieces(words)])
-        encoded = manager(embedder, ["a <MUG> and a * here"])
-        assert torch.allclose(encoded, embedder(["a blue cup and a red cat here"]), atol=1e-5)
-        assert manager.distance() > 0
-    with pytest.raises(UserError, match="has 20 tokens, but the text encoder takes 18"):
-        manager(embedder, ["* " * 10])
+        encoded = embedder("a <MUG> and a * here", manager)
+        assert torch.allclose(encoded, embedder("a blue cup and a red cat here"), atol=1e-5)
+        cut = embedder("* " * 10, manager)  # 20 tokens, so the end token is cut off too
+        tokens = embedder.tokenize(["red cat " * 9])
+        tokens[0, -1] = embedder.word_pieces("red")[0]
+        assert torch.allclose(cut, embedder.encode_tokens(tokens), atol=1e-5)
+    norms = manager.get_embedding_norms_squared()
+    assert torch.allclose(norms, torch.cat(list(manager.embedding_parameters())).norm(dim=1) ** 2, atol=1e-5)
+
+
+def test_progressive_words_use_one_vector_more_every_2000_calls(embedder: PromptEncoder) -> None:
+    manager = EmbeddingManager(embedder, ["*"], num_vectors_per_token=3, progressive_words=True)
+    tokens, embedded = embedder.tokenize(["a * here"]), torch.zeros(1, 20, 8)
+    for calls, count in ((0, 1), (1998, 1), (1999, 2), (3999, 3), (99999, 3)):
+        manager.progressive_counter = calls
+        changed = manager(tokens, embedded)[0].abs().sum(-1) > 0
+        assert changed.nonzero().flatten().tolist() == list(range(2, 2 + count))
+        assert manager.progressive_counter == calls + 1
+    assert not embedded.any()
 
 
 def test_only_the_vectors_are_trained(embedder: PromptEncoder) -> None:
-    manager = EmbeddingManager(embedder, ["*"], ["cat"])
-    assert manager.distance() == 0 and len(list(manager.parameters())) == 1
-    manager(embedder, ["a * here"]).square().sum().backward()
-    assert manager.vectors[0].grad.abs().max() > 0
+    manager = EmbeddingManager(embedder, ["*", "<mug>"], ["cat"])
+    assert manager.embedding_to_coarse_loss() == 0
+    assert [name for name, value in manager.named_parameters() if value.requires_grad] == [
+        "string_to_param_dict.*", "string_to_param_dict.<mug>"]
+    embedder("a * here", manager).square().sum().backward()
+    assert manager.string_to_param_dict["*"].grad.abs().max() > 0
     with torch.no_grad():
-        manager.vectors[0] += 2
-    assert float(manager.distance().detach()) == pytest.approx(8 * 4, rel=1e-4)
+        manager.string_to_param_dict["*"] += 2
+    assert float(manager.embedding_to_coarse_loss().mean().detach()) == pytest.approx(8 * 4, rel=1e-4)
+    assert EmbeddingManager(embedder).embedding_to_coarse_loss().mean() == 0
 
 
-def test_a_file_restores_placeholders_and_vectors(embedder: PromptEncoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["embeddings.safetensors", "embeddings.pt"])
+def test_a_file_restores_placeholders_and_vectors(embedder: PromptEncoder, tmp_path: Path, name: str) -> None:
     manager = EmbeddingManager(embedder, ["*", "<mug>"], ["cat", "cup"], num_vectors_per_token=2)
-    path = manager.save(tmp_path / "embeddings.safetensors")
-    assert path.stat().st_size < 1500
+    path = manager.save(tmp_path / name)
     other = EmbeddingManager(embedder, ["<other>"])
     other.load(path)
-    assert other.placeholders == ["*", "<mug>"] and other.distance() == 0
+    assert other.placeholders == ["*", "<mug>"] and other.max_vectors_per_token == 2
+    prompt = "a * in a <mug>"
     with torch.no_grad():
-        assert torch.equal(other(embedder, ["a * in a <mug>"]), manager(embedder, ["a * in a <mug>"]))
+        assert torch.equal(embedder(prompt, other), embedder(prompt, manager))
+    continued = EmbeddingManager(embedder, embedding_manager_ckpt=str(path))
+    assert torch.equal(continued.string_to_param_dict["<mug>"], manager.string_to_param_dict["<mug>"])
+
+
+def test_concept_files_hold_nothing_but_the_vectors(embedder: PromptEncoder, tmp_path: Path) -> None:
+    manager = EmbeddingManager(embedder, ["*", "<mug>"], ["cat"], num_vectors_per_token=2)
+    path = manager.save(tmp_path / "embeddings.safetensors")
+    assert path.stat().st_size < 1500
     with safe_open(str(path), framework="pt") as opened:
         assert sorted(opened.keys()) == ["0.vectors", "1.vectors"]
+    assert [concept.super_category for concept in load_concepts(path)] == ["cat", "thing"]
 
 
 def test_files_of_other_kinds_are_refused(embedder: PromptEncoder, tmp_path: Path) -> None:
@@ -88,12 +138,22 @@ def test_files_of_other_kinds_are_refused(embedder: PromptEncoder, tmp_path: Pat
     dream = FinetunedConcept("dreambooth", "<dream>", "cat", torch.zeros(1, 8))
     with pytest.raises(UserError, match="not learned by Textual Inversion"):
         manager.load(save_concepts(tmp_path / "dream.safetensors", [dream]))
-    wide = EmbeddingManager(BERTEmbedder(16, 1, max_seq_len=20)).save(tmp_path / "wide.safetensors")
-    with pytest.raises(UserError, match="not of width 8"):
-        manager.load(wide)
+    wide = EmbeddingManager(BERTEmbedder(16, 1, max_seq_len=20))
+    for name in ("wide.safetensors", "wide.pt"):
+        with pytest.raises(UserError, match="not of width 8"):
+            manager.load(wide.save(tmp_path / name))
     for words in ([], ["*", "*"], ["<A>", "<a>"]):
         with pytest.raises(UserError, match="placeholder_strings"):
             EmbeddingManager(embedder, words)
+    for word in ("a.b", "values"):
+        with pytest.raises(UserError, match="cannot name a parameter"):
+            EmbeddingManager(embedder, [word])
+
+
+def test_checkpoints_of_earlier_versions_load(embedder: PromptEncoder) -> None:
+    manager = EmbeddingManager(embedder, ["*", "<mug>"])
+    manager.load_state_dict({"vectors.0": torch.zeros(1, 8), "vectors.1": torch.ones(1, 8)})
+    assert torch.equal(manager.string_to_param_dict["<mug>"], torch.ones(1, 8))
 
 
 def fit(section: dict[str, Any], root: Path, steps: int, resumed: Path | None = None) -> tuple[nn.Module, pl.Trainer]:
@@ -123,8 +183,9 @@ def train_stand_in(name: str, tmp_path: Path) -> tuple[nn.Module, dict[str, Any]
 def test_a_stand_in_trains_its_vectors_only(name: str, tmp_path: Path) -> None:
     base, section, model, trainer = train_stand_in(name, tmp_path)
     manager, state = model.embedding_manager, model.state_dict()
-    start = base.cond_stage_model.token_table[base.cond_stage_model.word_pieces("sculpture")].mean(0, keepdim=True)
-    assert torch.allclose(manager.start_0, start) and not torch.equal(manager.vectors[0], start)
+    start = EmbeddingManager(base.cond_stage_model, ["*"], ["sculpture"]).string_to_param_dict["*"]
+    assert torch.allclose(manager.initial_embeddings["*"], start)
+    assert not torch.equal(manager.string_to_param_dict["*"], start)
     assert all(torch.equal(state[key], value) for key, value in base.state_dict().items())
     assert trainer.callback_metrics["train/embedding_distance"] > 0
     restored = instantiate_from_config(section).eval()
@@ -143,10 +204,11 @@ def test_a_resumed_run_continues_with_its_vectors(tmp_path: Path) -> None:
     _, section, model, _ = train_stand_in(CONFIGS[1], tmp_path)
     checkpoint = tmp_path / "run" / "last.ckpt"
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert list(state) == ["embedding_manager.vectors.0"]
+    assert list(state) == ["embedding_manager.string_to_param_dict.*", "embedding_manager.initial_embeddings.*"]
     resumed, trainer = fit(section, tmp_path / "more", 2, checkpoint)  # those two steps are done already
     assert trainer.global_step == 2
-    assert torch.equal(resumed.embedding_manager.vectors[0], model.embedding_manager.vectors[0])
+    resumed, trained = resumed.embedding_manager.string_to_param_dict, model.embedding_manager.string_to_param_dict
+    assert torch.equal(resumed["*"], trained["*"])
 
 
 @pytest.mark.slow

@@ -81,13 +81,14 @@ class BERTEmbedder(PromptEncoder):
         self.use_tknz_fn, self.max_length = use_tokenizer, max_seq_len
         if use_tokenizer:
             self.tknz_fn = BERTTokenizer(vq_interface=False, max_length=max_seq_len)
-            if len(self.tokenizer) > vocab_size:
-                raise UserError(f"BERTEmbedder: vocab_size {vocab_size}, but its tokenizer knows "
-                                f"{len(self.tokenizer)} word pieces; leave vocab_size out, or set use_tokenizer: false")
+            pieces = len(self.word_tokenizer)
+            if pieces > vocab_size:
+                raise UserError(f"BERTEmbedder: vocab_size {vocab_size}, but its tokenizer knows {pieces} word pieces; "
+                                "leave vocab_size out, or set use_tokenizer: false")
         self.transformer = TransformerWrapper(vocab_size, max_seq_len, Encoder(n_embed, n_layer), embedding_dropout)
 
     @property
-    def tokenizer(self) -> BertTokenizer:
+    def word_tokenizer(self) -> BertTokenizer:
         return self.tknz_fn.tokenizer
 
     @property
@@ -95,13 +96,14 @@ class BERTEmbedder(PromptEncoder):
         return self.transformer.token_emb.weight
 
     def _special_tokens(self) -> tuple[int, int, int]:
-        return self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id
+        tokenizer = self.word_tokenizer
+        return tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
 
     def encode_embedded(self, embedded: Tensor) -> Tensor:
         return self.transformer.encode_embedded(embedded)
 
     def _whole_words(self) -> dict[str, int]:
-        return {piece: index for piece, index in self.tokenizer.get_vocab().items() if not piece.startswith("##")}
+        return {piece: index for piece, index in self.word_tokenizer.get_vocab().items() if not piece.startswith("##")}
 
     def forward(self, text: Sequence[str] | str | Tensor,
                 embedding_manager: EmbeddingManagerLike | None = None) -> Tensor:

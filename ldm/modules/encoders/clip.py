@@ -55,6 +55,9 @@ class FrozenCLIPEmbedder(ClipWords):
                             "give 'last' alone or 'hidden' with a number")
         self.max_length, self.layer_idx = max_length, layer_idx
         self.tokenizer, self.transformer = _clip_tower(version)
+        # Public code reaches the tower's parts by `transformer.text_model`, which transformers 5 dropped.
+        if not hasattr(self.transformer, "text_model"):
+            object.__setattr__(self.transformer, "text_model", self.transformer)  # a plain reference, not a submodule
         self._check_fit(version)
         self.register_state_dict_post_hook(_rename_to_compvis)
         self.register_load_state_dict_pre_hook(_rename_to_installed)

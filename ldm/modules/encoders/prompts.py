@@ -11,7 +11,7 @@ How a prompt reaches a layer
    The result is a `PromptContext`. Prompts without concepts skip this step, or become a `PromptContext.plain`.
 5. `ldm.models.diffusion.wrapper.DiffusionWrapper` passes the context to the U-Net
    (`ldm.modules.diffusionmodules.openaimodel.UNetModel`), which hands it to every cross-attention layer.
-6. `ldm.modules.attention.PerfusionCrossAttention.keys_values` asks the context for the layer's keys and values:
+6. `ldm.modules.attention.CrossAttention.keys_values` asks the context for the layer's keys and values:
    W e_perp + gate * o*.
 
 `ldm.concepts.prompt_encoder.ConceptPromptEncoder` does steps 1 to 4 when images are generated. The methods of
@@ -68,6 +68,11 @@ class PromptEncoder(AbstractEncoder):
     _warned_of_truncation = False
 
     # What a subclass implements.
+
+    @property
+    def word_tokenizer(self) -> Any:
+        """The tokenizer of `transformers`; the same as `tokenizer` in encoders whose public code has that name."""
+        return self.tokenizer
 
     @property
     def token_table(self) -> Tensor:
@@ -205,13 +210,13 @@ class PromptEncoder(AbstractEncoder):
 
     def word_pieces_of(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the word pieces of several texts; one call is three times as fast as a call for each text."""
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return self.word_tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def unknown_words(self, text: str) -> list[str]:
         """Return the words of a text, without punctuation, of which no word piece was trained."""
         words = dict.fromkeys(bare for word in text.split() if (bare := word.strip(string.punctuation)))
         untrained = self._untrained_rows()
-        untrained[self.tokenizer.unk_token_id] = True
+        untrained[self.word_tokenizer.unk_token_id] = True
         return [word for word in words if bool(untrained[self.word_pieces(word)].all())]
 
     def known_words(self) -> list[str]:
@@ -259,7 +264,7 @@ def word_vector(encoder: PromptEncoder, word: str) -> Tensor:
     Raises:
         UserError: if the vocabulary has no piece for it.
     """
-    pieces = [piece for piece in encoder.word_pieces(word) if piece != encoder.tokenizer.unk_token_id]
+    pieces = [piece for piece in encoder.word_pieces(word) if piece != encoder.word_tokenizer.unk_token_id]
     if not pieces:
         raise UserError(f"the super-category {word!r} cannot be expressed in the text encoder's vocabulary; "
                         "give a plain word, such as \"teddy bear\"")
