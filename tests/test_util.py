@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -20,8 +21,14 @@ from ldm.util import (
     check_param_names,
     count_params,
     default,
+    exists,
     get_obj_from_str,
     instantiate_from_config,
+    isimage,
+    ismap,
+    log_txt_as_img,
+    mean_flat,
+    parallel_data_prefetch,
     pick_device,
     to_device,
     user_error_for,
@@ -312,12 +319,64 @@ def test_the_running_main_comes_before_others(user_module: Callable[[str, str], 
 
 def test_default() -> None:
     assert default(None, 3) == 3 and default(0, 3) == 0
+    assert default(None, lambda: 3) == 3 and default(0, lambda: 3) == 0
+    assert default(None, dict) is dict, "only functions are called"
+    assert exists(0) and not exists(None)
 
 
-def test_counting_parameters() -> None:
+@pytest.mark.parametrize(("shape", "image", "feature_map"), [
+    ((2, 3, 4, 4), True, False), ((2, 1, 4, 4), True, False), ((2, 4, 4, 4), False, True),
+    ((2, 2, 4, 4), False, False), ((3, 4, 4), False, False)])
+def test_images_and_feature_maps(shape: tuple[int, ...], image: bool, feature_map: bool) -> None:
+    x = torch.zeros(shape)
+    assert isimage(x) is image and ismap(x) is feature_map
+    assert not isimage(["text"]) and not ismap(None)
+
+
+def test_mean_over_all_but_the_batch() -> None:
+    assert torch.equal(mean_flat(torch.arange(12.0).view(2, 2, 3)), torch.tensor([2.5, 8.5]))
+
+
+def test_texts_are_drawn_as_images() -> None:
+    images = log_txt_as_img((128, 64), ["", "a", "a" * 20, "a" * 21], size=10)
+    assert images.shape == (4, 3, 64, 128) and images.dtype == torch.float64
+    assert (images[0] == 1).all() and images.min() >= -1 and images[1].min() < 0
+    dark_rows = (images < 0).any(dim=3).any(dim=1).sum(1)
+    assert 0 < dark_rows[2] < dark_rows[3], "20 characters fit a line of 128 pixels, 21 do not"
+
+
+def double_all(part: Any, worker_id: int = 0) -> Any:
+    return [2 * item + worker_id for item in part]
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_data_are_processed_in_parallel(processes: bool) -> None:
+    def run(data: Any, **options: Any) -> Any:
+        return parallel_data_prefetch(double_all, data, n_proc=3, cpu_intensive=processes, **options)
+
+    array = run(range(7))
+    assert isinstance(array, np.ndarray) and array.tolist() == [0, 2, 4, 6, 8, 10, 12]
+    assert run({"a": 1, "b": 2}, target_data_type="list") == [2, 4]
+    assert run(range(7), target_data_type="dict") == [[0, 2, 4], [6, 8, 10], [12]]
+    assert run(range(7), target_data_type="list", use_worker_id=True) == [0, 2, 4, 7, 9, 11, 14]
+
+
+def test_data_that_cannot_be_processed_in_parallel() -> None:
+    with pytest.raises(ValueError, match="array"):
+        parallel_data_prefetch(double_all, np.zeros(3), 2, target_data_type="list")
+    with pytest.raises(TypeError, match="int"):
+        parallel_data_prefetch(double_all, 3, 2)
+    with pytest.raises(RuntimeError, match="worker 0 failed: TypeError"):
+        parallel_data_prefetch(double_all, [None], 1, target_data_type="list", cpu_intensive=False)
+
+
+def test_counting_parameters(caplog: pytest.LogCaptureFixture) -> None:
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    assert (count_params(layer), count_params(layer, trainable_only=True)) == (8, 6)
+    assert (count_params(layer), count_params(layer, trainable_only=True)) == (8, 6) and not caplog.text
+    with caplog.at_level("INFO"):
+        assert count_params(layer, verbose=True) == 8
+    assert "Linear has 0.00 M params." in caplog.text
 
 
 @pytest.mark.parametrize("name", ["gpu", "tpu", "meta", "cuda:99", "xla", "vulkan", "cpu:x", ""])

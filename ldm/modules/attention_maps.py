@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.attention import PerfusionCrossAttention, name_text_layers
+from ldm.modules.attention import CrossAttention, name_text_layers
 from ldm.modules.context import PromptContext
 
-Hook = Callable[[PerfusionCrossAttention, tuple[Tensor, Tensor | PromptContext], Tensor], None]
+Hook = Callable[[CrossAttention, tuple[Tensor, Tensor | PromptContext], Tensor], None]
 
 
 @dataclass(eq=False)
@@ -102,7 +102,7 @@ def _make_hook(recorded: list[Tensor], words: Tensor, latent_size: tuple[int, in
     """Return a forward hook that appends one map (B, h, w) per call to `recorded`."""
 
     @torch.no_grad()
-    def hook(layer: PerfusionCrossAttention, inputs: tuple[Tensor, Tensor | PromptContext], _: Tensor) -> None:
+    def hook(layer: CrossAttention, inputs: tuple[Tensor, Tensor | PromptContext], _: Tensor) -> None:
         x, context = inputs
         keys, _ = layer.keys_values(context)  # a context that caches has them from the layer's own call
 

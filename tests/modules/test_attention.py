@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 
+import einops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ldm.modules.attention import (
     BasicTransformerBlock,
     CrossAttention,
     FeedForward,
+    LinearAttention,
     PerfusionCrossAttention,
     SpatialTransformer,
     name_text_layers,
@@ -31,10 +33,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return torch.cat(outputs, dim=-1)
 
 
-@pytest.mark.parametrize("kind", [CrossAttention, PerfusionCrossAttention])
 @pytest.mark.parametrize("self_attention", [False, True])
-def test_attention_against_its_formula(kind: type[CrossAttention], self_attention: bool) -> None:
-    layer = randomize(kind(16, None if self_attention else 10, heads=3, dim_head=8), scale=0.5)
+def test_attention_against_its_formula(self_attention: bool) -> None:
+    layer = randomize(CrossAttention(16, None if self_attention else 10, heads=3, dim_head=8), scale=0.5)
     x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
     source = x if self_attention else context
     heads = attend(x @ layer.to_q.weight.T, source @ layer.to_k.weight.T, source @ layer.to_v.weight.T, heads=3)
@@ -43,6 +44,80 @@ def test_attention_against_its_formula(kind: type[CrossAttention], self_attentio
     assert list(layer.state_dict()) == [
         "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"
     ]
+
+
+def test_masked_tokens_are_not_attended_to() -> None:
+    layer = randomize(CrossAttention(16, 10, heads=2, dim_head=8), scale=0.5)
+    x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
+    mask = torch.tensor([[True, True, False, True, False], [True] * 5])
+    masked = layer(x, context, mask)
+    assert torch.allclose(masked[0], layer(x[:1], context[:1, mask[0]])[0], atol=1e-6)
+    assert torch.allclose(masked[1], layer(x, context)[1], atol=1e-6)
+    assert torch.equal(layer(x, context, mask.view(2, 1, 5)), masked)
+
+
+def test_attention_is_uniform_where_every_token_is_masked() -> None:
+    """As in the LDM family, which sets masked logits to the lowest number rather than to minus infinity."""
+    layer = randomize(CrossAttention(16, 10, heads=2, dim_head=8), scale=0.5)
+    x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
+    expected = layer.to_out(layer.to_v(context).mean(1, keepdim=True)).expand(2, 9, 16)
+    assert torch.allclose(layer(x, context, torch.zeros(2, 5, dtype=torch.bool)), expected, atol=1e-5)
+
+
+def test_there_is_one_class_of_attention() -> None:
+    block = BasicTransformerBlock(16, 2, 8, context_dim=10)
+    assert type(block.attn1) is type(block.attn2) is CrossAttention is PerfusionCrossAttention
+    assert (block.attn2.heads, block.attn2.scale) == (2, 8**-0.5)
+
+
+def public_forward(self: CrossAttention, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+                   ) -> Tensor:
+    """Attention as users of the LDM family replace it, from its public attributes alone."""
+    source = x if context is None else context
+    query, key, value = (einops.rearrange(part, "b n (h d) -> (b h) n d", h=self.heads)
+                         for part in (self.to_q(x), self.to_k(source), self.to_v(source)))
+    weights = (query @ key.mT * self.scale).softmax(-1)
+    return self.to_out(einops.rearrange(weights @ value, "(b h) n d -> b n (h d)", h=self.heads))
+
+
+def test_attention_can_be_replaced_as_in_the_ldm_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = randomize(SpatialTransformer(32, 3, 8, depth=2, context_dim=10), scale=0.3)
+    x, context = torch.randn(2, 32, 4, 6), torch.randn(2, 5, 10)
+    expected = layer(x, context)
+    calls = []
+    monkeypatch.setattr(CrossAttention, "forward", lambda *args: calls.append(args) or public_forward(*args))
+    assert torch.allclose(layer(x, context), expected, atol=1e-4) and len(calls) == 4
+
+
+def test_blocks_can_be_replaced_as_in_the_ldm_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = randomize(SpatialTransformer(32, 3, 8, context_dim=10), scale=0.3)
+    x, context = torch.randn(2, 32, 4, 6), torch.randn(2, 5, 10)
+    expected = layer(x, context)
+
+    def forward(self: BasicTransformerBlock, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = self.attn1(self.norm1(x), context=context if self.disable_self_attn else None) + x
+        return self.ff(self.norm3(y := self.attn2(self.norm2(x), context=context) + x)) + y
+
+    calls = []
+    monkeypatch.setattr(BasicTransformerBlock, "_forward", lambda *args: calls.append(args) or forward(*args))
+    assert torch.allclose(layer(x, context), expected, atol=1e-4) and len(calls) == 1
+
+
+def test_every_block_can_have_a_context_of_its_own() -> None:
+    layer = randomize(SpatialTransformer(32, 3, 8, depth=2, context_dim=[10, 12]), scale=0.3)
+    x, contexts = torch.randn(2, 32, 4, 6), [torch.randn(2, 5, 10), torch.randn(2, 3, 12)]
+    first, second = layer.transformer_blocks
+    assert (first.attn2.to_k.in_features, second.attn2.to_k.in_features) == (10, 12)
+    assert not torch.allclose(layer(x, contexts), layer(x, [contexts[0], contexts[1].flip(0)]))
+
+
+def test_linear_attention_against_its_formula() -> None:
+    layer = randomize(LinearAttention(8, heads=2, dim_head=4), scale=0.5)
+    x = torch.randn(2, 8, 3, 5)
+    qkv = torch.einsum("oi,bihw->bohw", layer.to_qkv.weight[..., 0, 0], x).view(2, 3, 2, 4, 15)
+    summary = torch.einsum("bhdn,bhen->bhde", qkv[:, 1].softmax(-1), qkv[:, 2])
+    attended = torch.einsum("bhde,bhdn->bhen", summary, qkv[:, 0]).reshape(2, 8, 3, 5)
+    assert torch.allclose(layer(x), layer.to_out(attended), atol=1e-5)
 
 
 class FakeContext(PromptContext):
@@ -54,7 +129,7 @@ class FakeContext(PromptContext):
 
 
 def test_keys_and_values_come_from_the_prompt_context() -> None:
-    layer = randomize(PerfusionCrossAttention(16, 10, heads=2, dim_head=8), scale=0.5)
+    layer = randomize(CrossAttention(16, 10, heads=2, dim_head=8), scale=0.5)
     layer.layer_name = "some_block.attn2"
     x, encoding = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
     context = FakeContext(encoding, encoding, encoding.new_zeros(2, 5, 0), {}, {})

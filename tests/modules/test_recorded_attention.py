@@ -14,7 +14,7 @@ from ldm.inference.encoding import EncodedPrompts
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.settings import GenerationSettings
-from ldm.modules.attention import PerfusionCrossAttention, name_text_layers
+from ldm.modules.attention import CrossAttention, name_text_layers
 from ldm.modules.attention_maps import AttentionMaps, attention_probabilities, map_size, record_attention
 from ldm.modules.context import PromptContext
 from ldm.sampling.samplers import SAMPLERS
@@ -24,7 +24,7 @@ EVALUATIONS = {"plms": 5, "heun": 7}  # of the U-Net in four steps; other sample
 
 
 def test_probabilities_are_the_weights_of_the_fused_attention() -> None:
-    layer = randomize(PerfusionCrossAttention(16, 10, heads=3, dim_head=8), scale=0.7)
+    layer = randomize(CrossAttention(16, 10, heads=3, dim_head=8), scale=0.7)
     x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 10)
     keys, values = layer.keys_values(context)
     shares = attention_probabilities(layer.to_q(x), keys, heads=3)
@@ -47,8 +47,8 @@ class TwoLayers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fine, self.coarse = (PerfusionCrossAttention(4, 3, heads=1, dim_head=4) for _ in range(2))
-        self.self_attention = PerfusionCrossAttention(4, heads=1, dim_head=4)
+        self.fine, self.coarse = (CrossAttention(4, 3, heads=1, dim_head=4) for _ in range(2))
+        self.self_attention = CrossAttention(4, heads=1, dim_head=4)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return self.fine(self.self_attention(x), context), self.coarse(x[:, ::4], context)

@@ -114,9 +114,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Compute (B, out_channels, H', W') from x (B, channels, H, W) and emb (B, E)."""
-        return checkpoint(self._residual, x, emb, flag=self.use_checkpoint)
+        return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
-    def _residual(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self._apply_in_layers(x)
         emb_out = self.emb_layers(emb).to(h.dtype)
         emb_out = emb_out.view(*emb_out.shape, *[1] * (h.dim() - 2))
@@ -184,9 +184,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, ...) to a tensor of the same shape."""
-        return checkpoint(self._residual, x, flag=self.use_checkpoint)
+        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
-    def _residual(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         attended = self.attention(self.qkv(self.norm(x).flatten(2)))
         return x + self.proj_out(attended).view(x.shape)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -198,13 +198,20 @@ def zero_module(module: Module) -> Module:
     return module
 
 
-def checkpoint(function: Callable[..., Tensor], *inputs: Any, flag: bool) -> Tensor:
-    """Call `function(*inputs)`. If `flag` is set, recompute its activations in the backward pass to save memory.
+def checkpoint(
+    func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[nn.Parameter] = (), flag: bool = True
+) -> Any:
+    """Call `func(*inputs)`. If `flag` is set, recompute its activations in the backward pass to save memory.
 
-    Inputs need not be tensors. Frozen parameters, and tensors that the function closes over, get the right gradients.
+    Args:
+        func: a function of tensors and other values.
+        inputs: its arguments.
+        params: the parameters that it closes over, as the LDM family's callers name them. They are not needed: frozen
+            parameters, and all tensors that the function closes over, get the right gradients.
+        flag: whether to recompute.
     """
-    if flag and torch.is_grad_enabled():
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        # The state of the random generator cannot be read while a CUDA graph is captured.
-        return recompute_in_backward(function, *inputs, use_reentrant=False, preserve_rng_state=not capturing)
-    return function(*inputs)
+    if not (flag and torch.is_grad_enabled()):
+        return func(*inputs)
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # The state of the random generator cannot be read while a CUDA graph is captured.
+    return recompute_in_backward(func, *inputs, use_reentrant=False, preserve_rng_state=not capturing)

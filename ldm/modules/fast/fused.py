@@ -45,7 +45,7 @@ class FusedGEGLU(GEGLU):
 class FusedResBlock(ResBlock):
     """A residual block that fuses biases, timestep embedding, norms and SiLUs."""
 
-    def _residual(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         from ldm.modules.fast.kernels.residual import BiasedSum
 
         # The first norm, SiLU and convolution. The bias is left to the second norm.
