@@ -11,6 +11,7 @@ Modules:
     config.py             YAML files, options and overrides -> the config of a run
     run.py                train: a log folder, a model, its data and a trainer, from beginning to end
     trainer.py            Lightning's trainer with the callbacks that a config asks for
+    checkpoint_io.py      how checkpoints are written
     log_folder.py         the folder that a run writes to, and the checkpoint that it resumes from
     callbacks.py          configs and sample grids in the log folder, progress, stopping cleanly
     concept_callbacks.py  concept files, and previews before, during and after training

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 
-from ldm.common.errors import MemoryShortage, UserError
+from ldm.common.errors import FileNotWritten, MemoryShortage, UserError
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.storage import save_concepts
 from ldm.data.contact_sheet import save_grid
@@ -31,7 +31,7 @@ SHEET = "before_during_after.png"
 
 
 class ConceptSaver(pl.Callback):
-    """Write `concept.safetensors` into the log folder when training ends, also if it is interrupted.
+    """Write `concept.safetensors` into the log folder when training ends, also if it is interrupted or the disk is full.
 
     Several concepts get one file each, by their own names: `teddy.safetensors` for `<teddy>`. If the training of some
     diverged, the others are saved; the end of the run then raises a UserError that names those that are not.
@@ -47,6 +47,16 @@ class ConceptSaver(pl.Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
+        self._save(trainer, model)
+
+    @rank_zero_only
+    def on_exception(self, trainer: pl.Trainer, model: PersonalizationMethod, exception: BaseException) -> None:
+        """Save what is learned so far if a file of the run could not be written: a concept takes much less room."""
+        is_write_error = isinstance(exception, FileNotWritten | OSError)
+        if is_write_error and trainer.global_step and not self.paths:
+            self._save(trainer, model)
+
+    def _save(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
         self.paths, self.refusals = [], []
         names = model.names if len(model.names) > 1 else ["concept"]
         for index, name in enumerate(names):

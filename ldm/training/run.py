@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.checkpoints.deferred_init import DeferredInit
-from ldm.common.errors import MemoryShortage, UserError, is_out_of_memory
+from ldm.common.errors import FileNotWritten, MemoryShortage, UserError, is_out_of_memory
+from ldm.common.paths import quote_command
 from ldm.training.concept_callbacks import ConceptSaver
 from ldm.training.config import read_config
 from ldm.training.log_folder import ResumePoint, find_resume_point, log_folder, new_log_folder
@@ -29,6 +30,7 @@ from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SECONDS_FORMAT = "%Y-%m-%dT%H-%M-%S"
 
 
@@ -74,7 +76,7 @@ def train(options: TrainingOptions) -> FinishedRun | None:
         return trainer is not None and trainer.global_step > 0
 
     with (restored_torch_settings(), _open_log_folder(folder_path, resumed, has_started) as folder,
-          _explained_shortages(config)):
+          _explained_shortages(config, Path(folder))):
         now = start.strftime(f"{SECONDS_FORMAT}.%f")  # a run may be resumed within the second
         trainer = make_trainer(config, Path(folder), now)
         data, model = _build(config, trainer)
@@ -104,8 +106,8 @@ def _open_log_folder(folder_path: Path, resumed: ResumePoint | None, has_started
 
 
 @contextlib.contextmanager
-def _explained_shortages(config: DictConfig) -> Iterator[None]:
-    """Turn a lack of memory or disk space into a UserError that names the remedy."""
+def _explained_shortages(config: DictConfig, folder: Path) -> Iterator[None]:
+    """Turn a lack of memory, or of disk space in the log folder, into a UserError that names the remedy."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -115,11 +117,22 @@ def _explained_shortages(config: DictConfig) -> Iterator[None]:
             f"not enough memory for batches of {config.data.params.get('batch_size')}; lower data.params.batch_size "
             "(and raise lightning.trainer.accumulate_grad_batches as much, for the same steps), or set "
             "model.params.unet_config.params.use_checkpoint=true if it is false") from error
+    except FileNotWritten as error:
+        raise FileNotWritten(f"{error}; {_way_to_go_on(folder)}") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
-        raise UserError(f"{error.filename or 'the log folder'}: no room is left on the disk; make some and continue "
-                        "with --resume, or name another place with --logdir") from error
+        raise FileNotWritten(f"{error.filename or folder}: cannot be written ({error.strerror}); free some space or "
+                             f"choose another folder with --logdir; {_way_to_go_on(folder)}") from error
+
+
+def _way_to_go_on(folder: Path) -> str:
+    """Say what is left of a run that could not write its files."""
+    checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        return "the run has no checkpoint yet"
+    newest = folder if checkpoints[-1].name == "last.ckpt" else checkpoints[-1]
+    return f"then continue with: python main.py --resume {quote_command(newest)}"
 
 
 def _build(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataModule, pl.LightningModule]:

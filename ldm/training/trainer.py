@@ -15,8 +15,10 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.common.errors import UserError
+from ldm.common.paths import expand_home
 from ldm.personalization.base import PersonalizationMethod
 from ldm.training.callbacks import AccelerateFrozenUNet, SetupCallback, StepProgress, StopAfterStep, WholeEpochs
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.training.concept_callbacks import BeforeDuringAfter, ConceptSaver
 from ldm.util import check_param_names, check_param_types, get_obj_from_str, instantiate_from_config, user_error_for
 
@@ -40,12 +42,17 @@ def make_trainer(config: DictConfig, logdir: Path, now: str) -> pl.Trainer:
     settings |= OmegaConf.to_container(lightning.trainer, resolve=True)
     _check_settings("lightning.trainer", pl.Trainer, settings)
     saved_config = OmegaConf.create({name: config[name] for name in MODEL_SECTIONS if name in config})
-    callbacks = [SetupCallback(now, logdir, saved_config, lightning), _make_checkpoint_callback(lightning, logdir),
-                 LearningRateMonitor(logging_interval="step"), StepProgress(), WholeEpochs(), StopAfterStep(),
-                 AccelerateFrozenUNet(), *_make_config_callbacks(config)]
+    setup = SetupCallback(None, now, logdir, ckptdir=logdir / "checkpoints", cfgdir=logdir / "configs",
+                          config=saved_config, lightning_config=lightning)
+    callbacks = [setup, _make_checkpoint_callback(lightning, logdir), LearningRateMonitor(logging_interval="step"),
+                 StepProgress(), WholeEpochs(), StopAfterStep(), AccelerateFrozenUNet(),
+                 *_make_config_callbacks(config)]
     logger = TensorBoardLogger(save_dir=logdir, name="", version="tensorboard")
     with user_error_for("lightning.trainer, --accelerator or --devices cannot be used", MisconfigurationException):
-        return pl.Trainer(**settings, callbacks=callbacks, logger=logger, default_root_dir=logdir)
+        trainer = pl.Trainer(**settings, callbacks=callbacks, logger=logger, default_root_dir=logdir)
+    with contextlib.suppress(TypeError):  # raised on a TPU, which has its own way
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    return trainer
 
 
 def _make_checkpoint_callback(lightning: DictConfig, logdir: Path) -> ModelCheckpoint:
@@ -54,6 +61,7 @@ def _make_checkpoint_callback(lightning: DictConfig, logdir: Path) -> ModelCheck
                 "enable_version_counter": False}  # --resume looks for last.ckpt, not for last-v1.ckpt
     settings |= OmegaConf.to_container(lightning.get("modelcheckpoint") or OmegaConf.create(), resolve=True)
     _check_settings("lightning.modelcheckpoint", ModelCheckpoint, settings)
+    settings["dirpath"] = expand_home(settings["dirpath"])
     with user_error_for("lightning.modelcheckpoint cannot be used", MisconfigurationException):
         return ModelCheckpoint(**settings)
 
