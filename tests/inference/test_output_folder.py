@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +90,33 @@ def test_other_images_have_no_metadata(tmp_path: Path) -> None:
     image().save(tmp_path / "photo.jpg")
     image().save(tmp_path / "photo.png")
     assert read_metadata(tmp_path / "photo.jpg") == read_metadata(tmp_path / "photo.png") == {}
+
+
+def test_folders_that_are_written_to_in_turns_say_so(tmp_path: Path) -> None:
+    first, second = OutputFolder(tmp_path, columns=2), OutputFolder(tmp_path, columns=2)
+    for folder in (first, second, first):
+        folder.add(image(), "a prompt", {})
+    first.finish_sheet()
+    assert first.summary().splitlines()[0] == (f"2 images: {tmp_path / 'samples' / '00000.png'} to 00002.png, "
+                                               "between those of another run")
+
+
+RACE = """
+import sys
+from PIL import Image
+from ldm.inference.output_folder import OutputFolder
+folder, image = OutputFolder(sys.argv[1], 4), Image.effect_noise((64, 64), 60).convert("RGB")
+for number in range(30):
+    folder.add(image, "", {"who": sys.argv[2], "number": number})
+    folder.add_extra("mask", image)
+    folder.finish_sheet()
+"""
+
+
+def test_processes_that_write_at_once_lose_no_image(tmp_path: Path) -> None:
+    processes = [subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), who]) for who in "AB"]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    written = [read_metadata(path) for path in (tmp_path / "samples").iterdir()]
+    assert sorted((one["who"], one["number"]) for one in written) == [(who, n) for who in "AB" for n in range(30)]
+    for kind in ("mask", "grid"):
+        assert len(list(tmp_path.glob(f"{kind}-*.png"))) == 60
