@@ -11,10 +11,13 @@ from ldm.common.lazy_imports import forward_names
 
 # Public configs and scripts name these as `main.…`.
 __getattr__ = forward_names(__name__, {
+    "CUDACallback": "ldm.training.callbacks",
     "DataModuleFromConfig": "ldm.data.module",
     "ImageLogger": "ldm.training.callbacks",
     "SetupCallback": "ldm.training.callbacks",
+    "get_obj_from_str": "ldm.util",
     "get_parser": "ldm.cli.training",
+    "instantiate_from_config": "ldm.util",
 })
 
 

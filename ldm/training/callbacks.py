@@ -1,12 +1,13 @@
 """Callbacks of every run: configs and sample grids in the log folder, faster frozen U-Nets, progress, clean stops."""
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,31 @@ class SetupCallback(pl.Callback):
     """Write the configs of a run, and a description of its machine, into the log folder when training starts.
 
     Args:
+        resume: the run that is continued, if any; kept for the LDM family's scripts.
         now: date and time in the names of the files.
         logdir: the log folder.
+        ckptdir: the folder of checkpoints.
+        cfgdir: the folder of configs.
         config: the sections that describe the model and its data.
         lightning_config: the section `lightning`.
     """
 
-    def __init__(self, now: str, logdir: str | Path, config: DictConfig, lightning_config: DictConfig) -> None:
-        self.folder, self.now = Path(logdir) / "configs", now
-        self.configs = {f"{now}-project.yaml": config,
-                        f"{now}-lightning.yaml": OmegaConf.create({"lightning": lightning_config})}
+    def __init__(self, resume: str | Path | None, now: str, logdir: str | Path, ckptdir: str | Path,
+                 cfgdir: str | Path, config: Mapping[str, Any], lightning_config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.resume, self.now = resume, now
+        self.logdir, self.ckptdir, self.cfgdir = Path(logdir), Path(ckptdir), Path(cfgdir)
+        self.config, self.lightning_config = config, lightning_config
 
     @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        log.info("logs in %s", self.folder.parent)
-        for name, config in self.configs.items():
-            write_atomically(self.folder / name, _config_writer(config))
+        log.info("logs in %s", self.logdir)
+        self.ckptdir.mkdir(parents=True, exist_ok=True)
+        lightning = {"lightning": self.lightning_config}
+        for name, section in (("project", self.config), ("lightning", lightning)):
+            write_atomically(self.cfgdir / f"{self.now}-{name}.yaml", _config_writer(OmegaConf.create(section)))
         machine = json.dumps(describe_machine(pl_module.device)) + "\n"
-        write_atomically(self.folder / f"{self.now}-machine.json", lambda path: path.write_text(machine))
+        write_atomically(self.cfgdir / f"{self.now}-machine.json", lambda path: path.write_text(machine))
 
 
 def _config_writer(config: DictConfig) -> Callable[[Path], None]:
@@ -61,33 +69,50 @@ def _config_writer(config: DictConfig) -> Callable[[Path], None]:
 class ImageLogger(pl.Callback):
     """Every `batch_frequency` steps, save the model's `log_images` as grids: `<logdir>/images/train/` and TensorBoard.
 
+    The params are those of the LDM family's main.py. Its grids of validation batches are left out.
+
     Args:
         batch_frequency: training steps between two grids.
-        max_images: number of images of a batch to show.
-        log_images_kwargs: arguments for the model's `log_images`.
+        max_images: number of images of a batch to show; 0 shows none.
+        clamp: kept for the public configs; grids are clamped to what an image file holds in any case.
+        increase_log_steps: show steps 1, 2, 4, 8, ... below `batch_frequency` as well.
+        rescale: whether images are in [-1, 1]; otherwise they are in [0, 1].
+        disabled: save nothing.
+        log_on_batch_idx: count batches of the epoch instead of steps.
         log_first_step: show the first step as well.
+        log_images_kwargs: arguments for the model's `log_images`.
     """
 
-    def __init__(self, batch_frequency: int, max_images: int = 8, log_images_kwargs: dict[str, Any] | None = None,
-                 log_first_step: bool = False) -> None:
-        self.batch_frequency, self.max_images = batch_frequency, max_images
-        self.log_images_kwargs = log_images_kwargs or {}
-        self.log_first_step = log_first_step
+    def __init__(self, batch_frequency: int, max_images: int = 8, clamp: bool = True, increase_log_steps: bool = True,
+                 rescale: bool = True, disabled: bool = False, log_on_batch_idx: bool = False,
+                 log_first_step: bool = False, log_images_kwargs: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.batch_freq, self.max_images = batch_frequency, max_images
+        self.clamp, self.rescale = clamp, rescale
+        self.disabled, self.log_on_batch_idx, self.log_first_step = disabled, log_on_batch_idx, log_first_step
+        self.log_steps = _powers_of_two(batch_frequency) if increase_log_steps else [batch_frequency]
+        self.log_images_kwargs = dict(log_images_kwargs or {})
         self.last_step = -1
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+                           batch_idx: int, dataloader_idx: int = 0) -> None:
         step = trainer.global_step
-        is_due = step % self.batch_frequency == 0 or (self.log_first_step and step == 1)
-        if is_due and step != self.last_step and hasattr(pl_module, "log_images"):
+        if self.disabled or self.max_images < 1 or not hasattr(pl_module, "log_images") or step == self.last_step:
+            return
+        if self.check_frequency(batch_idx if self.log_on_batch_idx else step) or (self.log_first_step and step == 1):
             self.last_step = step
             self.save_images(trainer, pl_module, batch, step)
 
+    def check_frequency(self, check_idx: int) -> bool:
+        """Return whether a step, or batch, has a grid."""
+        return check_idx > 0 and (check_idx % self.batch_freq == 0 or check_idx in self.log_steps)
+
     def save_images(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, step: int) -> None:
-        """Save one grid per entry of `log_images`, whose images are (N, 3, H, W) in [-1, 1]."""
+        """Save one grid per entry of `log_images`: images (N, C, H, W), or one (C, H, W)."""
         for name, images in self._images_of(pl_module, batch, step).items():
-            images = images[: self.max_images].detach().float().cpu().clamp(-1, 1)
+            images = (images if images.ndim == 4 else images[None])[: self.max_images].detach().float().cpu()
+            images = (images if self.rescale else 2 * images - 1).clamp(-1, 1).expand(-1, 3, -1, -1)
             path = Path(trainer.default_root_dir) / "images" / "train" / f"{name}_gs-{step:06}.png"
             save_grid([from_tensor(image) for image in images], path, columns=min(4, len(images)))
             for logger in trainer.loggers:
@@ -95,16 +120,48 @@ class ImageLogger(pl.Callback):
                     logger.experiment.add_images(f"train/{name}", (images + 1) / 2, step)
 
     def _images_of(self, pl_module: pl.LightningModule, batch: Any, step: int) -> dict[str, Tensor]:
+        options = {"split": "train", "N": self.max_images, **self.log_images_kwargs}
         was_training = pl_module.training
         pl_module.eval()
         try:
             with torch.no_grad():
-                return pl_module.log_images(batch, N=self.max_images, **self.log_images_kwargs)
+                return pl_module.log_images(batch, **_accepted(pl_module.log_images, options, self.log_images_kwargs))
         except (MemoryShortage, torch.OutOfMemoryError) as error:
             log.warning("no images at step %d: %s", step, " ".join(str(error).split()))
             return {}
         finally:
             pl_module.train(was_training)
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return [2 ** exponent for exponent in range(limit.bit_length()) if 2 ** exponent <= limit]
+
+
+def _accepted(function: Callable[..., Any], options: Mapping[str, Any], required: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a function has parameters for, and those that are required of it."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(options)
+    names = {parameter.name for parameter in parameters}
+    return {key: value for key, value in options.items() if key in names or key in required}
+
+
+class CUDACallback(pl.Callback):
+    """Log the seconds and, on a CUDA device, the peak memory of every epoch."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+            torch.cuda.synchronize(pl_module.device)
+        self.start_time = time.monotonic()
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+            peak = torch.cuda.max_memory_allocated(pl_module.device) / 2**20
+            log.info("peak memory of the epoch: %.0f MiB", peak)
+        log.info("epoch: %.1f s", time.monotonic() - self.start_time)
 
 
 class AccelerateFrozenUNet(pl.Callback):
