@@ -83,7 +83,8 @@ def _extract_tensors(content: Any, path: Path) -> dict[str, Tensor]:
 # Loading
 
 
-def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = ()) -> set[str]:
+def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (),
+                 optional_keys: Sequence[str] = ()) -> set[str]:
     """Load a checkpoint file or diffusers folder into `module`.
 
     Weights of any floating-point dtype are converted to the module's. From a whole model's checkpoint a part takes its
@@ -91,6 +92,7 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
 
     Args:
         ignore_keys: beginnings of keys that are neither required nor loaded.
+        optional_keys: beginnings of keys that the file may lack; a warning lists those that it does.
 
     Returns:
         The keys of the module that were loaded.
@@ -107,7 +109,8 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     tensors = _rename_text_encoder(_select_part(stored | averages, required), required)
     # Compare them with what the module needs.
     unread = _unread_prefixes(module)
-    missing = [key for key in required if key not in tensors and not _is_unread(key, unread)]
+    absent = [key for key in required if key not in tensors and not _is_unread(key, unread)]
+    missing = [key for key in absent if not key.startswith(tuple(optional_keys))]
     unexpected = [key for key in tensors if key not in required and not _is_unread(key, unread)]
     problems = {key: _find_problem(tensors[key], required[key]) for key in required if key in tensors}
     fitting = {key: tensors[key] for key, problem in problems.items() if problem is None}
@@ -121,6 +124,8 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
         log.info("%s: using the moving averages of %d weights", path, len(averages))
     if unexpected:
         log.warning("%s: %s, ignored", path, _list_keys(unexpected, "unexpected"))
+    if absent:
+        log.warning("%s: %s, which keep their values", path, _list_keys(absent, "missing"))
     _warn_if_images_will_be_noise(module, {key: required[key] for key in fitting}, Path(path))
     return set(fitting)
 

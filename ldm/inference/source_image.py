@@ -107,7 +107,7 @@ class SourceImage:
         """Encode the image; the latents that see nothing of the mask or its border stay as they are in sampling."""
         pixels = to_tensor(self.image)[None].to(model.betas.device)
         fixed = None if self.mask is None else unmasked_cells(self.weights, latent_size)
-        return StartingLatents(model.encode_first_stage(pixels, sample=False), self.strength, fixed)
+        return StartingLatents(model.encode_images(pixels, sample=False), self.strength, fixed)
 
     def composite(self, generated: Image.Image) -> Image.Image:
         """Return `generated` with this image's own pixels outside the mask and its border.

@@ -22,11 +22,24 @@ PROGRESS_BAR = ("psnr", "kl", "total_loss", "rec_loss", "disc_loss")  # the term
 
 
 def image_batch(batch: Mapping[str, Tensor], key: str, channels: Sequence[int] = (1, 3)) -> Tensor:
-    """Return `batch[key]` as float32 (B, C, H, W). Datasets of the LDM family give (B, H, W, C), ours (B, C, H, W)."""
+    """Return the images `batch[key]` as float32 (B, C, H, W), contiguous, so that noise like them has that order.
+
+    Datasets of the LDM family give (B, H, W, C) or (B, H, W), ours (B, C, H, W).
+
+    Args:
+        channels: the numbers of channels by which the two are told apart, or else by which sides are equal.
+    """
     images = batch[key]
-    if images.ndim == 4 and images.shape[-1] in channels and images.shape[1] not in channels:
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim == 4 and not _has_channels_first(images.shape, channels):
         images = images.movedim(-1, 1)
-    return images.float().contiguous(memory_format=torch.channels_last)
+    return images.float().contiguous()
+
+
+def _has_channels_first(shape: Sequence[int], channels: Sequence[int]) -> bool:
+    first, last = shape[1] in channels, shape[-1] in channels
+    return first if first != last else shape[2] == shape[3] != shape[1]
 
 
 class FirstStage(SharedStepModule):

@@ -36,15 +36,20 @@ class ResumableModule(pl.LightningModule):
 
     _last_averaged_step: int | None = None
 
+    def saved_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of the module's weights that its checkpoints hold; by default all."""
+        return weights
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.saved_weights(checkpoint["state_dict"])
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the weights of a checkpoint with those that this module would save.
 
         Raises:
             UserError: if weights are missing, unknown or of another shape, so the checkpoint is another model's.
         """
-        own = {"state_dict": self.state_dict()}
-        self.on_save_checkpoint(own)
-        ours = {key: tuple(value.shape) for key, value in own["state_dict"].items()}
+        ours = {key: tuple(value.shape) for key, value in self.saved_weights(self.state_dict()).items()}
         theirs = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
         differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if differing:

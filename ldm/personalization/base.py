@@ -90,6 +90,9 @@ class PersonalizationMethod(LatentDiffusion):
         super_categories = super_category_of_each(as_list(super_category or ""), placeholders)
         if not 0 <= mask_border <= 1:
             raise UserError(f"mask_border {mask_border} is a share of the image's side; give a number from 0 to 1")
+        if latent_diffusion.get("personalization_config") is not None:
+            raise UserError("personalization_config: is for Textual Inversion, with target "
+                            "ldm.models.diffusion.ddpm.LatentDiffusion; leave it out")
         super().__init__(**{**latent_diffusion, "use_ema": False})  # no trained weight has an average
         self.placeholders, self.names = placeholders, file_names_for(placeholders)
         self.super_categories = super_categories
@@ -190,7 +193,7 @@ class PersonalizationMethod(LatentDiffusion):
             if name in self._datasets:
                 raise UserError(f"data.params.{name}: a loss on other images says nothing about the concept; leave it "
                                 "out, and measure concepts with evaluation/clip_eval.py")
-        if self._initial_weights[0] is None:
+        if not self.has_initial_weights:
             raise UserError("no base model to train on: name its checkpoint with --actual_resume, or in the config as "
                             "model.params.ckpt_path")
         if not all(self.super_categories):
@@ -361,11 +364,10 @@ class PersonalizationMethod(LatentDiffusion):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Do not measure a scale factor, unlike the base class: the base model has one already."""
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what is learned, without the base model."""
+    def saved_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return only what is learned, without the base model."""
         trained = {f"model.diffusion_model.{name}" for name in self.trained_unet_weights()}
-        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items()
-                                    if key.startswith("concepts.") or key in trained}
+        return {key: value for key, value in weights.items() if key.startswith("concepts.") or key in trained}
 
     # Images for the log
 

@@ -121,22 +121,24 @@ def _posterior_tensors(betas: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor,
 
 
 def lvlb_weights(buffers: Mapping[str, Tensor], parameterization: str) -> Tensor:
-    """Return (timesteps,) factors that turn a prediction's squared error into its term of the variational bound.
+    """Return (timesteps,) weights of a prediction's squared error in `loss_vlb`, as latent diffusion has them.
 
-    The bound (DDPM Eq. 8) compares posterior means, in which `posterior_mean_coef1` multiplies x_0. An error of eps or
-    v is an error of x_0 scaled by sqrt(1 / alpha_bar - 1) or sqrt(1 - alpha_bar). So the three weights are one bound in
-    three coordinates; for eps it is DDPM Eq. 12. The first timestep has no variance and takes the weight of the second.
+    For eps they are those of the variational bound (DDPM Eq. 12). For x0 they are sqrt(alpha_bar) / (2 (2 - alpha_bar))
+    and for v 1: the public code never derived a bound there, and its runs use these. The first timestep has no
+    variance and takes the weight of the second.
 
     Raises:
         UserError: if the parameterization is unknown.
     """
     check_parameterization(parameterization)
     exact = {name: tensor.double() for name, tensor in buffers.items()}
-    weights = exact["posterior_mean_coef1"] ** 2 / (2 * exact["posterior_variance"])
     if parameterization == "eps":
-        weights = weights * exact["sqrt_recipm1_alphas_cumprod"] ** 2
-    elif parameterization == "v":
-        weights = weights * exact["sqrt_one_minus_alphas_cumprod"] ** 2
+        errors_of_x0 = exact["posterior_mean_coef1"] * exact["sqrt_recipm1_alphas_cumprod"]
+        weights = errors_of_x0**2 / (2 * exact["posterior_variance"])
+    elif parameterization == "x0":
+        weights = exact["sqrt_alphas_cumprod"] / (2 * (2 - exact["alphas_cumprod"]))
+    else:
+        weights = torch.ones_like(exact["betas"])
     return torch.cat([weights[1:2], weights[1:]]).float()
 
 

@@ -88,14 +88,42 @@ def test_subclasses_of_ddpm_load_their_weights(tmp_path: Path) -> None:
     assert_loaded(model, path, model.schedule_names)
 
 
-def test_weights_that_a_subclass_adds_are_required_unless_ignored(tmp_path: Path) -> None:
+def test_weights_that_a_subclass_adds_may_be_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Public code loads a checkpoint before a subclass has added its parts."""
     base = latent_model(cond_stage_config="__is_unconditional__", conditioning_key=None)
     path = write_weights(base, tmp_path / "base.ckpt")
-    given = params(control_width=3, ckpt_path=str(path))
-    with pytest.raises(UserError, match="2 keys missing \\(control_model"):
-        ControlledDiffusion(**given)
-    model = ControlledDiffusion(**given, ignore_keys=["control_model."])
+    model = ControlledDiffusion(**params(control_width=3, ckpt_path=str(path)))
     assert float(model.model.diffusion_model.slope.detach()) == pytest.approx(1.7)
+    assert "2 keys missing (control_model" in caplog.text and model.restarted_from_ckpt
+
+
+def test_weights_of_the_model_itself_are_required(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"control_model.weight": torch.zeros(3, 3)}}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="1 keys missing \\(model.diffusion_model.slope"):
+        ControlledDiffusion(**params(control_width=3, ckpt_path=str(tmp_path / "x.ckpt")))
+
+
+def test_init_from_ckpt_takes_what_fits_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"state_dict": {"control_model.bias": torch.ones(3)}}, tmp_path / "x.ckpt")
+    model = ControlledDiffusion(**params(control_width=3))
+    assert not model.has_initial_weights
+    model.init_from_ckpt(tmp_path / "x.ckpt")
+    assert model.control_model.bias.tolist() == [1, 1, 1] and "2 keys missing" in caplog.text
+    assert model.has_initial_weights and float(model.model.diffusion_model.slope.detach()) == pytest.approx(0.7)
+
+
+def test_an_overridden_init_from_ckpt_is_called(tmp_path: Path) -> None:
+    class Own(LatentDiffusion):
+        def init_from_ckpt(self, path: str, ignore_keys: tuple[str, ...] = (), only_model: bool = False) -> None:
+            self.asked = (path, tuple(ignore_keys), only_model)
+
+    model = Own(**params(ckpt_path="some/file.ckpt", ignore_keys=["a."], load_only_unet=True))
+    assert model.asked == ("some/file.ckpt", ("a.",), True)
+
+
+def test_weights_of_controlnet_hold_logvar() -> None:
+    model = latent_model()
+    model.load_state_dict({**model.state_dict(), "logvar": torch.zeros(50)})
 
 
 def test_a_constructor_may_load_the_weights_itself(tmp_path: Path) -> None:

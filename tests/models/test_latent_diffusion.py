@@ -78,6 +78,10 @@ def latent_model(**params: Any) -> LatentDiffusion:
     return LatentDiffusion(**{**given, **params})
 
 
+def unconditional_model(**params: Any) -> LatentDiffusion:
+    return latent_model(**{"cond_stage_config": "__is_unconditional__", **params})
+
+
 def random_pair(*shape: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(*shape, generator=generator), torch.randn(*shape, generator=generator)
@@ -110,12 +114,14 @@ def test_the_objective(parameterization: str, loss_type: str, weighted: bool) ->
     x, noise = random_pair(3, 2, 4, 4)
     t = torch.tensor([0, 20, 49])
     weight = torch.rand(3, 1, 4, 4) if weighted else None
-    model = pixel_model(parameterization=parameterization, loss_type=loss_type, l_simple_weight=3.0)
+    model = unconditional_model(parameterization=parameterization, loss_type=loss_type, l_simple_weight=3.0)
     loss, numbers = model.p_losses(x, None, t, noise, weight)
     errors = expected_errors(parameterization, x, noise, t, int(loss_type[1]), weight)
     assert loss.item() == pytest.approx(3 * errors.mean(), rel=1e-4)
-    assert float(numbers["loss_simple"]) == pytest.approx(errors.mean(), rel=1e-4)
-    assert float(numbers["loss"]) == loss.item() and not any(n.requires_grad for n in numbers.values())
+    assert set(numbers) == {"train/loss_simple", "train/loss_vlb", "train/loss"}
+    assert float(numbers["train/loss_simple"]) == pytest.approx(errors.mean(), rel=1e-4)
+    assert float(numbers["train/loss"]) == loss.item() and not any(n.requires_grad for n in numbers.values())
+    assert set(model.eval().p_losses(x, None, t, noise)[1]) == {"val/loss_simple", "val/loss_vlb", "val/loss"}
     loss.backward()
     assert model.model.diffusion_model.slope.grad.abs() > 0
 
@@ -123,7 +129,7 @@ def test_the_objective(parameterization: str, loss_type: str, weighted: bool) ->
 def test_weight_one_changes_nothing_and_weight_zero_hides_a_position() -> None:
     x, noise = random_pair(2, 2, 4, 4)
     t = torch.tensor([7, 30])
-    model = pixel_model()
+    model = unconditional_model()
     plain = model.p_losses(x, None, t, noise)[0]
     assert torch.equal(plain, model.p_losses(x, None, t, noise, torch.ones(2, 1, 4, 4))[0])
     half = torch.ones(2, 1, 4, 4)
@@ -137,23 +143,24 @@ def test_the_variational_bound() -> None:
     """DDPM eq. 12: beta^2 / (2 sigma^2 alpha (1 - alpha_bar)) before the squared error."""
     x, noise = random_pair(3, 2, 4, 4)
     t = torch.tensor([1, 20, 49])
-    loss, numbers = pixel_model(original_elbo_weight=0.5).p_losses(x, None, t, noise)
+    loss, numbers = pixel_model(original_elbo_weight=0.5).p_losses(x, t, noise)
     betas = np.linspace(math.sqrt(1e-4), math.sqrt(2e-2), 50) ** 2
     alpha_bar = np.cumprod(1 - betas)
     variance = betas * (1 - np.append(1, alpha_bar[:-1])) / (1 - alpha_bar)
     weights = (betas**2 / np.maximum(2 * variance * (1 - betas) * (1 - alpha_bar), 1e-30))[t.numpy()]
     errors = expected_errors("eps", x, noise, t, 2, None)
-    assert float(numbers["loss_vlb"]) == pytest.approx((weights * errors).mean(), rel=1e-3)
+    assert float(numbers["train/loss_vlb"]) == pytest.approx((weights * errors).mean(), rel=1e-3)
     assert loss.item() == pytest.approx(errors.mean() + 0.5 * (weights * errors).mean(), rel=1e-3)
 
 
 def test_a_learned_variance() -> None:
     x, noise = random_pair(2, 2, 4, 4)
     t = torch.tensor([3, 3])
-    model = pixel_model(learn_logvar=True, logvar_init=0.4)
-    loss = model.p_losses(x, None, t, noise)[0]
+    model = unconditional_model(learn_logvar=True, logvar_init=0.4)
+    loss, numbers = model.p_losses(x, None, t, noise)
     error = expected_errors("eps", x, noise, t, 2, None).mean()
     assert loss.item() == pytest.approx(error / math.exp(0.4) + 0.4, rel=1e-4)
+    assert float(numbers["train/loss_gamma"]) == loss.item() and float(numbers["logvar"]) == pytest.approx(0.4)
     loss.backward()
     assert model.logvar.grad.nonzero().flatten().tolist() == [3]
     assert any(parameter is model.logvar for parameter in model.trained_parameters())
@@ -163,7 +170,7 @@ def test_noise_is_added_with_the_models_buffers() -> None:
     x, noise = random_pair(2, 2, 4, 4)
     model, inputs = pixel_model(), []
     model.apply_model = lambda x, t, cond: inputs.append(x) or torch.zeros_like(x)
-    model.p_losses(x, None, torch.tensor([0, 49]), noise)
+    model.p_losses(x, torch.tensor([0, 49]), noise)
     assert torch.equal(inputs[0], q_sample(model, x, torch.tensor([0, 49]), noise))
     assert torch.allclose(inputs[0][0], x[0], atol=0.1)
 
@@ -208,9 +215,20 @@ def test_illegal_params_are_refused(params: dict[str, Any], named: str) -> None:
         pixel_model(**params)
 
 
-def test_several_conditioning_timesteps_are_refused() -> None:
-    with pytest.raises(UserError, match="num_timesteps_cond"):
-        latent_model(num_timesteps_cond=2)
+def test_several_conditioning_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = latent_model(num_timesteps_cond=3)
+    assert model.cond_ids.tolist() == [0, 24, 49, *[49] * 47]  # rounded to even: 24.5
+    conditions: list[Tensor] = []
+    monkeypatch.setattr(model, "p_losses", lambda x, c, t: conditions.append((t, c)))
+    monkeypatch.setattr(model, "sample_timesteps", lambda *_: torch.tensor([0, 9]))
+    clean = torch.ones(2, 1, 1)
+    torch.manual_seed(0)
+    model(images(), clean)
+    torch.manual_seed(0)
+    expected = q_sample(model, clean, torch.tensor([0, 49]), torch.randn_like(clean))
+    assert torch.equal(conditions[0][1], expected)
+    with pytest.raises(UserError, match="num_timesteps_cond 60"):
+        latent_model(num_timesteps_cond=60)
 
 
 # Conditions
@@ -226,10 +244,10 @@ def test_how_conditions_are_encoded(encoder: type, method: str | None, expected:
 
 def test_a_batch_becomes_latents_and_condition() -> None:
     model = latent_model(scale_factor=0.25)
-    z, condition = model.get_input({"image": images(), "caption": ("a", "abc")})
+    z, condition = model.get_input({"image": images(), "caption": ("a", "abc")}, "image")
     assert torch.allclose(z, images() * 0.25) and condition.flatten().tolist() == [1.0, 3.0]
-    assert not condition.requires_grad
-    rows_last = model.get_input({"image": images().movedim(1, -1), "caption": ["a", "abc"]})[0]
+    assert not condition.requires_grad and z.is_contiguous()
+    rows_last = model.get_input({"image": images().movedim(1, -1), "caption": ["a", "abc"]}, "image")[0]
     assert torch.equal(rows_last, z)
     assert torch.allclose(model.decode_first_stage(z), images())
 
@@ -241,8 +259,9 @@ def test_how_the_condition_enters(key: str | None, concat_mode: bool, expected: 
 
 
 def test_without_condition() -> None:
-    model = latent_model(cond_stage_config="__is_unconditional__", conditioning_key=None)
-    z, condition = model.get_input({"image": images()})
+    model = unconditional_model()
+    z, condition = model.get_input({"image": images()}, "image")
+    assert model.model.conditioning_key is None
     assert condition is None and model.apply_model(z, torch.tensor([1, 2]), condition).shape == z.shape
     assert model.log_images({"image": images()}, ddim_steps=2)["samples"].shape == (2, 3, 4, 4)
 
@@ -252,8 +271,7 @@ def test_without_condition() -> None:
 
 def gradients(model: LatentDiffusion, texts: list[str]) -> set[str]:
     model.train()
-    z, condition = model.get_input({"image": torch.rand(2, 3, 16, 16), "caption": texts})
-    model.p_losses(z, condition, torch.tensor([3, 30]))[0].backward()
+    model.shared_step({"image": torch.rand(2, 3, 16, 16), "caption": texts})[0].backward()
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -282,7 +300,7 @@ def test_the_scale_factor_is_measured_on_the_first_batch() -> None:
     model = latent_model(scale_by_std=True, scale_factor=2.0)
     model.on_train_batch_start(batch, 0)
     assert float(model.scale_factor) == pytest.approx(1 / float(batch["image"].std()))
-    assert float(model.encode_first_stage(batch["image"]).std()) == pytest.approx(1.0, rel=1e-5)
+    assert float(model.encode_images(batch["image"]).std()) == pytest.approx(1.0, rel=1e-5)
     measured = model.scale_factor.clone()
     model.on_train_batch_start({"image": images(8)}, 1)
     assert torch.equal(model.scale_factor, measured)
@@ -378,6 +396,8 @@ def test_an_image_depends_only_on_its_own_seed(tmp_path: Path) -> None:
 def test_images_for_the_log(tmp_path: Path) -> None:
     model = tiny_models.build_model(tmp_path, use_ema=True).eval()
     batch = {"image": torch.rand(3, 3, 16, 16), "caption": ["a cat", "a dog", "a cup"]}
-    shown = model.log_images(batch, N=2, ddim_steps=2)
-    assert {name: value.shape for name, value in shown.items()} == dict.fromkeys(
-        ("inputs", "reconstructions", "samples"), torch.Size([2, 3, 16, 16]))
+    shown = model.log_images(batch, N=2, ddim_steps=2, plot_progressive_rows=False, unconditional_guidance_scale=2.0)
+    names = ("inputs", "reconstruction", "conditioning", "samples", "samples_cfg_scale_2.00", "samples_inpainting",
+             "samples_outpainting")
+    assert all(shown[name].shape == (2, 3, 16, 16) for name in names)
+    assert set(shown) == {*names, "mask", "diffusion_row"} and shown["diffusion_row"].ndim == 3

@@ -9,7 +9,6 @@ from diffusers import DDPMScheduler
 
 from ldm.common.errors import UserError
 from ldm.sampling.schedule import (
-    PARAMETERIZATIONS,
     add_noise,
     diffusion_buffers,
     get_v,
@@ -106,16 +105,22 @@ def test_conversions_invert_each_other(schedule):
         torch.testing.assert_close(add_noise(prediction, alpha_bar), x_t, **close)
 
 
-@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
-def test_bound_weights_are_the_divergence_of_posteriors(buffers, schedule, parameterization):
+def test_bound_weights_of_eps_are_the_divergence_of_posteriors(buffers, schedule):
     """An error of the output moves the posterior mean. Gaussians with means d apart diverge by d^2 / (2 variance)."""
     t = torch.tensor([1, 10, 500, 999])
     x_t = torch.zeros(len(t), 1, 1, 1)
     alpha_bar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
-    guess = prediction_from_output(parameterization, x_t, alpha_bar, torch.ones_like(x_t)).x0.flatten()
+    guess = prediction_from_output("eps", x_t, alpha_bar, torch.ones_like(x_t)).x0.flatten()
     shift = buffers["posterior_mean_coef1"][t] * guess
     expected = shift**2 / (2 * buffers["posterior_variance"][t])
-    torch.testing.assert_close(lvlb_weights(buffers, parameterization)[t], expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(lvlb_weights(buffers, "eps")[t], expected, rtol=1e-4, atol=0)
+
+
+def test_bound_weights_of_x0_and_v_are_those_of_the_public_code(buffers):
+    alpha_bar = buffers["alphas_cumprod"]
+    expected = 0.5 * alpha_bar.sqrt() / (2 - alpha_bar)
+    torch.testing.assert_close(lvlb_weights(buffers, "x0")[1:], expected[1:])
+    assert lvlb_weights(buffers, "v").tolist() == [1.0] * len(alpha_bar)
 
 
 def test_bound_weights_of_eps_match_ddpm(buffers):

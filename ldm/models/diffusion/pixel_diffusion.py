@@ -4,35 +4,42 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.load import load_weights
 from ldm.common.errors import UserError
 from ldm.models.autoencoder import image_batch
-from ldm.models.diffusion.objectives import check_loss_type, error_per_sample, training_target
+from ldm.models.diffusion.ancestral_sampling import AncestralSampling
+from ldm.models.diffusion.logged_images import LogsPixelDiffusion
+from ldm.models.diffusion.objectives import ERRORS, check_loss_type, training_target
 from ldm.models.diffusion.wrapper import Condition, DiffusionWrapper, as_model_kwargs
 from ldm.models.initial_weights import LoadsInitialWeights
 from ldm.models.optimization import ResumableModule, can_use_fused_optimizer, optimizer_and_schedule
 from ldm.models.random_state import RandomState
 from ldm.modules.ema import LitEma
-from ldm.sampling.ddim import DDIM
-from ldm.sampling.schedule import check_parameterization, diffusion_buffers, lvlb_weights, q_sample
+from ldm.sampling.schedule import check_parameterization
 from ldm.util import to_device
 
 log = logging.getLogger(__name__)
 
 
-class DDPM(LoadsInitialWeights, ResumableModule):
+class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, ResumableModule):
     """A denoising network, its noise schedule and its training objective.
+
+    A training step calls `training_step`, `shared_step`, `get_input`, `forward`, `p_losses`, then `q_sample`,
+    `apply_model` and `get_loss`, in this order. A subclass may override each of them.
 
     Args:
         unet_config: config of the network.
         timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas, v_posterior: see
             `ldm.sampling.schedule.diffusion_buffers`.
         loss_type: "l1" or "l2".
-        ckpt_path: checkpoint of the initial weights. It must hold all parts of the model, those of a subclass too.
+        ckpt_path: checkpoint of the initial weights. It must hold all parts of the model; those that a subclass adds
+            may be missing.
         ignore_keys: beginnings of keys that are neither required nor loaded.
         load_only_unet: load only the network's weights.
         monitor: name of the logged value by which checkpoints are ranked.
@@ -41,8 +48,8 @@ class DDPM(LoadsInitialWeights, ResumableModule):
         first_stage_key: key of a batch's images, (B, H, W, C) or (B, C, H, W) in [-1, 1].
         image_size, channels: side (or height and width) and channels of what is denoised.
         log_every_t: interval of the sampling steps that are kept for display.
-        clip_denoised: accepted for the public configs; latents have no range to clip to.
-        l_simple_weight, original_elbo_weight: weights of DDPM Eq. 14 and of the variational bound.
+        clip_denoised: limit the images that `sample` predicts to [-1, 1]. Latents have no such range.
+        l_simple_weight, original_elbo_weight: weights of DDPM Eq. 14 and of `loss_vlb`, see `lvlb_weights`.
         conditioning_key: how the condition enters, see `DiffusionWrapper`.
         parameterization: what the network predicts: "eps", "x0" or "v".
         scheduler_config: config of a learning-rate multiplier.
@@ -52,6 +59,8 @@ class DDPM(LoadsInitialWeights, ResumableModule):
             2024, "Scaling Rectified Flow Transformers", Eq. 23). Above 1, noisy timesteps, which decide the content of
             an image, are more frequent; 1 is uniform.
     """
+
+    _under_initial_loading = False
 
     def __init__(self, unet_config: Mapping[str, Any], timesteps: int = 1000, beta_schedule: str = "linear",
                  loss_type: str = "l2", ckpt_path: str | None = None, ignore_keys: Sequence[str] = (),
@@ -74,27 +83,27 @@ class DDPM(LoadsInitialWeights, ResumableModule):
         self.loss_type = loss_type
         self.l_simple_weight = l_simple_weight
         self.original_elbo_weight = original_elbo_weight
+        self.v_posterior = v_posterior
         self.timestep_shift = timestep_shift
         self.monitor = monitor
         self.first_stage_key = first_stage_key
         self.image_size = image_size
         self.channels = channels
         self.log_every_t = log_every_t
+        self.clip_denoised = clip_denoised
+        self.use_positional_encodings = use_positional_encodings
+        self.use_scheduler = scheduler_config is not None
         self.scheduler_config = scheduler_config
         self.learning_rate = 1e-4
+        self.cond_stage_model = None
         # The network, and the averages of its weights
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.use_ema = use_ema
         if use_ema:
             self.model_ema = LitEma(self.model)
         # The noise schedule
-        buffers = diffusion_buffers(beta_schedule, timesteps, linear_start, linear_end, cosine_s, given_betas,
-                                    v_posterior)
-        for name, tensor in buffers.items():
-            self.register_buffer(name, tensor)
-        self.register_buffer("lvlb_weights", lvlb_weights(buffers, parameterization), persistent=False)
-        self.schedule_names = tuple(buffers)
-        self.num_timesteps = len(self.betas)
+        self.register_schedule(given_betas=given_betas, beta_schedule=beta_schedule, timesteps=timesteps,
+                               linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s)
         # The log-variance of each timestep's error
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         self.learn_logvar = learn_logvar
@@ -103,20 +112,53 @@ class DDPM(LoadsInitialWeights, ResumableModule):
         else:
             self.register_buffer("logvar", logvar, persistent=False)
         self._initial_weights = (ckpt_path, ignore_keys, load_only_unet)
+        self.has_initial_weights = False
+        self._note_required_parts()
+
+    # Weights
+
+    def _note_required_parts(self) -> None:
+        """Remember the parts that the model has now. Those that a subclass adds later may be missing in `ckpt_path`."""
+        self._required_parts = {key.partition(".")[0] for key in self.state_dict()}
 
     def _load_initial_weights(self) -> None:
-        """Load `ckpt_path`.
-
-        The noise schedule stays as the config describes it: half-precision files round its first values to 1.
-        """
-        from ldm.checkpoints.load import load_weights
-
         path, ignore_keys, only_unet = self._initial_weights
         if path is None:
             return
-        loaded = load_weights(self.model if only_unet else self, path, [*ignore_keys, *self.schedule_names])
+        self._under_initial_loading = True
+        try:
+            self.init_from_ckpt(path, ignore_keys=ignore_keys, only_model=only_unet)
+        finally:
+            self._under_initial_loading = False
+
+    def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
+        """Load a checkpoint. Parts that it lacks stay as they are; a warning lists them.
+
+        The noise schedule stays as the config describes it: half-precision files round its first values to 1.
+
+        Args:
+            ignore_keys: beginnings of keys that are not loaded.
+            only_model: load the network's weights alone.
+
+        Raises:
+            UserError: if weights do not fit, or the constructor loads `ckpt_path` and a part of this class is missing.
+        """
+        optional = ("",)
+        if self._under_initial_loading:
+            added = {key.partition(".")[0] for key in self.state_dict()} - self._required_parts
+            optional = tuple(part if part in self._parameters or part in self._buffers else f"{part}."
+                             for part in added)
+        loaded = load_weights(self.model if only_model else self, path, [*ignore_keys, *self.schedule_names], optional)
         if self.use_ema and not {f"model_ema.{name}" for name in self.model_ema.state_dict()} <= loaded:
             self.model_ema = LitEma(self.model)  # without averages in the file, averaging starts from these weights
+        self.has_initial_weights = True
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as `nn.Module` does, except that files may hold `logvar`, as ControlNet's do."""
+        if not self.learn_logvar and "logvar" in state_dict:
+            state_dict = {key: value for key, value in state_dict.items() if key != "logvar"}
+        self.has_initial_weights = True
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -124,43 +166,79 @@ class DDPM(LoadsInitialWeights, ResumableModule):
         size = self.image_size
         return (self.channels, size, size) if isinstance(size, int) else (self.channels, *size)
 
-    def apply_model(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Return the network's output at x (B, C, H, W) and timesteps t (B,), with a condition for each."""
-        return self.model(x, t, **as_model_kwargs(cond, self.model.conditioning_key))
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition = None, return_ids: bool = False) -> Any:
+        """Return the network's output at x (B, C, H, W) and timesteps t (B,), with a condition for each.
 
-    def get_input(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        """Return what is denoised, (B, C, H, W), and the condition of a batch."""
-        return image_batch(batch, self.first_stage_key), None
+        Args:
+            cond: a tensor or a list of them, which the `conditioning_key` of `DiffusionWrapper` routes, or its keywords
+                `c_crossattn`, `c_concat` (lists) and `c_adm` (a tensor) in a dict.
+            return_ids: of a network that returns a tuple, return all of it instead of its first value.
+        """
+        output = self.model(x_noisy, t, **as_model_kwargs(cond, self.model.conditioning_key))
+        return output[0] if isinstance(output, tuple) and not return_ids else output
+
+    def get_input(self, batch: Mapping[str, Any], k: str) -> Any:
+        """Return the images under key `k` of a batch, (B, C, H, W); subclasses return a condition as well."""
+        return image_batch(batch, k)
 
     # Objective
 
-    def loss_weight(self, batch: Mapping[str, Any], size: torch.Size) -> Tensor | None:
-        """Return the weights of the positions' errors, (B, 1, *size), or None if all are 1."""
-        return None
+    def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
+        """Return the error of each element of `pred`, or the mean of them."""
+        error = ERRORS[self.loss_type](pred, target)
+        return error.mean() if mean else error
 
-    def p_losses(self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None,
-                 weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss at timesteps t (B,), and its terms for the log."""
-        losses, terms = self.per_sample_losses(x_start, cond, t, noise, weight)
-        return losses.mean(), {name: values.mean() for name, values in terms.items()}
+    def errors_per_sample(self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None,
+                          weight: Tensor | None = None) -> Tensor:
+        """Return the mean error of the network's output for each sample, (B,).
+
+        Args:
+            x_start: (B, C, H, W), what is noised.
+            t: (B,) timesteps.
+            noise: of the shape of `x_start`; None: new noise.
+            weight: (B, 1, H, W), factors of the positions' errors; None: all 1.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        # DDPM Algorithm 1: noise the image, predict, and compare with the target
+        output = self.apply_model(self.q_sample(x_start=x_start, t=t, noise=noise), t, cond)
+        target = training_target(self, self.parameterization, x_start, noise, t)
+        error = self.get_loss(output.float(), target.float(), mean=False)
+        return (error if weight is None else error * weight).flatten(1).mean(1)
+
+    def weighted_losses(self, errors: Tensor, t: Tensor) -> Tensor:
+        """Return the negative log-likelihood of errors (B,) under the variance of their timesteps t."""
+        logvar = self.logvar[t]
+        return errors / logvar.exp() + logvar
 
     def per_sample_losses(self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None,
                           weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of each sample at its timestep t, and its terms for the log, each (B,)."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        # DDPM Algorithm 1: noise the image, predict, and compare with the target
-        output = self.apply_model(q_sample(self, x_start, t, noise), t, cond)
-        target = training_target(self, self.parameterization, x_start, noise, t)
-        error = error_per_sample(output, target, self.loss_type, weight)
-        # with a learned variance, the negative log-likelihood of the error
-        logvar = self.logvar[t]
-        losses = self.l_simple_weight * (error / logvar.exp() + logvar)
-        terms = {"loss_simple": error.detach()}
+        """Return the loss of each sample at its timestep t, and its terms for the log, each (B,).
+
+        Arguments as for `errors_per_sample`.
+        """
+        errors = self.errors_per_sample(x_start, cond, t, noise, weight)
+        losses = self.l_simple_weight * self.weighted_losses(errors, t)
+        terms = {"loss_simple": errors.detach()}
         if self.original_elbo_weight:
-            bound = self.lvlb_weights[t] * error
+            bound = self.lvlb_weights[t] * errors
             losses = losses + self.original_elbo_weight * bound
             terms["loss_vlb"] = bound.detach()
         return losses, {**terms, "loss": losses.detach()}
+
+    def loss_and_terms(self, errors: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of errors (B,) at timesteps t, and its terms under the family's names for the log."""
+        split = "train" if self.training else "val"
+        terms = {f"{split}/loss_simple": errors.mean().detach()}
+        losses = self.weighted_losses(errors, t)
+        if self.learn_logvar:
+            terms |= {f"{split}/loss_gamma": losses.mean().detach(), "logvar": self.logvar.detach().mean()}
+        bound = (self.lvlb_weights[t] * errors).mean()
+        loss = self.l_simple_weight * losses.mean() + self.original_elbo_weight * bound
+        return loss, {**terms, f"{split}/loss_vlb": bound.detach(), f"{split}/loss": loss.detach()}
+
+    def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss at timesteps t (B,), and its terms for the log."""
+        return self.loss_and_terms(self.errors_per_sample(x_start, None, t, noise), t)
 
     def sample_timesteps(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         """Return (count,) random training timesteps in [0, T), generated on the generator's device if there is one."""
@@ -171,58 +249,75 @@ class DDPM(LoadsInitialWeights, ResumableModule):
         shifted = self.timestep_shift * u / (1 + (self.timestep_shift - 1) * u)
         return (shifted * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
-    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what `p_losses` does for x (B, C, H, W), at random timesteps."""
+        return self.p_losses(x, self.sample_timesteps(len(x), self.device), *args, **kwargs)
+
+    def shared_step(self, batch: Mapping[str, Any], **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch at random timesteps, and its terms for the log."""
-        x_start, cond = self.get_input(batch)
-        t = self.sample_timesteps(len(x_start), x_start.device)
-        return self.p_losses(x_start, cond, t, weight=self.loss_weight(batch, x_start.shape[-2:]))
+        return self(self.get_input(batch, self.first_stage_key))
 
     # Training
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss, terms = self.shared_step(batch)
-        self.log_dict({f"train/{name}": value for name, value in terms.items()}, prog_bar=True,
-                      batch_size=len(batch[self.first_stage_key]))
+        self.log_terms(terms, batch)
         return loss
+
+    def log_terms(self, terms: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Log the terms of a training step and, if it follows a schedule, the learning rate as `lr_abs`."""
+        size = self._batch_size(batch)
+        self.log_dict(terms, prog_bar=True, batch_size=size)
+        if self.use_scheduler and self._trainer is not None:
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log("lr_abs", rate, prog_bar=True, batch_size=size)
+
+    def _batch_size(self, batch: Mapping[str, Any]) -> int | None:
+        images = batch.get(self.first_stage_key)
+        return None if images is None else len(images)
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Log the loss, and with averages their loss at the same timesteps and noise."""
-        size = len(batch[self.first_stage_key])
+        """Log the loss, and as "..._ema" that of the averaged weights at the same timesteps and noise.
+
+        Without averages both are the same, so that a `monitor` of either kind exists.
+        """
+        size = self._batch_size(batch)
         random_state = RandomState(self.device)
-        terms = self.shared_step(batch)[1]
-        self.log_dict({f"val/{name}": value for name, value in terms.items()}, batch_size=size)
+        terms = averaged = self.shared_step(batch)[1]
         if self.use_ema:
             with random_state.replayed(), self.ema_scope():
-                terms = self.shared_step(batch)[1]
-            self.log_dict({f"val/{name}_ema": value for name, value in terms.items()}, batch_size=size)
+                averaged = self.shared_step(batch)[1]
+        self.log_dict(terms, batch_size=size)
+        self.log_dict({f"{name}_ema": value for name, value in averaged.items()}, batch_size=size)
 
     def update_averages(self) -> None:
         if self.use_ema:
             self.model_ema(self.model)
 
     @contextmanager
-    def ema_scope(self) -> Iterator[None]:
-        """Within this context the network has its averaged weights, if it keeps any."""
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Within this context the network has its averaged weights, if it keeps any.
+
+        Args:
+            context: what the averages are used for, for the log.
+        """
         if not self.use_ema:
             yield
             return
         with self.model_ema.averaged(self.model):
+            if context is not None:
+                log.info("%s: with the averaged weights", context)
             yield
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimizer updates."""
         return [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate,
-                                      fused=can_use_fused_optimizer(self))
-        return optimizer_and_schedule(optimizer, self.scheduler_config)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return them in groups with a learning rate each."""
+        return [{"params": self.trained_parameters(), "lr": self.learning_rate}]
 
-    @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], N: int = 8, ddim_steps: int = 50) -> dict[str, Tensor]:
-        """Return images of the batch and new samples for the log folder."""
-        images, _ = self.get_input(batch)
-        with self.ema_scope():
-            samples, _ = DDIM(self).sample(ddim_steps, N, self.latent_shape, verbose=False)
-        return {"inputs": images[:N], "samples": samples}
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(self.parameter_groups(), fused=can_use_fused_optimizer(self))
+        return optimizer_and_schedule(optimizer, self.scheduler_config)

@@ -1,0 +1,110 @@
+"""Textual Inversion inside a latent diffusion model, as the LDM family's configs have it (`personalization_config`).
+
+An `EmbeddingManager` holds vectors that stand for placeholders in prompts. They are trained, and all else is frozen
+unless `unfreeze_model` is set. The methods for comparison with Perfusion are in `ldm.personalization` instead.
+"""
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.common.errors import UserError
+from ldm.concepts.embedding_manager import EmbeddingManager
+from ldm.concepts.fingerprint import base_fingerprint
+from ldm.models.frozen import freeze
+from ldm.modules.attention import name_text_layers
+from ldm.util import instantiate_from_config
+
+log = logging.getLogger(__name__)
+
+LATEST, AT_STEP = "embeddings.pt", "embeddings_gs-{}.pt"  # the family's files beside the checkpoints
+CONCEPTS = "embeddings.safetensors"  # our own, which the generation scripts read
+
+
+class TrainsEmbeddings:
+    """Mixin for models with an `embedding_manager`, which may be None.
+
+    Attributes:
+        unfreeze_model: whether the network and the condition's encoder are trained as well.
+        model_lr: the learning rate of these two.
+        embedding_reg_weight: weight, in the loss, of the squared distance of the vectors from their start.
+    """
+
+    embedding_manager: nn.Module | None = None
+
+    def personalize(self, config: Mapping[str, Any]) -> None:
+        """Add the vectors, which start from words of the loaded encoder, and freeze what is not trained."""
+        if not hasattr(self.cond_stage_model, "encode"):
+            raise UserError("personalization_config: needs a model that encodes prompts; leave it out")
+        if not self.unfreeze_model:
+            self.strict_loading = False  # a run's checkpoints hold what was learned, not the base model
+            self.requires_grad_(False)
+            freeze(self.cond_stage_model)
+            freeze(self.model)
+        self.embedding_manager = self.instantiate_embedding_manager(config, self.cond_stage_model)
+        for parameter in self.embedding_manager.embedding_parameters():
+            parameter.requires_grad_(True)
+
+    def instantiate_embedding_manager(self, config: Mapping[str, Any], embedder: nn.Module) -> nn.Module:
+        """Return the manager that a config describes, with the vectors of its `embedding_manager_ckpt` if it has one.
+
+        Classes of the family leave that file to the model; loading it twice does no harm.
+        """
+        manager = instantiate_from_config(config, embedder=embedder)
+        path = (config.get("params") or {}).get("embedding_manager_ckpt")
+        if path:
+            manager.load(path)
+        return manager
+
+    def setup(self, stage: str | None = None) -> None:
+        """Refuse to train vectors on a model with random weights."""
+        if stage == "fit" and self.embedding_manager is not None and not self.has_initial_weights:
+            raise UserError("no base model to train on: name its checkpoint with --actual_resume, or in the config as "
+                            "model.params.ckpt_path")
+
+    # The loss
+
+    def regularize(self, loss: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return loss and terms with the distance of the vectors from their start added."""
+        if self.embedding_manager is None or not self.embedding_reg_weight > 0:
+            return loss, terms
+        distance = self.embedding_manager.embedding_to_coarse_loss().mean()
+        loss = loss + self.embedding_reg_weight * distance
+        split = "train" if self.training else "val"
+        return loss, {**terms, f"{split}/loss_emb_reg": distance.detach(), f"{split}/loss": loss.detach()}
+
+    # What is optimized
+
+    def embedding_parameter_groups(self, others: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+        """Return the vectors and, if they are not frozen, the weights of the model as groups of an optimizer."""
+        groups = [{"params": list(self.embedding_manager.embedding_parameters()), "lr": self.learning_rate}]
+        if self.unfreeze_model:
+            groups.append({"params": list(others), "lr": self.model_lr})
+        return groups
+
+    # Files
+
+    def saved_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.embedding_manager is None or self.unfreeze_model:
+            return super().saved_weights(weights)
+        return {key: value for key, value in weights.items() if key.startswith("embedding_manager.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.embedding_manager is None or self._trainer is None or not self.trainer.is_global_zero:
+            return
+        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+        if folder is not None and Path(folder).is_dir():
+            for name in (LATEST, AT_STEP.format(self.global_step)):
+                self.embedding_manager.save(str(Path(folder) / name))
+
+    def on_train_end(self) -> None:
+        """Write the vectors to a small file in the log folder."""
+        if isinstance(self.embedding_manager, EmbeddingManager) and self.trainer.is_global_zero:
+            base = base_fingerprint(name_text_layers(self.model.diffusion_model))
+            path = self.embedding_manager.save(Path(self.trainer.default_root_dir) / CONCEPTS, base, self.global_step)
+            log.info("vectors of %s: %s", ", ".join(self.embedding_manager.placeholders), path)
