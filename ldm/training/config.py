@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,9 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.common.annotations import matches_type
 from ldm.common.errors import UserError
 from ldm.common.library_errors import OWN_PACKAGES
-from ldm.common.paths import resolve_path
+from ldm.common.paths import resolve_path, user_path
 from ldm.inference.model_config import inference_defaults
 from ldm.training.options import DEFAULT_SEED, NO_MASKS, SEED_LIMIT, TrainingOptions
+from ldm.training.public_options import apply_public_options, flatten_checkpoint_settings, use_gpus
 from ldm.util import get_obj_from_str, known_params
 
 SECTIONS = {"": ("model", "data", "lightning", "inference"), "model": ("target", "params", "base_learning_rate"),
@@ -56,13 +56,14 @@ def read_config(options: TrainingOptions) -> DictConfig:
         later = _read_file(path)
         config = _merge(path, _without_params_of_another_target(config, later), later)
     _check_sections(config)
-    _apply_options(config, _with_placeholders(config, options))
+    _apply_options(config, apply_public_options(config, _with_placeholders(config, options)))
     overrides = list(options.overrides)
     parsed = _parse(" ".join(overrides), lambda: OmegaConf.from_dotlist(overrides))
-    config = _merge(" ".join(overrides), config, _rename_callbacks(parsed))
+    config = _merge(" ".join(overrides), config, _with_current_keys(parsed))
     _check_required(config)
     _parse("config", lambda: OmegaConf.create(OmegaConf.to_container(config, resolve=True)))
     _check_sections(config)
+    use_gpus(config.lightning.trainer)
     _check_values(config)
     return config
 
@@ -74,11 +75,12 @@ def _read_file(path: str) -> DictConfig:
     found = resolve_path(path)
     if not found.is_file():
         raise UserError(f"--base {path}: no such file")
-    return _rename_callbacks(_parse(path, lambda: OmegaConf.load(found)))
+    return _with_current_keys(_parse(path, lambda: OmegaConf.load(found)))
 
 
-def _rename_callbacks(config: DictConfig) -> DictConfig:
-    """Translate the keys of callbacks in configs and overrides of earlier versions."""
+def _with_current_keys(config: DictConfig) -> DictConfig:
+    """Translate the keys of configs and overrides of earlier versions, and of the LDM family's."""
+    flatten_checkpoint_settings(config)
     lightning = config.get("lightning")
     callbacks = lightning.get("callbacks") if isinstance(lightning, DictConfig) else None
     if isinstance(callbacks, DictConfig):
@@ -147,7 +149,7 @@ def _with_placeholders(config: DictConfig, options: TrainingOptions) -> Training
                         '--init_word "teddy bear" teapot, or one word for all')
     if options.placeholder is not None:
         return options
-    names = ["-".join(Path(folder).resolve().name.strip("<>").split()) for folder in folders]
+    names = ["-".join(user_path(folder).resolve().name.strip("<>").split()) for folder in folders]
     return replace(options, placeholder=tuple(f"<{name}>" for name in names))
 
 
@@ -168,16 +170,21 @@ def _apply_options(config: DictConfig, options: TrainingOptions) -> None:
 
 
 def _set_keys(config: DictConfig, option: str, keys: Sequence[str], value: Any) -> None:
-    present = []
-    for key in keys:
-        parent, _, name = key.rpartition(".")
-        section = OmegaConf.select(config, parent)
-        if isinstance(section, DictConfig) and name in section.keys():  # noqa: SIM118 - `in` overlooks "???"
-            present.append(key)
+    present = [key for key in keys if _can_be_set(config, key)]
     if not present:
         raise UserError(f"{FLAGS.get(option, f'--{option}')}: this config has no {' or '.join(keys)} to set")
     for key in present:
-        OmegaConf.update(config, key, value)
+        OmegaConf.update(config, key, value, force_add=True)
+
+
+def _can_be_set(config: DictConfig, key: str) -> bool:
+    """Return whether a config has a param, or names a class that has it."""
+    parent, _, name = key.rpartition(".")
+    section = OmegaConf.select(config, parent)
+    if isinstance(section, DictConfig) and name in section.keys():  # noqa: SIM118 - `in` overlooks "???"
+        return True
+    target = OmegaConf.select(config, f"{parent.removesuffix('.params')}.target")
+    return target is not None and name in known_params(get_obj_from_str(target))
 
 
 # Checks

@@ -33,6 +33,10 @@ class TrainingOptions:
         devices: number or list of devices.
         max_steps: training steps.
         precision: as Lightning names it, such as "bf16-mixed".
+        gpus: as Lightning 1 names them: "0," is the first GPU, "2" are two.
+        reg_data_root: images of the subject's class, for DreamBooth configs with a section `reg`.
+        class_word: the class in the captions of these configs.
+        embedding_manager_ckpt: vectors from which Textual Inversion starts.
 
     Raises:
         UserError: an override is not of the form key=value.
@@ -56,6 +60,10 @@ class TrainingOptions:
     devices: str | None = None
     max_steps: int | None = None
     precision: str | None = None
+    gpus: str | None = None
+    reg_data_root: str | None = None
+    class_word: str | None = None
+    embedding_manager_ckpt: str | None = None
 
     def __post_init__(self) -> None:
         for override in self.overrides:
