@@ -6,7 +6,6 @@ step. Guidance is Ho & Salimans 2022, Eq. 6, with a scale of 1 + w, so that 1 me
 """
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from ldm.common.errors import UserError
 from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules.util import ddim_sigma
 from ldm.sampling.checks import check_guidance, check_noise, check_original, latent_size
-from ldm.sampling.schedule import Prediction, add_noise, check_parameterization, prediction_from_output
+from ldm.sampling.schedule import AlphaBar, Prediction, add_noise, check_parameterization, prediction_from_output
 from ldm.sampling.time_grid import TimeGrid
 
 Conditioning = Tensor | PromptContext
@@ -74,27 +73,6 @@ def guidance_batch(unconditional: Conditioning, conditional: Conditioning) -> Co
     return PromptContext.cat([PromptContext.plain(one) if isinstance(one, Tensor) else one for one in both])
 
 
-def guided_output(model: DiffusionModel, x: Tensor, time: float | Tensor, context: Conditioning | None, scale: float
-                  ) -> Tensor:
-    """Return the model's output at x (B, ...) and one time for all of x, with classifier-free guidance.
-
-    The parameterizations are affine in each other at a fixed x, so guiding the raw output guides each of them.
-
-    Args:
-        time: a number, or (B,) numbers.
-        context: the conditioning; unless the scale is 1, a batch of both, see `guidance_batch`.
-    """
-    guided = scale != 1
-    inputs = torch.cat([x, x]) if guided else x
-    if isinstance(time, Tensor):
-        times = torch.cat([time, time]) if guided else time
-    else:
-        times = torch.full((len(inputs),), time, device=x.device)  # integers if the time is one
-    output = model.apply_model(inputs, times, context).to(x.dtype)  # the network may run in 16 bits
-    # Ho & Salimans, Eq. 6: unconditional + scale * (conditional - unconditional)
-    return torch.lerp(*output.chunk(2), scale) if guided else output
-
-
 def guided_denoiser(
     model: DiffusionModel, grid: TimeGrid, conditioning: Conditioning | None, unconditional: Conditioning | None,
     scale: float,
@@ -102,14 +80,21 @@ def guided_denoiser(
     """Return the model's prediction with classifier-free guidance, as a function of x and an index on the grid.
 
     At scale 1 the unconditional output cancels and is not computed. The batch of both conditionings is built here,
-    once, so that its cached keys and values serve all steps.
+    once, so that its cached keys and values serve all steps. The three parameterizations are affine in each other at a
+    fixed x, so guiding the raw output guides each of them.
     """
-    context = guidance_batch(unconditional, conditioning) if scale != 1 else conditioning
+    guided = scale != 1
+    context = guidance_batch(unconditional, conditioning) if guided else conditioning
     if isinstance(context, PromptContext):
         context = replace(context, cache=True)  # a copy: weights may change before its owner uses it again
 
     def denoise(x: Tensor, i: int) -> Prediction:
-        output = guided_output(model, x, grid.times[i], context, scale)
+        inputs = torch.cat([x, x]) if guided else x
+        times = torch.full((len(inputs),), grid.times[i], device=x.device)  # integers if the time is one
+        output = model.apply_model(inputs, times, context).to(x.dtype)  # the network may run in 16 bits
+        if guided:
+            # Ho & Salimans, Eq. 6: unconditional + scale * (conditional - unconditional)
+            output = torch.lerp(*output.chunk(2), scale)
         return prediction_from_output(model.parameterization, x, grid.alpha_bar[i], output)
 
     return denoise
@@ -118,19 +103,20 @@ def guided_denoiser(
 # Steps
 
 
-def ddim_update(prediction: Prediction, alpha_bar_next: float, sigma: float, sample_noise: NoiseSource) -> Tensor:
+def ddim_update(prediction: Prediction, alpha_bar_next: AlphaBar, sigma: AlphaBar, sample_noise: NoiseSource
+                ) -> Tensor:
     """Return x at the next noise level (DDIM Eq. 12).
 
     Args:
         prediction: eps and x_0 for the step.
-        sigma: standard deviation of the noise that the step adds, see `ddim_sigma`.
+        sigma: standard deviation of the noise that the step adds, see `ddim_sigma`; a number or one element.
         sample_noise: source of the noise; not called if the step adds none.
     """
     if not sigma:
         return add_noise(prediction, alpha_bar_next)
     # The three terms of Eq. 12: the predicted x_0, the direction that points to x_t, and random noise.
-    direction = math.sqrt(max(1 - alpha_bar_next - sigma**2, 0.0)) * prediction.eps
-    return math.sqrt(alpha_bar_next) * prediction.x0 + direction + sigma * sample_noise()
+    direction = max(1 - alpha_bar_next - sigma**2, 0.0) ** 0.5 * prediction.eps
+    return alpha_bar_next**0.5 * prediction.x0 + direction + sigma * sample_noise()
 
 
 def ddim_step(predict: Denoiser, grid: TimeGrid, eta: float, sample_noise: NoiseSource) -> Step:

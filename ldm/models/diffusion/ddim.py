@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.family_sampler import Guidance, Samples, ScoreCorrector, Step, StepwiseSampler, Update
+from ldm.models.diffusion.family_sampler import Guidance, ScoreCorrector
+from ldm.models.diffusion.stepwise_sampler import Samples, Step, StepwiseSampler, Update
 from ldm.models.diffusion.wrapper import Condition
 from ldm.sampling.sampler import run_steps
 from ldm.sampling.schedule import add_noise, prediction_from_eps, q_sample
@@ -69,7 +70,7 @@ class DDIMSampler(StepwiseSampler):
         """
         if dynamic_threshold is not None:
             raise NotImplementedError("DDIMSampler has no dynamic_threshold; PLMSSampler has")
-        level = self.noise_level(index, use_original_steps)
+        level = self.noise_level(index, use_original_steps, x.device)
         guidance = Guidance(unconditional_guidance_scale, unconditional_conditioning, score_corrector,
                             corrector_kwargs)
         prediction = self.predict(x, c, t, level.alpha_bar, guidance)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.family_sampler import Guidance, Samples, ScoreCorrector, Step, StepwiseSampler, Update
+from ldm.models.diffusion.family_sampler import Guidance, ScoreCorrector
+from ldm.models.diffusion.stepwise_sampler import Samples, Step, StepwiseSampler, Update
 from ldm.models.diffusion.wrapper import Condition
 from ldm.sampling.plms import multistep_eps
 from ldm.sampling.schedule import prediction_from_eps
@@ -87,7 +88,7 @@ class PLMSSampler(StepwiseSampler):
         Returns:
             The next x, the predicted x_0, and the noise predicted at x, each (B, C, H, W).
         """
-        level = self.noise_level(index, use_original_steps)
+        level = self.noise_level(index, use_original_steps, x.device)
         guidance = Guidance(unconditional_guidance_scale, unconditional_conditioning, score_corrector,
                             corrector_kwargs)
         how = Update(repeat_noise, quantize_denoised, temperature, noise_dropout, dynamic_threshold)

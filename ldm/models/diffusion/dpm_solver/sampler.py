@@ -97,7 +97,7 @@ class DPMSolverSampler(FamilySampler):
     def _make_denoiser(self, c: Condition, grid: TimeGrid, guidance: Guidance) -> Callable[[Tensor, int], Prediction]:
         def denoise(x: Tensor, i: int) -> Prediction:
             times = torch.full((len(x),), grid.times[i], device=x.device)
-            output = self.guided_output(x, c, times, guidance)
+            output = self.guided_output(x, c, times, guidance).to(x.dtype)  # the network may run in 16 bits
             return prediction_from_output(self.parameterization, x, grid.alpha_bar[i], output)
 
         return denoise
