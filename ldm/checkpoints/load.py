@@ -8,7 +8,7 @@ A model that keeps averages, because it is trained further, gets both. `ignore_k
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ldm.util import get_obj_from_str, instantiate_from_config, known_params
 
 log = logging.getLogger(__name__)
 
+Adapt = Callable[[str, Tensor, Tensor], Tensor]
 AVERAGES = "model_ema."
 WRONG_DTYPE = "of numbers"  # the beginning of such a problem's description
 # Keys of public checkpoints that no model here reads, by beginning and end: copies of EMA, loss networks of
@@ -84,7 +85,7 @@ def _extract_tensors(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (),
-                 optional_keys: Sequence[str] = ()) -> set[str]:
+                 optional_keys: Sequence[str] = (), adapt: Adapt | None = None) -> set[str]:
     """Load a checkpoint file or diffusers folder into `module`.
 
     Weights of any floating-point dtype are converted to the module's. From a whole model's checkpoint a part takes its
@@ -93,6 +94,7 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     Args:
         ignore_keys: beginnings of keys that are neither required nor loaded.
         optional_keys: beginnings of keys that the file may lack; a warning lists those that it does.
+        adapt: called as (key, the file's tensor, the module's) where both have the key; returns what to load.
 
     Returns:
         The keys of the module that were loaded.
@@ -107,6 +109,8 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     keeps_averages = any(key.startswith(AVERAGES) for key in required)
     averages = {} if keeps_averages else moving_averages(stored)
     tensors = _rename_text_encoder(_select_part(stored | averages, required), required)
+    if adapt is not None:
+        tensors |= {key: adapt(key, tensors[key], required[key]) for key in required if key in tensors}
     # Compare them with what the module needs.
     unread = _unread_prefixes(module)
     absent = [key for key in required if key not in tensors and not _is_unread(key, unread)]

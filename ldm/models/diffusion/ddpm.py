@@ -1,7 +1,21 @@
-"""The public path of the diffusion models, which configs name as `ldm.models.diffusion.ddpm.LatentDiffusion`."""
+"""The public path of the diffusion models, which configs name as `ldm.models.diffusion.ddpm.LatentDiffusion`.
+
+Layout2ImgDiffusion of the original is left out: it needs a data set of its repository.
+"""
+from ldm.models.diffusion.concat_conditions import (
+    LatentDepth2ImageDiffusion,
+    LatentFinetuneDiffusion,
+    LatentInpaintDiffusion,
+    LatentUpscaleFinetuneDiffusion,
+)
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import DDPM
+from ldm.models.diffusion.vector_conditions import ImageEmbeddingConditionedLatentDiffusion, LatentUpscaleDiffusion
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.models.frozen import disabled_train
 
-__all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion", "disabled_train"]
+__all__ = [
+    "DDPM", "DiffusionWrapper", "ImageEmbeddingConditionedLatentDiffusion", "LatentDepth2ImageDiffusion",
+    "LatentDiffusion", "LatentFinetuneDiffusion", "LatentInpaintDiffusion", "LatentUpscaleDiffusion",
+    "LatentUpscaleFinetuneDiffusion", "disabled_train",
+]

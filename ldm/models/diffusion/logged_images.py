@@ -94,8 +94,7 @@ class LogsLatentDiffusion(LogsDiffusion):
         """
         batch = batch if isinstance(batch, Mapping) else batch[0]  # of two, the photos
         scope = self.ema_scope if use_ema_scope else nullcontext
-        z, c, x, xrec, xc = self.get_input(batch, self.first_stage_key, return_first_stage_outputs=True,
-                                           force_c_encode=True, return_original_cond=True, bs=N)
+        z, c, x, xrec, xc = self.logged_inputs(batch, N)
         count = len(x)
         shown = {"inputs": x, "reconstruction": xrec, **self._show_condition(batch, x, c, xc)}
         if plot_diffusion_rows:
@@ -119,6 +118,11 @@ class LogsLatentDiffusion(LogsDiffusion):
         if plot_progressive_rows:
             shown["progressive_row"] = self._show_progress(c, count, scope)
         return pick(shown, return_keys)
+
+    def logged_inputs(self, batch: Mapping[str, Any], count: int) -> Sequence[Any]:
+        """Return latents, condition, images, reconstructions and the condition before its encoding."""
+        return self.get_input(batch, self.first_stage_key, return_first_stage_outputs=True, force_c_encode=True,
+                              return_original_cond=True, bs=count)
 
     def _sample_otherwise(self, draw: Callable[..., tuple[Tensor, Any]], c: Any, count: int, quantize_denoised: bool,
                           scale: float, label: Any) -> dict[str, Tensor]:

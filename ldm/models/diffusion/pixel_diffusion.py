@@ -148,10 +148,15 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
             added = {key.partition(".")[0] for key in self.state_dict()} - self._required_parts
             optional = tuple(part if part in self._parameters or part in self._buffers else f"{part}."
                              for part in added)
-        loaded = load_weights(self.model if only_model else self, path, [*ignore_keys, *self.schedule_names], optional)
+        loaded = load_weights(self.model if only_model else self, path, [*ignore_keys, *self.schedule_names], optional,
+                              self.adapt_weight)
         if self.use_ema and not {f"model_ema.{name}" for name in self.model_ema.state_dict()} <= loaded:
             self.model_ema = LitEma(self.model)  # without averages in the file, averaging starts from these weights
         self.has_initial_weights = True
+
+    def adapt_weight(self, key: str, stored: Tensor, own: Tensor) -> Tensor:
+        """Return what a checkpoint's tensor means for the model's `own`. Subclasses extend those of other shapes."""
+        return stored
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as `nn.Module` does, except that files may hold `logvar`, as ControlNet's do."""

@@ -14,18 +14,24 @@ from ldm.modules.fast.fused import can_fuse, fuse
 from ldm.modules.fast.sixteen_bits import to_sixteen_bits
 from ldm.util import instantiate_from_config
 
-CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
-Condition = Tensor | PromptContext | Sequence[Any] | Mapping[str, Sequence[Any]] | None
+SEQUENTIAL = "sequential_crossattn"
+CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
+WITH_CHANNELS = ("concat", "hybrid", "hybrid-adm")
+WITH_CONTEXT = ("crossattn", "hybrid", "hybrid-adm", "crossattn-adm")
+WITH_VECTOR = ("hybrid-adm", "crossattn-adm")
+Condition = Tensor | PromptContext | Sequence[Any] | Mapping[str, Any] | None
 
 
 class DiffusionWrapper(nn.Module):
     """Calls `diffusion_model` with its condition as input channels, cross-attention context, or classes.
 
     Args:
-        diff_model_config: config of the U-Net.
-        conditioning_key: None, "concat" (channels), "crossattn" (context), "hybrid" (both) or "adm" (classes).
+        diff_model_config: config of the U-Net. A key `sequential_crossattn` in it is read here.
+        conditioning_key: None, "concat" (channels), "crossattn" (context), "hybrid" (both) or "adm" (classes);
+            "crossattn-adm" and "hybrid-adm" take a vector or classes in addition.
 
     Attributes:
+        sequential_cross_attn: whether the U-Net gets several contexts as a list instead of one after the other.
         graphs: CUDA graphs that run the U-Net, see `enable_fast_inference`; None: the U-Net itself runs.
     """
 
@@ -33,12 +39,14 @@ class DiffusionWrapper(nn.Module):
         super().__init__()
         if conditioning_key not in CONDITIONING_KEYS:
             raise UserError(f"conditioning_key {conditioning_key!r} is unknown; choose one of {CONDITIONING_KEYS}")
-        self.diffusion_model = instantiate_from_config(diff_model_config)
+        self.sequential_cross_attn = bool(diff_model_config.get(SEQUENTIAL, False))
+        unet_config = {key: value for key, value in diff_model_config.items() if key != SEQUENTIAL}
+        self.diffusion_model = instantiate_from_config(unet_config)
         self.conditioning_key = conditioning_key
         self.graphs: GraphedUNet | None = None
 
     def forward(self, x: Tensor, t: Tensor, c_concat: Sequence[Tensor] | None = None,
-                c_crossattn: Sequence[Tensor | PromptContext] | None = None) -> Tensor:
+                c_crossattn: Sequence[Tensor | PromptContext] | None = None, c_adm: Tensor | None = None) -> Tensor:
         """Return the U-Net's output.
 
         Args:
@@ -46,18 +54,31 @@ class DiffusionWrapper(nn.Module):
             t: (B,) timesteps.
             c_concat: tensors (B, c, H, W) to append to the channels of x.
             c_crossattn: contexts of the same prompts, concatenated along the tokens; with "adm" the classes.
+            c_adm: classes (B,) or vectors (B, d).
+
+        Raises:
+            UserError: if the conditioning key needs `c_adm`, and there is none.
         """
-        if self.conditioning_key in ("concat", "hybrid"):
+        key = self.conditioning_key
+        if key in WITH_CHANNELS:
             x = torch.cat([x, *(c_concat or ())], dim=1)
-        if self.conditioning_key in ("crossattn", "hybrid"):
-            context = concat_contexts(c_crossattn or ())
+        if key in WITH_VECTOR:
+            if c_adm is None:
+                raise UserError(f"conditioning_key {key}: needs a condition c_adm")
+            return self.diffusion_model(x, t, context=self._join(c_crossattn or ()), y=c_adm)
+        if key in WITH_CONTEXT:
+            context = self._join(c_crossattn or ())
             weights = context.weights if isinstance(context, PromptContext) else {}
             if weights:
                 return torch.func.functional_call(self.diffusion_model, dict(weights), (x, t), {"context": context})
             return (self.graphs or self.diffusion_model)(x, t, context=context)
-        if self.conditioning_key == "adm":
+        if key == "adm":
             return self.diffusion_model(x, t, y=(c_crossattn or ())[0])
         return self.diffusion_model(x, t)
+
+    def _join(self, contexts: Sequence[Tensor | PromptContext]) -> Any:
+        """Return the contexts as one, or as a list if the U-Net's blocks read one after the other."""
+        return list(contexts) if self.sequential_cross_attn else concat_contexts(contexts)
 
     def enable_fast_inference(self, dtype: torch.dtype) -> None:
         """Make a frozen U-Net on a CUDA device fast, for inference and for training around it.
@@ -80,7 +101,7 @@ def concat_contexts(contexts: Sequence[Tensor | PromptContext]) -> Tensor | Prom
     return torch.cat(list(contexts), dim=1)
 
 
-def as_model_kwargs(condition: Condition, conditioning_key: str | None) -> Mapping[str, Sequence[Any]]:
+def as_model_kwargs(condition: Condition, conditioning_key: str | None) -> Mapping[str, Any]:
     """Return the condition under its keyword of `DiffusionWrapper.forward`."""
     if condition is None:
         return {}
