@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,14 +12,9 @@ from torch.overrides import TorchFunctionMode
 from ldm.common.errors import UserError
 from ldm.modules.attention import SpatialTransformer, name_text_layers
 from ldm.modules.context import PromptContext
-from ldm.modules.diffusionmodules import util
 from ldm.modules.diffusionmodules.openaimodel import (
-    AttentionBlock,
-    Downsample,
-    QKVAttention,
-    ResBlock,
+    EncoderUNetModel,
     UNetModel,
-    Upsample,
 )
 from ldm.modules.edit import Edit, locked_keys
 
@@ -285,7 +279,9 @@ def test_class_labels_and_residual_resampling() -> None:
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    ({"n_embed": 512}, "n_embed"), ({"num_heads": -1}, "num_head_channels"),
+    ({"disable_self_attentions": [True]}, "disable_self_attentions has 1 entries, channel_mult 2"),
+    ({"num_attention_blocks": [1, 1, 1]}, "num_attention_blocks"), ({"num_heads": -1}, "num_head_channels"),
+    ({"num_classes": "sequential"}, "adm_in_channels"),
     ({"num_heads": 5}, "num_heads"), ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks"),
     ({"context_dim": None}, "context_dim"), ({"num_head_channels": 24}, "num_head_channels"),
 ])
@@ -298,127 +294,88 @@ def test_missing_or_unused_inputs_are_refused() -> None:
     latent, times, context = batch()
     with pytest.raises(ValueError, match="needs context"):
         UNetModel(**TEXT)(latent, times)
-    with pytest.raises(ValueError, match="no use for context"):
-        UNetModel(**PLAIN)(latent, times, context)
+    with pytest.raises(ValueError, match="no use for y"):
+        UNetModel(**PLAIN)(latent, times, y=times)
     with pytest.raises(ValueError, match="needs timesteps"):
         UNetModel(**PLAIN)(latent)
 
 
-@pytest.mark.parametrize("new_order", [False, True])
-def test_attention_block_is_softmax_attention(new_order: bool) -> None:
-    block = randomize(AttentionBlock(64, num_head_channels=32, use_new_attention_order=new_order), scale=0.2)
-    x = torch.randn(2, 64, 3, 5)
-    flat = x.flatten(2)
-    normed = F.group_norm(flat, 32, block.norm.weight, block.norm.bias, 1e-5)
-    qkv = block.qkv.weight[..., 0] @ normed + block.qkv.bias[:, None]
-    heads = []
-    for head in range(2):
-        if new_order:
-            q, k, v = (qkv[:, 64 * part + 32 * head:][:, :32] for part in range(3))
-        else:
-            q, k, v = (qkv[:, 96 * head + 32 * part:][:, :32] for part in range(3))
-        heads.append(v @ torch.softmax(q.mT @ k / math.sqrt(32), dim=-1).mT)
-    expected = flat + block.proj_out.weight[..., 0] @ torch.cat(heads, 1) + block.proj_out.bias[:, None]
-    assert torch.allclose(block(x), expected.view_as(x), atol=1e-4)
+def test_what_a_model_does_not_read_is_ignored() -> None:
+    """As in the LDM family, whose callers pass everything to every model."""
+    latent, times, context = batch()
+    plain = randomize(UNetModel(**PLAIN))
+    assert torch.equal(plain(latent, times, context, transformer_options={}), plain(latent, times))
 
 
-def test_heads_that_do_not_divide_the_channels_are_refused() -> None:
-    with pytest.raises(UserError, match="num_heads"):
-        AttentionBlock(64, num_heads=3)
+@pytest.mark.parametrize(("num_classes", "y", "layers"), [
+    (3, torch.tensor([0, 2]), torch.nn.Embedding), ("continuous", torch.tensor([[0.5], [2.0]]), torch.nn.Linear),
+    ("sequential", torch.randn(2, 6), torch.nn.Sequential), ("timestep", torch.tensor([7, 300]), torch.nn.Sequential)])
+def test_kinds_of_classes(num_classes: int | str, y: torch.Tensor, layers: type) -> None:
+    unet = randomize(UNetModel(**PLAIN, num_classes=num_classes, adm_in_channels=6))
+    latent, times, _ = batch()
+    assert isinstance(unet.label_emb, layers) and unet.label_emb(y).shape == (2, 128)
+    predicted = unet(latent, times, y=y)
+    assert not torch.allclose(predicted, unet(latent, times, y=y.flip(0)))
+    shifted = unet.time_embed[2].bias + unet.label_emb(y[:1])[0]  # the same as a shifted embedding of the timestep
+    unet.num_classes = None
+    with torch.no_grad():
+        unet.time_embed[2].bias.copy_(shifted)
+    torch.testing.assert_close(unet(latent[:1], times[:1]), predicted[:1], rtol=1e-4, atol=1e-4)
 
 
-def test_both_stacking_orders_agree_for_one_head() -> None:
-    qkv = torch.randn(2, 24, 6)
-    assert torch.allclose(QKVAttention(1, heads_first=True)(qkv), QKVAttention(1)(qkv))
+def test_predicting_codebook_entries() -> None:
+    unet = randomize(UNetModel(**TEXT, n_embed=10))
+    latent, times, context = batch()
+    assert unet.predict_codebook_ids and unet(latent, times, context).shape == (2, 10, 8, 8)
+    assert {"id_predictor.0.weight", "id_predictor.1.weight", "out.2.weight"} <= unet.state_dict().keys()
 
 
-def test_scale_shift_norm() -> None:
-    block = randomize(ResBlock(32, 16, 0.0, out_channels=64, use_scale_shift_norm=True, down=True, use_conv=True))
-    x, emb = torch.randn(2, 32, 4, 4), torch.randn(2, 16)
-    weights = dict(block.named_parameters())
-
-    def conv(name: str, h: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(h, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=1)
-
-    def norm(name: str, h: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(h, 32, weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
-
-    h = conv("in_layers.2", F.avg_pool2d(F.silu(norm("in_layers.0", x)), 2))
-    scale, shift = F.linear(F.silu(emb), weights["emb_layers.1.weight"], weights["emb_layers.1.bias"]).split(64, dim=1)
-    h = norm("out_layers.0", h) * (1 + scale)[..., None, None] + shift[..., None, None]
-    expected = conv("skip_connection", F.avg_pool2d(x, 2)) + conv("out_layers.3", F.silu(h))
-    assert torch.allclose(block(x, emb), expected, atol=1e-5)
+def attentions(unet: UNetModel) -> dict[str, bool]:
+    """Return the names of all spatial transformers, and whether their first attention reads the context."""
+    return {name: layer.transformer_blocks[0].attn1.reads_text for name, layer in unet.named_modules()
+            if isinstance(layer, SpatialTransformer)}
 
 
-@pytest.mark.parametrize("use_conv", [False, True])
-@pytest.mark.parametrize(("dims", "size", "half"), [(1, (8,), (4,)), (2, (8, 4), (4, 2)), (3, (3, 8, 4), (3, 4, 2))])
-def test_resampling_of_all_dimensions(dims: int, size: tuple, half: tuple, use_conv: bool) -> None:
-    down, up = Downsample(6, use_conv, dims, 6), Upsample(6, use_conv, dims)
-    x = torch.randn(1, 6, *size)
-    assert down(x).shape == (1, 6, *half)
-    assert up(down(x)).shape == x.shape
-    if not use_conv:
-        assert torch.allclose(down(up(x)), x)
+def test_self_attention_can_be_left_out() -> None:
+    everywhere = {**TEXT, "num_res_blocks": [2, 2]}
+    assert attentions(UNetModel(**everywhere, num_attention_blocks=[1, 0])) == {
+        "input_blocks.1.1": False, "middle_block.1": False, "output_blocks.3.1": False}
+    assert attentions(UNetModel(**TEXT, disable_self_attentions=[False, True])) == {
+        "input_blocks.1.1": False, "input_blocks.3.1": True, "middle_block.1": False, "output_blocks.0.1": True,
+        "output_blocks.1.1": True, "output_blocks.2.1": False, "output_blocks.3.1": False}
+    assert attentions(UNetModel(**TEXT, disable_middle_self_attn=True))["middle_block.1"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-def test_timestep_embedding() -> None:
-    got = util.timestep_embedding(torch.tensor([0, 250]), 7, max_period=100)
-    angles = [250 * 100 ** (-i / 3) for i in range(3)]
-    expected = [[1, 1, 1, 0, 0, 0, 0], [*map(math.cos, angles), *map(math.sin, angles), 0]]
-    assert torch.allclose(got, torch.tensor(expected, dtype=torch.float32), atol=1e-4)
-
-
-def test_beta_schedules() -> None:
-    n, low, high = 50, 1e-3, 2e-2
-    ramp = [low + (high - low) * i / (n - 1) for i in range(n)]
-    roots = [math.sqrt(low) + (math.sqrt(high) - math.sqrt(low)) * i / (n - 1) for i in range(n)]
-    assert np.allclose(util.make_beta_schedule("linear", n, low, high), [root ** 2 for root in roots])
-    assert np.allclose(util.make_beta_schedule("sqrt_linear", n, low, high), ramp)
-    assert np.allclose(util.make_beta_schedule("sqrt", n, low, high), [math.sqrt(beta) for beta in ramp])
-    cosine = util.make_beta_schedule("cosine", n)
-    squares = [math.cos((t / n + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(n)]
-    assert np.allclose(np.cumprod(1 - cosine)[:-1], [square / squares[0] for square in squares[1:]])
-    assert cosine[-1] == 0.999
-    with pytest.raises(UserError, match="cosine"):
-        util.make_beta_schedule("quartic", n)
+def test_the_dtype_that_users_read_and_set() -> None:
+    assert UNetModel(**PLAIN).dtype == torch.float32 and UNetModel(**PLAIN).bfloat16().dtype == torch.bfloat16
+    assert UNetModel(**PLAIN, use_fp16=True).dtype == torch.float16
+    unet = randomize(UNetModel(**PLAIN, use_bf16=True))
+    assert unet.dtype == torch.bfloat16
+    latent, times, _ = batch()
+    predicted = unet(latent, times)
+    unet.dtype = torch.float32
+    unet.convert_to_fp16()
+    assert unet.dtype == torch.float32 and torch.equal(unet(latent, times), predicted)
 
 
-@pytest.mark.parametrize(("method", "steps", "of", "expected"), [
-    ("uniform", 5, 1000, [1, 201, 401, 601, 801]), ("uniform", 1, 1000, [1]), ("uniform", 3, 10, [1, 4, 7, 10]),
-    ("uniform", 4, 4, [1, 2, 3, 4]), ("quad", 4, 500, [1, 45, 178, 401]),
-])
-def test_ddim_timesteps(method: str, steps: int, of: int, expected: list[int]) -> None:
-    assert util.make_ddim_timesteps(method, steps, of).tolist() == expected
+ENCODER = {**PLAIN, "out_channels": 5, "num_head_channels": 16}
 
 
-@pytest.mark.parametrize(("method", "steps"), [("uniform", 0), ("uniform", 11), ("cubic", 5)])
-def test_impossible_ddim_timesteps_are_refused(method: str, steps: int) -> None:
-    with pytest.raises(UserError):
-        util.make_ddim_timesteps(method, steps, 10)
+@pytest.mark.parametrize(("pool", "last_width"), [
+    ("adaptive", 64), ("attention", 64), ("spatial", 32 + 32 + 32 + 64 + 64), ("spatial_v2", 224)])
+def test_the_encoder_half(pool: str, last_width: int) -> None:
+    unet = randomize(EncoderUNetModel(**ENCODER, pool=pool, num_classes=3))
+    latent, times, _ = batch()
+    widths = []
+    unet.out[0].register_forward_hook(lambda layer, inputs, _: widths.append(inputs[0].shape[1]))
+    assert unet(latent, times).shape == (2, 5) and widths == [last_width]
+    whole = UNetModel(**ENCODER).state_dict()
+    shared = {key: value.shape for key, value in unet.state_dict().items() if not key.startswith("out.")}
+    assert shared == {key: whole[key].shape for key in whole if not key.startswith(("out.", "output_blocks."))}
 
 
-def test_extract_into_tensor() -> None:
-    got = util.extract_into_tensor(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([2, 0]), (2, 3, 4, 4))
-    assert got.shape == (2, 1, 1, 1) and got.flatten().tolist() == [7, 5]
-
-
-@pytest.mark.parametrize("mean", [0.0, 3.0])
-def test_group_norm_computes_statistics_in_float32(mean: float) -> None:
-    """In 16 bits, mean and deviation are rounded once, when they are stored: by half a step of 8 bits each."""
-    norm = util.normalization(64).to(torch.bfloat16)
-    x = ((torch.randn(2, 64, 32, 32) + mean) * 100).to(torch.bfloat16)
-    got, exact = norm(x), F.group_norm(x.float(), 32, eps=1e-5)
-    assert got.dtype == torch.bfloat16
-    half_a_step = 2.0 ** -9
-    allowed = half_a_step * (mean + 2 * exact.abs()) + half_a_step
-    assert bool(((got.float() - exact).abs() <= allowed).all())
-
-
-def test_group_norm_with_other_weights_computes_in_float32() -> None:
-    """Only the output is rounded to 8 bits, which is an error of at most 2^-8 of it."""
-    norm, x = util.normalization(64), torch.randn(2, 64, 4, 4).to(torch.bfloat16) * 100
-    got, exact = norm(x), F.group_norm(x.double(), 32, eps=1e-5)
-    assert torch.equal(got, F.group_norm(x.float(), 32, norm.weight, norm.bias, eps=1e-5).to(torch.bfloat16))
-    assert bool(((got.double() - exact).abs() <= 2.0 ** -8 * exact.abs() + 1e-6).all())
+def test_impossible_pools_are_refused() -> None:
+    with pytest.raises(UserError, match="'max' is unknown; choose one of adaptive, attention"):
+        EncoderUNetModel(**ENCODER, pool="max")
+    with pytest.raises(UserError, match="num_head_channels"):
+        EncoderUNetModel(**{**ENCODER, "num_head_channels": -1}, pool="attention")

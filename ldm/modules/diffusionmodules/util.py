@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,10 +13,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from ldm.common.errors import UserError
+from ldm.util import instantiate_from_config, mean_flat
 
+__all__ = [
+    "NORM_GROUPS", "GroupNorm32", "HybridConditioner", "SiLU", "avg_pool_nd", "betas_for_alpha_bar", "checkpoint",
+    "conv_nd", "ddim_sigma", "extract_into_tensor", "linear", "make_beta_schedule", "make_ddim_sampling_parameters",
+    "make_ddim_timesteps", "mean_flat", "noise_like", "normalization", "scale_module", "timestep_embedding",
+    "zero_module",
+]
 Module = TypeVar("Module", bound=nn.Module)
 FloatOrArray = TypeVar("FloatOrArray", float, np.ndarray)
 
+SiLU = nn.SiLU
 log = logging.getLogger(__name__)
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -27,11 +35,17 @@ NORM_GROUPS = 32
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedules. beta_t is the variance that step t of T adds; alpha_bar_t = prod_{s<=t} (1 - beta_s).
 
-def _cosine_betas(steps: int, offset: float, largest: float = 0.999) -> np.ndarray:
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
+    """Return the betas, at most `max_beta`, of a given alpha_bar, a function of the time t / T from 0 to 1; (T,)."""
+    values = np.array([alpha_bar(t / num_diffusion_timesteps) for t in range(num_diffusion_timesteps + 1)])
+    return np.minimum(1 - values[1:] / values[:-1], max_beta)
+
+
+def _cosine_betas(steps: int, offset: float = 8e-3) -> np.ndarray:
     """Return the betas of which alpha_bar is a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17)."""
-    phase = (np.arange(steps + 1, dtype=np.float64) / steps + offset) / (1 + offset) * np.pi / 2
-    alpha_bar = np.cos(phase) ** 2
-    return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, largest)
+    return betas_for_alpha_bar(steps, lambda t: math.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2)
 
 
 def make_beta_schedule(
@@ -41,7 +55,8 @@ def make_beta_schedule(
 
     Args:
         schedule: "linear" (the square root of beta is linear in t, as in latent diffusion), "sqrt_linear" (beta is
-            linear in t, as in the DDPM paper), "sqrt" (beta is the square root of a linear function) or "cosine".
+            linear in t, as in the DDPM paper), "sqrt" (beta is the square root of a linear function), "cosine", or
+            "squaredcos_cap_v2" (the same with an offset of 0.008).
         n_timestep: T.
         linear_start, linear_end: first and last beta; "cosine" ignores them.
         cosine_s: offset that keeps the first betas of "cosine" away from zero.
@@ -50,13 +65,14 @@ def make_beta_schedule(
         (T,) float64
 
     Raises:
-        UserError: if the schedule is none of the four.
+        UserError: if the schedule is none of these.
     """
     tables: dict[str, Callable[[], np.ndarray]] = {
         "linear": lambda: np.linspace(math.sqrt(linear_start), math.sqrt(linear_end), n_timestep) ** 2,
         "sqrt_linear": lambda: np.linspace(linear_start, linear_end, n_timestep),
         "sqrt": lambda: np.sqrt(np.linspace(linear_start, linear_end, n_timestep)),
         "cosine": lambda: _cosine_betas(n_timestep, cosine_s),
+        "squaredcos_cap_v2": lambda: _cosine_betas(n_timestep),
     }
     if schedule not in tables:
         raise UserError(f"beta schedule {schedule!r} is unknown; choose one of {', '.join(sorted(tables))}")
@@ -138,18 +154,24 @@ def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
     return a[t].view(-1, *[1] * (len(x_shape) - 1))
 
 
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+def timestep_embedding(
+    timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False
+) -> Tensor:
     """Embed timesteps by sinusoids whose frequencies fall geometrically from 1 to 1/max_period.
 
     Args:
         timesteps: (B,), not necessarily integers.
         dim: width of the embedding.
+        repeat_only: whether to repeat the timesteps instead.
 
     Returns:
-        (B, dim) float32: the cosines, then the sines, then a zero if `dim` is odd.
+        (B, dim) float32: the cosines, then the sines, then a zero if `dim` is odd. With `repeat_only` (B, dim) of the
+        timesteps' dtype.
 
     Source: Vaswani et al. 2017, section 3.5.
     """
+    if repeat_only:
+        return timesteps.unsqueeze(1).repeat(1, dim)
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps.float().unsqueeze(1) * torch.exp(-math.log(max_period) * exponents)
@@ -196,6 +218,32 @@ def zero_module(module: Module) -> Module:
         for parameter in module.parameters():
             parameter.zero_()
     return module
+
+
+def scale_module(module: Module, scale: float) -> Module:
+    """Multiply all parameters of `module` by `scale`, and return it."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(scale)
+    return module
+
+
+class HybridConditioner(nn.Module):
+    """Encode one condition to concatenate with the latents and one for cross-attention.
+
+    Args:
+        c_concat_config, c_crossattn_config: configs of the two encoders.
+    """
+
+    def __init__(self, c_concat_config: Mapping[str, Any], c_crossattn_config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.concat_conditioner = instantiate_from_config(c_concat_config)
+        self.crossattn_conditioner = instantiate_from_config(c_crossattn_config)
+
+    def forward(self, c_concat: Any, c_crossattn: Any) -> dict[str, list[Tensor]]:
+        """Return the encoded conditions as `ldm.models.diffusion.wrapper.DiffusionWrapper` reads them."""
+        return {"c_concat": [self.concat_conditioner(c_concat)],
+                "c_crossattn": [self.crossattn_conditioner(c_crossattn)]}
 
 
 def checkpoint(

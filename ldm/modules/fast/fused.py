@@ -103,7 +103,7 @@ def fuse(network: nn.Module) -> None:
 def _can_fuse_block(block: ResBlock) -> bool:
     """Return whether a block is two-dimensional and has nothing between its norms, SiLUs and convolutions."""
     two_dimensions = isinstance(block.in_layers[-1], nn.Conv2d)
-    return two_dimensions and block.resample is None and not block.use_scale_shift_norm
+    return two_dimensions and not block.updown and not block.use_scale_shift_norm
 
 
 @functools.cache
