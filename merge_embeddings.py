@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.parser import Parser
 from ldm.common.errors import UserError, one_line_errors
-from ldm.common.paths import quote_command
+from ldm.common.paths import expand_home, quote_command
 
 if TYPE_CHECKING:
     from ldm.concepts.finetuned_concept import AnyConcept
@@ -25,10 +25,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(f"{__doc__}\nThe files must come from the same base model and the same method (Perfusion, Textual\n"
                     "Inversion, Custom Diffusion or another whose weights can be merged). Nothing is trained.", EXAMPLE)
     parser.add_argument(
-        "--manager_ckpts", "--concepts", nargs="+", required=True, metavar="FILE",
+        "--manager_ckpts", "--concepts", nargs="+", required=True, type=expand_home, metavar="FILE",
         help="concept files to combine, from training or from this script",
     )
-    parser.add_argument("--output_path", required=True, metavar="FILE", help="path of the combined file")
+    parser.add_argument("--output_path", required=True, type=expand_home, metavar="FILE",
+                        help="path of the combined file")
     parser.add_argument(
         "--placeholders", nargs="+", metavar="WORD",
         help='the word that stands for each concept in prompts, in the order of the files, such as "<teddy>" "<mug>"; '

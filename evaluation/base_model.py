@@ -20,7 +20,7 @@ from evaluation.mini.settings import CAPTIONS, MEASUREMENTS, MINI, BaseModelSett
 from ldm.cli.generation import add_model_flags, model_settings  # noqa: E402
 from ldm.cli.parser import Parser, float_in_range, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.paths import check_folder, resolve_path  # noqa: E402
+from ldm.common.paths import check_folder, expand_home, resolve_path, user_path  # noqa: E402
 
 WITH_IMAGES = ("one_subject", "two_subjects")
 OLD_NAMES = {"one_thing": "one_subject", "two_things": "two_subjects"}
@@ -51,14 +51,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> BaseModelSettings
     group.add_argument("--seed", type=int_in_range(0, 2**32), default=1, metavar="N",
                        help="of prompts, images and scenes (default: %(default)s)")
     parts = parser.add_argument_group("parts other than the bundled ones")
-    parts.add_argument("--autoencoder", metavar="FILE", help="weights of configs/mini/autoencoder.yaml to measure "
+    parts.add_argument("--autoencoder", type=expand_home, metavar="FILE",
+                       help="weights of configs/mini/autoencoder.yaml to measure "
                        "instead of the base model's own")
-    parts.add_argument("--clip", type=Path, default=MINI / "clip", metavar="FOLDER", help="or a name, such as "
+    parts.add_argument("--clip", type=user_path, default=MINI / "clip", metavar="FOLDER", help="or a name, such as "
                        "ViT-B-32/openai: ARCHITECTURE/WEIGHTS of open_clip, or one on the hub")
-    parts.add_argument("--segmenter", type=Path, default=MINI / "segmenter", metavar="FOLDER")
-    parts.add_argument("--evaluation_clip", type=Path, default=MINI / "evaluation_clip", metavar="FOLDER",
+    parts.add_argument("--segmenter", type=user_path, default=MINI / "segmenter", metavar="FOLDER")
+    parts.add_argument("--evaluation_clip", type=user_path, default=MINI / "evaluation_clip", metavar="FOLDER",
                        help="or a name, as for --clip")
-    parts.add_argument("--weights", type=Path, default=MINI, metavar="FOLDER", help="folder whose size is measured")
+    parts.add_argument("--weights", type=user_path, default=MINI, metavar="FOLDER",
+                       help="folder whose size is measured")
     add_model_flags(parser, outdir="outputs/base_model")
     options = parser.parse_args(arguments)
     if options.quick:

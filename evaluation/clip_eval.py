@@ -12,7 +12,7 @@ from evaluation.sweeps.settings import ClipEvalOptions, FolderSettings, SampleSe
 from ldm.cli import generation as flags  # noqa: E402
 from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.paths import resolve_path  # noqa: E402
+from ldm.common.paths import expand_home, resolve_path  # noqa: E402
 
 DESCRIPTION = f"""{__doc__}
 
@@ -41,8 +41,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ClipEvalOptions:
     """
     parser = Parser(DESCRIPTION, EXAMPLES)
     existing = parser.add_argument_group("existing images")
-    existing.add_argument("--images", metavar="FOLDER", help="measure the images in this folder")
-    existing.add_argument("--captions", metavar="FILE", help="CSV file with the columns file and prompt, and "
+    existing.add_argument("--images", type=expand_home, metavar="FOLDER", help="measure the images in this folder")
+    existing.add_argument("--captions", type=expand_home, metavar="FILE",
+                          help="CSV file with the columns file and prompt, and "
                           "optionally category and seed (default: the metadata of the images)")
     existing.add_argument("--prompt", metavar="TEXT", help="the prompt of all images")
     generated = parser.add_argument_group("or images that are generated of a concept")
@@ -66,7 +67,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ClipEvalOptions:
 def add_sample_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of which images are generated; None stands for the defaults of `SampleSettings`."""
     default = SampleSettings()
-    group.add_argument("--prompts", metavar="FILE", help="one prompt per line, with {} for the concept (default: "
+    group.add_argument("--prompts", type=expand_home, metavar="FILE",
+                       help="one prompt per line, with {} for the concept (default: "
                        "evaluation/prompts/mini.txt)")
     group.add_argument("--seeds", type=int_in_range(1), metavar="N",
                        help=f"images per prompt, with seeds from --seed on (default: {default.num_seeds})")
@@ -84,15 +86,18 @@ def sample_settings(options: argparse.Namespace) -> SampleSettings:
 def add_reference_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of what images are compared with."""
     group = parser.add_argument_group("what the images are compared with")
-    group.add_argument("--photos", required=True, metavar="FOLDER", help="the concept's photos")
-    group.add_argument("--masks", metavar="FOLDER", help="a mask for each photo, with the photo's name, white where "
+    group.add_argument("--photos", required=True, type=expand_home, metavar="FOLDER", help="the concept's photos")
+    group.add_argument("--masks", type=expand_home, metavar="FOLDER",
+                       help="a mask for each photo, with the photo's name, white where "
                        "the concept is (default: the segmenter finds it)")
     group.add_argument("--super_category", "--init_word", dest="super_category", metavar="TEXT", help="what kind of "
                        'object it is, such as "teddy bear" (default: what the concept or the images say)')
-    group.add_argument("--clip", metavar="NAME", help="folder with a CLIP of transformers or open_clip, or a name such "
+    group.add_argument("--clip", type=expand_home, metavar="NAME",
+                       help="folder with a CLIP of transformers or open_clip, or a name such "
                        "as ViT-B-32/openai: ARCHITECTURE/WEIGHTS of open_clip (default: the model's, or else "
                        "models/mini/evaluation_clip)")
-    group.add_argument("--segmenter", metavar="NAME", help="folder or hub name of a CLIPSeg, or none (default: the "
+    group.add_argument("--segmenter", type=expand_home, metavar="NAME",
+                       help="folder or hub name of a CLIPSeg, or none (default: the "
                        "model's, or else CIDAS/clipseg-rd64-refined)")
 
 

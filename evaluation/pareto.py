@@ -19,6 +19,7 @@ from evaluation.sweeps.settings import LOCKS, ParetoOptions  # noqa: E402
 from ldm.cli import generation as flags  # noqa: E402
 from ldm.cli.parser import Parser, float_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
+from ldm.common.paths import expand_home  # noqa: E402
 
 BIASES = (0.45, 0.6, 0.75, 0.9, 1.05)
 DESCRIPTION = f"""{__doc__}
@@ -46,7 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ParetoOptions:
     """
     parser = Parser(DESCRIPTION, EXAMPLES)
     swept = parser.add_argument_group("what is swept")
-    swept.add_argument("--concept", nargs="+", action="extend", required=True, metavar="FILE",
+    swept.add_argument("--concept", nargs="+", action="extend", required=True, type=expand_home, metavar="FILE",
                        help="concept files, each of one concept and all of the same subject")
     swept.add_argument("--labels", nargs="+", metavar="TEXT",
                        help="a name for each file (default: the names of the files)")

@@ -19,7 +19,7 @@ from evaluation.paper.studies import STUDIES  # noqa: E402
 from ldm.cli.generation import add_model_flags, model_settings  # noqa: E402
 from ldm.cli.parser import Parser, float_in_range, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.paths import check_folder, resolve_path  # noqa: E402
+from ldm.common.paths import check_folder, expand_home, resolve_path  # noqa: E402
 from ldm.inference.settings import GenerationSettings  # noqa: E402
 from ldm.sampling.samplers import SAMPLERS  # noqa: E402
 
@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ReproduceOptions:
     _add_study_flags(parser)
     _add_amount_flags(parser)
     _add_generation_flags(parser)
-    parser.add_argument("--evaluation_clip", metavar="FOLDER",
+    parser.add_argument("--evaluation_clip", type=expand_home, metavar="FOLDER",
                         help="folder or name of the CLIP that measures (default: the model's)")
     parser.add_argument("--jobs", type=int_in_range(1), metavar="N",
                         help="trainings at a time, which share the cores (default: one for each core, up to 4)")
@@ -77,7 +77,8 @@ def _add_amount_flags(parser: argparse.ArgumentParser) -> None:
                        help="fewer of everything, and trainings of a quarter of the length: a first look")
     group.add_argument("--concepts", type=int_in_range(2, 11), default=8, metavar="N",
                        help="number of bundled examples (default: %(default)s)")
-    group.add_argument("--prompts", metavar="FILE", help="one prompt per line, with {} for the concept (default: "
+    group.add_argument("--prompts", type=expand_home, metavar="FILE",
+                       help="one prompt per line, with {} for the concept (default: "
                        "evaluation/prompts/mini.txt)")
     group.add_argument("--prompts-limit", "--prompts_limit", type=int_in_range(1), default=12, metavar="N",
                        help="number of prompts, taken from all categories in turn (default: %(default)s)")

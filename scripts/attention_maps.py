@@ -12,6 +12,7 @@ from evaluation.attention.settings import AttentionOptions  # noqa: E402
 from ldm.cli import generation as flags  # noqa: E402
 from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
+from ldm.common.paths import expand_home  # noqa: E402
 from ldm.inference.settings import GenerationOptions  # noqa: E402
 
 DESCRIPTION = f"""{__doc__}
@@ -37,8 +38,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> AttentionOptions:
     parser = Parser(DESCRIPTION, EXAMPLES)
     parser.add_argument("prompt", metavar="PROMPT", help="the prompt, in quotes")
     parser.add_argument("--concepts", "--concept", dest="concept", nargs="+", action="extend", default=[],
-                        metavar="FILE", help="concept files of any method, each used on its own; without this flag the "
-                        "base model generates, and --word says which word to look at")
+                        type=expand_home, metavar="FILE", help="concept files of any method, each used on its own; "
+                        "without this flag the base model generates, and --word says which word to look at")
     parser.add_argument("--labels", nargs="+", metavar="TEXT", help="a name for each file (default: its method)")
     parser.add_argument("--word", metavar="TEXT", help="the word to look at, or several successive words of the prompt "
                         "(default: the concept's)")
@@ -47,10 +48,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> AttentionOptions:
     parser.add_argument("--shown", type=int_in_range(1), default=1, metavar="N",
                         help="images of each file in the figure, the first ones (default: 1)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--mask", metavar="FILE", help="your own mask for all images, white where the object is "
-                       "(default: the segmenter looks for the super-category, or the plain word, in each image)")
-    which.add_argument("--segmenter", metavar="NAME", help="folder or hub name of that CLIPSeg (default: the model's, "
-                       "or else CIDAS/clipseg-rd64-refined)")
+    which.add_argument("--mask", type=expand_home, metavar="FILE", help="your own mask for all images, white "
+                       "where the object is (default: the segmenter looks for the super-category, or the plain word, "
+                       "in each image)")
+    which.add_argument("--segmenter", type=expand_home, metavar="NAME", help="folder or hub name of that CLIPSeg "
+                       "(default: the model's, or else CIDAS/clipseg-rd64-refined)")
     flags.add_sampling_flags(parser)
     flags.add_amount_flags(parser)
     flags.add_model_flags(parser, outdir="outputs/attention-maps")

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors, set_log_level  # noqa: E402
-from ldm.common.paths import check_folder  # noqa: E402
+from ldm.common.paths import check_folder, expand_home  # noqa: E402
 
 PARTS = {
     "training_step": "a training step: time, memory, share of the matrix rate; also of diffusers and peft",
@@ -47,7 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--rounds", type=int_in_range(1), metavar="N",
                         help=f"measured rounds, after one warm-up round (default: {ROUNDS}; quick: {QUICK_ROUNDS})")
     parser.add_argument("--with_tests", action="store_true", help="also time the README's test command, which is slow")
-    parser.add_argument("--outdir", default="outputs/benchmark", metavar="FOLDER",
+    parser.add_argument("--outdir", type=expand_home, default="outputs/benchmark", metavar="FOLDER",
                         help="folder of results.json (default: %(default)s)")
     options = parser.parse_args(arguments)
     unknown = [part for part in options.parts if part not in PARTS]

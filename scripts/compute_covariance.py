@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.paths import check_file  # noqa: E402
+from ldm.common.paths import check_file, user_path  # noqa: E402
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,17 +60,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> CovarianceOptions
         UserError: a flag is wrong, or the output file cannot be written.
     """
     parser = Parser(__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the base model")
-    parser.add_argument("--ckpt", type=Path,
+    parser.add_argument("--config", type=user_path, required=True, help="YAML file of the base model")
+    parser.add_argument("--ckpt", type=user_path,
                         help="its weights: .safetensors, .ckpt or diffusers folder (default: the config's)")
-    parser.add_argument("--captions", type=Path, metavar="FILE",
+    parser.add_argument("--captions", type=user_path, metavar="FILE",
                         help="text file, one caption per line, in UTF-8 (default: captions made of ImageNet's names)")
     parser.add_argument("--tokens", default=CovarianceOptions.tokens, metavar="WHICH",
                         help="which tokens of a caption count: words, no_padding (words, start and end) or all "
                         "(default: %(default)s)")
     parser.add_argument("--limit", type=int_in_range(1), metavar="N",
                         help="use N captions, evenly spread (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("covariance.safetensors"), metavar="FILE",
+    parser.add_argument("--output", type=user_path, default=Path("covariance.safetensors"), metavar="FILE",
                         help="file to write (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest there is)")
     parser.add_argument("--batch_size", type=int_in_range(1), default=CovarianceOptions.batch_size, metavar="N",

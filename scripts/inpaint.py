@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli import generation as flags  # noqa: E402
 from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
+from ldm.common.paths import expand_home  # noqa: E402
 from ldm.inference.settings import GenerationOptions, SourceSettings  # noqa: E402
 
 DESCRIPTION = f"""{__doc__}
@@ -35,12 +36,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> GenerationOptions
     parser = Parser(DESCRIPTION, EXAMPLES)
     group = flags.add_source_flags(parser, 1.0, STRENGTH)
     which = group.add_mutually_exclusive_group(required=True)
-    which.add_argument("--mask", metavar="FILE", help="image with the photo's proportions or of the size that is "
+    which.add_argument("--mask", type=expand_home, metavar="FILE",
+                       help="image with the photo's proportions or of the size that is "
                        "generated: white is regenerated, black stays; if it has transparency, its opaque part is "
                        "regenerated")
     which.add_argument("--mask-word", "--mask_word", dest="mask_word", metavar="TEXT",
                        help='what to regenerate, in plain words such as "cat"; the segmenter looks for it')
-    group.add_argument("--segmenter", metavar="NAME", help="folder or hub name of that CLIPSeg (default: the "
+    group.add_argument("--segmenter", type=expand_home, metavar="NAME",
+                       help="folder or hub name of that CLIPSeg (default: the "
                        "config's, or else CIDAS/clipseg-rd64-refined)")
     group.add_argument("--grow", type=int_in_range(0, MAX_PIXELS), default=0, metavar="PIXELS",
                        help="spread the mask to all sides first (default: 0)")

@@ -305,7 +305,8 @@ def test_mistakes_that_only_the_model_can_find(refusal: Refusal, arguments: tupl
 @pytest.mark.slow
 @pytest.mark.parametrize(("error", "message"), [
     (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory for batches of 16; lower data.params.batch_s"),
-    (OSError(errno.ENOSPC, "No space left on device", "last.ckpt"), "last.ckpt: cannot be written (No space left on device)")])
+    (OSError(errno.ENOSPC, "No space left on device", "last.ckpt"),
+     "last.ckpt: cannot be written (No space left on device)")])
 def test_too_little_memory_or_disk_space(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                      error: Exception, message: str) -> None:
     def fail(*_: object, **__: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.cli.parser import float_in_range, int_in_range
 from ldm.common.errors import UserError
-from ldm.common.paths import PROJECT_ROOT, check_folder, resolve_path
+from ldm.common.paths import PROJECT_ROOT, check_folder, expand_home, resolve_path
 from ldm.inference.requests import SEED_LIMIT
 from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, ModelSettings, SourceSettings
 from ldm.sampling.samplers import SAMPLERS, describe_samplers
@@ -38,8 +38,8 @@ def add_source_flags(parser: argparse.ArgumentParser, strength: float, meaning: 
         meaning: help text of `--strength`.
     """
     group = parser.add_argument_group("image to start from")
-    group.add_argument("--init-img", "--init_img", dest="init_img", required=True, metavar="FILE",
-                       help="image of any size; its middle is used, in the proportions of --W and --H")
+    group.add_argument("--init-img", "--init_img", dest="init_img", required=True, type=expand_home,
+                       metavar="FILE", help="image of any size; its middle is used, in the proportions of --W and --H")
     group.add_argument("--strength", type=float_in_range(above=0, most=1), default=strength, metavar="NUMBER",
                        help=f"{meaning} (default: %(default)s)")
     return group
@@ -50,7 +50,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT",
                        help="one prompt or several, each in quotes")
-    group.add_argument("--from-file", "--from_file", dest="from_file", metavar="FILE",
+    group.add_argument("--from-file", "--from_file", dest="from_file", type=expand_home, metavar="FILE",
                        help="text file with one prompt per line; these come after those of --prompt")
     group.add_argument("--negative_prompt", nargs="+", action="extend", default=[], metavar="TEXT",
                        help="what guidance steers away from, in place of the empty prompt; one for all prompts, or one "
@@ -66,7 +66,8 @@ def add_concept_flags(parser: argparse.ArgumentParser, automatic: bool = False) 
     """Add the flags of concepts; with those of `--bias auto` if that is `automatic`."""
     group = parser.add_argument_group("concepts")
     group.add_argument("--concept", "--embedding_path", dest="concept", nargs="+", action="extend", default=[],
-                       metavar="FILE", help="concept files, each of one concept or merged from several; without this "
+                       type=expand_home, metavar="FILE",
+                       help="concept files, each of one concept or merged from several; without this "
                        "flag the base model generates alone")
     auto = "; auto finds a balance by a small sweep and prints it" if automatic else ""
     group.add_argument("--bias", nargs="+", type=number_or_auto if automatic else float_in_range(), metavar="NUMBER",
@@ -82,11 +83,12 @@ def add_concept_flags(parser: argparse.ArgumentParser, automatic: bool = False) 
                        help="use the learned values of all layers, for concepts that use only some: closer to the "
                        "photos if the subject is alone")
     if automatic:
-        group.add_argument("--clip", metavar="NAME", help="CLIP that --bias auto measures with: a folder of "
+        group.add_argument("--clip", type=expand_home, metavar="NAME",
+                           help="CLIP that --bias auto measures with: a folder of "
                            "transformers or open_clip, or ARCHITECTURE/WEIGHTS of open_clip such as ViT-B-32/openai "
                            "(default: the model's)")
-        group.add_argument("--photos", metavar="FOLDER", help="the concept's photos, for --bias auto to compare with "
-                           "(default: images generated with the lowest bias)")
+        group.add_argument("--photos", type=expand_home, metavar="FOLDER", help="the concept's photos, for --bias "
+                           "auto to compare with (default: images generated with the lowest bias)")
 
 
 def leave_concepts_as_trained(parser: argparse.ArgumentParser) -> None:
@@ -129,14 +131,15 @@ def add_amount_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser, outdir: str) -> None:
     """Add the flags of the base model, the machine and the output."""
     group = parser.add_argument_group("base model, machine, output")
-    group.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE",
+    group.add_argument("--config", type=expand_home, default=DEFAULT_CONFIG, metavar="FILE",
                        help="the base model's config (default: %(default)s)")
-    group.add_argument("--ckpt", metavar="FILE",
+    group.add_argument("--ckpt", type=expand_home, metavar="FILE",
                        help=".safetensors, .ckpt or diffusers folder of the base model (default: the config's)")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ... (default: the fastest there is)")
     group.add_argument("--precision", choices=("full", "autocast"),
                        help="autocast: sample in 16 bits, full: in 32 (default: autocast on cuda, full elsewhere)")
-    group.add_argument("--outdir", default=outdir, metavar="FOLDER", help="folder to write to (default: %(default)s)")
+    group.add_argument("--outdir", type=expand_home, default=outdir, metavar="FOLDER",
+                       help="folder to write to (default: %(default)s)")
 
 
 def check_flags(options: argparse.Namespace) -> None:
@@ -163,7 +166,7 @@ def check_generation_flags(options: argparse.Namespace) -> None:
     for flag, value in (("--clip", options.clip), ("--photos", options.photos)):
         if value is not None and not automatic:
             raise UserError(f"{flag} requires --bias {AUTO}; add it, or leave {flag} out")
-    if options.photos is not None and not Path(options.photos).is_dir():
+    if options.photos is not None and not resolve_path(options.photos).is_dir():
         raise UserError(f"--photos {options.photos}: no such folder; give the one that holds the concept's photos")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ldm.common.errors import FileNotWritten
-from ldm.common.paths import expand_home
+from ldm.common.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def write_atomically(path: str | Path, write: Writer) -> Path:
         FileNotWritten: (a UserError) the folder cannot be created or written to, the disk is full, or the file is
             read-only. If only the last step failed, the message names the temporary file, which stays.
     """
-    path = Path(expand_home(path))
+    path = user_path(path)
     with _reported(path):
         target = _follow_links(path)
         _check_replaceable(path, target)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ldm.common.atomic_write import write_atomically
 from ldm.common.errors import UserError
-from ldm.common.paths import expand_home
+from ldm.common.paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def load_metadata(path: str | Path) -> dict[str, object]:
 
 @contextlib.contextmanager
 def _open_safetensors(path: Path) -> Iterator[Any]:
-    path = Path(expand_home(path))
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:

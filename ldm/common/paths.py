@@ -14,13 +14,18 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 def expand_home(path: str | Path) -> str:
     """Return a path that a user or a config names with a leading `~` or `~user` replaced by that home folder.
 
-    This is the type of every path on a command line. A shell expands `~` only at the start of a word, so it does not in
-    `--outdir=~/images`, in quotes or in YAML. As in a shell, a user that does not exist is left as it is, and `./~` is
-    a file called `~`. Environment variables and `file://` addresses are not expanded.
+    This is the type of the flags for files, folders and names of models, which may be folders. A shell expands `~` only
+    at the start of a word: not in `--outdir=~/images`, in quotes or in YAML. As in a shell, a user that does not exist
+    is left as it is, and `./~` is a file called `~`. Environment variables and `file://` addresses are not expanded.
     """
     text = os.fspath(path)
     # Path drops a leading "./", so that a later call would expand what this one must not.
     return os.path.abspath(text) if text.startswith("./~") else os.path.expanduser(text)
+
+
+def user_path(path: str | Path) -> Path:
+    """Return what `expand_home` returns as a `Path`; the type of flags that can only be paths."""
+    return Path(expand_home(path))
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -29,7 +34,7 @@ def resolve_path(path: str | Path) -> Path:
     A relative path counts from the working directory. If nothing is there, it counts from the project's root, so that
     `models/mini` in a bundled config is found from anywhere. A path that exists in neither is returned as it is.
     """
-    given = Path(expand_home(path))
+    given = user_path(path)
     if given.is_absolute() or os.path.exists(given):
         return given
     bundled = PROJECT_ROOT / given
@@ -44,7 +49,7 @@ def quote_command(*words: object) -> str:
 
 def check_folder(flag: str, folder: Path) -> None:
     """Raise UserError if `folder` is not a directory or cannot be created and written to. Creates nothing."""
-    folder = Path(expand_home(folder))
+    folder = user_path(folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not existing.is_dir():
         raise UserError(f"{flag} {folder}: {existing} is not a folder; choose another path")
@@ -54,7 +59,7 @@ def check_folder(flag: str, folder: Path) -> None:
 
 def check_file(flag: str, file: Path) -> None:
     """Raise UserError if `file` could not be written. Creates nothing."""
-    file = Path(expand_home(file))
+    file = user_path(file)
     if os.path.isdir(file):
         raise UserError(f"{flag} {file}: is a folder; name a file in it, such as {file / 'result.safetensors'}")
     check_folder(flag, file.parent)

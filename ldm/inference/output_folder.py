@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ldm.common.atomic_write import write_new
-from ldm.common.paths import expand_home
+from ldm.common.paths import user_path
 from ldm.data.contact_sheet import make_grid, save_quickly
 
 METADATA_CHUNK = "perfusion"  # the text chunk of a PNG that holds, as JSON, how the image was made
@@ -34,7 +34,7 @@ class OutputFolder:
     """
 
     def __init__(self, folder: str | Path, columns: int) -> None:
-        self.folder, self.columns = Path(expand_home(folder)), min(columns, MAX_COLUMNS)
+        self.folder, self.columns = user_path(folder), min(columns, MAX_COLUMNS)
         self.images: list[Path] = []
         self.sheets: list[Path] = []
         self._pending: list[tuple[Image.Image, str]] = []

@@ -31,7 +31,7 @@ SHEET = "before_during_after.png"
 
 
 class ConceptSaver(pl.Callback):
-    """Write `concept.safetensors` into the log folder when training ends, also if it is interrupted or the disk is full.
+    """Write `concept.safetensors` into the log folder when training ends, is interrupted or finds the disk full.
 
     Several concepts get one file each, by their own names: `teddy.safetensors` for `<teddy>`. If the training of some
     diverged, the others are saved; the end of the run then raises a UserError that names those that are not.

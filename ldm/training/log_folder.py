@@ -14,7 +14,7 @@ import torch
 
 from ldm.checkpoints.pickled import UNREADABLE
 from ldm.common.errors import UserError
-from ldm.common.paths import check_folder
+from ldm.common.paths import check_folder, user_path
 from ldm.training.options import TrainingOptions
 
 STATE_KEYS = ("state_dict", "optimizer_states", "global_step", "pytorch-lightning_version")
@@ -43,7 +43,7 @@ def find_resume_point(given: str) -> ResumePoint:
     Raises:
         UserError: there is no such run, or its checkpoint cannot be used.
     """
-    path = Path(given)
+    path = user_path(given)
     if not path.exists():
         raise UserError(f"--resume {path}: no such log folder or checkpoint")
     folder = path if path.is_dir() else path.parent.parent
@@ -64,7 +64,7 @@ def new_log_folder(options: TrainingOptions, now: str) -> Path:
     if Path(name).name != name:
         raise UserError(f"--name {name}: names a folder in --logdir; leave out everything else")
     check_folder("--logdir", Path(options.logdir))
-    return Path(options.logdir) / f"{now}_{name}"
+    return user_path(options.logdir) / f"{now}_{name}"
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.atomic_write import write_atomically  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.files import save_tensors  # noqa: E402
-from ldm.common.paths import PROJECT_ROOT, check_folder  # noqa: E402
+from ldm.common.paths import PROJECT_ROOT, check_folder, user_path  # noqa: E402
 from ldm.data.mini.scenes import SceneDataset  # noqa: E402
 from ldm.models.clip_images import CLIP_MEAN, CLIP_STD  # noqa: E402
 from ldm.models.mini.openclip import OpenCLIPTrainer  # noqa: E402
@@ -242,8 +242,8 @@ EXPORTS: dict[str, Callable[[Path, Path], None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("part", choices=[*EXPORTS, "covariance"], help="which of the mini models the run trained")
-    parser.add_argument("run", type=Path, nargs="?", help="log folder of that run; not needed for the covariance")
-    parser.add_argument("--outdir", type=Path, default=MINI, metavar="FOLDER",
+    parser.add_argument("run", type=user_path, nargs="?", help="log folder of that run; not needed for the covariance")
+    parser.add_argument("--outdir", type=user_path, default=MINI, metavar="FOLDER",
                         help="folder of the models (default: models/mini)")
     options = parser.parse_args(arguments)
     check_folder("--outdir", options.outdir)

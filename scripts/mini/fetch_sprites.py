@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.atomic_write import write_atomically  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
+from ldm.common.paths import user_path  # noqa: E402
 from ldm.data.mini.world import EXCLUDED, KINDS, sprite_file  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ def write_set(emoji_set: str, read: Reader) -> int:
 @one_line_errors
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--packages", type=Path, metavar="FOLDER",
+    parser.add_argument("--packages", type=user_path, metavar="FOLDER",
                         help="folder of .tgz files, which are kept (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -22,7 +22,7 @@ from PIL import Image  # noqa: E402
 from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.atomic_write import write_atomically  # noqa: E402
 from ldm.common.errors import one_line_errors  # noqa: E402
-from ldm.common.paths import PROJECT_ROOT  # noqa: E402
+from ldm.common.paths import PROJECT_ROOT, user_path  # noqa: E402
 from ldm.data.mini.example_concepts import CONCEPTS, PHOTO_BACKGROUNDS  # noqa: E402
 from ldm.data.mini.scenes import VARIANTS_PER_BACKGROUND, Appearance, SceneSubject, compose  # noqa: E402
 from ldm.data.mini.world import sprite_sets  # noqa: E402
@@ -48,7 +48,7 @@ def compose_photos(kind: str, appearance: Appearance, size: int, seed: int) -> l
 @one_line_errors
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--outdir", type=Path, default=EXAMPLES, metavar="FOLDER",
+    parser.add_argument("--outdir", type=user_path, default=EXAMPLES, metavar="FOLDER",
                         help="folder to write to (default: models/mini/examples)")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels (default: 128)")
     parser.add_argument("--seed", type=int, default=7,

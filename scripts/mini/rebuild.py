@@ -31,7 +31,7 @@ use_passive_waiting()  # before torch is imported
 
 from ldm.cli.parser import Parser, float_in_range, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.paths import PROJECT_ROOT, check_folder  # noqa: E402
+from ldm.common.paths import PROJECT_ROOT, check_folder, user_path  # noqa: E402
 from ldm.data.mini.world import KIND_NAMES, sprite_sets  # noqa: E402
 from ldm.training.run_record import read_records, trained_steps  # noqa: E402
 
@@ -219,9 +219,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> RebuildOptions:
     parser.add_argument("--workers", type=int_in_range(0), default=0, metavar="N",
                         help="processes that compose scenes beside the training; a GPU needs many (default: 0)")
     parser.add_argument("--quick", action="store_true", help="measure the result only roughly")
-    parser.add_argument("--outdir", type=Path, default=MINI, metavar="FOLDER",
+    parser.add_argument("--outdir", type=user_path, default=MINI, metavar="FOLDER",
                         help="folder of the models (default: models/mini, which replaces the bundled ones)")
-    parser.add_argument("--logdir", type=Path, default=PROJECT_ROOT / "logs" / "mini", metavar="FOLDER",
+    parser.add_argument("--logdir", type=user_path, default=PROJECT_ROOT / "logs" / "mini", metavar="FOLDER",
                         help="folder of the training runs (default: logs/mini)")
     options, rest = parser.parse_known_args(arguments)
     overrides = tuple(_read_override(text) for text in rest)
