@@ -94,8 +94,18 @@ class EmbeddingManager(nn.Module):
             else:
                 vectors[word] = torch.rand(num_vectors_per_token, width).to(embedder.device)
         self._set_words([LearnedWord(word, value) for word, value in vectors.items()])
+        if embedder.awaits_weights:
+            embedder.register_load_state_dict_post_hook(self._restart)
         if embedding_manager_ckpt:
             self.load(embedding_manager_ckpt)
+
+    @torch.no_grad()
+    def _restart(self, embedder: PromptEncoder, _: Any) -> None:
+        """Move vectors that have not been trained yet to their words in the weights that were loaded just now."""
+        for word, start in self.initial_embeddings.items():
+            if word in self.string_to_param_dict and torch.equal(self.string_to_param_dict[word], start):
+                start.copy_(_start(embedder, self._super_categories[word]).expand_as(start))
+                self.string_to_param_dict[word].copy_(start)
 
     def _set_words(self, words: Sequence[LearnedWord]) -> None:
         """Replace placeholders, tokens and vectors."""

@@ -5,6 +5,8 @@ et al. 2020, arXiv:2002.04745). Names follow the library x-transformers, from wh
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,15 +89,18 @@ class TransformerWrapper(nn.Module):
         """Encode tokens whose embeddings are given: (B, N, dim) to (B, N, dim)."""
         return self.norm(self.attn_layers(self.emb_dropout(embedded + self.pos_emb(embedded))))
 
-    def forward(self, x: Tensor, return_embeddings: bool = False) -> Tensor:
+    def forward(self, x: Tensor, return_embeddings: bool = False,
+                embedding_manager: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """Encode tokens.
 
         Args:
             x: tokens (B, N), N at most `max_seq_len`.
             return_embeddings: whether to return encodings instead of logits.
+            embedding_manager: replaces the embeddings of placeholders, given tokens and embeddings (Textual Inversion).
 
         Returns:
             Logits (B, N, num_tokens), or encodings (B, N, dim).
         """
-        encoded = self.encode_embedded(self.token_emb(x))
+        embedded = self.token_emb(x) if embedding_manager is None else embedding_manager(x, self.token_emb(x))
+        encoded = self.encode_embedded(embedded)
         return encoded if return_embeddings else self.to_logits(encoded)

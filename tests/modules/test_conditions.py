@@ -20,6 +20,25 @@ def test_a_class_becomes_one_token() -> None:
     assert torch.equal(embedder({"other": labels}, key="other"), expected)
 
 
+def test_labels_are_dropped_to_train_guidance() -> None:
+    embedder = ClassEmbedder(6, n_classes=4, ucg_rate=0.5)
+    labels = torch.zeros(200, dtype=torch.long)
+    torch.manual_seed(1)
+    embedded = embedder({"class": labels})[:, 0]
+    torch.manual_seed(1)
+    is_dropped = torch.bernoulli(torch.full((200, 1), 0.5))[:, 0].bool()
+    assert 60 < is_dropped.sum() < 140
+    assert torch.equal(embedded, embedder.embedding.weight[torch.where(is_dropped, 3, 0)])
+    assert torch.equal(embedder(labels, disable_dropout=True)[:, 0], embedder.embedding.weight[labels])
+
+
+def test_no_class_is_the_last_class() -> None:
+    embedder = ClassEmbedder(6, n_classes=4, key="class_label")
+    unconditional = embedder.get_unconditional_conditioning(2)
+    assert unconditional["class_label"].tolist() == [3, 3]
+    assert torch.equal(embedder(unconditional)[:, 0], embedder.embedding.weight[[3, 3]])
+
+
 def test_maps_are_rescaled_and_their_channels_mapped() -> None:
     x = torch.randn(2, 5, 8, 12, generator=torch.Generator().manual_seed(0))
     half = SpatialRescaler()(x)

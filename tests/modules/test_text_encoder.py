@@ -93,6 +93,23 @@ def test_hidden_layers(folder: Path, tower: CLIPTextModel, layer_idx: int) -> No
         assert torch.allclose(tower.final_layer_norm(hidden(PROMPTS)), output.last_hidden_state, atol=1e-5)
 
 
+def test_the_pooled_layer_is_the_encoding_of_the_end_token(folder: Path, tower: CLIPTextModel) -> None:
+    pooled = FrozenCLIPEmbedder(str(folder), max_length=24, layer="pooled")
+    assert torch.allclose(pooled(PROMPTS), tower(reference_tokens(PROMPTS)).pooler_output[:, None], atol=1e-5)
+
+
+def test_public_code_reaches_the_table_and_extends_it(folder: Path) -> None:
+    encoder = FrozenCLIPEmbedder(str(folder), max_length=24)
+    assert encoder.transformer.text_model.embeddings.token_embedding.weight is encoder.token_table
+    assert copy.deepcopy(encoder).transformer.text_model.embeddings is not encoder.transformer.embeddings
+    encoder.tokenizer = copy.deepcopy(encoder.tokenizer)  # the other tests share it
+    encoder.tokenizer.add_tokens("<new1>")  # as Custom Diffusion adds its words
+    encoder.transformer.resize_token_embeddings(len(encoder.tokenizer))
+    encoder.transformer.get_input_embeddings().weight.data[-1] = encoder.token_table[encoder.word_pieces("owl")]
+    assert encoder.tokenize(["<new1>"])[0, 1] == len(encoder.tokenizer) - 1
+    assert torch.allclose(encoder("a <new1> here"), encoder("a owl here"), atol=1e-5)
+
+
 def test_a_placeholder_is_one_token(encoder: FrozenCLIPEmbedder) -> None:
     row = encoder.tokenize(["a photo of <my-teddy> on Teddy*'s table"], ["teddy*", "<my-teddy>"])[0].tolist()
     before, between, after = (encoder.word_pieces(text) for text in ("a photo of", "on", "'s table"))
@@ -329,7 +346,7 @@ def test_damaged_towers_are_refused(folder: Path, tmp_path: Path, how: str, monk
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"layer": "pooled"}, "pooled"),
+        ({"layer": "first"}, "first"),
         ({"layer": "hidden"}, "layer_idx None"),
         ({"layer_idx": 1}, "layer_idx 1"),
         ({"layer": "hidden", "layer_idx": 3}, "2 layers"),

@@ -5,6 +5,8 @@
     openclip.py            OpenCLIP's text tower (Stable Diffusion 2.x)
     bert.py                the text encoder of LDM text-to-image
     attribute_binding.py   a text tower that binds attributes to nouns, to train the bundled model
+    clip_features.py       CLIP's features of whole texts and of images
+    t5.py                  T5, alone and beside CLIP
     conditions.py          class labels and maps
     vocabulary.py          text towers with packed word tables; tokenizer.py writes CLIP's vocabulary
     modules.py             public path of all encoders

@@ -42,7 +42,7 @@ class BERTTokenizer(AbstractEncoder):
     """Turn texts into indices (B, max_length) of BERT's uncased word pieces: [CLS], the pieces, [SEP], then [PAD].
 
     Args:
-        device: ignored, kept for the public configs; tokens are on the CPU.
+        device: stored for users who read it; tokens are on the CPU.
         vq_interface: `encode` returns (None, None, [None, None, tokens]), as a VQ model returns its indices.
         max_length: number of tokens per text; longer texts are cut off.
     """
@@ -50,7 +50,7 @@ class BERTTokenizer(AbstractEncoder):
     def __init__(self, device: str = "cuda", vq_interface: bool = True, max_length: int = 77) -> None:
         super().__init__()
         self.tokenizer = BertTokenizer.from_pretrained(BERT_TOKENIZER)
-        self.vq_interface, self.max_length = vq_interface, max_length
+        self.device, self.vq_interface, self.max_length = device, vq_interface, max_length
 
     def forward(self, text: Sequence[str] | str) -> Tensor:
         texts = [text] if isinstance(text, str) else list(text)
@@ -60,6 +60,10 @@ class BERTTokenizer(AbstractEncoder):
     def encode(self, text: Sequence[str] | str) -> Any:
         tokens = self(text)
         return (None, None, [None, None, tokens]) if self.vq_interface else tokens
+
+    def decode(self, text: Any) -> Any:
+        """Return the text: the counterpart of `encode` in the public code."""
+        return text
 
 
 class BERTEmbedder(PromptEncoder):

@@ -40,21 +40,24 @@ class FrozenCLIPEmbedder(ClipWords):
         device: ignored, kept for the public configs; the module moves with the model that contains it.
         max_length: number of tokens per prompt, start and end tokens included.
         freeze: whether to take the tower's parameters out of training.
-        layer: "last", or "hidden" to take the output of layer `layer_idx` without the final norm.
+        layer: "last"; or "hidden" to take the output of layer `layer_idx` without the final norm; or "pooled" to take
+            the encoding of the end token alone, (B, 1, d).
         layer_idx: index of that layer: 0 is the input of the first layer, -1 the output of the last one.
 
     Raises:
         UserError: if there is no such tower, it is incomplete, or it has no such layer or fewer positions.
     """
 
+    LAYERS = ("last", "pooled", "hidden")
+
     def __init__(self, version: str = "openai/clip-vit-large-patch14", device: str = "cuda", max_length: int = 77,
                  freeze: bool = True, layer: str = "last", layer_idx: int | None = None) -> None:
         super().__init__()
-        if layer not in ("last", "hidden") or (layer == "hidden") != (layer_idx is not None):
+        if layer not in self.LAYERS or (layer == "hidden") != (layer_idx is not None):
             raise UserError(f"FrozenCLIPEmbedder: layer {layer!r} with layer_idx {layer_idx}; "
-                            "give 'last' alone or 'hidden' with a number")
-        self.max_length, self.layer_idx = max_length, layer_idx
-        self.tokenizer, self.transformer = _clip_tower(version)
+                            "give 'last' or 'pooled' alone, or 'hidden' with a number")
+        self.max_length, self.layer, self.layer_idx = max_length, layer, layer_idx
+        self.tokenizer, self.transformer, self.awaits_weights = _clip_tower(version)
         # Public code reaches the tower's parts by `transformer.text_model`, which transformers 5 dropped.
         if not hasattr(self.transformer, "text_model"):
             object.__setattr__(self.transformer, "text_model", self.transformer)  # a plain reference, not a submodule
@@ -99,21 +102,32 @@ class FrozenCLIPEmbedder(ClipWords):
             "input_ids": indices, "output_hidden_states": self.layer_idx is not None})
         return output.last_hidden_state if self.layer_idx is None else output.hidden_states[self.layer_idx]
 
+    def _encode_embedded(self, embedded: Tensor, tokens: Tensor) -> Tensor:
+        encoded = super()._encode_embedded(embedded, tokens)
+        if self.layer != "pooled":
+            return encoded
+        end_positions = (tokens == self.tokenizer.eos_token_id).int().argmax(1)  # the first end token of each prompt
+        return encoded[torch.arange(len(tokens)), end_positions][:, None]
 
-def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """Return the tokenizer and the tower that `version` names: a known tower, a folder, or a model on the hub."""
+
+def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel, bool]:
+    """Return the tokenizer and the tower that `version` names: a known tower, a folder, or a model on the hub.
+
+    The last value tells whether the tower still needs the weights of a checkpoint.
+    """
     folder = resolve_path(version)
     try:
         if version in KNOWN_TOWERS and not Path(version).is_dir():
             tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-            return tokenizer, CLIPTextModel(CLIPTextConfig(**KNOWN_TOWERS[version], **special_tokens(tokenizer)))
+            config = CLIPTextConfig(**KNOWN_TOWERS[version], **special_tokens(tokenizer))
+            return tokenizer, CLIPTextModel(config), True
         if (folder / "config.json").is_file():
             tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder))
             if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
-                return tokenizer, load_pretrained(CLIPTextModel, folder)
-            return tokenizer, CLIPTextModel(CLIPTextConfig.from_pretrained(folder))
+                return tokenizer, load_pretrained(CLIPTextModel, folder), False
+            return tokenizer, CLIPTextModel(CLIPTextConfig.from_pretrained(folder)), True
         model = load_pretrained(CLIPTextModel, version)  # first, since it retries least without a network
-        return CLIPTokenizer.from_pretrained(version), model
+        return CLIPTokenizer.from_pretrained(version), model, False
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"text encoder {version!r} cannot be loaded ({reason}); give a local folder") from None

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,19 +18,31 @@ class ClassEmbedder(nn.Module):
 
     Args:
         embed_dim: width of the token.
-        n_classes: number of classes; a model for guidance has one more, which stands for "no class".
+        n_classes: number of classes; a model for guidance has one more, the last, which stands for "no class".
         key: name of the labels in a batch.
+        ucg_rate: fraction of the labels that are replaced by "no class", to train guidance (Ho and Salimans 2021). As
+            in Stability's code it acts in evaluation mode, too; CompVis's code has none, so that 0 is the default.
     """
 
-    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
+    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class", ucg_rate: float = 0.0) -> None:
         super().__init__()
-        self.key = key
+        self.key, self.n_classes, self.ucg_rate = key, n_classes, ucg_rate
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
-    def forward(self, batch: Tensor | Mapping[str, Tensor], key: str | None = None) -> Tensor:
+    def forward(self, batch: Tensor | Mapping[str, Tensor], key: str | None = None,
+                disable_dropout: bool = False) -> Tensor:
         """Embed labels (B,), or those of a batch under `key`; the result is (B, 1, embed_dim)."""
         labels = batch[key or self.key] if isinstance(batch, Mapping) else batch
-        return self.embedding(labels.to(self.embedding.weight.device).long()[:, None])
+        labels = labels.to(self.embedding.weight.device).long()[:, None]
+        if self.ucg_rate > 0 and not disable_dropout:
+            is_dropped = torch.bernoulli(torch.full_like(labels, self.ucg_rate, dtype=torch.float32)).bool()
+            labels = labels.masked_fill(is_dropped, self.n_classes - 1)
+        return self.embedding(labels)
+
+    def get_unconditional_conditioning(self, bs: int, device: torch.device | str | None = None) -> dict[str, Tensor]:
+        """Return a batch of `bs` labels that stand for "no class", on a device; None: that of the weights."""
+        device = self.embedding.weight.device if device is None else device
+        return {self.key: torch.full((bs,), float(self.n_classes - 1), device=device)}
 
 
 class SpatialRescaler(AbstractEncoder):

@@ -16,7 +16,6 @@ from transformers import CLIPTokenizer
 from ldm.common.errors import UserError
 from ldm.modules.encoders.clip import TOKENIZER, ClipWords
 
-LAYERS = ("last", "penultimate")
 PADDING = 0  # OpenAI's tower pads with the end token instead
 
 
@@ -37,16 +36,20 @@ class FrozenOpenCLIPEmbedder(ClipWords):
         UserError: if there is no such architecture or layer, or the tower has fewer positions.
     """
 
+    LAYERS = ("last", "penultimate")
+    awaits_weights = True
+
     def __init__(self, arch: str = "ViT-H-14", version: str = "laion2b_s32b_b79k", device: str = "cuda",
                  max_length: int = 77, freeze: bool = True, layer: str = "last") -> None:
         super().__init__()
-        if layer not in LAYERS:
-            raise UserError(f"FrozenOpenCLIPEmbedder: layer {layer!r} is unknown; choose one of {', '.join(LAYERS)}")
+        if layer not in self.LAYERS:
+            raise UserError(f"FrozenOpenCLIPEmbedder: layer {layer!r} is unknown; "
+                            f"choose one of {', '.join(self.LAYERS)}")
         self.model = text_tower(arch)
         if max_length > self.model.context_length:
             raise UserError(f"text encoder {arch} takes {self.model.context_length} tokens; "
                             f"lower max_length ({max_length})")
-        self.max_length, self.layer_idx = max_length, LAYERS.index(layer)
+        self.max_length, self.layer, self.layer_idx = max_length, layer, self.LAYERS.index(layer)
         self.tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
         self._clean = get_clean_fn("lower")
         if freeze:
@@ -68,6 +71,10 @@ class FrozenOpenCLIPEmbedder(ClipWords):
 
     def _special_tokens(self) -> tuple[int, int, int]:
         return self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, PADDING
+
+    def encode_with_transformer(self, text: Tensor) -> Tensor:
+        """Encode tokens (B, N) to (B, N, d): the public code's name of `encode_tokens`."""
+        return self.encode_tokens(text)
 
     def encode_embedded(self, embedded: Tensor) -> Tensor:
         length = embedded.shape[1]

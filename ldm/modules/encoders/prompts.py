@@ -45,7 +45,27 @@ class AbstractEncoder(nn.Module):
         return self(*args, **kwargs)
 
 
-class PromptEncoder(AbstractEncoder):
+class IdentityEncoder(AbstractEncoder):
+    """Return conditions as they are."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+class OnDeviceOfWeights:
+    """Mixin of modules whose inputs go to where the weights are."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights. Scripts of the LDM family set it after they moved a model; this is not needed."""
+        return next(self.parameters()).device
+
+    @device.setter
+    def device(self, device: torch.device | str) -> None:
+        pass
+
+
+class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
     """Base class of text encoders. Prompts may hold placeholders, words that the vocabulary does not have.
 
     A subclass sets `tokenizer` and `max_length` and implements `token_table`, `encode_embedded`, `_special_tokens` and
@@ -55,6 +75,8 @@ class PromptEncoder(AbstractEncoder):
         tokenizer: a tokenizer of `transformers`.
         max_length: N, the number of tokens per prompt, start and end tokens included.
         graphs: runs `encode_embedded` by CUDA graphs; None until `enable_fast_inference` is called.
+        awaits_weights: whether the weights are random until a checkpoint is loaded, where the public encoder of this
+            name downloads pretrained ones.
 
     Example::
 
@@ -65,6 +87,7 @@ class PromptEncoder(AbstractEncoder):
     tokenizer: Any
     max_length: int
     graphs: GraphedEncoder | None = None
+    awaits_weights = False
     _warned_of_truncation = False
 
     # What a subclass implements.
@@ -235,15 +258,6 @@ class PromptEncoder(AbstractEncoder):
         return is_common & (2 * is_common.sum() > len(table))
 
     # State of the module.
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights. Setting it changes nothing: tokens go to where the weights are."""
-        return self.token_table.device
-
-    @device.setter
-    def device(self, device: torch.device | str) -> None:
-        pass
 
     def freeze(self) -> None:
         """Take all parameters out of training."""

@@ -1,0 +1,99 @@
+"""CLIP's features of whole texts and of images as conditions, for retrieval-augmented and image-conditioned models.
+
+The public classes use OpenAI's package `clip`. These load the same weights, under the same keys, by `open_clip`.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import kornia
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from ldm.common.errors import UserError
+from ldm.common.paths import resolve_path
+from ldm.modules.encoders.prompts import AbstractEncoder, OnDeviceOfWeights
+
+IMAGE_SIZE = (224, 224)
+
+
+class FrozenCLIPTextEmbedder(OnDeviceOfWeights, AbstractEncoder):
+    """Encode texts by CLIP: `forward` returns (B, d), `encode` repeats it to (B, n_repeat, d).
+
+    Args:
+        version: the CLIP, see `load_clip`.
+        device: ignored, kept for the public configs; the module moves with the model that contains it.
+        max_length: ignored, kept for the public configs; CLIP takes 77 tokens, and longer texts are cut off.
+        n_repeat: number of equal tokens that `encode` returns.
+        normalize: whether features have length 1.
+    """
+
+    def __init__(self, version: str = "ViT-L/14", device: str = "cuda", max_length: int = 77, n_repeat: int = 1,
+                 normalize: bool = True) -> None:
+        super().__init__()
+        self.model = load_clip(version)
+        self.max_length, self.n_repeat, self.normalize = max_length, n_repeat, normalize
+
+    def freeze(self) -> None:
+        """Take all parameters out of training."""
+        self.requires_grad_(False).eval()
+
+    def forward(self, text: Sequence[str] | str) -> Tensor:
+        features = self.model.encode_text(open_clip.tokenize(text, self.model.context_length).to(self.device))
+        return nn.functional.normalize(features, dim=1) if self.normalize else features
+
+    def encode(self, text: Sequence[str] | str) -> Tensor:
+        return self(text)[:, None].repeat(1, self.n_repeat, 1)
+
+
+class FrozenClipImageEmbedder(OnDeviceOfWeights, nn.Module):
+    """Encode images (B, 3, H, W) in [-1, 1] by CLIP to (B, d).
+
+    Args:
+        model: the CLIP, see `load_clip`.
+        jit: ignored, kept for the public configs.
+        device: where the CLIP is loaded to.
+        antialias: whether to blur images before they become smaller.
+    """
+
+    def __init__(self, model: str, jit: bool = False, device: str | torch.device = "cpu",
+                 antialias: bool = False) -> None:
+        super().__init__()
+        self.model = load_clip(model).to(device)
+        self.antialias = antialias
+        for name, values in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)):
+            self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Resize images to 224 pixels and normalize them as CLIP expects."""
+        x = kornia.geometry.resize(x, IMAGE_SIZE, interpolation="bicubic", align_corners=True,
+                                   antialias=self.antialias)
+        return kornia.enhance.normalize((x + 1) / 2, self.mean, self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.encode_image(self.preprocess(x))
+
+
+def load_clip(name: str) -> open_clip.CLIP:
+    """Load a CLIP in evaluation mode.
+
+    Args:
+        name: one of OpenAI's, such as "ViT-L/14"; or ARCHITECTURE/WEIGHTS as `open_clip.list_pretrained` lists them; or
+            a folder in the layout of `open_clip`. Named weights are downloaded once.
+
+    Raises:
+        UserError: if there is no such model, or it cannot be downloaded.
+    """
+    folder, openai = resolve_path(name), f"{name.replace('/', '-')}-quickgelu"
+    architecture, _, weights = name.partition("/")
+    if folder.is_dir():
+        architecture, weights = f"local-dir:{folder}", None
+    elif openai in open_clip.list_models():
+        architecture, weights = openai, "openai"
+    try:
+        return open_clip.create_model(architecture, weights or None, require_pretrained=True).eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"CLIP {name}: cannot be loaded ({reason}); give a folder that holds one, or the name of one "
+                        "of OpenAI's, such as ViT-L/14") from None

@@ -1,0 +1,89 @@
+"""Files of Textual Inversion's public code, written and read with torch alone."""
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.common.errors import UserError
+from ldm.concepts.embedding_file import load_learned_words, save_learned_words
+
+WORDS = {"*": torch.arange(6.0).view(2, 3), "<mug>": torch.tensor([[0.1, -0.2, 1e-7]])}
+TOKENS = {"*": torch.tensor(265), "<mug>": torch.tensor(49408)}
+
+
+def parameter_dict(words: dict[str, Tensor]) -> nn.ParameterDict:
+    return nn.ParameterDict({word: nn.Parameter(vectors) for word, vectors in words.items()})
+
+
+def parameter_dict_of_an_old_torch(words: dict[str, Tensor]) -> nn.ParameterDict:
+    """Return what torch 1.10 pickled: it had no list of keys, and hooks in ordered dictionaries."""
+    old = parameter_dict(words)
+    del old.__dict__["_keys"]
+    old.__dict__["_parameters"] = OrderedDict(old._parameters)
+    old.__dict__["_is_full_backward_hook"] = None
+    return old
+
+
+@pytest.mark.parametrize("content", [
+    {"string_to_token": TOKENS, "string_to_param": parameter_dict(WORDS)},
+    {"string_to_token": TOKENS, "string_to_param": parameter_dict_of_an_old_torch(WORDS)},
+    {"string_to_token": {"*": 265, "<mug>": 49408}, "string_to_param": dict(WORDS), "step": 5, "name": "x"},
+])
+def test_public_files_load(content: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "embeddings.pt")
+    words = load_learned_words(tmp_path / "embeddings.pt")
+    assert [(word.word, word.token) for word in words] == [("*", 265), ("<mug>", 49408)]
+    assert all(torch.equal(word.vectors, WORDS[word.word]) for word in words)
+
+
+def test_learned_embeds_of_diffusers_load(tmp_path: Path) -> None:
+    torch.save({"<cat-toy>": torch.arange(3.0)}, tmp_path / "learned_embeds.bin")
+    (word,) = load_learned_words(tmp_path / "learned_embeds.bin")
+    assert (word.word, word.token, word.vectors.tolist()) == ("<cat-toy>", None, [[0, 1, 2]])
+
+
+def test_files_are_those_of_the_public_code(tmp_path: Path) -> None:
+    path = save_learned_words(tmp_path / "new" / "embeddings.pt", TOKENS, WORDS)
+    with torch.serialization.safe_globals([nn.ParameterDict, set]):
+        content = torch.load(path, weights_only=True)  # as the public code reads it
+    assert list(content) == ["string_to_token", "string_to_param"] and content["string_to_token"] == TOKENS
+    parameters = content["string_to_param"]
+    assert isinstance(parameters, nn.ParameterDict)
+    assert all(torch.equal(parameters[word], WORDS[word]) for word in WORDS)
+    assert len(list(parameters.parameters())) == 2 and all(value.requires_grad for value in parameters.values())
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("touched"),)
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    ([1, 2], "not written by Textual Inversion"),
+    ({}, "not written by Textual Inversion"),
+    ({"*": "text"}, "not written by Textual Inversion"),
+    ({"string_to_param": {"*": torch.zeros(2, 2, 2)}}, "not written by Textual Inversion"),
+    ({"string_to_param": {"*": torch.zeros(2)}, "string_to_token": {"*": "x"}}, "not written by Textual Inversion"),
+    ({"string_to_param": {"*": torch.tensor([float("nan")])}}, "not finite"),
+    ({"string_to_param": Hostile()}, "holds more than weights"),
+])
+def test_other_files_are_refused(content: Any, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "embeddings.pt")
+    with pytest.raises(UserError, match=named):
+        load_learned_words("embeddings.pt")
+    assert not Path("touched").exists()
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_learned_words(tmp_path / "none.pt")
+    path = save_learned_words(tmp_path / "embeddings.pt", TOKENS, WORDS)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cut off"):
+        load_learned_words(path)
