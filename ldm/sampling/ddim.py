@@ -1,4 +1,4 @@
-"""DDIM: Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models"; the update is `ddim_update` in sampling.py."""
+"""DDIM: Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models"; the update is `ddim_update` in sampler.py."""
 from __future__ import annotations
 
 from ldm.sampling.sampler import Sampler

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.sampling.sampler import Sampler
 from ldm.sampling.samplers import SAMPLERS, sampler_class
-from ldm.sampling.schedule import diffusion_buffers
+from ldm.sampling.schedule import diffusion_buffers, q_sample
 
 SHAPE = (2, 6, 6)
 SAMPLER_CLASSES: dict[str, type[Sampler]] = {name: sampler_class(name) for name in SAMPLERS}
@@ -45,6 +45,13 @@ class TinyModel(nn.Module):
         sigmas = ((1 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt()
         between = np.interp(t.double(), np.arange(len(sigmas)), sigmas.log())
         return 1 / (1 + torch.from_numpy(between).mul(2).exp()).view(-1, 1, 1, 1)
+
+
+class FamilyTinyModel(TinyModel):
+    """A tiny model with the methods that the LDM family's samplers call."""
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        return q_sample(self, x_start, t, torch.randn_like(x_start) if noise is None else noise)
 
 
 def seeded_generator(seed: int) -> torch.Generator:

@@ -40,6 +40,20 @@ def check(grid: grids.TimeGrid, steps: int, timesteps: int) -> None:
     assert all(0 < start < end <= 1 for start, end in steps_of_grid)
 
 
+@pytest.mark.parametrize("timesteps", [20, 1000])
+def test_time_uniform_grid_interpolates_log_alpha_bar(timesteps):
+    schedule = diffusion_buffers("linear", timesteps, 0.00085, 0.012)["alphas_cumprod"]
+    grid = grids.time_uniform_grid(schedule, 7)
+    assert len(grid) == 7 and grid.alpha_bar[1:] == grid.alpha_bar_next[:-1]
+    assert grid.alpha_bar_next[-1] == pytest.approx(schedule[0].item())
+    for i, (time, level) in enumerate(zip(grid.times, grid.alpha_bar, strict=True)):
+        position = (timesteps - 1) * (7 - i) / 7  # in timesteps from the clean end
+        below = int(position)
+        low, high = schedule[below].item(), schedule[min(below + 1, timesteps - 1)].item()
+        assert time == pytest.approx(position * 1000 / timesteps, abs=2e-4)
+        assert level == pytest.approx(low ** (1 - position % 1) * high ** (position % 1), rel=1e-5)
+
+
 def test_first_and_last_step_of_the_grids():
     known = SCHEDULE.double()
     leading, trailing, karras = (spacing(SCHEDULE, 20) for spacing in SPACINGS)
@@ -78,10 +92,11 @@ def test_the_last_steps_of_a_grid():
     last = grid.end(2)
     assert (last.times, last.alpha_bar) == (grid.times[7:], grid.alpha_bar[7:])
     assert last.alpha_bar_next == grid.alpha_bar_next[7:]
-    assert grids.half_log_snr(grid.alpha_bar[3]) == pytest.approx(0.5 * np.log(grid.alpha_bar[3] / (1 - grid.alpha_bar[3])))
+    level = grid.alpha_bar[3]
+    assert grids.half_log_snr(level) == pytest.approx(0.5 * np.log(level / (1 - level)))
 
 
-@EVERY
+@pytest.mark.parametrize("spacing", [*SPACINGS, grids.time_uniform_grid])
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_numbers_of_steps_are_refused(spacing, steps):
     with pytest.raises(UserError, match="1 to 1000"):
