@@ -49,7 +49,8 @@ def test_warm_up_and_half_a_cosine(step: int, factor: float) -> None:
         (10, 1.0),
         (30, 0.55),
         (49, 0.1 + 0.45 * (1 + math.cos(math.pi * 39 / 40))),
-        (50, 0.5),
+        (50, 0.1),  # the last step of the first cycle
+        (51, 0.25 * (1 + math.cos(math.pi / 20))),
         (60, 0.25),
         (70, 0.0),
         (1000, 0.0),
@@ -60,7 +61,8 @@ def test_cycles_of_cosines(step: int, factor: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "factor"), [(0, 0.2), (5, 0.6), (10, 0.1 + 0.9 * 0.8), (25, 0.55), (50, 0.5), (60, 0.25), (70, 0)]
+    ("step", "factor"), [(0, 0.2), (5, 0.6), (10, 0.1 + 0.9 * 0.8), (25, 0.55), (50, 0.1), (51, 0.5 * 19 / 20),
+                         (60, 0.25), (70, 0)]
 )
 def test_cycles_of_lines(step: int, factor: float) -> None:
     assert LambdaLinearScheduler(**CYCLES)(step) == pytest.approx(factor, abs=1e-12)
@@ -70,6 +72,18 @@ def test_one_cycle_is_the_single_schedule() -> None:
     several = LambdaWarmUpCosineScheduler2([100], [0.1], [1.0], [0.01], [500])
     single = LambdaWarmUpCosineScheduler(**SINGLE)
     assert all(several(step) == pytest.approx(single(step)) for step in range(0, 700, 7))
+
+
+@pytest.mark.parametrize(("schedule", "last"), [
+    (LambdaWarmUpCosineScheduler(**SINGLE, verbosity_interval=10), "last_lr"),
+    (LambdaLinearScheduler(**CYCLES, verbosity_interval=10), "last_f")])
+def test_the_last_factor_is_logged(
+    schedule: LambdaWarmUpCosineScheduler | LambdaLinearScheduler, last: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        factors = [schedule(step) for step in (5, 10, 11)]
+    assert caplog.messages == [f"current step: 10, recent lr-multiplier: {factors[0]:g}"]
+    assert getattr(schedule, last) == factors[-1]
 
 
 def test_stable_diffusions_schedule_is_flat_after_warm_up() -> None:

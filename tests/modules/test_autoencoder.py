@@ -205,7 +205,7 @@ def test_ddconfig_may_hold_decoder_settings() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"chanels": 3}, "chanels"), ({"attn_type": "linear"}, "linear"), ({"double_z": False}, "double_z")],
+    [({"chanels": 3}, "chanels"), ({"attn_type": "quadratic"}, "quadratic"), ({"double_z": False}, "double_z")],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
@@ -215,6 +215,20 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], named: str) ->
 def test_kinds_of_attention() -> None:
     assert isinstance(make_attn(32, "vanilla-xformers"), AttnBlock)
     assert isinstance(make_attn(32, "none"), nn.Identity)
+    linear = make_attn(32, "linear")
+    assert linear.heads == 1 and linear.to_qkv.out_channels == 96
+    encoder = Encoder(**SETTINGS, use_linear_attn=True, some_other_setting=1)
+    assert type(encoder.mid.attn_1) is type(linear)
+
+
+def test_residual_blocks_with_a_timestep_embedding() -> None:
+    block = randomize(ResnetBlock(in_channels=32, out_channels=64, dropout=0.0, temb_channels=8), scale=0.2)
+    x, temb = torch.randn(1, 32, 4, 4), torch.randn(1, 8)
+    with_embedding = block(x, temb)
+    assert not torch.allclose(block(x), with_embedding, atol=1e-3)
+    with torch.no_grad():
+        block.conv1.bias += block.temb_proj(F.silu(temb))[0]
+    assert torch.allclose(block(x), with_embedding, atol=1e-5)
 
 
 def test_reconstruction_from_a_sample_or_from_the_mean() -> None:

@@ -10,17 +10,27 @@ network's output, so that the network only has to learn what a linear code misse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.common.errors import UserError
+from ldm.modules.image_attention import LinearAttention, Normalize, SpatialSelfAttention
+
+__all__ = [
+    "AttnBlock", "Decoder", "Downsample", "Encoder", "LinAttnBlock", "Normalize", "ResnetBlock", "Upsample",
+    "make_attn", "nonlinearity",
+]
 
 
-def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
-    """Return the group normalization of the public first stages, with epsilon 1e-6."""
-    return nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+AttnBlock = SpatialSelfAttention  # the name of the first stages' attention
+
+
+def nonlinearity(x: Tensor) -> Tensor:
+    """Return x * sigmoid(x), the SiLU."""
+    return F.silu(x)
 
 
 def _conv3(inner: int, outer: int) -> nn.Conv2d:
@@ -32,6 +42,7 @@ class Upsample(nn.Module):
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__()
+        self.with_conv = with_conv
         self.conv = _conv3(in_channels, in_channels) if with_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,6 +54,7 @@ class Downsample(nn.Module):
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__()
+        self.with_conv = with_conv
         self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, stride=2) if with_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,13 +65,20 @@ class ResnetBlock(nn.Module):
     """Compute x + conv(silu(norm(conv(silu(norm(x)))))).
 
     If the widths differ, x goes through a 1x1 convolution, or a 3x3 one if `conv_shortcut`.
+
+    Args:
+        temb_channels: width of a timestep embedding that is projected and added after the first convolution. First
+            stages have none, 0.
     """
 
     def __init__(self, *, in_channels: int, out_channels: int | None = None, conv_shortcut: bool = False,
-                 dropout: float = 0.0) -> None:
+                 dropout: float = 0.0, temb_channels: int = 512) -> None:
         super().__init__()
         out_channels = out_channels or in_channels
+        self.in_channels, self.out_channels, self.use_conv_shortcut = in_channels, out_channels, conv_shortcut
         self.norm1, self.conv1 = Normalize(in_channels), _conv3(in_channels, out_channels)
+        if temb_channels > 0:
+            self.temb_proj = nn.Linear(temb_channels, out_channels)
         self.norm2, self.conv2 = Normalize(out_channels), _conv3(out_channels, out_channels)
         self.dropout = nn.Dropout(dropout)
         if in_channels != out_channels and conv_shortcut:
@@ -67,47 +86,43 @@ class ResnetBlock(nn.Module):
         elif in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """Map x (B, in_channels, H, W), with an embedding (B, temb_channels) if any, to (B, out_channels, H, W)."""
         hidden = self.conv1(F.silu(self.norm1(x)))
+        if temb is not None:
+            hidden = hidden + self.temb_proj(F.silu(temb))[..., None, None]
         hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
         shortcut = getattr(self, "nin_shortcut", None) or getattr(self, "conv_shortcut", None)
         return hidden + (x if shortcut is None else shortcut(x))
 
 
-class AttnBlock(nn.Module):
-    """Add single-head self-attention over all positions of a feature map to the map."""
+class LinAttnBlock(LinearAttention):
+    """Linear attention with one head as wide as the feature map."""
 
     def __init__(self, in_channels: int) -> None:
-        super().__init__()
-        self.norm = Normalize(in_channels)
-        for name in ("q", "k", "v", "proj_out"):
-            setattr(self, name, nn.Conv2d(in_channels, in_channels, kernel_size=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        q, k, v = (layer(normed).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
+        super().__init__(in_channels, heads=1, dim_head=in_channels)
 
 
 def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
     """Build the attention block that a config's `attn_type` names.
 
     Raises:
-        UserError: if `attn_type` is neither "vanilla", "vanilla-xformers" (the same) nor "none".
+        UserError: if `attn_type` is none of "vanilla", "vanilla-xformers" (the same), "linear" and "none".
     """
     if attn_type in ("vanilla", "vanilla-xformers"):
         return AttnBlock(in_channels)
+    if attn_type == "linear":
+        return LinAttnBlock(in_channels)
     if attn_type == "none":
         return nn.Identity()
-    raise UserError(f"attn_type {attn_type!r} is unknown; choose vanilla or none")
+    raise UserError(f"attn_type {attn_type!r} is unknown; choose vanilla, linear or none")
 
 
 def _build_middle(channels: int, dropout: float, attn_type: str) -> nn.Module:
     middle = nn.Module()
-    middle.block_1 = ResnetBlock(in_channels=channels, dropout=dropout)
+    middle.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, temb_channels=0)
     middle.attn_1 = make_attn(channels, attn_type)
-    middle.block_2 = ResnetBlock(in_channels=channels, dropout=dropout)
+    middle.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, temb_channels=0)
     return middle
 
 
@@ -119,7 +134,8 @@ def _build_level(channels: Sequence[tuple[int, int]], attend: bool, dropout: flo
     """Build one resolution: a residual block for each (in, out) pair, each followed by attention if `attend`."""
     level = nn.Module()
     level.block = nn.ModuleList(
-        ResnetBlock(in_channels=inner, out_channels=outer, dropout=dropout) for inner, outer in channels)
+        ResnetBlock(in_channels=inner, out_channels=outer, dropout=dropout, temb_channels=0)
+        for inner, outer in channels)
     level.attn = nn.ModuleList(make_attn(outer, attn_type) for _, outer in channels if attend)
     return level
 
@@ -146,18 +162,23 @@ class Encoder(nn.Module):
         resolution: side of the images; other sizes work, too.
         z_channels: channels of the latent.
         double_z: whether Z is twice `z_channels`, for a mean and a log-variance.
+        use_linear_attn: as `attn_type` "linear".
         attn_type: see `make_attn`.
         patch_size: side of the pixel blocks that are folded into channels.
         linear_skip: whether to add a linear map of each block of f x f pixels to the features.
-        out_ch: ignored; configs share their settings with the decoder.
+        out_ch, others: ignored; configs share their settings with the decoder.
     """
 
     def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
                  attn_resolutions: Sequence[int], dropout: float = 0.0, resamp_with_conv: bool = True,
                  in_channels: int, resolution: int, z_channels: int, double_z: bool = True,
-                 attn_type: str = "vanilla", patch_size: int = 1, linear_skip: bool = False) -> None:
+                 use_linear_attn: bool = False, attn_type: str = "vanilla", patch_size: int = 1,
+                 linear_skip: bool = False, **others: Any) -> None:
         super().__init__()
+        self.ch, self.num_resolutions, self.num_res_blocks = ch, len(ch_mult), num_res_blocks
+        self.resolution, self.in_channels = resolution, in_channels
         self.patch_size = patch_size
+        attn_type = "linear" if use_linear_attn else attn_type
         self.conv_in = _conv3(in_channels * patch_size**2, ch)
         widths = [ch, *(ch * factor for factor in ch_mult)]
         side = resolution // patch_size
@@ -199,12 +220,16 @@ class Decoder(nn.Module):
     def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
                  attn_resolutions: Sequence[int], dropout: float = 0.0, resamp_with_conv: bool = True,
                  in_channels: int, resolution: int, z_channels: int, double_z: bool = True,
-                 give_pre_end: bool = False, tanh_out: bool = False, attn_type: str = "vanilla",
-                 patch_size: int = 1, linear_skip: bool = False) -> None:
+                 give_pre_end: bool = False, tanh_out: bool = False, use_linear_attn: bool = False,
+                 attn_type: str = "vanilla", patch_size: int = 1, linear_skip: bool = False, **others: Any) -> None:
         super().__init__()
+        self.ch, self.num_resolutions, self.num_res_blocks = ch, len(ch_mult), num_res_blocks
+        self.resolution, self.in_channels = resolution, in_channels
         self.patch_size, self.give_pre_end, self.tanh_out = patch_size, give_pre_end, tanh_out
+        attn_type = "linear" if use_linear_attn else attn_type
         widths = [ch * factor for factor in ch_mult]
         side = resolution // patch_size // 2 ** (len(widths) - 1)
+        self.z_shape = (1, z_channels, side, side)
         self.conv_in = _conv3(z_channels, widths[-1])
         self.mid = _build_middle(widths[-1], dropout, attn_type)
         levels, inner = [], widths[-1]

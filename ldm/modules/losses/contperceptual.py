@@ -10,6 +10,10 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.adversarial import AdversarialLoss, log_entries
 
 
+class DummyLoss(nn.Identity):
+    """No loss, for first stages that are not trained."""
+
+
 class LPIPSWithDiscriminator(AdversarialLoss):
     """The sum of distances over each image, plus `kl_weight` times the KL of its latent, plus the adversarial losses.
 
