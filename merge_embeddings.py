@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,11 @@ EXAMPLE = """example:
 
 Then use both in one image:
   python scripts/txt2img.py --concept both.safetensors --prompt "a photo of a <teddy> next to a <mug>"
+
+Files of Textual Inversion's public code, here for Stable Diffusion:
+  python merge_embeddings.py --manager_ckpts teddy.pt mug.pt --output_path both.pt -sd
 """
+CONCEPT_FILE = ".safetensors"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,7 +37,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--placeholders", nargs="+", metavar="WORD",
         help='the word that stands for each concept in prompts, in the order of the files, such as "<teddy>" "<mug>"; '
-        "by default concepts keep theirs, and if two have the same, the second becomes <name-2>",
+        "by default concepts keep theirs, and if two have the same, the second becomes <name-2>; for .pt files you are "
+        "asked for another word",
+    )
+    parser.add_argument(
+        "-sd", "--stable_diffusion", action="store_true",
+        help="the .pt files are for Stable Diffusion (default: decided by the width of their vectors)",
     )
     return parser.parse_args(arguments)
 
@@ -56,9 +65,45 @@ def save_combined(path: Path, concepts: Sequence[AnyConcept]) -> None:
     save_concepts(path, concepts, precision=None)
 
 
+def ask_for_word(word: str, fits: Callable[[str], bool]) -> str | None:
+    """Ask for a word in place of one that is taken, until it fits; return None if nobody can answer."""
+    question = f"Placeholder {word} is taken already. Another word for it: "
+    while True:
+        try:
+            answer = input(question).strip()
+        except (EOFError, OSError):
+            return None
+        if fits(answer):
+            return answer
+        question = f"{answer!r} is taken, or is not exactly one token. Another word: "
+
+
+def merge_public_files(options: argparse.Namespace) -> None:
+    """Combine files of Textual Inversion's public code, and print the placeholders with their files."""
+    from ldm.concepts import word_merging
+
+    if Path(options.output_path).suffix == CONCEPT_FILE or any(is_concept_file(f) for f in options.manager_ckpts):
+        raise UserError(f"{CONCEPT_FILE} files combine with each other only; give all files and --output_path one kind")
+    loaded = word_merging.load_words(options.manager_ckpts)
+    words = [word for word, _ in loaded]
+    tokenizer = word_merging.tokenizer_for(words, options.stable_diffusion)
+    words = word_merging.give_distinct_names(words, tokenizer, ask_for_word, options.placeholders)
+    output = word_merging.save_words(options.output_path, words, tokenizer)
+    print(f"{output}: {len(words)} placeholders")
+    for word, (_, path) in zip(words, loaded, strict=True):
+        print(f"  {word.word}: {len(word.vectors)} vectors, from {path}")
+
+
+def is_concept_file(path: str) -> bool:
+    return Path(path).suffix == CONCEPT_FILE
+
+
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    if not all(map(is_concept_file, options.manager_ckpts)):
+        merge_public_files(options)
+        return
     # Imported only now, since torch takes long to load and --help does not need it.
     from ldm.concepts.merging import merge_concepts
     from ldm.concepts.storage import load_concepts

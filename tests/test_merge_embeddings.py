@@ -1,17 +1,21 @@
 """The merge script as a user runs it: once as its own process, otherwise in this process to save time."""
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 import merge_embeddings
 from ldm.common.paths import quote_command
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
+from ldm.concepts.embedding_file import load_learned_words, save_learned_words
+from ldm.modules.encoders.modules import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,6 +88,57 @@ def test_errors_are_one_line(
         assert errors.count("\n") == 1
     assert not output.exists()
     assert foreign.read_bytes() == before
+
+
+@pytest.fixture
+def public_files(tmp_path: Path) -> tuple[Path, Path]:
+    """Two files of Textual Inversion's public code for Stable Diffusion, both with the placeholder "*"."""
+    for name, vectors in (("a", torch.arange(1536.0).view(2, 768)), ("b", torch.full((1, 768), 0.1))):
+        words = torch.nn.ParameterDict({"*": torch.nn.Parameter(vectors)})
+        torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": words}, tmp_path / f"{name}.pt")
+    return tmp_path / "a.pt", tmp_path / "b.pt"
+
+
+@pytest.mark.parametrize(("answers", "word"), [(["*", "two tokens", "@"], "@"), (["%"], "%"), ([], "@")])
+def test_public_files_are_merged_and_ask_for_words(
+    answers: list[str], word: str, public_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{answer}\n" for answer in answers)))
+    output = tmp_path / "c.pt"
+    merge(monkeypatch, "--manager_ckpts", *public_files, "--output_path", output, "-sd")
+    first, second = load_learned_words(output)
+    assert (first.word, first.token, second.word) == ("*", 265, word)
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    assert [second.token] == tokenizer(word, add_special_tokens=False)["input_ids"]
+    for merged, path in ((first, public_files[0]), (second, public_files[1])):
+        assert torch.equal(merged.vectors, load_learned_words(path)[0].vectors)
+    assert f"  {word}: 1 vectors, from {public_files[1]}" in capsys.readouterr().out
+
+
+def test_public_files_take_any_words_by_flag(
+    public_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "c.pt"
+    merge(monkeypatch, "--manager_ckpts", *public_files, "--output_path", output, "--placeholders", "<a>", "<b>")
+    assert [(word.word, word.token) for word in load_learned_words(output)] == [("<a>", 49408), ("<b>", 49409)]
+
+
+def test_public_files_and_concept_files_do_not_mix(
+    files: tuple[Path, Path], public_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = save_learned_words(tmp_path / "wide.pt", {"*": torch.tensor(1)}, {"*": torch.zeros(1, 9)})
+    for inputs, name, words, message in (
+        ((files[0], public_files[0]), "c.pt", (), "combine with each other only"),
+        (public_files, "c.safetensors", (), "combine with each other only"),
+        ((public_files[0], wide), "c.pt", (), "have width 9, those of"),
+        (public_files, "c.pt", ("--placeholders", "<a>"), "give 2 different words"),
+    ):
+        with pytest.raises(SystemExit):
+            merge(monkeypatch, "--manager_ckpts", *inputs, "--output_path", tmp_path / name, *words)
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
 
 
 def test_the_script_does_not_import_slow_libraries() -> None:

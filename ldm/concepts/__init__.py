@@ -11,9 +11,11 @@ Files:
     concept_file.py             the file format of Perfusion's concepts, and its checks
     finetuned_concept_file.py   the file format of other methods' concepts
     file_tensors.py             what both formats share
+    embedding_file.py           the file format of Textual Inversion's public code
 
 Several concepts:
     merging.py                  makes concepts usable together: one method, one base model, distinct placeholders
+    word_merging.py             combines files of Textual Inversion's public code
     weight_merging.py           merges U-Net weights in closed form (Custom Diffusion)
     settings.py                 replaces bias, temperature and used layers for one run
 
@@ -21,6 +23,7 @@ Training:
     trainable_concept.py        the parameters of a Perfusion concept
     trainable_word.py           the word vectors of other methods
     embedding_manager.py        Textual Inversion as the original LDM configs run it
+    embedding_insertion.py      puts learned vectors in the place of tokens
 
 Generation:
     stacking.py                 turns concepts into the `Edit` that cross-attention layers apply

@@ -80,8 +80,9 @@ def save_learned_words(path: str | Path, tokens: Mapping[str, Tensor], vectors: 
         tokens: word -> its token, a tensor without dimensions.
         vectors: word -> (k, width).
     """
-    parameters = nn.ParameterDict({word: nn.Parameter(value.detach().cpu().clone())
-                                   for word, value in vectors.items()})
+    parameters = nn.ParameterDict()
+    for word, value in vectors.items():  # one by one, since a ParameterDict would sort the words of a dictionary
+        parameters[word] = nn.Parameter(value.detach().cpu().clone())
     content = {TOKENS: {word: token.cpu().clone() for word, token in tokens.items()}, VECTORS: parameters}
     return write_atomically(path, lambda temporary: torch.save(content, temporary))
 

@@ -11,6 +11,7 @@ from helpers import stand_ins
 from helpers.oracles import randomize
 from safetensors import safe_open
 from torch import nn
+from transformers import CLIPTextConfig
 
 from ldm.common.errors import UserError
 from ldm.common.files import save_tensors
@@ -66,6 +67,21 @@ def test_clips_start_is_the_embedding_at_the_first_position() -> None:
     manager = EmbeddingManager(clip, ["*"], ["cat"])
     tokens = torch.tensor([clip.word_pieces("cat")])
     assert torch.equal(manager.string_to_param_dict["*"], clip.transformer.text_model.embeddings(tokens)[0])
+
+
+def test_untrained_vectors_follow_the_words_of_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "tower"  # a config alone: the public encoder of this name would have pretrained weights
+    config = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                            bos_token_id=49406, eos_token_id=49407, vocab_size=49408)
+    config.save_pretrained(folder)
+    clip = FrozenCLIPEmbedder(str(folder))
+    manager = EmbeddingManager(clip, ["*", "<mug>"], ["cat", "cup"])
+    trained = torch.ones(1, 8)
+    manager.string_to_param_dict["<mug>"].data.copy_(trained)
+    clip.load_state_dict(randomize(FrozenCLIPEmbedder(str(folder))).state_dict())
+    start = EmbeddingManager(clip, ["*"], ["cat"]).string_to_param_dict["*"]
+    assert torch.equal(manager.string_to_param_dict["*"], start) and torch.equal(manager.initial_embeddings["*"], start)
+    assert torch.equal(manager.string_to_param_dict["<mug>"], trained)
 
 
 def test_several_vectors_stand_for_one_word(embedder: PromptEncoder) -> None:

@@ -140,6 +140,20 @@ def test_embedding_dropout_acts_in_training_only() -> None:
     assert torch.equal(embedder(tokens), embedder(tokens))
 
 
+def test_an_embedding_manager_sees_tokens_and_embeddings() -> None:
+    embedder = BERTEmbedder(8, 1, vocab_size=50, max_seq_len=6, use_tokenizer=False).eval()
+    tokens = torch.tensor([[3, 49, 0]])
+    replaced = embedder.transformer.token_emb.weight[[7, 49, 0]][None]
+    expected = embedder(torch.tensor([[7, 49, 0]]))
+
+    def manager(seen: Tensor, embedded: Tensor) -> Tensor:
+        assert torch.equal(seen, tokens) and embedded.shape == (1, 3, 8)
+        return replaced
+
+    assert torch.equal(embedder.encode(tokens, embedding_manager=manager), expected)
+    assert torch.equal(embedder.transformer(tokens, True, embedding_manager=manager), expected)
+
+
 def test_keys_are_those_of_x_transformers() -> None:
     keys = TransformerWrapper(5, 3, Encoder(4, 1)).state_dict()
     assert {key: tuple(value.shape) for key, value in keys.items()} == {
