@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,16 +40,15 @@ class AutoencoderKL(LoadsInitialWeights, FirstStage):
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], kernel_size=1)
         self.embed_dim = embed_dim
-        self._initial_weights = (ckpt_path, ignore_keys)
+        self.set_initial_weights(ckpt_path, ignore_keys=ignore_keys)
 
-    def _load_initial_weights(self) -> None:
-        path, ignore_keys = self._initial_weights
-        if path is not None:
-            load_weights(self, path, ignore_keys=ignore_keys)
+    def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = ()) -> None:
+        load_weights(self, path, ignore_keys, self.optional_keys())
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Return the posterior of the latents (B, embed_dim, H/f, W/f) of images."""
-        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+        # contiguous, so that noise like the latents has this order
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)).contiguous())
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the images of latents."""
@@ -70,18 +70,38 @@ class AutoencoderKL(LoadsInitialWeights, FirstStage):
             parameter.requires_grad_(self.train_encoder)
         return decoder + (encoder if self.train_encoder else [])
 
-    def reconstruct_for_log(self, images: Tensor) -> Tensor:
-        return self(images, sample_posterior=False)[0]
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Tensor], N: int | None = None, only_inputs: bool = False, **_: Any
+                   ) -> dict[str, Tensor]:
+        """Return inputs, their reconstructions, and the images of random latents as samples."""
+        images = self.logged_inputs(batch, N)
+        if only_inputs:
+            return {"inputs": self.to_rgb(images)}
+        reconstructions, posterior = self(images)
+        return {"samples": self.to_rgb(self.decode(torch.randn_like(posterior.sample()))),
+                "reconstructions": self.to_rgb(reconstructions), "inputs": self.to_rgb(images)}
 
 
 class IdentityFirstStage(nn.Module):
-    """No first stage: diffusion on the pixels themselves."""
+    """No first stage: diffusion on the pixels themselves.
 
-    def encode(self, x: Tensor) -> Tensor:
+    Args:
+        vq_interface: whether `quantize` returns what that of a `VQModel` does.
+        args, kwargs: ignored, so that the params of any first stage fit.
+    """
+
+    def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        self.vq_interface = vq_interface
+
+    def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (x, None, [None, None, None]) if self.vq_interface else x
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x

@@ -96,9 +96,17 @@ class FirstStage(SharedStepModule):
         if isinstance(self.loss, AdversarialLoss):
             self.loss.load_perceptual()
 
+    def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
+        """Return the images under key `k` of a batch, (B, C, H, W)."""
+        return image_batch(batch, k, (self.in_channels,))
+
+    def get_last_layer(self) -> nn.Parameter:
+        """Return the weights of the decoder's last layer, to whose gradients adversarial losses are compared."""
+        return self.decoder.last_layer
+
     def input_images(self, batch: Mapping[str, Tensor], split: str) -> Tensor:
-        """Return the images of a batch, (B, C, H, W)."""
-        return image_batch(batch, self.image_key, (self.in_channels,))
+        """Return the images of a batch in channels-last memory format, (B, C, H, W)."""
+        return self.get_input(batch, self.image_key).contiguous(memory_format=torch.channels_last)
 
     def reconstruct(self, images: Tensor) -> tuple[Any, ...]:
         """Return reconstructions (B, C, H, W), and what the loss needs to know about the latents."""
@@ -108,7 +116,7 @@ class FirstStage(SharedStepModule):
         images = self.input_images(batch, split)
         adversarial: dict[str, Any] = {}
         if isinstance(self.loss, AdversarialLoss):
-            adversarial = {"step": self.global_step, "last_layer": self.decoder.last_layer}
+            adversarial = {"step": self.global_step, "last_layer": self.get_last_layer()}
         loss, log = self.loss(images, *self.reconstruct(images), split=split, **adversarial)
         for name, value in log.items():
             self.log(name, value, prog_bar=name.split("/")[-1] in PROGRESS_BAR, batch_size=len(images))
@@ -133,15 +141,9 @@ class FirstStage(SharedStepModule):
         for group in optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], gradient_clip_val)
 
-    @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Tensor], N: int = 8, **_: Any) -> dict[str, Tensor]:
-        """Return inputs and reconstructions for the log folder."""
-        images = self.input_images(batch, "val")[:N].to(self.device)
-        return {"inputs": self.to_rgb(images), "reconstructions": self.to_rgb(self.reconstruct_for_log(images))}
-
-    def reconstruct_for_log(self, images: Tensor) -> Tensor:
-        """Return the reconstructions that `log_images` shows."""
-        return self(images)[0]
+    def logged_inputs(self, batch: Mapping[str, Tensor], count: int | None) -> Tensor:
+        """Return the first `count` images of a batch, or all, for the log."""
+        return self.input_images(batch, "val")[:count].to(self.device)
 
     def to_rgb(self, x: Tensor) -> Tensor:
         """Return maps (B, C, H, W) as RGB images in [-1, 1].

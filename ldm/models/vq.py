@@ -1,6 +1,7 @@
 """Autoencoders whose latents come from a codebook (Esser et al., "Taming Transformers", CVPR 2021)."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from ldm.common.errors import UserError
 from ldm.models.first_stage import FirstStage
 from ldm.models.initial_weights import LoadsInitialWeights
 from ldm.modules.ema import LitEma
+
+log = logging.getLogger(__name__)
 
 COMMITMENT = 0.25  # beta of the quantizer's loss
 SIZE_STEP = 16  # between the sizes of `batch_resize_range`
@@ -46,6 +49,7 @@ class VQModel(LoadsInitialWeights, FirstStage):
         self.embed_dim = embed_dim
         self.n_embed = n_embed
         self.use_ema = use_ema
+        self.batch_resize_range = batch_resize_range
         self.sizes = None if batch_resize_range is None else _size_range(batch_resize_range)
         if remap is not None and not Path(remap).is_file():
             raise UserError(f"remap {remap}: no such file; give a .npy file of the codes in use")
@@ -56,17 +60,16 @@ class VQModel(LoadsInitialWeights, FirstStage):
         self.quantize.unread_keys = ("used",)  # comes from the file `remap`, and few checkpoints have it
         if use_ema:
             self.model_ema = LitEma(self)
-        self._initial_weights = (ckpt_path, ignore_keys)
+        self.set_initial_weights(ckpt_path, ignore_keys=ignore_keys)
 
-    def _load_initial_weights(self) -> None:
-        path, ignore_keys = self._initial_weights
-        loaded = load_weights(self, path, ignore_keys) if path is not None else set()
+    def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = ()) -> None:
+        loaded = load_weights(self, path, ignore_keys, self.optional_keys())
         if self.use_ema and not {f"model_ema.{name}" for name in self.model_ema.state_dict()} <= loaded:
             self.model_ema = LitEma(self)  # without averages in the file, averaging starts from these weights
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
-        """Return the latents of images before quantization."""
-        return self.quant_conv(self.encoder(x))
+        """Return the latents of images before quantization, contiguous."""
+        return self.quant_conv(self.encoder(x)).contiguous()
 
     def encode(self, x: Tensor) -> Any:
         """Return (quantized latents, the quantizer's loss, (None, None, codes))."""
@@ -107,12 +110,14 @@ class VQModel(LoadsInitialWeights, FirstStage):
         return [parameter for module in modules for parameter in module.parameters()]
 
     @contextmanager
-    def ema_scope(self) -> Iterator[None]:
-        """Within this context the model has its averaged weights, if it keeps any."""
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Within this context the model has its averaged weights, if it keeps any; `context` is for the log."""
         if not self.use_ema:
             yield
             return
         with self.model_ema.averaged(self):
+            if context is not None:
+                log.info("%s: with the averaged weights", context)
             yield
 
     def update_averages(self) -> None:
@@ -126,13 +131,26 @@ class VQModel(LoadsInitialWeights, FirstStage):
                 self.step(batch, "val_ema")
         return loss
 
-    def reconstruct_for_log(self, images: Tensor) -> Tensor:
-        with self.ema_scope():
-            return super().reconstruct_for_log(images)
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Tensor], N: int | None = None, only_inputs: bool = False,
+                   plot_ema: bool = False, **_: Any) -> dict[str, Tensor]:
+        """Return inputs and reconstructions; with `plot_ema` also those with the averaged weights."""
+        images = self.logged_inputs(batch, N)
+        shown = {"inputs": self.to_rgb(images)}
+        if only_inputs:
+            return shown
+        shown["reconstructions"] = self.to_rgb(self(images)[0])
+        if plot_ema:
+            with self.ema_scope():
+                shown["reconstructions_ema"] = self.to_rgb(self(images)[0])
+        return shown
 
 
 class VQModelInterface(VQModel):
     """A `VQModel` for diffusion: `decode` quantizes instead of `encode`, so that diffusion works on smooth latents."""
+
+    def __init__(self, embed_dim: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, embed_dim=embed_dim, **kwargs)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the latents of images before quantization, (B, embed_dim, H/f, W/f)."""

@@ -22,6 +22,10 @@ class LitEma(nn.Module):
         use_num_upates: start with a smaller decay, (1 + n) / (10 + n) at update n, so that the average forgets the
             random initialization soon. (The misspelling is the public code's; configs use it.)
 
+    Attributes:
+        m_name2s_name: name of a parameter -> name of its average.
+        collected_params: what `store` has stored.
+
     Raises:
         ValueError: if `decay` is out of range, no parameter requires a gradient, or the names of two parameters are
             equal without their dots.
@@ -42,26 +46,30 @@ class LitEma(nn.Module):
             raise ValueError(f"EMA decay {decay} is not between 0 and 1")
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
-        self.buffer_names: dict[str, str] = {}
-        self.collected: list[Tensor] = []
+        self.m_name2s_name: dict[str, str] = {}
+        self.collected_params: list[Tensor] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self._add(name, parameter)
-        if not self.buffer_names:
+        if not self.m_name2s_name:
             raise ValueError("EMA: no parameter of the model requires a gradient, so there is nothing to average")
 
     def _add(self, name: str, parameter: Tensor) -> None:
         short = name.replace(".", "")
-        if short in self.buffer_names.values():
+        if short in self.m_name2s_name.values():
             raise ValueError(f"EMA: parameter {name} and another one have the same name without dots, {short}")
         self.register_buffer(short, parameter.detach().clone())
-        self.buffer_names[name] = short
+        self.m_name2s_name[name] = short
+
+    def reset_num_updates(self) -> None:
+        """Count updates from 0 again, so that the next averages forget soon."""
+        self.num_updates.zero_()
 
     def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """Return the averages and the parameters of `model` that they belong to, in the same order."""
         parameters = dict(model.named_parameters())
-        averages = [getattr(self, short) for short in self.buffer_names.values()]
-        return averages, [parameters[name] for name in self.buffer_names]
+        averages = [getattr(self, short) for short in self.m_name2s_name.values()]
+        return averages, [parameters[name] for name in self.m_name2s_name]
 
     def _next_decay(self) -> float:
         """Count an update and return its decay."""
@@ -85,7 +93,7 @@ class LitEma(nn.Module):
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Store the current values of `parameters` until `restore` is called."""
-        self.collected = [parameter.detach().clone() for parameter in parameters]
+        self.collected_params = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[Tensor]) -> None:
@@ -94,9 +102,9 @@ class LitEma(nn.Module):
         Raises:
             ValueError: if nothing is stored, or the number of parameters differs.
         """
-        for parameter, value in zip(parameters, self.collected, strict=True):
+        for parameter, value in zip(parameters, self.collected_params, strict=True):
             parameter.copy_(value)
-        self.collected = []
+        self.collected_params = []
 
     @contextmanager
     def averaged(self, model: nn.Module) -> Iterator[None]:

@@ -22,7 +22,6 @@ from scripts.benchmarks.random_models import (
     write_covariance,
 )
 
-NOT_LOADED = ("random weights", (), False)
 PRECISIONS = {torch.bfloat16: "bf16-mixed", torch.float32: "32-true"}  # Lightning's names
 
 
@@ -55,7 +54,7 @@ class PerfusionStep:
         model = self.model
         width = text_width(model.text_layers)
         model.covariance = str(write_covariance(model.cond_stage_model, width, self.settings.folder))
-        model._initial_weights = NOT_LOADED  # otherwise training would refuse random weights
+        model.has_initial_weights = True  # otherwise training would refuse random weights
         self.trainer = SimpleNamespace(
             datamodule=SimpleNamespace(datasets={"train": self.data}), default_root_dir=str(self.settings.folder),
             global_step=0, world_size=1, accumulate_grad_batches=1,

@@ -23,13 +23,13 @@ from ldm.sampling.schedule import add_noise, prediction_from_eps, q_sample
 class DDIMSampler(StepwiseSampler):
     """Deterministic at eta 0, DDPM's posterior at eta 1. See `StepwiseSampler` for arguments, tables and `sample`."""
 
-    ddim_sampling = StepwiseSampler.run_timesteps
+    ddim_sampling = StepwiseSampler._run_timesteps
 
     @property
-    def loop(self) -> Callable[..., Samples]:
+    def _loop(self) -> Callable[..., Samples]:
         return self.ddim_sampling
 
-    def make_step(self) -> Step:
+    def _make_step(self) -> Step:
         def step(x: Tensor, c: Condition, t: Tensor, t_next: Tensor, index: int, **options: Any
                  ) -> tuple[Tensor, Tensor]:
             return self.p_sample_ddim(x, c, t, index=index, **options)
@@ -70,12 +70,12 @@ class DDIMSampler(StepwiseSampler):
         """
         if dynamic_threshold is not None:
             raise NotImplementedError("DDIMSampler has no dynamic_threshold; PLMSSampler has")
-        level = self.noise_level(index, use_original_steps, x.device)
+        level = self._noise_level(index, use_original_steps, x.device)
         guidance = Guidance(unconditional_guidance_scale, unconditional_conditioning, score_corrector,
                             corrector_kwargs)
-        prediction = self.predict(x, c, t, level.alpha_bar, guidance)
+        prediction = self._predict(x, c, t, level.alpha_bar, guidance)
         how = Update(repeat_noise, quantize_denoised, temperature, noise_dropout, dynamic_threshold)
-        return self.update(prediction, level, how)
+        return self._update(prediction, level, how)
 
     # Image to image
 
@@ -112,11 +112,11 @@ class DDIMSampler(StepwiseSampler):
             use_original_steps: take the model's timesteps instead of DDIM's.
             callback: called after each step with its index i, from 0.
         """
-        times = self.visited_timesteps(None, use_original_steps)[:t_start][::-1].tolist()
+        times = self._visited_timesteps(None, use_original_steps)[:t_start][::-1].tolist()
 
         def step(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
             return self.p_sample_ddim(
-                x, cond, self.time_batch(times[i], x), index=len(times) - 1 - i, use_original_steps=use_original_steps,
+                x, cond, self._time_batch(times[i], x), index=len(times) - 1 - i, use_original_steps=use_original_steps,
                 unconditional_guidance_scale=unconditional_guidance_scale,
                 unconditional_conditioning=unconditional_conditioning,
             )
@@ -156,7 +156,7 @@ class DDIMSampler(StepwiseSampler):
         guidance = Guidance(unconditional_guidance_scale, unconditional_conditioning)
         x, intermediates, kept_steps = x0, [], []
         for i in range(t_enc):
-            eps = self.predict(x, c, self.time_batch(i, x), alphas[i], guidance).eps
+            eps = self._predict(x, c, self._time_batch(i, x), alphas[i], guidance).eps
             # DDIM's update at eta 0, towards more noise
             x = add_noise(prediction_from_eps(x, eps, alphas[i]), alphas_next[i])
             if interval and (i % interval == 0 or i >= t_enc - 2):

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.common.errors import UserError
 from ldm.concepts.embedding_manager import EmbeddingManager
 from ldm.concepts.fingerprint import base_fingerprint
+from ldm.models.diffusion.logged_images import LogsLatentDiffusion
 from ldm.models.frozen import freeze
 from ldm.modules.attention import name_text_layers
 from ldm.util import instantiate_from_config
@@ -22,6 +25,9 @@ from ldm.util import instantiate_from_config
 log = logging.getLogger(__name__)
 
 LATEST, AT_STEP = "embeddings.pt", "embeddings_gs-{}.pt"  # the family's files beside the checkpoints
+LOG_OPTIONS = {"inpaint": False, "plot_progressive_rows": False, "plot_diffusion_rows": False,
+               "unconditional_guidance_scale": 5.0}
+GUIDED_BY_SCALE, GUIDED = "samples_cfg_scale_5.00", "samples_scaled"
 CONCEPTS = "embeddings.safetensors"  # our own, which the generation scripts read
 
 
@@ -76,6 +82,17 @@ class TrainsEmbeddings:
         loss = loss + self.embedding_reg_weight * distance
         split = "train" if self.training else "val"
         return loss, {**terms, f"{split}/loss_emb_reg": distance.detach(), f"{split}/loss": loss.detach()}
+
+    # Images for the log
+
+    @torch.no_grad()
+    @wraps(LogsLatentDiffusion.log_images)
+    def log_images(self, batch: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
+        """Return what the base class does. With vectors, rows are off by default and guided samples on."""
+        if self.embedding_manager is None:
+            return super().log_images(batch, *args, **options)
+        shown = super().log_images(batch, *args, **{**LOG_OPTIONS, **options})
+        return {GUIDED if key == GUIDED_BY_SCALE else key: images for key, images in shown.items()}
 
     # What is optimized
 

@@ -72,7 +72,7 @@ class FamilySampler:
         self._device = None if device is None else torch.device(device)
 
     @property
-    def parameterization(self) -> str:
+    def _parameterization(self) -> str:
         """What the model predicts: "eps", "x0" or "v"."""
         return getattr(self.model, "parameterization", "eps")
 
@@ -80,11 +80,11 @@ class FamilySampler:
         """Set an attribute, on the sampler's device if it is a tensor."""
         setattr(self, name, attr.to(self.device) if isinstance(attr, Tensor) else attr)
 
-    def start(self, size: Sequence[int], x_T: Tensor | None) -> Tensor:
+    def _start(self, size: Sequence[int], x_T: Tensor | None) -> Tensor:
         """Return `x_T`, or noise of `size` from the global generator of the model's device."""
         return torch.randn(tuple(size), device=self.model.betas.device) if x_T is None else x_T
 
-    def guided_output(self, x: Tensor, c: Condition, t: Tensor, guidance: Guidance) -> Tensor:
+    def _guided_output(self, x: Tensor, c: Condition, t: Tensor, guidance: Guidance) -> Tensor:
         """Return the network's output (B, C, H, W), guided if there is an unconditional condition and a scale."""
         if guidance.unconditional is None or guidance.scale == 1:
             return self.model.apply_model(x, t, c)

@@ -94,13 +94,13 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
         self.embedding_reg_weight = embedding_reg_weight
         self.unfreeze_model, self.model_lr = unfreeze_model, model_lr
         self.reg_weight = 1.0 if reg_weight is None else reg_weight
-        self._note_required_parts()
+        self.require_present_parts()
         if personalization_config is not None and reg_weight is None:
             self.load_initial_weights()  # the vectors start from the encoder's words
             self.personalize(personalization_config)
 
-    def _load_initial_weights(self) -> None:
-        super()._load_initial_weights()
+    def load_initial_weights(self) -> None:
+        super().load_initial_weights()
         self.restarted_from_ckpt = self._initial_weights[0] is not None
 
     def register_schedule(self, given_betas: Sequence[float] | Tensor | None = None, beta_schedule: str = "linear",

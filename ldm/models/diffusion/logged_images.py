@@ -140,7 +140,10 @@ class LogsLatentDiffusion(LogsDiffusion):
         return shown
 
     def _sample_inpainted(self, draw: Callable[..., tuple[Tensor, Any]], z: Tensor) -> dict[str, Tensor]:
-        """Return samples of which a square in the center is new, its mask, and samples that keep only the square."""
+        """Return samples of which a square in the center is new, its mask, and samples that keep only the square.
+
+        In CompVis' code both kinds of samples had the same mask, by mistake; this follows Stability AI.
+        """
         height, width = z.shape[2:]
         mask = torch.ones(len(z), 1, height, width, device=z.device)
         mask[..., height // 4:3 * height // 4, width // 4:3 * width // 4] = 0

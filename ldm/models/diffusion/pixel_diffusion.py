@@ -60,8 +60,6 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
             an image, are more frequent; 1 is uniform.
     """
 
-    _under_initial_loading = False
-
     def __init__(self, unet_config: Mapping[str, Any], timesteps: int = 1000, beta_schedule: str = "linear",
                  loss_type: str = "l2", ckpt_path: str | None = None, ignore_keys: Sequence[str] = (),
                  load_only_unet: bool = False, monitor: str = "val/loss", use_ema: bool = True,
@@ -111,25 +109,10 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar, persistent=False)
-        self._initial_weights = (ckpt_path, ignore_keys, load_only_unet)
-        self.has_initial_weights = False
-        self._note_required_parts()
+        only_model = {"only_model": True} if load_only_unet else {}
+        self.set_initial_weights(ckpt_path, ignore_keys=ignore_keys, **only_model)
 
     # Weights
-
-    def _note_required_parts(self) -> None:
-        """Remember the parts that the model has now. Those that a subclass adds later may be missing in `ckpt_path`."""
-        self._required_parts = {key.partition(".")[0] for key in self.state_dict()}
-
-    def _load_initial_weights(self) -> None:
-        path, ignore_keys, only_unet = self._initial_weights
-        if path is None:
-            return
-        self._under_initial_loading = True
-        try:
-            self.init_from_ckpt(path, ignore_keys=ignore_keys, only_model=only_unet)
-        finally:
-            self._under_initial_loading = False
 
     def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
         """Load a checkpoint. Parts that it lacks stay as they are; a warning lists them.
@@ -143,13 +126,8 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
         Raises:
             UserError: if weights do not fit, or the constructor loads `ckpt_path` and a part of this class is missing.
         """
-        optional = ("",)
-        if self._under_initial_loading:
-            added = {key.partition(".")[0] for key in self.state_dict()} - self._required_parts
-            optional = tuple(part if part in self._parameters or part in self._buffers else f"{part}."
-                             for part in added)
-        loaded = load_weights(self.model if only_model else self, path, [*ignore_keys, *self.schedule_names], optional,
-                              self.adapt_weight)
+        loaded = load_weights(self.model if only_model else self, path, [*ignore_keys, *self.schedule_names],
+                              self.optional_keys(), self.adapt_weight)
         if self.use_ema and not {f"model_ema.{name}" for name in self.model_ema.state_dict()} <= loaded:
             self.model_ema = LitEma(self.model)  # without averages in the file, averaging starts from these weights
         self.has_initial_weights = True
@@ -162,7 +140,6 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
         """Load weights as `nn.Module` does, except that files may hold `logvar`, as ControlNet's do."""
         if not self.learn_logvar and "logvar" in state_dict:
             state_dict = {key: value for key, value in state_dict.items() if key != "logvar"}
-        self.has_initial_weights = True
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @property

@@ -27,10 +27,10 @@ class PLMSSampler(StepwiseSampler):
     mistakes them for noise.
     """
 
-    plms_sampling = StepwiseSampler.run_timesteps
+    plms_sampling = StepwiseSampler._run_timesteps
 
     @property
-    def loop(self) -> Callable[..., Samples]:
+    def _loop(self) -> Callable[..., Samples]:
         return self.plms_sampling
 
     def make_schedule(self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0,
@@ -40,7 +40,7 @@ class PLMSSampler(StepwiseSampler):
             raise ValueError(f"ddim_eta must be 0 for PLMS, not {ddim_eta:g}; use DDIMSampler")
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
-    def make_step(self) -> Step:
+    def _make_step(self) -> Step:
         old_eps: list[Tensor] = []
 
         def step(x: Tensor, c: Condition, t: Tensor, t_next: Tensor, index: int, **options: Any
@@ -88,16 +88,16 @@ class PLMSSampler(StepwiseSampler):
         Returns:
             The next x, the predicted x_0, and the noise predicted at x, each (B, C, H, W).
         """
-        level = self.noise_level(index, use_original_steps, x.device)
+        level = self._noise_level(index, use_original_steps, x.device)
         guidance = Guidance(unconditional_guidance_scale, unconditional_conditioning, score_corrector,
                             corrector_kwargs)
         how = Update(repeat_noise, quantize_denoised, temperature, noise_dropout, dynamic_threshold)
-        e_t = self.predict(x, c, t, level.alpha_bar, guidance).eps
+        e_t = self._predict(x, c, t, level.alpha_bar, guidance).eps
         if old_eps:
             eps = multistep_eps([e_t, *reversed(old_eps[-REMEMBERED:])])
         else:
             # Pseudo improved Euler: the mean of the noise at both ends of the step
-            x_next, _ = self.update(prediction_from_eps(x, e_t, level.alpha_bar), level, how)
-            eps = (e_t + self.predict(x_next, c, t_next, level.alpha_bar_next, guidance).eps) / 2
-        x_prev, pred_x0 = self.update(prediction_from_eps(x, eps, level.alpha_bar), level, how)
+            x_next, _ = self._update(prediction_from_eps(x, e_t, level.alpha_bar), level, how)
+            eps = (e_t + self._predict(x_next, c, t_next, level.alpha_bar_next, guidance).eps) / 2
+        x_prev, pred_x0 = self._update(prediction_from_eps(x, eps, level.alpha_bar), level, how)
         return x_prev, pred_x0, e_t

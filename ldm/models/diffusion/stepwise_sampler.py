@@ -173,7 +173,7 @@ class StepwiseSampler(FamilySampler, ABC):
         """
         warn_of_batch_size(conditioning, batch_size)
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
-        return self.loop(
+        return self._loop(
             conditioning, (batch_size, *shape), callback=callback, img_callback=img_callback,
             quantize_denoised=quantize_x0, mask=mask, x0=x0, ddim_use_original_steps=False,
             noise_dropout=noise_dropout, temperature=temperature, score_corrector=score_corrector,
@@ -185,15 +185,15 @@ class StepwiseSampler(FamilySampler, ABC):
 
     @property
     @abstractmethod
-    def loop(self) -> Callable[..., Samples]:
-        """The method that runs all steps; it has the parameters of `run_timesteps`."""
+    def _loop(self) -> Callable[..., Samples]:
+        """The method that runs all steps; it has the parameters of `_run_timesteps`."""
 
     @abstractmethod
-    def make_step(self) -> Step:
+    def _make_step(self) -> Step:
         """Return the step of a new run, which may remember earlier steps."""
 
     @torch.no_grad()
-    def run_timesteps(
+    def _run_timesteps(
         self,
         cond: Condition,
         shape: Sequence[int],
@@ -224,8 +224,8 @@ class StepwiseSampler(FamilySampler, ABC):
 
         The other arguments and the result are those of `sample`.
         """
-        x = self.start(shape, x_T)
-        times = self.visited_timesteps(timesteps, ddim_use_original_steps)[::-1].tolist()
+        x = self._start(shape, x_T)
+        times = self._visited_timesteps(timesteps, ddim_use_original_steps)[::-1].tolist()
         if mask is not None and x0 is None:
             raise UserError("a mask needs x0, the latents to keep where it is 1")
         if ucg_schedule is not None and len(ucg_schedule) != len(times):
@@ -235,10 +235,10 @@ class StepwiseSampler(FamilySampler, ABC):
             noise_dropout=noise_dropout, score_corrector=score_corrector, corrector_kwargs=corrector_kwargs,
             unconditional_conditioning=unconditional_conditioning, **_given(dynamic_threshold=dynamic_threshold),
         )
-        take_step = self.make_step()
+        take_step = self._make_step()
 
         def step(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-            t, t_next = (self.time_batch(times[min(k, len(times) - 1)], x) for k in (i, i + 1))
+            t, t_next = (self._time_batch(times[min(k, len(times) - 1)], x) for k in (i, i + 1))
             if mask is not None:
                 x = self.model.q_sample(x0, t) * mask + (1.0 - mask) * x
             scale = unconditional_guidance_scale if ucg_schedule is None else ucg_schedule[i]
@@ -247,8 +247,8 @@ class StepwiseSampler(FamilySampler, ABC):
         return run_steps(step, x, len(times), log_every_t=log_every_t, verbose=True, callback=callback,
                          img_callback=img_callback)
 
-    def visited_timesteps(self, timesteps: int | None, use_original_steps: bool) -> np.ndarray:
-        """Return the timesteps of a run, ascending. See `run_timesteps` for the arguments."""
+    def _visited_timesteps(self, timesteps: int | None, use_original_steps: bool) -> np.ndarray:
+        """Return the timesteps of a run, ascending. See `_run_timesteps` for the arguments."""
         if use_original_steps:
             return np.arange(self.ddpm_num_timesteps if timesteps is None else timesteps)
         if timesteps is None:
@@ -256,13 +256,13 @@ class StepwiseSampler(FamilySampler, ABC):
         count = len(self.ddim_timesteps)
         return self.ddim_timesteps[:int(min(timesteps / count, 1) * count) - 1]
 
-    def time_batch(self, time: int, x: Tensor) -> Tensor:
+    def _time_batch(self, time: int, x: Tensor) -> Tensor:
         """Return the timestep `time` for each sample of x, (B,)."""
         return torch.full((len(x),), time, device=x.device, dtype=torch.long)
 
     # One step
 
-    def noise_level(self, index: int, use_original_steps: bool, device: torch.device) -> NoiseLevel:
+    def _noise_level(self, index: int, use_original_steps: bool, device: torch.device) -> NoiseLevel:
         """Return the noise levels of the step at `index` of DDIM's tables or of the model's.
 
         Tensors with dimensions turn outputs of 16 bits into float32; numbers would not.
@@ -274,23 +274,23 @@ class StepwiseSampler(FamilySampler, ABC):
             tables = (self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas)
         return NoiseLevel(*(torch.full((1, 1, 1, 1), float(table[index]), device=device) for table in tables))
 
-    def predict(self, x: Tensor, c: Condition, t: Tensor, alpha_bar: AlphaBar, guidance: Guidance) -> Prediction:
+    def _predict(self, x: Tensor, c: Condition, t: Tensor, alpha_bar: AlphaBar, guidance: Guidance) -> Prediction:
         """Return eps and x_0 behind x (B, C, H, W) at timesteps t (B,), where the schedule has `alpha_bar`.
 
         A model that predicts v converts it itself if it has the family's methods for this.
         """
-        output = self.guided_output(x, c, t, guidance)
+        output = self._guided_output(x, c, t, guidance)
         if guidance.score_corrector is not None:
-            if self.parameterization != "eps":
-                raise UserError(f"a score_corrector needs a model that predicts eps, not {self.parameterization}")
+            if self._parameterization != "eps":
+                raise UserError(f"a score_corrector needs a model that predicts eps, not {self._parameterization}")
             output = guidance.score_corrector.modify_score(self.model, output, x, t, c,
                                                            **(guidance.corrector_kwargs or {}))
-        if self.parameterization == "v" and hasattr(self.model, "predict_eps_from_z_and_v"):
+        if self._parameterization == "v" and hasattr(self.model, "predict_eps_from_z_and_v"):
             return Prediction(self.model.predict_eps_from_z_and_v(x, t, output),
                               self.model.predict_start_from_z_and_v(x, t, output))
-        return prediction_from_output(self.parameterization, x, alpha_bar, output)
+        return prediction_from_output(self._parameterization, x, alpha_bar, output)
 
-    def update(self, prediction: Prediction, level: NoiseLevel, how: Update) -> tuple[Tensor, Tensor]:
+    def _update(self, prediction: Prediction, level: NoiseLevel, how: Update) -> tuple[Tensor, Tensor]:
         """Return the next x and the x_0 that it was computed from, both (B, C, H, W).
 
         Random numbers are drawn even if the step adds no noise, as in the family, so that images after this one stay

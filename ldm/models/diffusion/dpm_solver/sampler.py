@@ -84,7 +84,7 @@ class DPMSolverSampler(FamilySampler):
         warn_of_batch_size(conditioning, batch_size)
         if mask is not None:
             log.warning("DPMSolverSampler ignores the mask; use DDIMSampler or PLMSSampler")
-        x = self.start((batch_size, *shape), x_T)
+        x = self._start((batch_size, *shape), x_T)
         grid = time_uniform_grid(self.alphas_cumprod, S)
         guidance = Guidance(unconditional_guidance_scale, unconditional_conditioning)
         predict = multistep_predictor(
@@ -97,8 +97,8 @@ class DPMSolverSampler(FamilySampler):
     def _make_denoiser(self, c: Condition, grid: TimeGrid, guidance: Guidance) -> Callable[[Tensor, int], Prediction]:
         def denoise(x: Tensor, i: int) -> Prediction:
             times = torch.full((len(x),), grid.times[i], device=x.device)
-            output = self.guided_output(x, c, times, guidance).to(x.dtype)  # the network may run in 16 bits
-            return prediction_from_output(self.parameterization, x, grid.alpha_bar[i], output)
+            output = self._guided_output(x, c, times, guidance).to(x.dtype)  # the network may run in 16 bits
+            return prediction_from_output(self._parameterization, x, grid.alpha_bar[i], output)
 
         return denoise
 
