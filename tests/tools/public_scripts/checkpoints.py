@@ -15,6 +15,7 @@ import numpy
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 
+from public_scripts.repositories import COMPVIS_LDM, COMPVIS_SD, CUSTOM, INVERSION, PIX2PIX, RUNWAY, STABILITY
 from public_scripts.run import Input, Workplace, launch, launch_order
 from public_scripts.towers import OPEN_CLIP_ARCH, WIDTH, clip_tower
 
@@ -38,10 +39,6 @@ class TinyModel:
     clip_width: int = WIDTH
 
 
-COMPVIS_SD, COMPVIS_LDM = "CompVis--stable-diffusion", "CompVis--latent-diffusion"
-STABILITY, INVERSION = "Stability-AI--stablediffusion", "rinongal--textual_inversion"
-PIX2PIX, CUSTOM = "timothybrooks--instruct-pix2pix", "adobe-research--custom-diffusion"
-RUNWAY = "runwayml--stable-diffusion"
 SD1_CONFIG = f"{COMPVIS_SD}/configs/stable-diffusion/v1-inference.yaml"
 CELEBA_CONFIG = f"{COMPVIS_LDM}/models/ldm/celeba256/config.yaml"
 MODELS = {

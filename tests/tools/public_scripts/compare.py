@@ -56,7 +56,7 @@ def compare_run(run: PublicRun, place: Workplace) -> Row:
 def compare_outcomes(run: PublicRun, ours: Outcome, original: Outcome, remarks: list[str]) -> dict[str, object]:
     """Return the differences of two successful outcomes as fields of `Row`; add remarks."""
     images = [sorted(path.relative_to(outcome.folder) for path in outcome.folder.glob(run.images)
-                     if (outcome.folder / path).name not in run.inputs) for outcome in (ours, original)]
+                     if str(path.relative_to(outcome.folder)) not in run.inputs) for outcome in (ours, original)]
     fields: dict[str, object] = {}
     agrees = len(images[0]) == len(images[1])
     if not agrees:

@@ -26,13 +26,13 @@ def main(order_file: Path) -> None:
     tools = str(Path(__file__).resolve().parents[1])
     sys.path[:] = order["path"] + [entry for entry in sys.path if entry not in ("", tools)]
     sys.argv = [order["script"], *order["arguments"]]
-    install(order["original"], order["transformers4"], order["seed"], order["hub"])
+    script = Path(order["script"])
+    install(script.read_text(), order["original"], order["transformers4"], order["seed"], order["hub"])
     for name in order["stand_ins"]:
         module, function = name.split(":")
         getattr(importlib.import_module(module), function)()
     check_package(order["path"])
     seed_generators(order["seed"])
-    script = Path(order["script"])
     if script.suffix == ".ipynb":
         run_notebook(script)
     else:

@@ -41,7 +41,7 @@ class PublicRun:
         original_fails: why the run cannot work on the original; empty if it can.
         stand_ins: further functions to call before the script, as `module:function`.
         transformers4: whether the script itself, on any `ldm`, needs CLIPTextModel's attributes of transformers 4.
-        clip_width: width of the tiny text tower that stands for CLIP's name on the hub.
+        clip_width: width of the tiny text tower that stands for CLIP's name on the hub; 0 if nothing is loaded by name.
         tolerance: greatest relative difference of numbers.
     """
 
@@ -105,6 +105,8 @@ class Workplace:
 
     def hub(self, clip_width: int) -> dict[str, str]:
         """Return the local folders that stand for names on the hub."""
+        if not clip_width:
+            return {}
         return {"openai/clip-vit-large-patch14": str(clip_tower(self.folder / "models", clip_width)),
                 "bert-base-uncased": str(PROJECT / "models" / "bert_tokenizer")}
 

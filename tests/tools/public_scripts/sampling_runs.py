@@ -7,15 +7,20 @@ from omegaconf import DictConfig
 
 from public_scripts.checkpoints import config, mask, photo, weights
 from public_scripts.embeddings import delta, embedding
+from public_scripts.repositories import (
+    COMPVIS_LDM,
+    COMPVIS_SD,
+    CUSTOM,
+    DREAMBOOTH,
+    INVERSION,
+    K_DIFFUSION,
+    PIX2PIX,
+    RUNWAY,
+    STABILITY,
+)
 from public_scripts.run import Input, PublicRun
 
 HERE = Path(__file__).parent
-COMPVIS_SD, COMPVIS_LDM = "CompVis--stable-diffusion", "CompVis--latent-diffusion"
-STABILITY, RUNWAY = "Stability-AI--stablediffusion", "runwayml--stable-diffusion"
-INVERSION, DREAMBOOTH = "rinongal--textual_inversion", "XavierXiao--Dreambooth-Stable-Diffusion"
-CUSTOM, PIX2PIX = "adobe-research--custom-diffusion", "timothybrooks--instruct-pix2pix"
-K_DIFFUSION = "crowsonkb--k-diffusion"
-
 PROMPT = ("--prompt", "a photo of a cat beside a red car")
 SIZE = ("--H", "64", "--W", "64", "--n_samples", "2")
 MODEL = ("--config", "config.yaml", "--ckpt", "model.ckpt", "--outdir", "out")
@@ -51,7 +56,8 @@ STABLE_DIFFUSION = (
     sd_run("runwayml-txt2img-plms", "--ddim_steps", "10", "--plms", repository=RUNWAY),
     sd_img2img("runwayml-img2img", repository=RUNWAY),
     PublicRun("runwayml-inpaint", RUNWAY, str(HERE / "inpaint_streamlit.py"), ("config.yaml", "model.ckpt"),
-              {**model_files("sd1-inpainting"), "photo.png": photo(), "mask.png": mask()}, images="out*.png"),
+              {**model_files("sd1-inpainting"), "photo.png": photo(), "mask.png": mask()}, images="out*.png",
+              extra_path=(f"{RUNWAY}/scripts",)),
 )
 
 

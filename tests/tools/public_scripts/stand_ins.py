@@ -9,8 +9,9 @@
 | `absent_packages` | imports of packages that no run calls succeed if they are not installed |
 | `lossless_images` | a JPEG hides small differences and invents others; a PNG is saved beside it |
 | `seeds_after_loading` | weights are initialized at random before they are loaded, with numbers of the same generator |
+| `old_lightning` | scripts import names of Lightning 1 |
 
-For the original code alone: `old_lightning` and `old_torch_load`. Where the code needs transformers 4: `old_clip`.
+For the original code alone: `old_torch_load`. Where the code needs transformers 4: `old_clip`.
 """
 from __future__ import annotations
 
@@ -35,10 +36,11 @@ UNUSED_PACKAGES = ("albumentations", "clip", "cleanfid", "dctorch", "jsonmerge",
                    "streamlit_drawable_canvas", "torchdiffeq", "torchsde", "wandb")
 
 
-def install(original: bool, transformers4: bool, seed: int, hub: Mapping[str, str]) -> None:
+def install(source: str, original: bool, transformers4: bool, seed: int, hub: Mapping[str, str]) -> None:
     """Install the stand-ins before a script runs.
 
     Args:
+        source: the script's text, for what only some scripts need.
         original: whether the original code runs, which needs names of older packages.
         transformers4: whether CLIP's text model must have its old attributes.
         seed: for `seeds_after_loading`.
@@ -49,10 +51,12 @@ def install(original: bool, transformers4: bool, seed: int, hub: Mapping[str, st
     watermark()
     lossless_images()
     seeds_after_loading(seed)
-    local_hub(hub)
-    safety_checker()
+    old_lightning()
+    if hub:
+        local_hub(hub)
+    if "safety_checker" in source:
+        safety_checker()
     if original:
-        old_lightning()
         old_torch_load()
     if transformers4:
         from public_scripts.old_clip import install_old_clip
