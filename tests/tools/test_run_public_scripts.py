@@ -41,13 +41,14 @@ with open("numbers.json", "w") as file:
     json.dump({"mean": values.mean().item()}, file)
 print(ldm.util.__file__)
 """
+FAILING = "import ldm.util\nraise ValueError('as planned')"
 CONFIG = "model: {base_learning_rate: 1.0, target: torch.nn.Linear, params: {in_features: 3, out_features: 3}}"
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Workplace:
     """Return the made-up repository, and a folder for runs."""
-    files = {**OWN_LDM, "scripts/draw.py": SCRIPT, "scripts/fail.py": "import ldm.util\nraise ValueError('as planned')"}
+    files = {**OWN_LDM, "scripts/draw.py": SCRIPT, "scripts/fail.py": FAILING}
     for name, content in files.items():
         target = tmp_path / "public" / "someone--fork" / name
         target.parent.mkdir(parents=True, exist_ok=True)
