@@ -27,6 +27,7 @@ class NamedConcept:
     super_category: str
     base: str
     source: str
+    fits_any_base = False  # whether it also works with base models other than `base`
 
     @property
     def label(self) -> str:

@@ -22,13 +22,11 @@ from ldm.concepts.embedding_file import LearnedWord, load_learned_words, save_le
 from ldm.concepts.embedding_insertion import insert_vectors, replace_token
 from ldm.concepts.finetuned_concept import FinetunedConcept
 from ldm.concepts.placeholders import find_duplicate
-from ldm.concepts.storage import load_concepts, save_concepts
+from ldm.concepts.storage import TEXTUAL_INVERSION, UNKNOWN_SUPER_CATEGORY, load_concepts, save_concepts
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder
 from ldm.modules.encoders.prompts import PromptEncoder, word_vector
 
-METHOD = "textual-inversion"
 CONCEPT_FILE = ".safetensors"
-UNKNOWN_SUPER_CATEGORY = "thing"  # in files, for a placeholder without an initializer word
 DEFAULT_PLACEHOLDER_TOKEN = ["*"]
 PROGRESSIVE_SCALE = 2000  # calls after which progressive words take one vector more
 
@@ -199,7 +197,7 @@ class EmbeddingManager(nn.Module):
         concepts = []
         for placeholder, vectors in self.string_to_param_dict.items():
             concepts.append(FinetunedConcept(
-                method=METHOD,
+                method=TEXTUAL_INVERSION,
                 placeholder=placeholder,
                 super_category=self._super_categories.get(placeholder, UNKNOWN_SUPER_CATEGORY),
                 vectors=vectors.detach(),
@@ -230,7 +228,7 @@ class EmbeddingManager(nn.Module):
 def _load_concept_file(path: str | Path) -> dict[LearnedWord, str]:
     """Return the placeholders of a concept file with their super-categories."""
     concepts = load_concepts(path)
-    if any(not isinstance(concept, FinetunedConcept) or concept.method != METHOD for concept in concepts):
+    if any(not isinstance(concept, FinetunedConcept) or concept.method != TEXTUAL_INVERSION for concept in concepts):
         raise UserError(f"{path}: not learned by Textual Inversion; choose another file")
     return {LearnedWord(concept.placeholder, concept.vectors): concept.super_category for concept in concepts}
 

@@ -83,6 +83,11 @@ class FinetunedConcept(NamedConcept):
         return self.method_name or BUILT_IN_NAMES.get(self.method, in_title_case)
 
     @property
+    def fits_any_base(self) -> bool:
+        """Whether it is for any model of its width: word vectors alone, from a file that does not say its base."""
+        return not self.base and not self.weights
+
+    @property
     def summary(self) -> str:
         """How the concept was learned, for logs: "by DreamBooth"."""
         return f"by {self.method_label}"

@@ -31,7 +31,7 @@ def base_fingerprint(text_layers: Mapping[str, TextLayer]) -> str:
 
 def check_base(concept: NamedConcept, fingerprint: str) -> None:
     """Raise UserError if the concept was trained on another base model than the one with this fingerprint."""
-    if concept.base != fingerprint:
+    if concept.base != fingerprint and not concept.fits_any_base:
         raise UserError(
             f"concept {concept.label} was trained on base model {short_fingerprint(concept.base)}, but the loaded one "
             f"is {short_fingerprint(fingerprint)}; load the model it was trained on, or train it again on this one"

@@ -11,19 +11,30 @@ from ldm.common.files import load_metadata
 from ldm.concepts import finetuned_concept_file
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
+from ldm.concepts.embedding_file import load_learned_words
 from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
 from ldm.concepts.finetuned_concept_file import load_finetuned_concepts, save_finetuned_concepts
 from ldm.concepts.merging import merge_concepts
 
 log = logging.getLogger(__name__)
 
+PUBLIC_SUFFIXES = (".pt", ".bin")  # of files that other code for Textual Inversion wrote
+TEXTUAL_INVERSION = "textual-inversion"
+UNKNOWN_SUPER_CATEGORY = "thing"  # where a file does not say what kind of subject a placeholder is
+
 
 def load_concepts(path: str | Path) -> list[Concept] | list[FinetunedConcept]:
     """Load the concepts of a file, in its order, as float32 on the CPU.
 
+    Files of Textual Inversion's public code (.pt, .bin) do not say their base model: only the width is checked.
+
     Raises:
         UserError: the file is missing, or is not a valid concept file of this version or an earlier one.
     """
+    if Path(path).suffix in PUBLIC_SUFFIXES:
+        return [FinetunedConcept(TEXTUAL_INVERSION, word.word, UNKNOWN_SUPER_CATEGORY, word.vectors.float(),
+                                 parameter_count=word.vectors.numel(), source=str(path))
+                for word in load_learned_words(path)]
     if finetuned_concept_file.METADATA_KEY in load_metadata(path):
         return load_finetuned_concepts(path)
     return load_perfusion_concepts(path)

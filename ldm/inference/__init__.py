@@ -17,6 +17,10 @@ Modules:
     precision.py      whether to sample in 16 bits
     run.py            what the command-line scripts do: check, load, generate, write
     output_folder.py  numbered image files with their settings inside, and contact sheets
+
+As the scripts of the LDM family do it, with one generator for all images:
+    ldm_sampling.py   images of prompts, with words of Textual Inversion
+    unconditional.py  images of a model without a condition
 """
 from ldm.common.lazy_imports import forward_names
 

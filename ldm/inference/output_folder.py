@@ -27,14 +27,16 @@ class OutputFolder:
     Args:
         folder: created when the first image is written.
         columns: images in a row of the contact sheets, at most `MAX_COLUMNS`.
+        with_sheets: whether to write contact sheets.
 
     Attributes:
         images: paths of the images written so far.
         sheets: paths of the contact sheets written so far.
     """
 
-    def __init__(self, folder: str | Path, columns: int) -> None:
+    def __init__(self, folder: str | Path, columns: int, with_sheets: bool = True) -> None:
         self.folder, self.columns = user_path(folder), min(columns, MAX_COLUMNS)
+        self.with_sheets = with_sheets
         self.images: list[Path] = []
         self.sheets: list[Path] = []
         self._pending: list[tuple[Image.Image, str]] = []
@@ -47,10 +49,16 @@ class OutputFolder:
         chunks.add_text(METADATA_CHUNK, json.dumps(metadata))
         path = write_new(self._free_images, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
         self.images.append(path)
+        self.show(image, title)
+        return path
+
+    def show(self, image: Image.Image, title: str) -> None:
+        """Put an image on the contact sheet under `title`, without a file of its own."""
+        if not self.with_sheets:
+            return
         self._pending.append((image, title))
         if len(self._pending) == self.columns * ROWS:
             self.finish_sheet()
-        return path
 
     def add_extra(self, name: str, image: Image.Image) -> Path:
         """Write an image that belongs to the run but was not generated, such as a mask, as `<name>-0000.png`."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from ldm.common.errors import UserError
 from ldm.concepts.embedding_file import load_learned_words, save_learned_words
+from ldm.concepts.fingerprint import check_base
+from ldm.concepts.storage import load_concepts
 
 WORDS = {"*": torch.arange(6.0).view(2, 3), "<mug>": torch.tensor([[0.1, -0.2, 1e-7]])}
 TOKENS = {"*": torch.tensor(265), "<mug>": torch.tensor(49408)}
@@ -56,6 +59,15 @@ def test_files_are_those_of_the_public_code(tmp_path: Path) -> None:
     assert isinstance(parameters, nn.ParameterDict)
     assert all(torch.equal(parameters[word], WORDS[word]) for word in WORDS)
     assert len(list(parameters.parameters())) == 2 and all(value.requires_grad for value in parameters.values())
+
+
+def test_public_files_are_concepts_for_any_base(tmp_path: Path) -> None:
+    first, second = load_concepts(save_learned_words(tmp_path / "embeddings.pt", TOKENS, WORDS))
+    assert (first.method_label, first.placeholder, second.placeholder) == ("Textual Inversion", "*", "<mug>")
+    assert torch.equal(first.vectors, WORDS["*"]) and first.source == str(tmp_path / "embeddings.pt")
+    check_base(first, "0" * 64)
+    with pytest.raises(UserError, match="was trained on base model"):
+        check_base(replace(first, weights={"x": torch.zeros(1)}), "0" * 64)
 
 
 class Hostile:
