@@ -88,8 +88,9 @@ def test_a_small_version_of_every_base_model_trains(name: str, tmp_path: Path) -
     assert encoder_changed == trains_it
     expected = {"model.", "model_ema."} | ({"cond_stage_model."} if trains_it else set())
     assert {key.split(".")[0] + "." for key in changed} - {"scale_factor."} <= expected
-    samples = model.eval().sample_images(None if cond == "__is_unconditional__" else model.get_input(batch)[1], 2, 2)
-    assert samples.shape == batch[section["params"]["first_stage_key"]].shape
+    _, c, x, *_ = model.eval().get_input(batch, model.first_stage_key, return_first_stage_outputs=True,
+                                         force_c_encode=True)
+    assert model.sample_images(c, 2, 2).shape == x.shape
 
 
 @pytest.mark.slow

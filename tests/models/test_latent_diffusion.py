@@ -71,11 +71,11 @@ def pixel_model(**params: Any) -> DDPM:
     return DDPM(locate(Line), **{"timesteps": 50, "image_size": 4, "channels": 2, "use_ema": False, **params})
 
 
-def latent_model(**params: Any) -> LatentDiffusion:
+def latent_model(cls: type[LatentDiffusion] = LatentDiffusion, **params: Any) -> LatentDiffusion:
     given = {"first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"}, "timesteps": 50,
              "cond_stage_config": locate(Words), "cond_stage_key": "caption", "conditioning_key": "crossattn",
              "image_size": 4, "channels": 3, "use_ema": False, "unet_config": locate(Line)}
-    return LatentDiffusion(**{**given, **params})
+    return cls(**{**given, **params})
 
 
 def unconditional_model(**params: Any) -> LatentDiffusion:

@@ -40,7 +40,7 @@ class TrainsEmbeddings:
         embedding_reg_weight: weight, in the loss, of the squared distance of the vectors from their start.
     """
 
-    embedding_manager: nn.Module | None = None
+    embedding_manager: nn.Module | None
 
     def personalize(self, config: Mapping[str, Any]) -> None:
         """Add the vectors, which start from words of the loaded encoder, and freeze what is not trained."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from omegaconf import ListConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.common.errors import UserError
 from ldm.models.diffusion.ancestral_sampling import ConditionalAncestralSampling
@@ -91,6 +91,7 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
         self.bbox_tokenizer = None
         self.restarted_from_ckpt = False
         self.object_weight = object_weight
+        self.embedding_manager: nn.Module | None = None
         self.embedding_reg_weight = embedding_reg_weight
         self.unfreeze_model, self.model_lr = unfreeze_model, model_lr
         self.reg_weight = 1.0 if reg_weight is None else reg_weight
@@ -316,7 +317,7 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
             log.info("scale_factor %.4f, from the standard deviation of the first batch's latents",
                      self.scale_factor.item())
 
-    def trained_parameters(self) -> list[torch.nn.Parameter]:
+    def trained_parameters(self) -> list[nn.Parameter]:
         if self.embedding_manager is not None and not self.unfreeze_model:
             return list(self.embedding_manager.embedding_parameters())
         encoder = self.cond_stage_model.parameters() if self.cond_stage_trainable else ()
