@@ -19,7 +19,8 @@ setup(
         "numpy",
         "scipy",  # resamples the means of evaluations
         "filelock",  # keeps two evaluations out of one folder
-        "pillow>=10.1",
+        "pillow>=11.3",  # the first version that reads AVIF
+        "pillow-heif",  # reads the HEIC photos of phones
         "safetensors>=0.4",
         "tensorboard",
         "tqdm",

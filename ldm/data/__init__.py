@@ -1,6 +1,8 @@
 """Data sets and loaders.
 
-- `images.py`: image files -> upright RGB images, crops, tensors; `masks.py`: masks; `contact_sheet.py`: PNG sheets
+- `images.py`: image files and folders -> upright sRGB images, crops, tensors; it uses `file_kinds.py` (what a file is),
+  `decoding.py` (Pillow and its plugins) and `color.py` (profiles -> sRGB; `matrix_profile.py` makes some)
+- `masks.py`: masks; `contact_sheet.py`: PNG sheets
 - `concept_photos.py`: the photos of one concept as a training set, with captions from `templates.py`
 - `folder.py`: a folder of images, for first stages and unconditional models
 - `module.py`: loaders for these from a config (`main.DataModuleFromConfig`)

@@ -2,49 +2,59 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
+from ldm.data.color import to_srgb
+from ldm.data.decoding import can_open, decode_image, to_8_bits, turn_upright
+from ldm.data.file_kinds import IMAGE_SUFFIXES, RAW_SUFFIXES, describe_file
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff")  # images, but none that we read
-MIN_SIDE = 16
-MAX_PIXELS = 80_000_000  # below Pillow's own warning; decoded, such a photo takes a quarter of a gigabyte
+CAPTION_SUFFIX = ".txt"
+MOST_NAMED = 20  # files in one line of the log
 ASPECT_TOLERANCE = 0.02  # rounding to whole pixels changes the aspect ratio of a small mask by as much
 OPAQUE = 255
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as upright RGB with 8 bits per channel. Transparent parts become white.
+    """Read an image file as upright RGB with 8 bits per channel, in sRGB. Transparent parts become white.
+
+    The content decides what it is, not the suffix. Of an animation, the first frame is read.
 
     Raises:
         UserError: the file is missing, no image, cut off, smaller than 16 pixels on a side or far too large.
     """
-    return _to_rgb(_decode(Path(path)))
+    return _on_white(to_srgb(decode_image(path)))
+
+
+def convert_image(image: Image.Image) -> Image.Image:
+    """Convert an image in memory as `read_image` converts a file's; it may be one that `Image.open` returned."""
+    return _on_white(to_srgb(to_8_bits(turn_upright(image.copy()))))
 
 
 def read_mask(path: str | Path) -> Image.Image:
     """Read a mask file as an upright image of mode "L": white counts in full, black not at all.
 
-    If any part of the image is transparent (a cut-out), the mask is its opacity instead of its brightness.
+    If any part of the image is transparent (a cut-out), the mask is its opacity instead of its brightness. Its numbers
+    are no colors, so a color profile does not change them.
 
     Raises:
         UserError: as for `read_image`.
     """
-    image = _decode(Path(path))
+    image = decode_image(path)
     opacity = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if opacity is None or opacity.getextrema()[0] == OPAQUE:  # many programs save an alpha channel that is all opaque
-        return _to_rgb(image).convert("L")
-    return opacity
+    if opacity is None:
+        return image.convert("RGB").convert("L")
+    # Many programs save an alpha channel that is all opaque.
+    return image.convert("RGBA").convert("RGB").convert("L") if opacity.getextrema()[0] == OPAQUE else opacity
 
 
 def check_aspect_ratio(path: str | Path, mask_size: tuple[int, int], photo_size: tuple[int, int]) -> None:
@@ -61,29 +71,70 @@ def check_aspect_ratio(path: str | Path, mask_size: tuple[int, int], photo_size:
                         "draw it over all of the photo")
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """List the image files directly in `folder`, sorted by name. Hidden files and subfolders are left out.
+@dataclass(frozen=True)
+class FolderContent:
+    """What a folder of images holds.
+
+    Attributes:
+        folder: its path.
+        images: files that are images by their suffix or their content, sorted by name.
+        left_out: the names of all others and what they are, such as "a video". Hidden files, and texts that have the
+            name of an image, are in neither.
+    """
+
+    folder: Path
+    images: Sequence[Path]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def describe_left_out(self) -> str:
+        """Name the files that are left out, in one line; the first 20 of many."""
+        named = [f"{name} ({kind})" for name, kind in list(self.left_out.items())[:MOST_NAMED]]
+        more = len(self.left_out) - len(named)
+        return ", ".join(named) + (f" and {more} more" if more else "")
+
+
+def scan_folder(folder: str | Path) -> FolderContent:
+    """Tell apart the images directly in `folder` and everything else there. Only files with other suffixes are opened.
 
     A relative path that does not exist is also looked for under the project's root.
 
     Raises:
-        UserError: there is no such folder, or no image in it.
+        UserError: there is no such folder, or it cannot be read.
     """
-    folder = resolve_path(Path(folder).expanduser())
+    folder = resolve_path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds the images")
     try:
-        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); allow it, or copy the images elsewhere"
                         ) from None
-    unread = [path.name for path in files if path.suffix.lower() in UNREAD_SUFFIXES]
-    if unread:
-        logger.warning("%s: left out %s; save them as JPEG or PNG to use them", folder, ", ".join(unread))
-    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
-    if not paths:
-        raise UserError(f"{folder}: no images in this folder; put {', '.join(SUFFIXES)} files there")
-    return paths
+    images = [path for path in entries if path.is_file() and _is_image(path)]
+    captions = {f"{name}{CAPTION_SUFFIX}" for path in images for name in (path.stem, path.name)}
+    used = captions | {path.name for path in images}
+    left_out = {path.name: describe_file(path) for path in entries if path.name not in used}
+    return FolderContent(folder, images, left_out)
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """List the image files directly in `folder`, sorted by name. A warning names all other files, in one line.
+
+    Raises:
+        UserError: as for `scan_folder`, or there is no image in it.
+    """
+    content = scan_folder(folder)
+    if not content.images:
+        others = f", only {content.describe_left_out()}" if content.left_out else ""
+        raise UserError(f"{content.folder}: no images in this folder{others}; put photos there, such as JPEG, PNG or "
+                        "HEIC files")
+    if content.left_out:
+        logger.warning("%s: left out %s", content.folder, content.describe_left_out())
+    return list(content.images)
+
+
+def _is_image(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    return suffix in IMAGE_SUFFIXES or (suffix not in RAW_SUFFIXES and can_open(path))
 
 
 def read_folder(folder: str | Path) -> Iterator[tuple[Path, Image.Image]]:
@@ -161,59 +212,9 @@ def from_tensor(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(levels.movedim(0, -1).contiguous().numpy())
 
 
-def _decode(path: Path) -> Image.Image:
-    """Return the upright image, fully read, in the mode of its file; mode "L" if the file has 16 bits per channel."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size gives the better message
-            opened = Image.open(path)
-    except Image.DecompressionBombError:
-        raise UserError(f"{path}: far too many pixels; save it smaller") from None
-    except Exception as error:  # decoders raise almost anything on a damaged file
-        raise _unreadable(path, error) from None
-    with opened:
-        _check_size(path, *opened.size)
-        try:
-            opened.load()
-        except Exception as error:  # as above
-            raise _unreadable(path, error) from None
-        return _to_8_bits(_turn_upright(opened))
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
-    return UserError(f"{path}: cannot be read ({reason}); copy or save it again as JPEG or PNG")
-
-
-def _check_size(path: Path, width: int, height: int) -> None:
-    if min(width, height) < MIN_SIDE:
-        raise UserError(f"{path}: {width}x{height} is too small; use one of at least {MIN_SIDE} pixels a side")
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{path}: {width}x{height} is too large; save it with under {MAX_PIXELS // 10**6} megapixels")
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """Return a copy without the rotation that the camera noted in its EXIF block. A damaged block is ignored."""
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception as error:  # the block holds arbitrary bytes, and Pillow's parser raises many kinds of errors
-        logger.debug("EXIF of %s ignored: %s", getattr(image, "filename", "an image"), error)
-    return image.copy()
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale an image with 16 bits per channel to mode "L". (Pillow's own conversion clips instead of scaling.)"""
-    if not image.mode.startswith("I"):
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return an image of mode "RGB" or "RGBA" as RGB, on white where it is transparent."""
+    if image.mode != "RGBA":
         return image
-    levels = np.clip(np.asarray(image).astype(np.float64) / 257, 0, 255)
-    return Image.fromarray(levels.round().astype(np.uint8))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB, on white where the image is transparent."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return Image.alpha_composite(white, image).convert("RGB")

@@ -151,12 +151,15 @@ def test_damaged_files_raise_only_user_errors(tmp_path_factory: pytest.TempPathF
 
 
 def test_list_images_sorts_and_skips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("b.JPG", "a.png", "c.WebP", "d.bmp", "e.jpeg", ".hidden.png", "notes.txt", "x.HEIC"):
+    for name in ("b.JPG", "a.png", "c.WebP", "d.bmp", "e.jpeg", ".hidden.png", "a.txt", "b.JPG.txt", "notes.txt",
+                 "x.HEIC"):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     with caplog.at_level(logging.WARNING):
-        assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.WebP", "d.bmp", "e.jpeg"]
-    assert "x.HEIC" in caplog.text and "notes.txt" not in caplog.text
+        assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.WebP", "d.bmp", "e.jpeg",
+                                                                 "x.HEIC"]
+    line, = caplog.messages
+    assert line.endswith("left out folder.png (a folder), notes.txt (an empty file)")
 
 
 def test_relative_folders_are_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
