@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.common.errors import UserError
-from ldm.data.images import crop_and_resize, largest_crop_size, read_image, to_tensor
+from ldm.data.images import convert_image, crop_and_resize, largest_crop_size, read_image, to_tensor
 from ldm.data.masks import binarize_mask, dilate_mask, feather_mask, mask_to_image, read_binary_mask, unmasked_cells
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class SourceImage:
         if not 0 < strength <= 1:
             raise UserError(f"strength {strength:g} must be above 0 and at most 1")
         name = "image" if isinstance(image, Image.Image) else str(image)
-        photo = image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
+        photo = convert_image(image) if isinstance(image, Image.Image) else read_image(image)
         if photo.size != size:
             part = largest_crop_size(photo.size, *size)
             used = "all of it" if part == photo.size else f"its middle, {part[0]}x{part[1]},"
