@@ -12,7 +12,12 @@ from evaluation.sweeps.settings import ClipEvalOptions, FolderSettings, SampleSe
 from ldm.cli import generation as flags  # noqa: E402
 from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
+from ldm.common.lazy_imports import forward_names  # noqa: E402
 from ldm.common.paths import expand_home, resolve_path  # noqa: E402
+
+# The classes that Textual Inversion's public file of this name has.
+__getattr__ = forward_names(__name__, dict.fromkeys(
+    ("CLIPEvaluator", "ImageDirEvaluator", "LDMCLIPEvaluator"), "evaluation.metrics.clip_evaluators"))
 
 DESCRIPTION = f"""{__doc__}
 

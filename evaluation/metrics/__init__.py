@@ -4,5 +4,6 @@
 - `similarity`: text, image and object similarity by a CLIP, and what they share.
 - `scoring`: scores images by all metrics, and estimates means.
 - `captioned_images`: images of a folder with the prompts that they were generated from.
+- `clip_evaluators`: similarities with the interface of Textual Inversion's public code.
 - `settings`: what images are compared with, as plain values (imports no torch).
 """
