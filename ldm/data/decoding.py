@@ -66,7 +66,7 @@ def open_image(path: Path) -> Image.Image:
     header = read_header(path)
     kind = foreign_kind(header)
     if kind is not None:
-        raise UserError(kind)
+        raise UserError(kind if kind == RAW else f"not an image: {kind}")
     _load_plugins(header)
     # Formats without a beginning of their own take almost any file for theirs, so they need the suffix.
     by_suffix = Image.EXTENSION.get(path.suffix.lower())
@@ -161,9 +161,13 @@ def _note_first_frame(path: Path) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
-    remedy = "" if isinstance(error, UserError) and ";" in reason else "; copy or save it again as JPEG or PNG"
-    return UserError(f"{path}: cannot be read ({reason}){remedy}")
+    """Return the error to report; the text of a UserError may have a remedy after a semicolon."""
+    reason, remedy = " ".join(str(error).split()), ""
+    if isinstance(error, UserError):
+        reason, _, remedy = reason.partition("; ")
+    elif isinstance(error, Image.UnidentifiedImageError):
+        reason = "not an image"
+    return UserError(f"{path}: cannot be read ({reason}); {remedy or 'copy or save it again as JPEG or PNG'}")
 
 
 def _check_size(path: Path, width: int, height: int) -> None:

@@ -81,7 +81,8 @@ def test_other_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture,
     (b"II*\0\x10\0\0\0CR\2\0" + bytes(99), "RAW")])
 def test_other_files_under_an_image_suffix_are_named_when_read(tmp_path: Path, content: bytes, kind: str) -> None:
     (tmp_path / "photo.jpg").write_bytes(content)
-    with pytest.raises(UserError, match=f"photo.jpg: cannot be read .*{kind}"):
+    remedy = "export it as JPEG" if kind == "RAW" else "copy or save it again as JPEG or PNG"
+    with pytest.raises(UserError, match=f"photo.jpg: cannot be read .*{kind}.*; {remedy}$"):
         read_image(tmp_path / "photo.jpg")
 
 

@@ -123,7 +123,7 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--strength", "half"), "'half' is not a number"),
     (("--init-img", "nowhere.png"), "nowhere.png: no such file"),
     (("--init-img", "{model_files}"), "no such file"),
-    (("--init-img", "{model_files}/base.yaml"), r"base.yaml: cannot be read \(not an image\); .* JPEG or PNG"),
+    (("--init-img", "{model_files}/base.yaml"), r"base.yaml: cannot be read \(not an image: a text file\); .* JPEG or PNG"),
     (("--init-img", "{here}/cut.png"), "cut.png: cannot be read"),
     (("--init-img", "{here}/tiny.png"), "3x3 is too small"),
     (("--H", "30"), "height 30: this model generates multiples of 4"),
