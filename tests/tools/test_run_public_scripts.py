@@ -58,7 +58,8 @@ def place(tmp_path: Path) -> Workplace:
 
 def draw(**changes: object) -> PublicRun:
     return PublicRun(**{"name": "draw", "repository": "someone--fork", "script": "scripts/draw.py",
-                        "arguments": ("config.yaml",), "inputs": {"config.yaml": text(CONFIG)}, "clip_width": 0, **changes})
+                        "arguments": ("config.yaml",), "inputs": {"config.yaml": text(CONFIG)}, "clip_width": 0,
+                        **changes})
 
 
 @pytest.mark.slow
