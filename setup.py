@@ -1,13 +1,23 @@
 """Install the package `ldm` with what training and sampling need; `.[test]` adds what the tests need."""
 from setuptools import find_packages, setup
 
+# A copied package ("pip install .") has models and configs inside, where `ldm.common.paths` looks for them. The
+# checkout has them beside the package, and an editable install uses those.
+BUNDLED = {"ldm.bundled.models": "models", "ldm.bundled.configs": "configs"}
+BUNDLED_FILES = {
+    "ldm.bundled.models": ["clip_tokenizer/*", "bert_tokenizer/*", "mini/**/*", "**/config.yaml"],
+    "ldm.bundled.configs": ["**/*"],
+}
+
 setup(
     name="perfusion-ldm",
     version="0.1.0",
     description="Perfusion: key-locked rank-one personalization of latent diffusion models",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["ldm", "ldm.*"]),
+    packages=[*find_packages(include=["ldm", "ldm.*"]), *BUNDLED],
+    package_dir=BUNDLED,
+    package_data=BUNDLED_FILES,
     install_requires=[
         "torch>=2.6",
         "torchvision",

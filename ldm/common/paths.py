@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ldm.common.errors import UserError
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_INSTALLED = _CHECKOUT / "ldm" / "bundled"  # where setup.py puts models and configs if pip copies the package
+PROJECT_ROOT = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 
 
 def expand_home(path: str | Path) -> str:

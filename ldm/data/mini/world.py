@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-WORLD = Path(__file__).resolve().parents[3] / "models" / "mini" / "world"
+from ldm.common.paths import PROJECT_ROOT
+
+WORLD = PROJECT_ROOT / "models" / "mini" / "world"
 EMOJI_SETS = ("fluent", "noto", "twemoji", "flat", "noto_v1", "emojione")
 
 
