@@ -13,9 +13,10 @@ from ldm.models.diffusion.pixel_diffusion import DDPM
 from ldm.models.diffusion.vector_conditions import ImageEmbeddingConditionedLatentDiffusion, LatentUpscaleDiffusion
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.models.frozen import disabled_train
+from ldm.modules.diffusionmodules.util import extract_into_tensor
 
 __all__ = [
     "DDPM", "DiffusionWrapper", "ImageEmbeddingConditionedLatentDiffusion", "LatentDepth2ImageDiffusion",
     "LatentDiffusion", "LatentFinetuneDiffusion", "LatentInpaintDiffusion", "LatentUpscaleDiffusion",
-    "LatentUpscaleFinetuneDiffusion", "disabled_train",
+    "LatentUpscaleFinetuneDiffusion", "disabled_train", "extract_into_tensor",
 ]

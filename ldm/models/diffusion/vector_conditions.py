@@ -1,7 +1,7 @@
 """Models whose U-Net also reads a vector or a level of noise (`c_adm`), as Stability AI has them.
 
-The models of low-resolution images and the image embedders that public configs name are not part of this package; a
-user's own can take their place.
+`ldm.modules.diffusionmodules.upscaling` has the models of small images, `ldm.modules.encoders.image_embedders` those of
+image embeddings.
 """
 from __future__ import annotations
 

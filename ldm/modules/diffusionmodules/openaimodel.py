@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.common.errors import UserError
-from ldm.modules.attention import name_text_layers, precompute_keys_values
+from ldm.modules.attention import SpatialTransformer, exists, name_text_layers, precompute_keys_values
 from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules.encoder_unet import EncoderUNetModel
 from ldm.modules.diffusionmodules.unet_base import UNetBase
@@ -32,8 +32,8 @@ from ldm.modules.diffusionmodules.util import conv_nd, linear, normalization, ti
 
 __all__ = [
     "AttentionBlock", "AttentionPool2d", "Downsample", "EncoderUNetModel", "QKVAttention", "QKVAttentionLegacy",
-    "ResBlock", "Timestep", "TimestepBlock", "TimestepEmbedSequential", "UNetModel", "Upsample",
-    "convert_module_to_f16", "convert_module_to_f32",
+    "ResBlock", "SpatialTransformer", "Timestep", "TimestepBlock", "TimestepEmbedSequential", "UNetModel", "Upsample",
+    "convert_module_to_f16", "convert_module_to_f32", "exists",
 ]
 
 
@@ -89,13 +89,13 @@ class UNetModel(UNetBase):
         num_res_blocks: int | Sequence[int], attention_resolutions: Iterable[int], dropout: float = 0,
         channel_mult: Sequence[int] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
         num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None, use_checkpoint: bool = False,
-        use_fp16: bool = False, use_bf16: bool = False, num_heads: int = -1, num_head_channels: int = -1,
-        num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
-        use_new_attention_order: bool = False, use_spatial_transformer: bool = False, transformer_depth: int = 1,
+        use_fp16: bool = False, num_heads: int = -1, num_head_channels: int = -1, num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False, resblock_updown: bool = False, use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False, transformer_depth: int = 1,
         context_dim: int | Sequence[int] | None = None, n_embed: int | None = None, legacy: bool = True,
-        disable_self_attentions: Sequence[bool] | None = None, num_attention_blocks: Sequence[int] | None = None,
-        disable_middle_self_attn: bool = False, use_linear_in_transformer: bool = False,
-        adm_in_channels: int | None = None,
+        use_bf16: bool = False, disable_self_attentions: Sequence[bool] | None = None,
+        num_attention_blocks: Sequence[int] | None = None, disable_middle_self_attn: bool = False,
+        use_linear_in_transformer: bool = False, adm_in_channels: int | None = None,
     ) -> None:
         super().__init__(
             image_size=image_size, in_channels=in_channels, model_channels=model_channels, out_channels=out_channels,

@@ -51,16 +51,16 @@ class FrozenClipImageEmbedder(OnDeviceOfWeights, nn.Module):
     """Encode images (B, 3, H, W) in [-1, 1] by CLIP to (B, d).
 
     Args:
-        model: the CLIP, see `load_clip`.
+        model: the CLIP, see `load_clip`, or one that is loaded already.
         jit: ignored, kept for the public configs.
         device: where the CLIP is loaded to.
         antialias: whether to blur images before they become smaller.
     """
 
-    def __init__(self, model: str, jit: bool = False, device: str | torch.device = "cpu",
+    def __init__(self, model: str | nn.Module, jit: bool = False, device: str | torch.device = "cpu",
                  antialias: bool = False) -> None:
         super().__init__()
-        self.model = load_clip(model).to(device)
+        self.model = (model if isinstance(model, nn.Module) else load_clip(model)).to(device)
         self.antialias = antialias
         for name, values in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)):
             self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
