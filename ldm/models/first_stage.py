@@ -1,7 +1,9 @@
 """The base class of autoencoders: networks, training step, optimizer and images for the log."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +13,11 @@ from torch import Tensor, nn
 from ldm.common.errors import UserError
 from ldm.models.optimization import SharedStepModule, optimizer_and_schedule
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.ema import LitEma
 from ldm.modules.losses.adversarial import AdversarialLoss
 from ldm.util import check_param_names, instantiate_from_config
+
+log = logging.getLogger(__name__)
 
 DECODER_ONLY = ("give_pre_end", "tanh_out")
 # Public configs name this class of the taming package, which downloads its networks when it is built.
@@ -83,6 +88,43 @@ class FirstStage(SharedStepModule):
         self.loss = instantiate_from_config({**lossconfig, "target": other_name} if other_name else lossconfig)
         if colorize_nlabels is not None:
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
+
+    # Averages of the weights, which subclasses ask for at the end of their constructors
+
+    def keep_averages(self, use_ema: bool, decay: float = 0.9999) -> None:
+        """Keep an exponential moving average of the weights if `use_ema`."""
+        self.use_ema = use_ema
+        if use_ema:
+            self.model_ema = LitEma(self, decay=decay)
+
+    def restart_averages(self, loaded: Set[str]) -> None:
+        """Start averaging from the current weights unless the averages are among the keys that were loaded."""
+        if self.use_ema and not {f"model_ema.{name}" for name in self.model_ema.state_dict()} <= loaded:
+            self.model_ema = LitEma(self, decay=float(self.model_ema.decay))
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Within this context the model has its averaged weights, if it keeps any; `context` is for the log."""
+        if not self.use_ema:
+            yield
+            return
+        with self.model_ema.averaged(self):
+            if context is not None:
+                log.info("%s: with the averaged weights", context)
+            yield
+
+    def update_averages(self) -> None:
+        if self.use_ema:
+            self.model_ema(self)
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        loss = super().validation_step(batch, batch_idx)
+        if self.use_ema:
+            with self.ema_scope():
+                self.step(batch, "val_ema")
+        return loss
+
+    # Training
 
     def setup(self, stage: str) -> None:
         """Load the networks that the loss needs. Sampling does without them.

@@ -64,7 +64,7 @@ class ResumableModule(pl.LightningModule):
     def on_train_start(self) -> None:
         self._last_averaged_step = self.global_step
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         # Of several micro-batches only the last one ends in an optimizer step.
         if self.global_step != self._last_averaged_step:
             self._last_averaged_step = self.global_step

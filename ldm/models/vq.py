@@ -1,9 +1,7 @@
 """Autoencoders whose latents come from a codebook (Esser et al., "Taming Transformers", CVPR 2021)."""
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,6 @@ from ldm.checkpoints.load import load_weights
 from ldm.common.errors import UserError
 from ldm.models.first_stage import FirstStage
 from ldm.models.initial_weights import LoadsInitialWeights
-from ldm.modules.ema import LitEma
-
-log = logging.getLogger(__name__)
 
 COMMITMENT = 0.25  # beta of the quantizer's loss
 SIZE_STEP = 16  # between the sizes of `batch_resize_range`
@@ -48,7 +43,6 @@ class VQModel(LoadsInitialWeights, FirstStage):
                          lr_g_factor=lr_g_factor)
         self.embed_dim = embed_dim
         self.n_embed = n_embed
-        self.use_ema = use_ema
         self.batch_resize_range = batch_resize_range
         self.sizes = None if batch_resize_range is None else _size_range(batch_resize_range)
         if remap is not None and not Path(remap).is_file():
@@ -58,14 +52,11 @@ class VQModel(LoadsInitialWeights, FirstStage):
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], kernel_size=1)
         self.quantize.unread_keys = ("used",)  # comes from the file `remap`, and few checkpoints have it
-        if use_ema:
-            self.model_ema = LitEma(self)
+        self.keep_averages(use_ema)
         self.set_initial_weights(ckpt_path, ignore_keys=ignore_keys)
 
     def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = ()) -> None:
-        loaded = load_weights(self, path, ignore_keys, self.optional_keys())
-        if self.use_ema and not {f"model_ema.{name}" for name in self.model_ema.state_dict()} <= loaded:
-            self.model_ema = LitEma(self)  # without averages in the file, averaging starts from these weights
+        self.restart_averages(load_weights(self, path, ignore_keys, self.optional_keys()))
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
         """Return the latents of images before quantization, contiguous."""
@@ -82,13 +73,14 @@ class VQModel(LoadsInitialWeights, FirstStage):
     def _decode_latents(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))
 
-    def decode_code(self, codes: Tensor) -> Tensor:
+    def decode_code(self, code_b: Tensor) -> Tensor:
         """Return the images of codes (B, h, w)."""
-        return self._decode_latents(self.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, self.embed_dim)))
+        quant = self.quantize.get_codebook_entry(code_b.flatten(), (*code_b.shape, self.embed_dim))
+        return self._decode_latents(quant)
 
-    def forward(self, x: Tensor, return_pred_indices: bool = False) -> tuple[Tensor, ...]:
+    def forward(self, input: Tensor, return_pred_indices: bool = False) -> tuple[Tensor, ...]:
         """Return (reconstructions, the quantizer's loss), and the codes with `return_pred_indices`."""
-        quant, loss, (_, _, codes) = self.quantize(self.encode_to_prequant(x))
+        quant, loss, (_, _, codes) = self.quantize(self.encode_to_prequant(input))
         reconstructions = self._decode_latents(quant)
         return (reconstructions, loss, codes) if return_pred_indices else (reconstructions, loss)
 
@@ -109,31 +101,9 @@ class VQModel(LoadsInitialWeights, FirstStage):
         modules = (self.encoder, self.decoder, self.quantize, self.quant_conv, self.post_quant_conv)
         return [parameter for module in modules for parameter in module.parameters()]
 
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Within this context the model has its averaged weights, if it keeps any; `context` is for the log."""
-        if not self.use_ema:
-            yield
-            return
-        with self.model_ema.averaged(self):
-            if context is not None:
-                log.info("%s: with the averaged weights", context)
-            yield
-
-    def update_averages(self) -> None:
-        if self.use_ema:
-            self.model_ema(self)
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        loss = super().validation_step(batch, batch_idx)
-        if self.use_ema:
-            with self.ema_scope():
-                self.step(batch, "val_ema")
-        return loss
-
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Tensor], N: int | None = None, only_inputs: bool = False,
-                   plot_ema: bool = False, **_: Any) -> dict[str, Tensor]:
+    def log_images(self, batch: Mapping[str, Tensor], only_inputs: bool = False, plot_ema: bool = False,
+                   N: int | None = None, **_: Any) -> dict[str, Tensor]:
         """Return inputs and reconstructions; with `plot_ema` also those with the averaged weights."""
         images = self.logged_inputs(batch, N)
         shown = {"inputs": self.to_rgb(images)}

@@ -59,7 +59,7 @@ class LatentFinetuneDiffusion(LatentDiffusion):
 
     def adapt_weight(self, key: str, stored: Tensor, own: Tensor) -> Tensor:
         if key not in (self.finetune_keys or ()):
-            return stored
+            return super().adapt_weight(key, stored, own)
         return widen_input(stored, own, self.keep_dims)
 
     def further_channels(self, batch: Mapping[str, Any], key: str, z: Tensor, bs: int | None) -> Tensor:
@@ -80,11 +80,14 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         return self.get_input(batch, self.first_stage_key, bs=count, return_first_stage_outputs=True)
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], N: int = 8, n_row: int = 4, *args: Any, inpaint: bool = False,
-                   plot_progressive_rows: bool = False, **kwargs: Any) -> dict[str, Tensor]:
-        """Return what the base class does, and the decoded channels if `c_concat_log_start` or its end is set."""
-        shown = super().log_images(batch, N, n_row, *args, inpaint=inpaint,
-                                   plot_progressive_rows=plot_progressive_rows, **kwargs)
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, n_row: int = 4, *args: Any, **kwargs: Any
+                   ) -> dict[str, Tensor]:
+        """Return what the base class does, and the decoded channels if `c_concat_log_start` or its end is set.
+
+        Inpainting and the rows of all T steps are never shown.
+        """
+        options = {**kwargs, "inpaint": False, "plot_progressive_rows": False}
+        shown = super().log_images(batch, N, n_row, *args, **options)
         if self.c_concat_log_start is not None or self.c_concat_log_end is not None:
             channels = self.get_input(batch, self.first_stage_key, bs=N)[1]["c_concat"][0]
             decoded = self.decode_first_stage(channels[:, self.c_concat_log_start:self.c_concat_log_end])
@@ -113,9 +116,9 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         return F.interpolate(images, size=z.shape[-2:])
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        shown = super().log_images(batch, *args, **kwargs)
-        return {**shown, "masked_image": image_batch(batch, self.masked_image_key)}
+    def log_images(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        shown = super().log_images(*args, **kwargs)
+        return {**shown, "masked_image": image_batch(_logged_batch(*args, **kwargs), self.masked_image_key)}
 
 
 class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
@@ -137,9 +140,10 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
         return scale_to_signed(depth, offset=0.001)
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        shown = super().log_images(batch, *args, **kwargs)
-        return {**shown, "depth": scale_to_signed(self.depth_model(batch[self.depth_stage_key]))}
+    def log_images(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        shown = super().log_images(*args, **kwargs)
+        images = _logged_batch(*args, **kwargs)[self.depth_stage_key]
+        return {**shown, "depth": scale_to_signed(self.depth_model(images.to(self.device)))}
 
 
 class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
@@ -177,9 +181,14 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
         return (z, conditions, *others)
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        shown = super().log_images(batch, *args, **kwargs)
-        return {**shown, "lr": image_batch(batch, self.concat_keys[0])}
+    def log_images(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        shown = super().log_images(*args, **kwargs)
+        return {**shown, "lr": image_batch(_logged_batch(*args, **kwargs), self.concat_keys[0])}
+
+
+def _logged_batch(batch: Mapping[str, Any], *_: Any, **__: Any) -> Mapping[str, Any]:
+    """Return the batch among the arguments of `log_images`."""
+    return batch
 
 
 def scale_to_signed(maps: Tensor, offset: float = 0.0) -> Tensor:

@@ -41,7 +41,7 @@ class LatentDiffusion(latent_diffusion.LatentDiffusion):
 
     def adapt_weight(self, key: str, stored: Tensor, own: Tensor) -> Tensor:
         """Extend a first layer for fewer input channels by weights of zero, which ignore the image to edit at first."""
-        return widen_input(stored, own) if key in FIRST_LAYERS else stored
+        return widen_input(stored, own) if key in FIRST_LAYERS else super().adapt_weight(key, stored, own)
 
     @torch.no_grad()
     def get_input(self, batch: Mapping[str, Any], k: str, return_first_stage_outputs: bool = False,

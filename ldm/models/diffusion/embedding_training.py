@@ -103,6 +103,22 @@ class TrainsEmbeddings:
             groups.append({"params": list(others), "lr": self.model_lr})
         return groups
 
+    def configure_opt_embedding(self) -> torch.optim.Optimizer:
+        """Freeze all but the vectors, and return their optimizer."""
+        freeze(self.cond_stage_model)
+        freeze(self.model)
+        vectors = list(self.embedding_manager.embedding_parameters())
+        return torch.optim.AdamW([vector.requires_grad_(True) for vector in vectors], lr=self.learning_rate)
+
+    def configure_opt_model(self) -> torch.optim.Optimizer:
+        """Unfreeze network, encoder and vectors, and return their optimizer."""
+        weights = [*self.cond_stage_model.parameters(), *self.model.parameters()]
+        vectors = list(self.embedding_manager.embedding_parameters())
+        for parameter in (*weights, *vectors):
+            parameter.requires_grad_(True)
+        groups = [{"params": vectors, "lr": self.learning_rate}, {"params": weights}]
+        return torch.optim.AdamW(groups, lr=self.model_lr)
+
     # Files
 
     def saved_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:

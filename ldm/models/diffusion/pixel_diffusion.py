@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from ldm.models.autoencoder import image_batch
 from ldm.models.diffusion.ancestral_sampling import AncestralSampling
 from ldm.models.diffusion.logged_images import LogsPixelDiffusion
 from ldm.models.diffusion.objectives import ERRORS, check_loss_type, training_target
+from ldm.models.diffusion.weight_fitting import repeat_to_fit
 from ldm.models.diffusion.wrapper import Condition, DiffusionWrapper, as_model_kwargs
 from ldm.models.initial_weights import LoadsInitialWeights
 from ldm.models.optimization import ResumableModule, can_use_fused_optimizer, optimizer_and_schedule
@@ -55,6 +57,10 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
         scheduler_config: config of a learning-rate multiplier.
         use_positional_encodings: accepted for the public configs; must be false.
         learn_logvar, logvar_init: whether the log-variance of each timestep's error is learned, and its initial value.
+        make_it_fit: repeat the weights of `ckpt_path` where this model has other numbers of channels.
+        ucg_training: key of a batch -> {"p", "val"}, the share of its entries that training replaces by `val` (None:
+            the empty text), for guidance.
+        reset_ema, reset_num_ema_updates: start the averages of `ckpt_path`, or their number of updates, again.
         timestep_shift: s in T s u / (1 + (s - 1) u), the distribution of training timesteps for uniform u (Esser et al.
             2024, "Scaling Rectified Flow Transformers", Eq. 23). Above 1, noisy timesteps, which decide the content of
             an image, are more frequent; 1 is uniform.
@@ -69,12 +75,16 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
                  original_elbo_weight: float = 0.0, v_posterior: float = 0.0, l_simple_weight: float = 1.0,
                  conditioning_key: str | None = None, parameterization: str = "eps",
                  scheduler_config: Mapping[str, Any] | None = None, use_positional_encodings: bool = False,
-                 learn_logvar: bool = False, logvar_init: float = 0.0, timestep_shift: float = 1.0) -> None:
+                 learn_logvar: bool = False, logvar_init: float = 0.0, make_it_fit: bool = False,
+                 ucg_training: Mapping[str, Mapping[str, Any]] | None = None, reset_ema: bool = False,
+                 reset_num_ema_updates: bool = False, timestep_shift: float = 1.0) -> None:
         super().__init__()
         check_parameterization(parameterization)
         check_loss_type(loss_type)
         if use_positional_encodings:
             raise UserError("use_positional_encodings is not supported; leave it out of the config")
+        if (reset_ema or reset_num_ema_updates) and not use_ema:
+            raise UserError("reset_ema, reset_num_ema_updates: need use_ema")
         if timestep_shift <= 0:
             raise UserError(f"timestep_shift {timestep_shift} must be above 0; 1 samples all timesteps equally often")
         self.parameterization = parameterization
@@ -83,6 +93,9 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
         self.original_elbo_weight = original_elbo_weight
         self.v_posterior = v_posterior
         self.timestep_shift = timestep_shift
+        self.make_it_fit = make_it_fit
+        self.ucg_training = dict(ucg_training or {})
+        self.reset_ema, self.reset_num_ema_updates = reset_ema, reset_num_ema_updates
         self.monitor = monitor
         self.first_stage_key = first_stage_key
         self.image_size = image_size
@@ -134,7 +147,14 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
 
     def adapt_weight(self, key: str, stored: Tensor, own: Tensor) -> Tensor:
         """Return what a checkpoint's tensor means for the model's `own`. Subclasses extend those of other shapes."""
-        return stored
+        return repeat_to_fit(stored, own) if self.make_it_fit else stored
+
+    def load_initial_weights(self) -> None:
+        super().load_initial_weights()
+        if self.use_ema and self.reset_ema:
+            self.model_ema = LitEma(self.model)
+        if self.use_ema and self.reset_num_ema_updates:
+            self.model_ema.reset_num_updates()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as `nn.Module` does, except that files may hold `logvar`, as ControlNet's do."""
@@ -242,6 +262,9 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
     # Training
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        for key, rule in self.ucg_training.items():
+            for index in (np.random.random(len(batch[key])) < rule["p"]).nonzero()[0]:
+                batch[key][index] = "" if rule["val"] is None else rule["val"]
         loss, terms = self.shared_step(batch)
         self.log_terms(terms, batch)
         return loss
