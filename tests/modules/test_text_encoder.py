@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ldm.checkpoints.load import load_weights
 from ldm.common.errors import UserError
 from ldm.common.words import replace_words
+from ldm.modules.encoders.clip import KNOWN_TOWERS
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder, split_at_placeholders
 
 PROMPTS = ["a photo of a teddy bear", "", "It's a café -- with 3 supercalifragilistic owls!"]
@@ -91,6 +92,14 @@ def test_hidden_layers(folder: Path, tower: CLIPTextModel, layer_idx: int) -> No
     assert torch.allclose(hidden(PROMPTS), output.hidden_states[layer_idx], atol=1e-5)
     if layer_idx == -1:  # the output of the last layer lacks the final norm only
         assert torch.allclose(tower.final_layer_norm(hidden(PROMPTS)), output.last_hidden_state, atol=1e-5)
+
+
+def test_known_towers_draw_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KNOWN_TOWERS, "tiny", {key: SHAPE[key] for key in SHAPE if key != "vocab_size"
+                                               and not key.endswith("token_id")})
+    before = torch.get_rng_state()
+    encoder = FrozenCLIPEmbedder("tiny", max_length=24)
+    assert encoder.awaits_weights and torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_pooled_layer_is_the_encoding_of_the_end_token(folder: Path, tower: CLIPTextModel) -> None:

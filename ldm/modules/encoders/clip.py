@@ -120,7 +120,9 @@ def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel, bool]:
         if version in KNOWN_TOWERS and not Path(version).is_dir():
             tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
             config = CLIPTextConfig(**KNOWN_TOWERS[version], **special_tokens(tokenizer))
-            return tokenizer, CLIPTextModel(config), True
+            # The public encoder loads weights and draws no random numbers, on which the images of a seed depend.
+            with torch.random.fork_rng(devices=[]):
+                return tokenizer, CLIPTextModel(config), True
         if (folder / "config.json").is_file():
             tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder))
             if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
