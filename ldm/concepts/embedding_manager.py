@@ -183,17 +183,17 @@ class EmbeddingManager(nn.Module):
 
     # Files.
 
-    def save(self, path: str | Path, base: str = "", steps: int = 0) -> Path:
+    def save(self, ckpt_path: str | Path, base: str = "", steps: int = 0) -> Path:
         """Write all placeholders to a file. The file is complete or not written at all.
 
         Args:
-            path: the file; an existing one is replaced. `.safetensors` is a concept file, which the generation scripts
-                read; any other suffix is the format of the public code (`ldm.concepts.embedding_file`).
+            ckpt_path: the file; an existing one is replaced. `.safetensors` is a concept file, which the generation
+                scripts read; any other suffix is the format of the public code (`ldm.concepts.embedding_file`).
             base: `base_fingerprint` of the U-Net that the vectors were trained with; for concept files.
             steps: number of training steps; for concept files.
         """
-        if Path(path).suffix != CONCEPT_FILE:
-            return save_learned_words(path, self.string_to_token_dict, self.string_to_param_dict)
+        if Path(ckpt_path).suffix != CONCEPT_FILE:
+            return save_learned_words(ckpt_path, self.string_to_token_dict, self.string_to_param_dict)
         concepts = []
         for placeholder, vectors in self.string_to_param_dict.items():
             concepts.append(FinetunedConcept(
@@ -205,20 +205,20 @@ class EmbeddingManager(nn.Module):
                 steps=steps,
                 base=base,
             ))
-        return save_concepts(path, concepts, precision=None)
+        return save_concepts(ckpt_path, concepts, precision=None)
 
-    def load(self, path: str | Path) -> None:
+    def load(self, ckpt_path: str | Path) -> None:
         """Replace placeholders and vectors by those of a file: one that `save` or the public code wrote.
 
         Raises:
             UserError: the file is missing, of another kind, or for a text encoder of another width.
         """
-        is_concept_file = Path(path).suffix == CONCEPT_FILE
-        words = _load_concept_file(path) if is_concept_file else dict.fromkeys(load_learned_words(path))
+        is_concept_file = Path(ckpt_path).suffix == CONCEPT_FILE
+        words = _load_concept_file(ckpt_path) if is_concept_file else dict.fromkeys(load_learned_words(ckpt_path))
         old = next(iter(self.string_to_param_dict.values()))
         if any(word.vectors.shape[1] != old.shape[1] for word in words):
-            raise UserError(f"{path}: its vectors are not of width {old.shape[1]}, unlike the words of this model; "
-                            "choose the model that it was trained on")
+            raise UserError(f"{ckpt_path}: its vectors are not of width {old.shape[1]}, unlike the words of this "
+                            "model; choose the model that it was trained on")
         _check_words([word.word for word in words])
         self._super_categories |= {word.word: category for word, category in words.items() if category is not None}
         self.max_vectors_per_token = max([self.max_vectors_per_token, *(len(word.vectors) for word in words)])

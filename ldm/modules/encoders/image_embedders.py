@@ -75,6 +75,9 @@ class FrozenOpenCLIPImageEmbedder(ClipImageEmbedder):
         """Take all parameters out of training."""
         self.requires_grad_(False).eval()
 
+    def forward(self, image: Tensor, no_dropout: bool = False) -> Tensor:
+        return super().forward(image, no_dropout)
+
     def encode_with_vision_transformer(self, img: Tensor) -> Tensor:
         """Return the embeddings (B, d) of images, none of them dropped."""
         return self(img, no_dropout=True)
