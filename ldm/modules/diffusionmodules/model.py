@@ -175,7 +175,7 @@ class Encoder(nn.Module):
                  use_linear_attn: bool = False, attn_type: str = "vanilla", patch_size: int = 1,
                  linear_skip: bool = False, **others: Any) -> None:
         super().__init__()
-        self.ch, self.num_resolutions, self.num_res_blocks = ch, len(ch_mult), num_res_blocks
+        self.ch, self.temb_ch, self.num_resolutions, self.num_res_blocks = ch, 0, len(ch_mult), num_res_blocks
         self.resolution, self.in_channels = resolution, in_channels
         self.patch_size = patch_size
         attn_type = "linear" if use_linear_attn else attn_type
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
                  give_pre_end: bool = False, tanh_out: bool = False, use_linear_attn: bool = False,
                  attn_type: str = "vanilla", patch_size: int = 1, linear_skip: bool = False, **others: Any) -> None:
         super().__init__()
-        self.ch, self.num_resolutions, self.num_res_blocks = ch, len(ch_mult), num_res_blocks
+        self.ch, self.temb_ch, self.num_resolutions, self.num_res_blocks = ch, 0, len(ch_mult), num_res_blocks
         self.resolution, self.in_channels = resolution, in_channels
         self.patch_size, self.give_pre_end, self.tanh_out = patch_size, give_pre_end, tanh_out
         attn_type = "linear" if use_linear_attn else attn_type
