@@ -91,7 +91,7 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> to
     import torch
     from PIL import Image, ImageDraw
 
-    font, length = _caption_font(size), int(CAPTION_CHARACTERS * wh[0] / 256)
+    font, length = _caption_font(size), max(1, int(CAPTION_CHARACTERS * wh[0] / 256))
     images = []
     for text in xc:
         image = Image.new("RGB", wh, color="white")

@@ -64,7 +64,7 @@ class Lengths(Words):
 
 
 def locate(cls: type) -> dict[str, str]:
-    return {"target": f"{__name__}.{cls.__name__}"}
+    return {"target": f"{cls.__module__}.{cls.__name__}"}
 
 
 def pixel_model(**params: Any) -> DDPM:

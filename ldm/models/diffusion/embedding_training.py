@@ -35,17 +35,28 @@ class TrainsEmbeddings:
     """Mixin for models with an `embedding_manager`, which may be None.
 
     Attributes:
+        is_personalized: whether the config has a `personalization_config`.
+        trains_pairs: whether a step takes two batches, photos and images of the super-category (DreamBooth).
         unfreeze_model: whether the network and the condition's encoder are trained as well.
         model_lr: the learning rate of these two.
         embedding_reg_weight: weight, in the loss, of the squared distance of the vectors from their start.
     """
 
     embedding_manager: nn.Module | None
+    is_personalized = False
 
     def personalize(self, config: Mapping[str, Any]) -> None:
-        """Add the vectors, which start from words of the loaded encoder, and freeze what is not trained."""
+        """Add the vectors, which start from words of the loaded encoder, and freeze what is not trained.
+
+        For DreamBooth (`reg_weight` is given) there are no vectors.
+        """
         if not hasattr(self.cond_stage_model, "encode"):
             raise UserError("personalization_config: needs a model that encodes prompts; leave it out")
+        self.is_personalized = True
+        if self.unfreeze_model:
+            self.cond_stage_model.requires_grad_(True)  # encoders of prompts freeze themselves
+        if self.trains_pairs:
+            return
         if not self.unfreeze_model:
             self.strict_loading = False  # a run's checkpoints hold what was learned, not the base model
             self.requires_grad_(False)
@@ -88,8 +99,8 @@ class TrainsEmbeddings:
     @torch.no_grad()
     @wraps(LogsLatentDiffusion.log_images)
     def log_images(self, batch: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
-        """Return what the base class does. With vectors, rows are off by default and guided samples on."""
-        if self.embedding_manager is None:
+        """Return what the base class does. If personalized, rows are off by default and guided samples on."""
+        if not self.is_personalized:
             return super().log_images(batch, *args, **options)
         shown = super().log_images(batch, *args, **{**LOG_OPTIONS, **options})
         return {GUIDED if key == GUIDED_BY_SCALE else key: images for key, images in shown.items()}
@@ -131,7 +142,8 @@ class TrainsEmbeddings:
         if self.embedding_manager is None or self._trainer is None or not self.trainer.is_global_zero:
             return
         folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
-        if folder is not None and Path(folder).is_dir():
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
             for name in (LATEST, AT_STEP.format(self.global_step)):
                 self.embedding_manager.save(str(Path(folder) / name))
 

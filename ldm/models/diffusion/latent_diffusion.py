@@ -96,7 +96,8 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
         self.unfreeze_model, self.model_lr = unfreeze_model, model_lr
         self.reg_weight = 1.0 if reg_weight is None else reg_weight
         self.require_present_parts()
-        if personalization_config is not None and reg_weight is None:
+        self.trains_pairs = reg_weight is not None
+        if personalization_config is not None:
             self.load_initial_weights()  # the vectors start from the encoder's words
             self.personalize(personalization_config)
 
