@@ -23,7 +23,7 @@ class Row:
         ours, original: whether the script succeeded; None if it was not run.
         max_difference, mean_difference: of all pixels, of 255; None if no images were compared.
         number_difference: greatest relative difference of numbers; None if there are none.
-        agrees: whether ours succeeded and differs from the original by no more than the tolerance.
+        agrees: whether ours succeeded and differs from the original, if that can run, by no more than the tolerance.
         remark: errors, missing repositories, numbers.
     """
 
@@ -47,7 +47,8 @@ def compare_run(run: PublicRun, place: Workplace) -> Row:
     remarks = [run.original_fails, original and original.error and f"original: {original.error}",
                ours.error and f"ours: {ours.error}"]
     row = {"name": run.name, "ours": ours.succeeded, "original": original.succeeded if original else None,
-           "max_difference": None, "mean_difference": None, "number_difference": None, "agrees": ours.succeeded}
+           "max_difference": None, "mean_difference": None, "number_difference": None,
+           "agrees": ours.succeeded and original is None}
     if ours.succeeded and original is not None and original.succeeded:
         row |= compare_outcomes(run, ours, original, remarks)
     return Row(**row, remark="; ".join(remark for remark in remarks if remark))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[3]
 OPEN_CLIP_ARCH = "tiny-open-clip"
@@ -31,7 +32,7 @@ def clip_tower(folder: Path, width: int = WIDTH) -> Path:
 
 
 def register_open_clip() -> None:
-    """Tell open_clip of a tiny architecture, `OPEN_CLIP_ARCH`."""
+    """Tell open_clip of a tiny architecture, `OPEN_CLIP_ARCH`, and let it build models as its version 2 did."""
     import tempfile
 
     import open_clip
@@ -43,3 +44,13 @@ def register_open_clip() -> None:
             "vision_cfg": {"image_size": 8, "layers": 1, "width": 8, "head_width": 4, "patch_size": 4},
             "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": WIDTH, "heads": 4, "layers": 3}}))
         open_clip.add_model_config(file)
+    create = open_clip.create_model_and_transforms
+
+    def create_with_length_first(*args: Any, **options: Any) -> tuple[Any, ...]:
+        """Build a model whose text layers read (length, batch, channels), as the originals call them."""
+        model, *transforms = create(*args, **options)
+        for block in model.transformer.resblocks:
+            block.attn.batch_first = False
+        return model, *transforms
+
+    open_clip.create_model_and_transforms = create_with_length_first
