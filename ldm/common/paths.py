@@ -1,6 +1,7 @@
 """Find, quote and check paths that users and configs name."""
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from ldm.common.errors import UserError
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _INSTALLED = _CHECKOUT / "ldm" / "bundled"  # where setup.py puts models and configs if pip copies the package
+LONGEST_SHOWN = 80  # characters of a name in a message
 PROJECT_ROOT = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 
 
@@ -19,10 +21,26 @@ def expand_home(path: str | Path) -> str:
     This is the type of the flags for files, folders and names of models, which may be folders. A shell expands `~` only
     at the start of a word: not in `--outdir=~/images`, in quotes or in YAML. As in a shell, a user that does not exist
     is left as it is, and `./~` is a file called `~`. Environment variables and `file://` addresses are not expanded.
+
+    Raises:
+        UserError: no file can have this name, such as a prompt in the place of its file.
     """
     text = os.fspath(path)
     # Path drops a leading "./", so that a later call would expand what this one must not.
-    return os.path.abspath(text) if text.startswith("./~") else os.path.expanduser(text)
+    expanded = os.path.abspath(text) if text.startswith("./~") else os.path.expanduser(text)
+    _check_name(expanded)
+    return expanded
+
+
+def _check_name(path: str) -> None:
+    """Raise UserError if no file can have this name. Afterwards, pathlib can be asked about it without errors."""
+    try:
+        os.lstat(path)
+    except ValueError:  # a null character
+        raise UserError(f"{path!r}: not the name of a file") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{path[:LONGEST_SHOWN]}...: longer than the name of a file may be; give a path") from None
 
 
 def user_path(path: str | Path) -> Path:

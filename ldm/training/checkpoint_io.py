@@ -23,6 +23,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             FileNotWritten: (a UserError) the disk is full or does not allow it. An older file of that name stays.
         """
+        path = Path(path)
+        if path.is_symlink() and path.resolve().parent == path.parent.resolve():
+            path.unlink()  # Lightning's last.ckpt with `save_last: link`; it must not overwrite the checkpoint it names
         write_atomically(path, lambda temporary: _save(checkpoint, temporary))
 
 

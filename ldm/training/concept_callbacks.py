@@ -55,6 +55,8 @@ class ConceptSaver(pl.Callback):
         is_write_error = isinstance(exception, FileNotWritten | OSError)
         if is_write_error and trainer.global_step and not self.paths:
             self._save(trainer, model)
+            for refusal in self.refusals:
+                log.warning("not saved: %s", refusal)
 
     def _save(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
         self.paths, self.refusals = [], []

@@ -187,7 +187,11 @@ def rename_earlier_runs(logdir: Path) -> None:
     """Rename the folder of earlier runs, so that everything is trained again."""
     if logdir.exists():
         renamed = logdir.with_name(f"{logdir.name}-until-{datetime.datetime.now():%Y-%m-%dT%H-%M-%S}")
-        logdir.rename(renamed)
+        try:
+            logdir.rename(renamed)
+        except OSError as error:
+            raise UserError(f"--logdir {logdir}: cannot be renamed ({error.strerror}); move it, or name another folder"
+                            ) from None
         log.info("earlier runs are now in %s", renamed)
 
 

@@ -62,9 +62,15 @@ def test_all_checks_look_in_the_home_folder(home: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "猫" * 100, "/".join(["x" * 200] * 30)])
-def test_names_that_no_disk_takes_are_answered(home: Path, name: str) -> None:
-    assert resolve_path(name) == Path(name)
-    check_folder("--outdir", Path(name))
+def test_names_that_no_disk_takes_are_refused_in_one_line(home: Path, name: str) -> None:
+    for check in (expand_home, resolve_path, lambda path: check_folder("--outdir", Path(path))):
+        with pytest.raises(UserError, match=r"^.{80}\.\.\.: longer than the name of a file may be; give a path$"):
+            check(name)
+
+
+def test_a_null_character_is_refused(home: Path) -> None:
+    with pytest.raises(UserError, match="not the name of a file"):
+        expand_home("a\0b")
 
 
 class Captured(Exception):

@@ -57,6 +57,14 @@ def test_an_older_checkpoint_stays_if_there_is_no_room(tmp_path: Path, room: int
     assert torch.load(path, weights_only=True) == {"global_step": 6} and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_to_another_checkpoint_does_not_overwrite_that(tmp_path: Path) -> None:
+    torch.save({"global_step": 6}, tmp_path / "000006.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("000006.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"global_step": 7}, tmp_path / "last.ckpt")
+    steps = [torch.load(tmp_path / name, weights_only=True)["global_step"] for name in ("000006.ckpt", "last.ckpt")]
+    assert steps == [6, 7]
+
+
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="pickle"):
         AtomicCheckpointIO().save_checkpoint({"function": lambda: None}, tmp_path / "last.ckpt")
