@@ -13,6 +13,7 @@ from helpers.photo_files import (
     P3_COLUMNS,
     PROPHOTO_COLUMNS,
     SRGB_COLUMNS,
+    cmyk_profile,
     icc_profile,
     save_heic,
     scene,
@@ -97,7 +98,16 @@ def test_transparent_images_keep_their_opacity(tmp_path: Path, mode: str) -> Non
     assert (read[:, :16] == 255).all() and np.array_equal(read[:, 16:], convert(stored, profile)[:, 16:])
 
 
-def test_cmyk_is_converted_by_its_profile_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_the_profile_of_a_print_is_converted(tmp_path: Path, suffix: str) -> None:
+    path, profile = tmp_path / f"a.{suffix}", cmyk_profile()
+    colors().convert("CMYK").save(path, icc_profile=profile, **SAVED[suffix])
+    stored = Image.open(path)
+    assert stored.mode == "CMYK" and np.array_equal(values(read_image(path)), convert(stored, profile))
+    assert np.abs(values(read_image(path)) - values(stored.convert("RGB"))).max() > 30
+
+
+def test_cmyk_without_its_profile_is_left_to_pillow(tmp_path: Path) -> None:
     image = colors().convert("CMYK")
     image.save(tmp_path / "plain.jpg", quality=100)
     plain = Image.open(tmp_path / "plain.jpg")
