@@ -35,7 +35,6 @@ NETWORKS = {  # by subfolder
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 VARIANTS = ("", ".fp16", ".non_ema")  # in order of preference: averaged weights, full precision first
 SUFFIXES = (".safetensors", ".bin")
-PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 Read = Callable[[Path], dict[str, Tensor]]
 
 
@@ -73,15 +72,6 @@ def under_own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if any(key.startswith("encoder.down_blocks.") for key in tensors):
         return vae_tensors(tensors)
     return tensors
-
-
-def parameterization_of(folder: Path) -> str | None:
-    """Return what a pipeline's U-Net predicts ("eps", "v" or "x0"), or None if its scheduler's config does not say."""
-    try:
-        prediction = _read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type")
-    except UserError:
-        return None
-    return PARAMETERIZATIONS.get(prediction) if isinstance(prediction, str) else None
 
 
 def _read_weights(folder: Path, read: Read) -> dict[str, Tensor]:

@@ -10,82 +10,41 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.averages import AVERAGES, averages_alone, complete_averages
 from ldm.checkpoints.deferred_init import DeferredInit
-from ldm.checkpoints.diffusers_folder import parameterization_of, read_folder, under_own_names
-from ldm.checkpoints.diffusers_names import open_clip_tensors
 from ldm.checkpoints.families import identify_family
-from ldm.checkpoints.packed_tables import unpack_tables
-from ldm.checkpoints.pickled import printable, read_pickled
+from ldm.checkpoints.other_kinds import Role
+from ldm.checkpoints.parts import (
+    UNREAD_SUFFIXES,
+    describe_absent_parts,
+    rename_text_encoder,
+    replace_parts,
+    select_part,
+)
+from ldm.checkpoints.pickled import printable
+from ldm.checkpoints.prediction import prediction_remedy, stated_prediction
+from ldm.checkpoints.read import read_state_dict
 from ldm.common.errors import UserError
-from ldm.common.files import load_tensors
 from ldm.common.paths import resolve_path
 from ldm.util import get_obj_from_str, instantiate_from_config, known_params
 
 log = logging.getLogger(__name__)
 
 Adapt = Callable[[str, Tensor, Tensor], Tensor]
-AVERAGES = "model_ema."
 WRONG_DTYPE = "of numbers"  # the beginning of such a problem's description
-# Keys of public checkpoints that no model here reads, by beginning and end: copies of EMA, loss networks of
-# autoencoders, and buffers that `transformers` and `open_clip` once saved.
+# Keys of public checkpoints that no model here reads: copies of EMA, and loss networks of autoencoders
 UNREAD_PREFIXES = (AVERAGES, "first_stage_model.loss.", "loss.")
-UNREAD_SUFFIXES = ("position_ids", "attn_mask")
-PART_PREFIXES = ("model.", "model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
-TEXT_ENCODER = "cond_stage_model."
-# The prefix of a CLIP text tower's keys in CompVis's files, in later ones, and in those of Stable Diffusion 2
-TOWER, SHORT_TOWER = "transformer.text_model.", "transformer."
-CLIP = TEXT_ENCODER + TOWER
-OPEN_CLIP = f"{TEXT_ENCODER}model."
-
-
-# Reading
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint file or diffusers folder under CompVis's names, on the CPU.
-
-    They are memory-mapped if the format allows it: unused tensors are not read.
-
-    Raises:
-        UserError: if the file is missing, incomplete, not a checkpoint, or holds objects whose code would have to run.
-    """
-    path = resolve_path(path)
-    if path.is_dir():
-        return read_folder(path, _read_file)
-    return under_own_names(_read_file(path))
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return unpack_tables(load_tensors(path)[0])
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    return unpack_tables(_extract_tensors(read_pickled(path), path))
-
-
-def _extract_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a pickled checkpoint, which may be inside a `state_dict`."""
-    if isinstance(content, Mapping) and "string_to_param" in content:
-        raise UserError(f"{path}: is a Textual Inversion embedding, not a model; "
-                        "give the checkpoint of the base model that it was made for")
-    inner = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    items = inner.items() if isinstance(inner, Mapping) else ()
-    tensors = {str(key): value.detach() for key, value in items if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"{path}: holds no weights; choose another file")
-    return tensors
-
-
-# Loading
 
 
 def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (),
-                 optional_keys: Sequence[str] = (), adapt: Adapt | None = None) -> set[str]:
+                 optional_keys: Sequence[str] = (), adapt: Adapt | None = None,
+                 parts: Mapping[str, str | Path] = MappingProxyType({})) -> set[str]:
     """Load a checkpoint file or diffusers folder into `module`.
 
     Weights of any floating-point dtype are converted to the module's. From a whole model's checkpoint a part takes its
@@ -95,6 +54,7 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
         ignore_keys: beginnings of keys that are neither required nor loaded.
         optional_keys: beginnings of keys that the file may lack; a warning lists those that it does.
         adapt: called as (key, the file's tensor, the module's) where both have the key; returns what to load.
+        parts: prefix of a part's keys -> file or folder that this part is loaded from instead.
 
     Returns:
         The keys of the module that were loaded.
@@ -107,8 +67,9 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     stored = {key: value for key, value in read_state_dict(path).items() if not key.startswith(ignored)}
     # Bring the file's tensors under the module's keys.
     keeps_averages = any(key.startswith(AVERAGES) for key in required)
-    averages = {} if keeps_averages else moving_averages(stored)
-    tensors = _rename_text_encoder(_select_part(stored | averages, required), required)
+    both_sets = keeps_averages and not averages_alone(stored)
+    averages = {} if both_sets else complete_averages(path, stored, required)
+    tensors = rename_text_encoder(replace_parts(select_part(stored | averages, required), parts), required)
     if adapt is not None:
         tensors |= {key: adapt(key, tensors[key], required[key]) for key in required if key in tensors}
     # Compare them with what the module needs.
@@ -120,9 +81,7 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     fitting = {key: tensors[key] for key, problem in problems.items() if problem is None}
     misfits = {key: problem for key, problem in problems.items() if problem and not _is_unread(key, unread)}
     if missing or misfits:
-        raise UserError(f"{path}: does not fit this config: {_list_keys(missing, 'missing')}, "
-                        f"{_list_keys(unexpected, 'unexpected')}, {_list_misfits(misfits)}; "
-                        f"{_remedy(stored, required, misfits)}")
+        raise UserError(f"{path}: {_describe_misfit(stored, tensors, required, missing, unexpected, misfits)}")
     module.load_state_dict(fitting, strict=False)
     if averages:
         log.info("%s: using the moving averages of %d weights", path, len(averages))
@@ -130,48 +89,8 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
         log.warning("%s: %s, ignored", path, _list_keys(unexpected, "unexpected"))
     if absent:
         log.warning("%s: %s, which keep their values", path, _list_keys(absent, "missing"))
-    _warn_if_images_will_be_noise(module, {key: required[key] for key in fitting}, Path(path))
+    _warn_if_images_will_be_noise(module, {key: required[key] for key in fitting}, resolve_path(path))
     return set(fitting)
-
-
-def moving_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the moving averages in a checkpoint under the names of their weights."""
-    averages: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        average = tensors.get(AVERAGES + key.removeprefix("model.").replace(".", ""))
-        if average is not None and average.shape == tensor.shape:
-            averages[key] = average
-    return averages
-
-
-def _select_part(tensors: dict[str, Tensor], required: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under the module's own keys if they are a whole model's and the module is a part of it."""
-    for prefix in ("", *PART_PREFIXES):
-        part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if part.keys() & required.keys():
-            return part
-    return tensors
-
-
-def _rename_text_encoder(tensors: dict[str, Tensor], required: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with the text encoder's keys in the module's spelling. Files use three spellings."""
-    # Later files leave out `text_model.`
-    longer_names: dict[str, str] = {}
-    for prefix in ("", TEXT_ENCODER):
-        for key in tensors:
-            if key.startswith(prefix + SHORT_TOWER):
-                longer_names[key] = prefix + TOWER + key.removeprefix(prefix + SHORT_TOWER)
-    renamed: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        longer = longer_names.get(key, key)
-        renamed[longer if key not in required and longer in required else key] = value
-    # A module of Stable Diffusion 2 has open_clip's names
-    tower = {key.removeprefix(CLIP): value for key, value in renamed.items()
-             if key.startswith(CLIP) and not key.endswith(UNREAD_SUFFIXES)}
-    if not tower or not any(key.startswith(f"{OPEN_CLIP}transformer.") for key in required):
-        return renamed
-    others = {key: value for key, value in renamed.items() if not key.startswith(CLIP)}
-    return others | {OPEN_CLIP + key: value for key, value in open_clip_tensors(tower).items()}
 
 
 def _unread_prefixes(module: nn.Module) -> tuple[str, ...]:
@@ -211,14 +130,29 @@ def _list_misfits(misfits: Mapping[str, str]) -> str:
     return f"{shapes}, {_list_keys(wrong_dtype, 'that are no weights')}" if wrong_dtype else shapes
 
 
-def _remedy(stored: Mapping[str, Tensor], required: Mapping[str, Tensor], misfits: Mapping[str, str]) -> str:
+def _describe_misfit(stored: Mapping[str, Tensor], tensors: Mapping[str, Tensor], required: Mapping[str, Tensor],
+                     missing: Sequence[str], unexpected: Sequence[str], misfits: Mapping[str, str]) -> str:
+    """Say what a file is that does not fit, or what is wrong with it, and the remedy.
+
+    Args:
+        stored: the file's tensors.
+        tensors: these under the module's keys.
+        required: the module's tensors.
+        missing, unexpected: keys that only the module or only the file has.
+        misfits: key -> problem.
+    """
+    theirs, ours = (identify_family({key: value.shape for key, value in one.items()}) for one in (stored, required))
+    if theirs is not None and theirs.role not in (Role.BASE, Role.PART) and theirs != ours:
+        return f"is {theirs.name}, not a base model; {theirs.advice}"
+    if not misfits and (absence := describe_absent_parts(missing, required, tensors)):
+        return absence
+    problems = (f"does not fit this config: {_list_keys(missing, 'missing')}, {_list_keys(unexpected, 'unexpected')}, "
+                f"{_list_misfits(misfits)}")
     if any(problem.startswith(WRONG_DTYPE) for problem in misfits.values()):
-        return "choose a checkpoint of 16- or 32-bit weights"
-    theirs = identify_family({key: value.shape for key, value in stored.items()})
-    ours = identify_family({key: value.shape for key, value in required.items()})
+        return f"{problems}; choose a checkpoint of 16- or 32-bit weights"
     if theirs is None or theirs == ours:
-        return "choose the config of this checkpoint's model"
-    return f"it looks like {theirs.name}: {theirs.advice}"
+        return f"{problems}; choose the config of this checkpoint's model"
+    return f"{problems}; it looks like {theirs.name}: {theirs.advice}"
 
 
 def _warn_if_images_will_be_noise(module: nn.Module, loaded: Mapping[str, Tensor], path: Path) -> None:
@@ -226,10 +160,11 @@ def _warn_if_images_will_be_noise(module: nn.Module, loaded: Mapping[str, Tensor
     if broken:
         log.warning("warning: %s: %s; images will be black or noise, so copy or download it again", path,
                     _list_keys(broken, "hold numbers that are not finite"))
-    theirs, ours = parameterization_of(path), getattr(module, "parameterization", None)
-    if theirs and ours and theirs != ours:
-        log.warning("warning: %s: its scheduler says that the model predicts %s, the config (parameterization) %s; "
-                    "images will be noise if the config is wrong", path, theirs, ours)
+    stated, ours = stated_prediction(path), getattr(module, "parameterization", None)
+    if stated is not None and ours and stated.kind != ours:
+        log.warning("warning: %s: %s says that the model predicts %s, the config (parameterization) %s; images will be "
+                    "noise if the config is wrong: %s", path, stated.source, stated.kind, ours,
+                    prediction_remedy(stated.kind))
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -237,14 +172,15 @@ def _is_finite(values: Tensor) -> bool:
     return not values.numel() or not values.is_floating_point() or all(map(torch.isfinite, values.aminmax()))
 
 
-def load_model(config: Mapping[str, Any], checkpoint: str | Path | None = None,
-               device: torch.device | str = "cpu") -> Any:
+def load_model(config: Mapping[str, Any], checkpoint: str | Path | None = None, device: torch.device | str = "cpu",
+               vae: str | Path | None = None, text_encoder: str | Path | None = None) -> Any:
     """Build `config["model"]` with the weights of a checkpoint, frozen and ready to sample.
 
     It keeps no averages beside the weights, since nothing is trained: if the file has averages, they are the weights.
 
     Args:
         checkpoint: a .ckpt or .safetensors file or a diffusers folder; None: the config's own `ckpt_path`.
+        vae, text_encoder: file or folder to load the first stage or the text encoder from instead.
 
     Raises:
         UserError: if the config has no model, there are no weights to load, or they do not fit.
@@ -255,8 +191,13 @@ def load_model(config: Mapping[str, Any], checkpoint: str | Path | None = None,
     extra: dict[str, Any] = {} if checkpoint is None else {"ckpt_path": str(checkpoint)}
     if checkpoint is None and not (section.get("params") or {}).get("ckpt_path"):
         raise UserError("no base model: name its checkpoint with --ckpt, or in the config as model.params.ckpt_path")
-    if "target" in section and "use_ema" in known_params(get_obj_from_str(section["target"])):
+    known = known_params(get_obj_from_str(section["target"])) if "target" in section else ()
+    if "use_ema" in known:
         extra["use_ema"] = False
+    for flag, param, path in (("--vae", "vae_path", vae), ("--text_encoder", "text_encoder_path", text_encoder)):
+        if path is not None and param not in known:
+            raise UserError(f"{flag} {path}: {section.get('target')} of this config has no such part; leave it out")
+        extra |= {} if path is None else {param: str(path)}
     with DeferredInit():
         model = instantiate_from_config(section, **extra)
     return model.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)

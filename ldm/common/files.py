@@ -14,10 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from ldm.common.atomic_write import write_atomically
 from ldm.common.errors import UserError
+from ldm.common.file_formats import check_format
 from ldm.common.paths import user_path
 
 if TYPE_CHECKING:
     import torch
+
+SAFETENSORS = ".safetensors"
+
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]) -> Path:
     """Write a safetensors file. Each value of `metadata` is stored as JSON text under its key."""
@@ -52,8 +56,7 @@ def load_metadata(path: str | Path) -> dict[str, object]:
 @contextlib.contextmanager
 def _open_safetensors(path: Path) -> Iterator[Any]:
     path = user_path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    check_format(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file

@@ -32,9 +32,10 @@ from omegaconf import OmegaConf  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
+from ldm.checkpoints.averages import AVERAGES, moving_averages  # noqa: E402
 from ldm.checkpoints.diffusers_names import clip_text_tensors  # noqa: E402
-from ldm.checkpoints.load import AVERAGES, moving_averages, read_state_dict  # noqa: E402
 from ldm.checkpoints.packed_tables import pack_table  # noqa: E402
+from ldm.checkpoints.read import read_state_dict  # noqa: E402
 from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.atomic_write import write_atomically  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402

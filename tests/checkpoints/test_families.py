@@ -16,7 +16,9 @@ from torch import nn
 
 from ldm.checkpoints.diffusers_names import unet_tensors
 from ldm.checkpoints.families import identify_family
-from ldm.checkpoints.load import load_model, load_weights, read_state_dict
+from ldm.checkpoints.load import load_model, load_weights
+from ldm.checkpoints.other_kinds import Role
+from ldm.checkpoints.read import read_state_dict
 from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import save_perfusion_concepts
@@ -70,7 +72,7 @@ def test_public_models_are_identified_by_their_shapes(config: str, name: str) ->
 def test_the_bundled_model_is_identified() -> None:
     tensors = read_state_dict(PROJECT / "models" / "mini" / "model.safetensors")
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    assert identify_family(shapes) == ("a base model of this project", "use configs/perfusion.yaml")
+    assert identify_family(shapes) == ("a base model of this project", "use configs/perfusion.yaml", Role.BASE)
 
 
 def sizes(**shapes: tuple[int, ...]) -> Shapes:
@@ -99,11 +101,9 @@ V1, V2 = "configs/stable-diffusion/v1-inference.yaml", "configs/stable-diffusion
         model__diffusion_model__input_blocks__4__1__transformer_blocks__0__attn2__to_k__weight=(640, 2048)),
      "Stable Diffusion XL (context 2048)"),
     (sizes(double_blocks__0__img_attn__qkv__weight=(9216, 3072)),
-     "a diffusion transformer (Stable Diffusion 3, Flux or "
-     "similar)"),
+     "Flux, a diffusion transformer"),
     (sizes(model__diffusion_model__joint_blocks__0__x_block__attn__qkv__weight=(4608, 1536)),
-     "a diffusion transformer "
-     "(Stable Diffusion 3, Flux or similar)"),
+     "Stable Diffusion 3, a diffusion transformer"),
     (sizes(vision_model__embeddings__class_embedding=(768,), text_projection__weight=(768, 768), a=(9,)), "a CLIP"),
 ])
 def test_files_that_are_not_base_models(shapes: Shapes, name: str) -> None:
@@ -160,14 +160,14 @@ def test_the_error_message_contains_the_advice(small_config: dict[str, Any], tmp
 def test_a_concept_instead_of_its_base_model(small_config: dict[str, Any], tmp_path: Path) -> None:
     concept = Concept("<x>", "cat", torch.ones(1, 4), torch.ones(4), torch.ones(4), {"layer": torch.ones(4)}, base="0")
     path = save_perfusion_concepts(tmp_path / "concept.safetensors", [concept])
-    assert "it looks like a concept of this project: give it with --concept" in refusal(small_config, path)
+    assert "is a concept of this project, not a base model; give it with --concept" in refusal(small_config, path)
 
 
 def test_textual_inversion_embeddings_of_the_original_code(tmp_path: Path) -> None:
     content = {"string_to_token": {"*": torch.tensor(265)}, "name": "cat",
                "string_to_param": nn.ParameterDict({"*": nn.Parameter(torch.ones(1, 768))})}
     torch.save(content, tmp_path / "embeddings.pt")
-    with pytest.raises(UserError, match="Textual Inversion embedding, not a model; give the checkpoint of the base"):
+    with pytest.raises(UserError, match="Textual Inversion embedding, not a base model; give it with --concept"):
         read_state_dict(tmp_path / "embeddings.pt")
 
 

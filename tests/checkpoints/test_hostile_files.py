@@ -201,8 +201,8 @@ def entry(dtype: str = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict
     safetensors(entry(shape=(2**40, 2**40))), safetensors(entry(shape=(-4,))), safetensors(entry(offsets=(0, 2**60))),
     safetensors(entry(offsets=(16, 0))), safetensors(entry(offsets=(-16, 0))), safetensors(entry(dtype="X9")),
     safetensors({**entry(), "b": entry()["a"]}), safetensors(b"[" * 100_000), safetensors(b"{}x"), safetensors([]),
-    safetensors({"a": 5}), b"PK\x03\x04" * 9, b"plain text, not a checkpoint at all",
-], ids=range(21))
+    safetensors({"a": 5}),
+], ids=range(19))
 def test_safetensors_with_a_false_header(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     assert "not a complete safetensors file" in refusal(tmp_path / "x.safetensors")

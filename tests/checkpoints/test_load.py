@@ -143,7 +143,6 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (tmp_path / "page.ckpt").write_text("<!DOCTYPE html><html>404</html>")
     torch.save(nn.Linear(2, 2), tmp_path / "whole_module.ckpt")
-    save_file(weights(), tmp_path / "renamed.ckpt")
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(UserError, match=path.name) as refused:
             read_state_dict(path)

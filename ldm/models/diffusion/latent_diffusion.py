@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from omegaconf import ListConfig
 from torch import Tensor, nn
 
+from ldm.checkpoints.parts import FIRST_STAGE, TEXT_ENCODER
 from ldm.common.errors import UserError
 from ldm.models.diffusion.ancestral_sampling import ConditionalAncestralSampling
 from ldm.models.diffusion.embedding_training import TrainsEmbeddings
@@ -52,6 +53,8 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
             If it is given, no vectors are trained.
         object_weight: weight of an object's error, relative to the background's, for batches that mark objects by
             "objects" (B, 1, H, W) in [0, 1]; a model learns objects faster with it.
+        vae_path, text_encoder_path: checkpoint, diffusers folder or part of one whose first stage or text encoder is
+            loaded in place of those in `ckpt_path`, which may lack them.
 
     Tiled processing (`split_input_params`, `get_fold_unfold`, `delta_border`) of the original is left out.
 
@@ -66,7 +69,10 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
                  *args: Any, force_null_conditioning: bool = False,
                  personalization_config: Mapping[str, Any] | None = None, embedding_reg_weight: float = 0.0,
                  unfreeze_model: bool = False, model_lr: float = 0.0, reg_weight: float | None = None,
-                 object_weight: float = 1.0, **kwargs: Any) -> None:
+                 object_weight: float = 1.0, vae_path: str | None = None, text_encoder_path: str | None = None,
+                 **kwargs: Any) -> None:
+        self.part_paths = {prefix: path for prefix, path in ((FIRST_STAGE, vae_path), (TEXT_ENCODER, text_encoder_path))
+                           if path is not None}
         self.num_timesteps_cond = num_timesteps_cond or 1
         self.force_null_conditioning = force_null_conditioning
         if conditioning_key is None:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,8 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
 
     # Weights
 
+    part_paths: Mapping[str, str] = MappingProxyType({})  # prefix of a part's keys -> file to take that part from
+
     def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
         """Load a checkpoint. Parts that it lacks stay as they are; a warning lists them.
 
@@ -140,7 +143,7 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
             UserError: if weights do not fit, or the constructor loads `ckpt_path` and a part of this class is missing.
         """
         loaded = load_weights(self.model if only_model else self, path, [*ignore_keys, *self.schedule_names],
-                              self.optional_keys(), self.adapt_weight)
+                              self.optional_keys(), self.adapt_weight, self.part_paths)
         if self.use_ema and not {f"model_ema.{name}" for name in self.model_ema.state_dict()} <= loaded:
             self.model_ema = LitEma(self.model)  # without averages in the file, averaging starts from these weights
         self.has_initial_weights = True
