@@ -18,7 +18,7 @@ from public_scripts.compare import Row, compare_run
 from public_scripts.run import PublicRun, Workplace
 from public_scripts.table import markdown_table, text_line
 
-RUN_MODULES = ("public_scripts.sampling_runs",)
+RUN_MODULES = ("public_scripts.sampling_runs", "public_scripts.training_runs")
 
 
 def all_runs() -> tuple[PublicRun, ...]:

@@ -29,7 +29,7 @@ class TinyModel:
     Attributes:
         config: the config's path, as OWNER--NAME/PATH.
         path: folders for Python's path, as OWNER--NAME/FOLDER; the first one has the `ldm` that builds the checkpoint.
-        params: replaced params of the model.
+        params: replaced params of the model; keys may be dotted paths.
         clip_width: width of the text tower.
     """
 
@@ -81,7 +81,8 @@ def shrink(config: DictConfig, model: TinyModel, towers: Path) -> DictConfig:
         stage.n_embed = 64
     if not isinstance(params.cond_stage_config, str):
         shrink_encoder(params.cond_stage_config, model, towers)
-    params.update(model.params)
+    for key, value in model.params.items():
+        OmegaConf.update(params, key, value)
     return config
 
 
