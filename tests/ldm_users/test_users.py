@@ -28,6 +28,7 @@ from torch import Tensor
 
 PROMPTS = ["a red ball", "two small boats on a lake"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
