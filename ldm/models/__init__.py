@@ -6,6 +6,7 @@
     clip_encoder.py      embeds images and texts with a CLIP, helped by clip_images.py and open_clip_folder.py
     optimization.py      optimizers and learning-rate schedules of all models
     initial_weights.py   loads a model's weights once it is constructed
+    frozen.py            freezes modules for good
     random_state.py      repeats random numbers
     mini/                training of the bundled model's parts
 """

@@ -43,8 +43,9 @@ def image_batch(batch: Mapping[str, Tensor], key: str, channels: Sequence[int] =
 
 
 def _has_channels_first(shape: Sequence[int], channels: Sequence[int]) -> bool:
-    first, last = shape[1] in channels, shape[-1] in channels
-    return first if first != last else shape[2] == shape[3] != shape[1]
+    if shape[1] in channels or shape[-1] in channels:
+        return shape[1] in channels
+    return shape[2] == shape[3] != shape[1]
 
 
 class FirstStage(SharedStepModule):

@@ -45,6 +45,11 @@ class LoadsInitialWeights:
         self._initial_weights = (path, options)
         self.require_present_parts()
 
+    @property
+    def initial_weights_path(self) -> str | Path | None:
+        """The checkpoint of the initial weights, or None."""
+        return self._initial_weights[0]
+
     def require_present_parts(self) -> None:
         """From now on, the checkpoint must hold the parts that the model has now."""
         self._required_parts = _parts(self)

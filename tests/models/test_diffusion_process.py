@@ -4,9 +4,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from test_latent_diffusion import images, latent_model, pixel_model, random_pair, unconditional_model
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
@@ -23,8 +23,8 @@ T = torch.tensor([0, 20, 49])
 def test_a_step_of_the_chain_equals_diffusers(parameterization: str) -> None:
     model = unconditional_model(parameterization=parameterization)
     kind = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[parameterization]
-    reference = DDPMScheduler(50, trained_betas=model.betas.numpy(), prediction_type=kind, clip_sample=True,
-                              variance_type="fixed_small_log")
+    reference = diffusers.DDPMScheduler(50, trained_betas=model.betas.numpy(), prediction_type=kind, clip_sample=True,
+                                        variance_type="fixed_small_log")
     x, _ = random_pair(1, 3, 4, 4)
     for step in (49, 20):
         t = torch.tensor([step])
@@ -67,7 +67,7 @@ def test_the_posterior_follows_from_bayes() -> None:
     mean, variance, log_variance = model.q_posterior(x, noise, torch.tensor([step]))
     beta, before = model.betas[step].double(), model.alphas_cumprod[step - 1].double()
     precision = (1 - beta) / beta + 1 / (1 - before)
-    expected = ((1 - beta).sqrt() / beta * noise + before.sqrt() / (1 - before) * x) / precision
+    expected = ((1 - beta).sqrt() / beta * noise.double() + before.sqrt() / (1 - before) * x.double()) / precision
     torch.testing.assert_close(mean.double(), expected, rtol=1e-4, atol=1e-5)
     assert float(variance) == pytest.approx(float(1 / precision), rel=1e-4)
     torch.testing.assert_close(log_variance.exp(), variance)

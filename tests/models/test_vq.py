@@ -199,3 +199,22 @@ def test_label_maps_are_shown_in_colors() -> None:
 def test_a_loss_that_trains_nothing_is_refused_when_training_starts() -> None:
     with pytest.raises(UserError, match="Identity trains nothing"):
         build_model().setup("fit")
+
+
+@torch.no_grad()
+def test_reconstructions_with_averages_are_shown_on_request() -> None:
+    model = build_model(lossconfig=VQ_LOSS, use_ema=True)
+    model.post_quant_conv.bias += 1
+    batch = {"image": random_images()}
+    assert set(model.log_images(batch)) == {"inputs", "reconstructions"}
+    assert set(model.log_images(batch, only_inputs=True)) == {"inputs"}
+    shown = model.log_images(batch, plot_ema=True)
+    torch.testing.assert_close(shown["reconstructions"], model(batch["image"])[0])
+    with model.ema_scope("test"):
+        torch.testing.assert_close(shown["reconstructions_ema"], model(batch["image"])[0])
+
+
+def test_batches_of_the_family_have_channels_last() -> None:
+    images = random_images().movedim(1, -1)
+    got = build_model().get_input({"image": images}, "image")
+    assert torch.equal(got, images.movedim(-1, 1)) and got.is_contiguous()

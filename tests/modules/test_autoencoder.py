@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders import vae
 from helpers.oracles import randomize
 from helpers.oracles_vae import diffusers_vae_state
 from hypothesis import given, settings
@@ -86,7 +87,7 @@ def test_attention_within_levels_equals_diffusers() -> None:
     model = first_stage(ch_mult=(1, 2), attn_resolutions=[16])
     assert [len(level.attn) for level in model.encoder.down] == [0, 1]
     assert [len(level.attn) for level in model.decoder.up] == [0, 2]
-    theirs = diffusers.models.autoencoders.vae.Encoder(
+    theirs = vae.Encoder(
         down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         block_out_channels=(32, 64),
         layers_per_block=1,
@@ -290,3 +291,63 @@ def test_identity_first_stage() -> None:
     x = torch.rand(1, 3, 4, 4)
     stage = IdentityFirstStage()
     assert stage.encode(x) is x and stage.decode(x) is x and stage(x) is x
+
+
+def test_identity_first_stage_takes_any_params_and_quantizes_nothing() -> None:
+    x = torch.rand(1, 3, 4, 4)
+    assert IdentityFirstStage(7, embed_dim=4).quantize(x) is x
+    assert IdentityFirstStage(vq_interface=True).quantize(x) == (x, None, [None, None, None])
+
+
+def test_posteriors_are_contiguous_in_any_memory_format() -> None:
+    """Noise like a latent then has the order of the family's."""
+    model = first_stage(ch_mult=(1, 1)).to(memory_format=torch.channels_last)
+    x = torch.rand(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert model.encode(x).parameters.is_contiguous() and model.encode(x).mode().is_contiguous()
+
+
+@torch.no_grad()
+def test_images_for_the_log() -> None:
+    model = first_stage(ch_mult=(1,)).eval()
+    batch = {"image": torch.rand(3, 8, 8, 3)}
+    torch.manual_seed(3)
+    shown = model.log_images(batch, split="train")
+    torch.manual_seed(3)
+    reconstructions, posterior = model(batch["image"].movedim(-1, 1))
+    assert set(shown) == {"inputs", "reconstructions", "samples"}
+    torch.testing.assert_close(shown["reconstructions"], reconstructions)
+    torch.testing.assert_close(shown["samples"], model.decode(torch.randn_like(posterior.sample())))
+    assert set(model.log_images(batch, only_inputs=True)) == {"inputs"}
+    assert len(model.log_images(batch, N=2)["samples"]) == 2
+
+
+def test_averages_of_an_autoencoder() -> None:
+    model = AutoencoderKL({**SETTINGS, "ch_mult": (1,)}, NO_LOSS, 4, ema_decay=0.5)
+    start = model.quant_conv.bias.detach().clone()
+    with torch.no_grad():
+        model.quant_conv.bias += 1
+    model.on_train_batch_end(None, None, 0)
+    with model.ema_scope("test"), torch.no_grad():
+        assert torch.allclose(model.quant_conv.bias, start + 9 / 11)  # the first update keeps 2/11 of the start
+    shown = model.log_images({"image": torch.rand(1, 3, 8, 8)})
+    assert {"samples_ema", "reconstructions_ema"} < set(shown)
+    assert not hasattr(first_stage(ch_mult=(1,)), "model_ema")
+
+
+def test_init_from_ckpt_takes_what_fits_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = first_stage(ch_mult=(1,))
+    torch.save({"state_dict": {"quant_conv.bias": torch.ones(8)}}, tmp_path / "part.ckpt")
+    model.init_from_ckpt(tmp_path / "part.ckpt")
+    assert model.quant_conv.bias.tolist() == [1.0] * 8 and "keys missing" in caplog.text
+    with pytest.raises(UserError, match="keys missing"):
+        AutoencoderKL({**SETTINGS, "ch_mult": (1,)}, NO_LOSS, 4, ckpt_path=str(tmp_path / "part.ckpt"))
+
+
+def test_a_learned_variance_of_the_loss() -> None:
+    loss = {"target": "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator",
+            "params": {"disc_start": 0, "disc_num_layers": 1, "disc_ndf": 8, "perceptual_weight": 0.0}}
+    settings = {**SETTINGS, "ch_mult": (1,)}
+    learned, fixed = (AutoencoderKL(settings, loss, 4, learn_logvar=learn) for learn in (True, False))
+    assert any(p is learned.loss.logvar for p in learned.trained_parameters()) and learned.loss.logvar.requires_grad
+    assert not any(p is fixed.loss.logvar for p in fixed.trained_parameters())
+    assert learned.get_last_layer() is learned.decoder.conv_out.weight

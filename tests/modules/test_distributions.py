@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Independent, Normal, kl_divergence
 
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.distributions.distributions import (
+    DiagonalGaussianDistribution,
+    DiracDistribution,
+    normal_kl,
+)
 
 
 def parameters(seed: int, spread: float = 2.0) -> torch.Tensor:
@@ -64,3 +71,36 @@ def test_deterministic_distributions_have_no_variance() -> None:
 
 def test_half_precision_stays() -> None:
     assert DiagonalGaussianDistribution(parameters(3).half()).sample().dtype == torch.float16
+
+
+def test_divergence_and_likelihood_of_two_gaussians() -> None:
+    one, other = (DiagonalGaussianDistribution(parameters(seed, 1.0)) for seed in (3, 4))
+    theirs = [reference(parameters(seed, 1.0)) for seed in (3, 4)]
+    assert torch.allclose(one.kl(other), kl_divergence(*theirs), rtol=1e-4)
+    sample = other.mode()
+    assert torch.allclose(one.nll(sample), -theirs[0].log_prob(sample), rtol=1e-4)
+    assert one.nll(sample, dims=[1]).shape == (3, 2, 5)
+    fixed = DiagonalGaussianDistribution(parameters(3), deterministic=True)
+    assert not fixed.nll(sample).any() and not fixed.kl(other).any()
+
+
+def test_divergence_of_normal_distributions_broadcasts() -> None:
+    mean = torch.tensor([0.0, 1.5])
+    expected = kl_divergence(Normal(mean, 2.0), Normal(0.5, 3.0))
+    assert torch.allclose(normal_kl(mean, 2 * math.log(2), 0.5, 2 * math.log(3)), expected)
+    with pytest.raises(ValueError, match="tensor"):
+        normal_kl(0.0, 0.0, 0.0, 0.0)
+
+
+def test_samples_come_from_the_generator_of_the_cpu() -> None:
+    """As in the family: a float32 sample on the CPU, whichever dtype or device the mean has."""
+    gaussian = DiagonalGaussianDistribution(parameters(5).double())
+    torch.manual_seed(2)
+    noise = torch.randn(3, 4, 2, 5)
+    torch.manual_seed(2)
+    assert torch.equal(gaussian.sample(), gaussian.mean + gaussian.std * noise)
+
+
+def test_a_single_value() -> None:
+    value = torch.ones(2)
+    assert DiracDistribution(value).sample() is value and DiracDistribution(value).mode() is value

@@ -93,3 +93,10 @@ def test_impossible_averages_are_refused() -> None:
     twins.a.b = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="without dots"):
         LitEma(twins)
+
+
+def test_updates_can_be_counted_again() -> None:
+    ema = LitEma(torch.nn.Linear(1, 1))
+    ema.num_updates += 4
+    ema.reset_num_updates()
+    assert int(ema.num_updates) == 0

@@ -2,7 +2,7 @@
 
 Layout2ImgDiffusion of the original is left out: it needs a data set of its repository.
 """
-from ldm.models.diffusion.concat_conditions import (
+from ldm.models.diffusion.extra_channels import (
     LatentDepth2ImageDiffusion,
     LatentFinetuneDiffusion,
     LatentInpaintDiffusion,
@@ -10,7 +10,7 @@ from ldm.models.diffusion.concat_conditions import (
 )
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import DDPM
-from ldm.models.diffusion.vector_conditions import ImageEmbeddingConditionedLatentDiffusion, LatentUpscaleDiffusion
+from ldm.models.diffusion.extra_vectors import ImageEmbeddingConditionedLatentDiffusion, LatentUpscaleDiffusion
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.models.frozen import disabled_train
 from ldm.modules.diffusionmodules.util import extract_into_tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion import latent_diffusion
-from ldm.models.diffusion.concat_conditions import FIRST_LAYERS, widen_input
+from ldm.models.diffusion.extra_channels import FIRST_LAYERS, widen_input
 from ldm.modules.ema import LitEma
 
 UNCONDITIONAL_SHARE = 0.05  # Sec. 3.2.1: of the text alone, the image alone, and both

@@ -34,18 +34,6 @@ def training_target(schedule: NoiseSchedule, parameterization: str, x_start: Ten
     return noise if parameterization == "eps" else x_start
 
 
-def error_per_sample(prediction: Tensor, target: Tensor, loss_type: str, weight: Tensor | None = None) -> Tensor:
-    """Return the mean error of each sample, (B,).
-
-    Args:
-        weight: (B, 1, H, W) factors of the positions' errors; None: all 1.
-    """
-    error = ERRORS[loss_type](prediction.float(), target.float())
-    if weight is not None:
-        error = error * weight
-    return error.flatten(1).mean(1)
-
-
 def resize_mask_to_latents(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Average a mask (B, 1, H, W) in [0, 1] down to the latent grid `size`, (B, 1, h, w), with a maximum of 1."""
     small = torch.nn.functional.interpolate(mask, size=tuple(size), mode="area")

@@ -66,7 +66,7 @@ class DiagonalGaussianDistribution:
         global generator of the CPU in float32, as in latent diffusion, so that all devices give the same sample.
         """
         if generator is None:
-            noise = torch.randn(self.mean.shape)
+            noise = torch.randn(self.mean.shape).to(self.mean.dtype)
         else:
             noise = torch.randn(self.mean.shape, generator=generator, device=generator.device, dtype=self.mean.dtype)
         return self.mean + self.std * to_device(noise, self.mean.device)
