@@ -8,9 +8,9 @@ from ldm.models.diffusion.extra_channels import (
     LatentInpaintDiffusion,
     LatentUpscaleFinetuneDiffusion,
 )
+from ldm.models.diffusion.extra_vectors import ImageEmbeddingConditionedLatentDiffusion, LatentUpscaleDiffusion
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import DDPM
-from ldm.models.diffusion.extra_vectors import ImageEmbeddingConditionedLatentDiffusion, LatentUpscaleDiffusion
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.models.frozen import disabled_train
 from ldm.modules.diffusionmodules.util import extract_into_tensor
