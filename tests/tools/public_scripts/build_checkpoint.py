@@ -23,7 +23,8 @@ def main() -> None:
     """Build, randomize, save."""
     config, checkpoint = sys.argv[1:]
     model = instantiate_from_config(OmegaConf.load(config).model)
-    state = {key: randomized(key, value) for key, value in model.state_dict().items()}
+    state = {key: randomized(key, value) for key, value in model.state_dict().items()
+             if not key.startswith("embedding_manager.")}  # public checkpoints have none
     torch.save({"state_dict": state, "global_step": 1}, checkpoint)
 
 

@@ -13,10 +13,10 @@ from public_scripts.towers import WIDTH
 TOKENS = {("clip", "*"): 265, ("clip", "@"): 287, ("bert", "*"): 1008, ("bert", "@"): 1030}
 
 
-def embedding(encoder: str, word: str, vectors: int, seed: int = 0) -> Input:
+def embedding(encoder: str, word: str, vectors: int, seed: int = 0, width: int = WIDTH) -> Input:
     """Return a function that writes what Textual Inversion's EmbeddingManager saves for one placeholder."""
     def write(place: Workplace, target: Path) -> None:
-        values = torch.randn(vectors, WIDTH, generator=torch.Generator().manual_seed(seed))
+        values = torch.randn(vectors, width, generator=torch.Generator().manual_seed(seed))
         torch.save({"string_to_token": {word: torch.tensor(TOKENS[encoder, word])},
                     "string_to_param": nn.ParameterDict({word: nn.Parameter(values)})}, target)
     return write
