@@ -76,7 +76,7 @@ class EmbeddingManager(nn.Module):
         self.progressive_counter = 0
         self.initializer_words = list(initializer_words or ())
         self._super_categories = dict(zip(words, self.initializer_words, strict=False))
-        self._vocabulary_size = len(embedder.token_table)
+        self._vocabulary_size, self._width = embedder.token_table.shape
         self._word_pieces = embedder.word_pieces
         self._unknown_token = embedder.word_tokenizer.unk_token_id
 
@@ -84,13 +84,14 @@ class EmbeddingManager(nn.Module):
         self.string_to_param_dict = nn.ParameterDict()
         self.initial_embeddings = nn.ParameterDict()
         self.register_load_state_dict_pre_hook(_rename_old_keys)
-        vectors, width = {}, embedder.token_table.shape[1]
+        self.register_load_state_dict_pre_hook(_take_shapes)
+        vectors = {}
         for word in _check_words(words):
             if word in self._super_categories:
                 vectors[word] = _start(embedder, self._super_categories[word]).repeat(num_vectors_per_token, 1)
                 self.initial_embeddings[word] = nn.Parameter(vectors[word].clone(), requires_grad=False)
             else:
-                vectors[word] = torch.rand(num_vectors_per_token, width).to(embedder.device)
+                vectors[word] = torch.rand(num_vectors_per_token, self._width).to(embedder.device)
         self._set_words([LearnedWord(word, value) for word, value in vectors.items()])
         if embedder.awaits_weights:
             embedder.register_load_state_dict_post_hook(self._restart)
@@ -101,7 +102,8 @@ class EmbeddingManager(nn.Module):
     def _restart(self, embedder: PromptEncoder, _: Any) -> None:
         """Move vectors that have not been trained yet to their words in the weights that were loaded just now."""
         for word, start in self.initial_embeddings.items():
-            if word in self.string_to_param_dict and torch.equal(self.string_to_param_dict[word], start):
+            untrained = word in self.string_to_param_dict and torch.equal(self.string_to_param_dict[word], start)
+            if untrained and start.shape[1] == self._width:
                 start.copy_(_start(embedder, self._super_categories[word]).expand_as(start))
                 self.string_to_param_dict[word].copy_(start)
 
@@ -142,15 +144,25 @@ class EmbeddingManager(nn.Module):
         Returns:
             (B, N, width). A placeholder of several vectors moves what follows to the right; what no longer fits is cut
             off.
+
+        Raises:
+            UserError: the vectors have another width than the embeddings.
         """
         tokens, embedded = tokenized_text, embedded_text
         for word, token in self.string_to_token_dict.items():
+            self._check_width(word, embedded)
             vectors = self.string_to_param_dict[word].to(embedded)[:self._count_vectors()]
             if len(vectors) == 1:
                 embedded = replace_token(tokens, embedded, int(token), vectors)
             else:
                 tokens, embedded = insert_vectors(tokens, embedded, int(token), vectors)
         return embedded
+
+    def _check_width(self, word: str, embedded: Tensor) -> None:
+        width = self.string_to_param_dict[word].shape[1]
+        if width != embedded.shape[-1]:
+            raise UserError(f"the vectors of {word} have width {width}, and the words of this model "
+                            f"{embedded.shape[-1]}; choose the model that they were trained on")
 
     def _count_vectors(self) -> int:
         """Return how many vectors of a placeholder this call may use."""
@@ -210,15 +222,17 @@ class EmbeddingManager(nn.Module):
     def load(self, ckpt_path: str | Path) -> None:
         """Replace placeholders and vectors by those of a file: one that `save` or the public code wrote.
 
+        As in the public code, the width of vectors in a public file matters only when they are used.
+
         Raises:
-            UserError: the file is missing, of another kind, or for a text encoder of another width.
+            UserError: the file is missing, of another kind, or a concept for a text encoder of another width.
         """
         is_concept_file = Path(ckpt_path).suffix == CONCEPT_FILE
         words = _load_concept_file(ckpt_path) if is_concept_file else dict.fromkeys(load_learned_words(ckpt_path))
-        old = next(iter(self.string_to_param_dict.values()))
-        if any(word.vectors.shape[1] != old.shape[1] for word in words):
-            raise UserError(f"{ckpt_path}: its vectors are not of width {old.shape[1]}, unlike the words of this "
+        if is_concept_file and any(word.vectors.shape[1] != self._width for word in words):
+            raise UserError(f"{ckpt_path}: its vectors are not of width {self._width}, unlike the words of this "
                             "model; choose the model that it was trained on")
+        old = next(iter(self.string_to_param_dict.values()))
         _check_words([word.word for word in words])
         self._super_categories |= {word.word: category for word, category in words.items() if category is not None}
         self.max_vectors_per_token = max([self.max_vectors_per_token, *(len(word.vectors) for word in words)])
@@ -262,3 +276,14 @@ def _rename_old_keys(module: EmbeddingManager, state: dict[str, Tensor], prefix:
         old = f"{prefix}vectors.{index}"
         if old in state:
             state[f"{prefix}string_to_param_dict.{word}"] = state.pop(old)
+
+
+def _take_shapes(module: EmbeddingManager, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Give vectors the shapes that they have in a checkpoint, which may be of more vectors than the config names."""
+    for name in ("string_to_param_dict", "initial_embeddings"):
+        vectors = getattr(module, name)
+        for word, value in list(vectors.items()):
+            stored = state.get(f"{prefix}{name}.{word}", value)
+            if stored.shape != value.shape:
+                vectors[word] = nn.Parameter(value.new_zeros(stored.shape), requires_grad=value.requires_grad)
+                module.max_vectors_per_token = max(module.max_vectors_per_token, len(stored))

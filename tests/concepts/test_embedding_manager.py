@@ -155,9 +155,11 @@ def test_files_of_other_kinds_are_refused(embedder: PromptEncoder, tmp_path: Pat
     with pytest.raises(UserError, match="not learned by Textual Inversion"):
         manager.load(save_concepts(tmp_path / "dream.safetensors", [dream]))
     wide = EmbeddingManager(BERTEmbedder(16, 1, max_seq_len=20))
-    for name in ("wide.safetensors", "wide.pt"):
-        with pytest.raises(UserError, match="not of width 8"):
-            manager.load(wide.save(tmp_path / name))
+    with pytest.raises(UserError, match="not of width 8"):
+        manager.load(wide.save(tmp_path / "wide.safetensors"))
+    manager.load(wide.save(tmp_path / "wide.pt"))  # the public code accepts it, to merge files
+    with pytest.raises(UserError, match="have width 16, and the words of this model 8"):
+        embedder("a * here", manager)
     for words in ([], ["*", "*"], ["<A>", "<a>"]):
         with pytest.raises(UserError, match="placeholder_strings"):
             EmbeddingManager(embedder, words)
@@ -170,6 +172,15 @@ def test_checkpoints_of_earlier_versions_load(embedder: PromptEncoder) -> None:
     manager = EmbeddingManager(embedder, ["*", "<mug>"])
     manager.load_state_dict({"vectors.0": torch.zeros(1, 8), "vectors.1": torch.ones(1, 8)})
     assert torch.equal(manager.string_to_param_dict["<mug>"], torch.ones(1, 8))
+
+
+def test_checkpoints_with_more_vectors_load(embedder: PromptEncoder) -> None:
+    trained = EmbeddingManager(embedder, ["*"], ["cat"], num_vectors_per_token=3)
+    manager = EmbeddingManager(embedder, ["*"], ["cat"])
+    manager.load_state_dict(trained.state_dict())
+    assert manager.max_vectors_per_token == 3 and manager.string_to_param_dict["*"].requires_grad
+    assert torch.equal(manager.string_to_param_dict["*"], trained.string_to_param_dict["*"])
+    assert not manager.initial_embeddings["*"].requires_grad and manager.embedding_to_coarse_loss().shape == (3, 3)
 
 
 def fit(section: dict[str, Any], root: Path, steps: int, resumed: Path | None = None) -> tuple[nn.Module, pl.Trainer]:
