@@ -123,8 +123,9 @@ def base_model_run(name: str, model: str, repository: str, change: Callable[[Dic
     names = "".join(f"{number}.png\n" for number in range(4))
     inputs = {"model.ckpt": weights(model), "train.yaml": config(model, change), "images.txt": text(names),
               **photos("photos")}
+    # Images of validation come after losses of averaged weights, for which our models repeat the first loss's noise.
     return PublicRun(name, repository, "main.py", ("--base", "train.yaml", "-t", "--gpus", "0,", "--no-test"), inputs,
-                     images="logs/**/[!c]*.png", stand_ins=LIGHTNING)
+                     images="logs/**/train/[!c]*.png", stand_ins=LIGHTNING)
 
 
 BASE_MODEL_RUNS = (
