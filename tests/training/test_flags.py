@@ -100,7 +100,7 @@ def test_photos_of_every_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING):
         logdir = train_main(tmp_path / "logs", *QUICK, "--data_root", tmp_path / "photos", KEEP_PHOTOS)
     assert [path.name for path in PhotoRecorder.photos.paths] == ["a.JPG", "b.webp", "c.png", "d.png"]
-    assert "e.png" in caplog.text and "notes.txt" not in caplog.text
+    assert "e.png" in caplog.text and "left out notes.txt (a text file)" in caplog.text
     turned, plain, grey, clear = (np.asarray(image, dtype=float) for image in PhotoRecorder.photos.images)
     assert plain.shape == (64, 64, 3) and np.abs(turned - plain).mean() < 6
     assert np.allclose(plain[8, 32], (255, 0, 0), atol=2) and np.allclose(plain[-8, 32], (0, 0, 255), atol=2)
