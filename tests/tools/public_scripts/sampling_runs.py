@@ -57,7 +57,7 @@ STABLE_DIFFUSION = (
     sd_img2img("runwayml-img2img", repository=RUNWAY),
     PublicRun("runwayml-inpaint", RUNWAY, str(HERE / "inpaint_streamlit.py"), ("config.yaml", "model.ckpt"),
               {**model_files("sd1-inpainting"), "photo.png": photo(), "mask.png": mask()}, images="out*.png",
-              extra_path=(f"{RUNWAY}/scripts",)),
+              extra_path=(f"{RUNWAY}/scripts",), stand_ins=("public_scripts.stand_ins:safety_checker",)),
 )
 
 
@@ -139,7 +139,7 @@ PERSONALIZATION = (
                "logs/checkpoints/delta.ckpt": delta()},
               ldm=COMPVIS_SD, transformers4=True, clip_width=768),
     PublicRun("custom-sample-sd-config", CUSTOM, "sample.py", (*PROMPT, *MODEL, *SIZE, "--ddim_steps", "10"),
-              model_files("sd1"), ldm=COMPVIS_SD, transformers4=True),
+              model_files("sd1"), ldm=COMPVIS_SD),
 )
 
 
@@ -150,7 +150,9 @@ def set_vectors(section: DictConfig, count: int) -> None:
 
 def pix2pix_run(name: str, target: str = "") -> PublicRun:
     def retarget(section: DictConfig) -> None:
-        section.model.target = target or section.model.target
+        if target:
+            section.model.target = target
+            del section.model.params.load_ema  # a param of the repository's own class
 
     return PublicRun(name, PIX2PIX, "edit_cli.py",
                      ("--resolution", "64", "--steps", "10", "--config", "config.yaml", "--ckpt", "model.ckpt",
