@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from ldm.common.errors import UserError
 from ldm.data import imagenet, lsun
 from ldm.data.base import Txt2ImgIterableBaseDataset
+from ldm.data.utils import custom_collate
 from ldm.util import instantiate_from_config
 
 KINDS = {"Churches": ("church_outdoor", "churches"), "Bedrooms": ("bedrooms", "bedrooms"), "Cats": ("cat", "cats")}
@@ -86,3 +88,15 @@ def test_a_streamed_data_set() -> None:
 
     data = Stream(num_records=3, valid_ids=[4, 5, 6])
     assert len(data) == 3 and data.size == 256 and torch.cat(list(DataLoader(data))).tolist() == [4, 5, 6]
+
+
+def test_batches_of_annotated_images() -> None:
+    class Annotation(NamedTuple):
+        area: float
+
+    items = [{"image": np.zeros((2, 2, 3)), "caption": "a", "boxes": [Annotation(1.0)], "size": (4, 5)},
+             {"image": np.ones((2, 2, 3)), "caption": "b", "boxes": [Annotation(2.0), Annotation(3.0)], "size": (6, 7)}]
+    batch = custom_collate(items)
+    assert batch["image"].shape == (2, 2, 2, 3) and list(batch["caption"]) == ["a", "b"]
+    assert batch["boxes"] == [item["boxes"] for item in items]
+    assert [sizes.tolist() for sizes in batch["size"]] == [[4, 6], [5, 7]]

@@ -47,7 +47,8 @@ NEW_MODELS = {
         "control_stage_config.params.model_channels": 32, "control_stage_config.params.num_res_blocks": 1,
         "control_stage_config.params.channel_mult": [1, 2, 2, 2], "control_stage_config.params.context_dim": 32,
         "control_stage_config.params.use_checkpoint": False}),
-    "train-pix2pix": TinyModel(f"{PIX2PIX}/configs/train.yaml", (f"{PIX2PIX}/stable_diffusion", PIX2PIX), SMALL),
+    "train-pix2pix": TinyModel(f"{PIX2PIX}/configs/train.yaml", (f"{PIX2PIX}/stable_diffusion", PIX2PIX),
+                               {**SMALL, "ckpt_path": None}),
 }
 MODELS.update(NEW_MODELS)
 
@@ -159,7 +160,6 @@ CONTROL_RUNS = (
 
 def custom_data(section: DictConfig) -> None:
     """Shrink the data of Custom Diffusion's config."""
-    section.model.params.ckpt_path = "model.ckpt"
     section.data.params.update({"batch_size": 2, "num_workers": 0})
     section.data.params.train.params.size = section.data.params.train2.params.size = 64
     section.lightning.callbacks.image_logger.params.batch_frequency = 1000
@@ -167,7 +167,7 @@ def custom_data(section: DictConfig) -> None:
 
 CUSTOM_RUNS = (
     PublicRun("train-custom-diffusion", CUSTOM, "train.py", (
-        "--base", "train.yaml", "-t", "--gpus", "0,", "--datapath", "photos", "--caption", "<new1> toy",
+        "--base", "train.yaml", "-t", "--gpus", "0,", "--resume-from-checkpoint-custom", "model.ckpt", "--datapath", "photos", "--caption", "<new1> toy",
         "--reg_datapath", "toys", "--reg_caption", "toy", "--no-test", "--modifier_token", "<new1>"),
         {"model.ckpt": weights("sd1-768"), "train.yaml": config("custom", custom_data), **photos("photos"),
          **photos("toys", seed=10)}, ldm=f"{COMPVIS_SD}/", images="logs/**/[!c]*.png", stand_ins=LIGHTNING,
