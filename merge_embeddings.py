@@ -82,8 +82,14 @@ def merge_public_files(options: argparse.Namespace) -> None:
     """Combine files of Textual Inversion's public code, and print the placeholders with their files."""
     from ldm.concepts import word_merging
 
-    if Path(options.output_path).suffix == CONCEPT_FILE or any(is_concept_file(f) for f in options.manager_ckpts):
-        raise UserError(f"{CONCEPT_FILE} files combine with each other only; give all files and --output_path one kind")
+    concepts = [path for path in options.manager_ckpts if is_concept_file(path)]
+    words = [path for path in options.manager_ckpts if not is_concept_file(path)]
+    if concepts:
+        raise UserError(f"{words[0]}: is a Textual Inversion embedding, {concepts[0]} a concept file; files of a kind "
+                        "combine with each other only")
+    if Path(options.output_path).suffix == CONCEPT_FILE:
+        raise UserError(f"--output_path {options.output_path}: Textual Inversion embeddings combine with each other only, "
+                        "to another one; call it .pt")
     loaded = word_merging.load_words(options.manager_ckpts)
     words = [word for word, _ in loaded]
     tokenizer = word_merging.tokenizer_for(words, options.stable_diffusion)
@@ -95,7 +101,15 @@ def merge_public_files(options: argparse.Namespace) -> None:
 
 
 def is_concept_file(path: str) -> bool:
-    return Path(path).suffix == CONCEPT_FILE
+    """Return whether a file has this project's format, whatever it is called.
+
+    Raises:
+        UserError: it is missing, or is known to hold no concept.
+    """
+    from ldm.checkpoints.early_checks import check_concept, holds_own_concept
+
+    check_concept(path)
+    return holds_own_concept(path)
 
 
 @one_line_errors
@@ -105,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         merge_public_files(options)
         return
     # Imported only now, since torch takes long to load and --help does not need it.
-    from ldm.concepts.merging import merge_concepts
+    from ldm.concepts.merging import check_one_base, merge_concepts
     from ldm.concepts.storage import load_concepts
 
     # Combine.
@@ -113,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in options.manager_ckpts:
         before += load_concepts(path)
     after = merge_concepts(before, options.placeholders)
+    check_one_base(after)
     output = Path(options.output_path)
     replaced = " (replaced)" if output.exists() else ""
     save_combined(output, after)

@@ -123,7 +123,7 @@ def _concepts(folder: Path) -> None:
                    base=base_fingerprint(layers))
     narrow = torch.randn(width // 2)
     for name, concept in {
-        "good": good, "foreign": replace(good, base="0" * 64, placeholder="<x>"),
+        "good": good, "foreign": replace(good, base="0" * 64, base_samples="AAA8AA==", placeholder="<x>"),
         "odd_word": replace(good, embedding=narrow[None]),
         "odd_input": replace(good, target_input=narrow, super_input=narrow),
         "odd_layers": replace(good, target_outputs_v={"elsewhere": narrow}),
@@ -370,7 +370,7 @@ GENERATION = [
         ("cut", "copy or make it again"), ("newer", "concept format 4, this version reads up to 3; update it"),
         ("odd_word", "does not fit this model"), ("odd_input", "does not fit this model"),
         ("odd_layers", "does not fit this model"))),
-    (("--concept", "{here}/foreign.concept", "--prompt", "a <x>"), "was trained on base model 000000000000"),
+    (("--concept", "{here}/foreign.concept", "--prompt", "a <x>"), "was trained on 000000000000"),
     (("--concept", "{here}/file", "--prompt", "a <x>"), "safetensors file"),
     (("--concept", MINI, "--prompt", "a <x>"), "not a concept"),
     ((*CONCEPT, "--prompt", "a <my-cat>"), "no loaded concept has that word; loaded are <my-teddy>"),

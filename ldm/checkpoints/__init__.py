@@ -3,6 +3,7 @@
     load.py               loads weights into models; start here
     read.py               reads files of any format, told by their content
     parts.py              finds U-Net, first stage and text encoder in a file, or takes them from another one
+    absent_parts.py       says which parts a file lacks
     averages.py           chooses between a network's weights and their moving averages
     prediction.py         finds out what a network predicts (noise or v) from what its files say
     early_checks.py       checks a checkpoint before torch is imported

@@ -16,17 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.absent_parts import describe_absent_parts
 from ldm.checkpoints.averages import AVERAGES, averages_alone, complete_averages
 from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.checkpoints.families import identify_family
 from ldm.checkpoints.other_kinds import Role
-from ldm.checkpoints.parts import (
-    UNREAD_SUFFIXES,
-    describe_absent_parts,
-    rename_text_encoder,
-    replace_parts,
-    select_part,
-)
+from ldm.checkpoints.parts import UNREAD_SUFFIXES, rename_text_encoder, replace_parts, select_part
 from ldm.checkpoints.pickled import printable
 from ldm.checkpoints.prediction import prediction_remedy, stated_prediction
 from ldm.checkpoints.read import read_state_dict

@@ -1,16 +1,16 @@
 """The parts of a latent diffusion model in a file, U-Net, first stage and text encoder; each may be missing."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from ldm.checkpoints.absent_parts import FIRST_STAGE, PART_NAMES, REMEDIES, TEXT_ENCODER, UNET
 from ldm.checkpoints.diffusers_names import open_clip_tensors
 from ldm.checkpoints.read import read_state_dict
 from ldm.common.errors import UserError
 
-UNET, FIRST_STAGE, TEXT_ENCODER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 PART_PREFIXES = ("model.", UNET, FIRST_STAGE, TEXT_ENCODER)
 UNREAD_SUFFIXES = ("position_ids", "attn_mask")  # buffers that `transformers` and `open_clip` once saved
 # The prefix of a CLIP text tower's keys in CompVis's files, in later ones, and in those of Stable Diffusion 2
@@ -23,8 +23,6 @@ OWN_PREFIXES = {FIRST_STAGE: ("first_stage_model.", "vae.", ""),
 BARE_TOWERS = ("text_model.", "embeddings.token_embedding.", "embeddings.position_embedding.", "encoder.layers.",
                "final_layer_norm.")  # as `transformers` writes a CLIP text tower
 BARE_OPEN_CLIP = ("transformer.resblocks.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
-ABSENT = {UNET: "U-Net", FIRST_STAGE: "first stage (VAE)", TEXT_ENCODER: "text encoder"}
-REMEDIES = {FIRST_STAGE: "--vae FILE", TEXT_ENCODER: "--text_encoder FOLDER"}
 
 
 def select_part(tensors: dict[str, Tensor], required: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,7 +61,7 @@ def _read_part(prefix: str, path: str | Path) -> dict[str, Tensor]:
             part = _compvis_names(part)
         if _is_part(prefix, part):
             return {prefix + key: value for key, value in part.items()}
-    raise UserError(f"{REMEDIES[prefix].split()[0]} {path}: holds no {ABSENT[prefix]}; choose another file")
+    raise UserError(f"{REMEDIES[prefix].split()[0]} {path}: holds no {PART_NAMES[prefix]}; choose another file")
 
 
 def _compvis_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,38 +99,3 @@ def rename_text_encoder(tensors: dict[str, Tensor], required: Mapping[str, Tenso
         return renamed
     others = {key: value for key, value in renamed.items() if not key.startswith(CLIP)}
     return others | {OPEN_CLIP + key: value for key, value in open_clip_tensors(tower).items()}
-
-
-def describe_absent_parts(missing: Iterable[str], required: Iterable[str], stored: Collection[str]) -> str:
-    """Say which whole parts of a model a file lacks, and the remedy; "" if the missing keys are not just whole parts.
-
-    Args:
-        missing: the required keys that the file lacks.
-        required: all keys of the module.
-        stored: the file's keys, under the module's names.
-    """
-    needed = [prefix for prefix in ABSENT if any(key.startswith(prefix) for key in required)]
-    absent = absent_parts(needed, stored)
-    if UNET in absent or not absent or not all(key.startswith(tuple(absent)) for key in missing):
-        return ""
-    return absence_message(absent, alone=len(absent) == len(needed) - 1)
-
-
-def absent_parts(needed: Iterable[str], stored: Iterable[str]) -> list[str]:
-    """Return the prefixes of the needed parts of which a file holds nothing."""
-    stored = list(stored)
-    return [prefix for prefix in needed if not any(key.startswith(prefix) for key in stored)]
-
-
-def absence_message(absent: Iterable[str], alone: bool) -> str:
-    """Say that a file lacks these parts, and the remedy.
-
-    Args:
-        absent: prefixes of the parts, without the U-Net.
-        alone: whether the file holds the U-Net only.
-    """
-    absent = list(absent)
-    parts = " and no ".join(ABSENT[prefix] for prefix in absent)
-    flags = " and ".join(REMEDIES[prefix] for prefix in absent)
-    what = "holds the U-Net alone, " if alone else "holds "
-    return f"{what}no {parts}; take what is missing from another file with {flags}, or give a whole model's checkpoint"

@@ -4,7 +4,7 @@ Symbols as in `ldm.modules.rank_one`. The file format is in `ldm.concepts.concep
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ class NamedConcept:
         placeholder: the word that stands for the concept in prompts.
         super_category: the kind of subject it is, such as "teddy bear".
         base: `base_fingerprint` of the base model it was trained on.
+        base_name, base_samples: `BaseModel.name` and `BaseModel.samples` of that model, or "".
         source: the file it was loaded from, for messages, or "".
     """
 
@@ -26,6 +27,8 @@ class NamedConcept:
     placeholder: str
     super_category: str
     base: str
+    base_name: str
+    base_samples: str
     source: str
     fits_any_base = False  # whether it also works with base models other than `base`
 
@@ -37,6 +40,23 @@ class NamedConcept:
     @property
     def method_label(self) -> str:
         """The readable name of the method, for messages and figures."""
+        raise NotImplementedError
+
+    @property
+    def context_width(self) -> int | None:
+        """The width d of the text encodings of its base model, or None if the concept does not show it."""
+        raise NotImplementedError
+
+    def fits_layers(self, layers: Mapping[str, tuple[int, ...]]) -> bool:
+        """Return whether it can act on a U-Net.
+
+        Args:
+            layers: name of each cross-attention layer that reads text -> (p, d), the shape of its W_V.
+        """
+        raise NotImplementedError
+
+    def base_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes that its base model determines, by the names of layers or weights."""
         raise NotImplementedError
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -65,6 +85,8 @@ class Concept(NamedConcept):
         base: `base_fingerprint` of the base model it was trained on.
         target_energy: ||i*||^2 under the C^-1 used in training, to detect another C^-1 in generation. None if unknown,
             as in files of older versions.
+        base_name, base_samples: `BaseModel.name` and `BaseModel.samples` of that base model. "" if unknown, as in files
+            of older versions, or if `base` says enough.
         source: the file it was loaded from, for messages; not stored.
     """
 
@@ -86,6 +108,8 @@ class Concept(NamedConcept):
     base: str = ""
     target_energy: float | None = None
     source: str = ""
+    base_name: str = ""
+    base_samples: str = ""
 
     @property
     def summary(self) -> str:
@@ -99,6 +123,16 @@ class Concept(NamedConcept):
         """The number of trained parameters: those of v and of the target outputs."""
         outputs = (*self.target_outputs_v.values(), *self.target_outputs_k.values())
         return self.embedding.numel() + sum(output.numel() for output in outputs)
+
+    @property
+    def context_width(self) -> int:
+        return len(self.target_input)
+
+    def fits_layers(self, layers: Mapping[str, tuple[int, ...]]) -> bool:
+        return all(layers.get(name) == shape for name, shape in self.base_shapes().items())
+
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: (len(output), self.context_width) for name, output in self.target_outputs_v.items()}
 
     def uses_layer(self, layer_name: str) -> bool:
         """Return whether generation uses the learned o*_V of this layer."""

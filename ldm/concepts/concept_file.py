@@ -3,7 +3,8 @@
 File format 3 (safetensors). Metadata key `perfusion`, JSON:
 
     {"format_version": 3, "concepts": [{"placeholder", "super_category", "bias", "temperature", "projection",
-                                        "used_layers", "steps", "base", "target_energy" (optional)}, ...]}
+                                        "used_layers", "steps", "base", and optionally "target_energy", "base_name",
+                                        "base_samples"}, ...]}
 
 Tensors of the concept at index n of that list:
 
@@ -47,7 +48,9 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "base": str,
 }
-ENERGY = "target_energy"  # an optional setting; older versions ignore it and read the rest
+# Optional settings; older versions ignore them and read the rest
+ENERGY = "target_energy"
+BASE_TEXTS = ("base_name", "base_samples")
 ADDED_SETTINGS = ((2, "projection", "full"), (3, "used_layers", []))  # format that added it, name, earlier meaning
 
 
@@ -71,6 +74,7 @@ def save_perfusion_concepts(
         values = {name: getattr(concept, name) for name in SETTINGS}
         if concept.target_energy is not None:
             values[ENERGY] = concept.target_energy
+        values |= {name: getattr(concept, name) for name in BASE_TEXTS if getattr(concept, name)}
         settings.append(values)
     _check_contents(path, settings, tensors)
     metadata = {METADATA_KEY: {"format_version": FORMAT_VERSION, "concepts": settings}}
@@ -117,6 +121,7 @@ def _build_concept(path: str | Path, settings: Mapping[str, object], tensors: Ma
         **{name: tensors[name].float() for name in VECTORS},
         **outputs,
         target_energy=settings.get(ENERGY),
+        **{name: settings.get(name, "") for name in BASE_TEXTS},
         source=str(path),
     )
 
@@ -180,6 +185,8 @@ def _settings_problem(values: object) -> str | None:
         return f"its projection {values['projection']!r} is not one of {', '.join(PROJECTIONS)}; train it again"
     if ENERGY in values and not _is_energy(values[ENERGY]):
         return f"its {ENERGY} {values[ENERGY]!r} is not a number above 0; train it again"
+    if not all(isinstance(values.get(name, ""), str) for name in BASE_TEXTS):
+        return "the description of its base model is damaged; copy or train it again"
     return None
 
 

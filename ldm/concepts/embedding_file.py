@@ -3,8 +3,9 @@
 The code stores `{"string_to_token": {word: token}, "string_to_param": ParameterDict of word: (k, width)}` by
 `torch.save`. Nothing of a file's content is run: the ParameterDict is read by a stand-in.
 
-Two relatives of the format can be read too: plain dictionaries in place of the ParameterDict, as stable-diffusion-webui
-writes them, and `{word: tensor}`, as in the learned_embeds.bin of diffusers.
+Relatives of the format can be read too: plain dictionaries in place of the ParameterDict, as stable-diffusion-webui
+writes them; `{word: tensor}`, as in the learned_embeds.bin of diffusers; and safetensors files of either, of which the
+former have no word but their file's name.
 """
 from __future__ import annotations
 
@@ -17,10 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.early_checks import OWN_METADATA
+from ldm.checkpoints.families import identify_family
+from ldm.checkpoints.header import read_header
+from ldm.checkpoints.other_kinds import Role
 from ldm.checkpoints.pickled import read_pickled
 from ldm.common.errors import UserError
-from ldm.common.files import write_atomically
+from ldm.common.file_formats import Format, check_format
+from ldm.common.files import load_tensors, write_atomically
+from ldm.common.paths import user_path
 
+NAMELESS = ("emb_params", "clip_l", "string_to_param.*")  # names of tensors that are no words
 TOKENS, VECTORS = "string_to_token", "string_to_param"
 
 
@@ -57,10 +65,13 @@ def load_learned_words(path: str | Path) -> list[LearnedWord]:
     Raises:
         UserError: the file is missing, cut off or of another kind, or has vectors that are not finite.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give one that Textual Inversion wrote, such as embeddings.pt")
-    content = read_pickled(path, STAND_INS)
+    if check_format(path) is Format.SAFETENSORS:
+        content: Any = {_word_of(path, key): value for key, value in load_tensors(path)[0].items()}
+    else:
+        content = read_pickled(path, STAND_INS)
     if not isinstance(content, Mapping):
         raise _other_kind(path)
     vectors, tokens = content.get(VECTORS, content), content.get(TOKENS, {})
@@ -70,6 +81,15 @@ def load_learned_words(path: str | Path) -> list[LearnedWord]:
         raise _other_kind(path)
     return [LearnedWord(_check_word(path, word), _check_vectors(path, word, value), _token_of(path, tokens.get(word)))
             for word, value in vectors.items()]
+
+
+def is_word_file(path: str | Path, metadata: Mapping[str, object]) -> bool:
+    """Return whether a safetensors file without metadata of this project holds word vectors alone."""
+    header = read_header(user_path(path))
+    if header is None or OWN_METADATA & metadata.keys():
+        return False
+    family = identify_family(header.shapes)
+    return family is not None and family.role is Role.EMBEDDING
 
 
 def save_learned_words(path: str | Path, tokens: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> Path:
@@ -85,6 +105,11 @@ def save_learned_words(path: str | Path, tokens: Mapping[str, Tensor], vectors: 
         parameters[word] = nn.Parameter(value.detach().cpu().clone())
     content = {TOKENS: {word: token.cpu().clone() for word, token in tokens.items()}, VECTORS: parameters}
     return write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def _word_of(path: Path, key: str) -> str:
+    """Return the word of a tensor in a safetensors file: its name, or the file's if the name is no word."""
+    return f"<{'-'.join(path.stem.split())}>" if key in NAMELESS else key
 
 
 def _other_kind(path: Path) -> UserError:

@@ -51,6 +51,7 @@ class FinetunedConcept(NamedConcept):
         parameter_count: number of trained parameters.
         steps: number of training steps.
         base: `base_fingerprint` of the base model it was trained on.
+        base_name, base_samples: `BaseModel.name` and `BaseModel.samples` of that base model, or "".
         source: the file it was loaded from, for messages; not stored.
         method_name: readable name of the method, such as "Textual Inversion"; "" uses a name made from `method`.
 
@@ -69,6 +70,8 @@ class FinetunedConcept(NamedConcept):
     base: str = ""
     source: str = ""
     method_name: str = ""
+    base_name: str = ""
+    base_samples: str = ""
 
     def __post_init__(self) -> None:
         if not is_method_slug(self.method):
@@ -86,6 +89,19 @@ class FinetunedConcept(NamedConcept):
     def fits_any_base(self) -> bool:
         """Whether it is for any model of its width: word vectors alone, from a file that does not say its base."""
         return not self.base and not self.weights
+
+    @property
+    def context_width(self) -> int:
+        """The width d of the encodings, of CLIP's and BERT's text towers also that of the word vectors."""
+        return self.inputs.shape[1] if len(self.inputs) else self.vectors.shape[1]
+
+    def fits_layers(self, layers: Mapping[str, tuple[int, ...]]) -> bool:
+        by_weight = {f"{name}.{projection}.weight": shape for name, shape in layers.items()
+                     for projection in ("to_k", "to_v")}
+        return all(by_weight.get(name, shape) == shape for name, shape in self.base_shapes().items())
+
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(weight.shape) for name, weight in self.weights.items()}
 
     @property
     def summary(self) -> str:

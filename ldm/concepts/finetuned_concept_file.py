@@ -3,7 +3,8 @@
 File format 1 (safetensors). Metadata key `personalization`, JSON:
 
     {"format_version": 1, "method": identifier of the method, "method_name": its readable name (optional),
-     "concepts": [{"placeholder", "super_category", "steps", "base", "parameter_count"}, ...]}
+     "concepts": [{"placeholder", "super_category", "steps", "base", "parameter_count", and optionally "base_name",
+                   "base_samples"}, ...]}
 
 Files of any method load, whether or not this version knows the method. Tensors of the concept at index n of that list:
 
@@ -29,6 +30,7 @@ from ldm.concepts.placeholders import is_placeholder
 FORMAT_VERSION = 1
 METADATA_KEY = "personalization"
 SETTINGS = {"placeholder": str, "super_category": str, "steps": int, "base": str, "parameter_count": int}
+BASE_TEXTS = ("base_name", "base_samples")  # optional settings
 DAMAGED = "damaged; copy or train it again"
 
 
@@ -50,12 +52,17 @@ def save_finetuned_concepts(path: str | Path, concepts: Sequence[FinetunedConcep
     header: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         "method": method,
-        "concepts": [{name: getattr(concept, name) for name in SETTINGS} for concept in concepts],
+        "concepts": [_settings_of(concept) for concept in concepts],
     }
     # Files of the built-in methods stay as they were before files had names.
     if method_name and method_name != BUILT_IN_NAMES.get(method):
         header["method_name"] = method_name
     return save_tensors(path, tensors, {METADATA_KEY: header})
+
+
+def _settings_of(concept: FinetunedConcept) -> dict[str, object]:
+    optional = {name: getattr(concept, name) for name in BASE_TEXTS if getattr(concept, name)}
+    return {name: getattr(concept, name) for name in SETTINGS} | optional
 
 
 def load_finetuned_concepts(path: str | Path) -> list[FinetunedConcept]:
@@ -107,6 +114,7 @@ def _build_concept(path: Path, method: str, method_name: str, settings: Mapping[
         weights=tensors_under("weights.", tensors),
         source=str(path),
         **{name: settings[name] for name in SETTINGS},
+        **{name: settings.get(name, "") for name in BASE_TEXTS},
     )
 
 
@@ -114,6 +122,7 @@ def _are_settings(values: object) -> bool:
     if not isinstance(values, dict):
         return False
     complete = all(isinstance(values.get(name), kind) for name, kind in SETTINGS.items())
+    complete = complete and all(isinstance(values.get(name, ""), str) for name in BASE_TEXTS)
     return complete and is_placeholder(values["placeholder"])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm.common.errors import UserError
 from ldm.concepts.finetuned_concept import FinetunedConcept
-from ldm.concepts.fingerprint import check_base
+from ldm.concepts.fingerprint import BaseModel, check_base
 from ldm.concepts.placeholders import check_distinct
 from ldm.concepts.prompt_checks import check_width
 from ldm.concepts.weight_merging import merge_weights
@@ -25,7 +25,7 @@ class FinetunedPromptEncoder:
         encoder: the text encoder of the base model.
         unet: the U-Net of the base model.
         concepts: one or more of one method, with different placeholders.
-        base: `base_fingerprint` of the base model.
+        base: the base model.
         inverse_covariance: returns C^-1 of the text encoder, (d, d); called only to merge weights.
 
     Attributes:
@@ -37,16 +37,16 @@ class FinetunedPromptEncoder:
             merged.
     """
 
-    def __init__(self, encoder: PromptEncoder, unet: nn.Module, concepts: Sequence[FinetunedConcept], base: str,
-                 inverse_covariance: Callable[[], Tensor]) -> None:
+    def __init__(self, encoder: PromptEncoder, unet: nn.Module, concepts: Sequence[FinetunedConcept],
+                 base: BaseModel, inverse_covariance: Callable[[], Tensor]) -> None:
         self.encoder = encoder
         self.concepts = list(concepts)
         self.placeholders = [concept.placeholder for concept in self.concepts]
         check_distinct(self.placeholders)
         unet_weights = dict(unet.named_parameters())
         for concept in self.concepts:
-            check_base(concept, base)
             check_width(concept.label, concept.vectors, encoder.token_table)
+            check_base(concept, base)
             _check_weights(concept, unet_weights)
         weights = self.concepts[0].weights
         if weights and len(self.concepts) > 1:

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ldm.common.errors import UserError
+from ldm.common.words import fold_word
 from ldm.concepts.finetuned_concept import AnyConcept
-from ldm.concepts.fingerprint import short_fingerprint
+from ldm.concepts.fingerprint import base_label, check_same_family, same_base
 from ldm.concepts.placeholders import find_duplicate, is_placeholder
 from ldm.concepts.weight_merging import check_weights_merge
 
@@ -38,24 +39,31 @@ def rename_duplicates(concepts: Sequence[AnyConcept], placeholders: Sequence[str
     """Return copies of the concepts, each with its own placeholder.
 
     Args:
-        concepts: concepts of one base model, in order; they are not modified.
+        concepts: concepts of one family of base models, in order; they are not modified.
         placeholders: a new placeholder for each. None: concepts keep theirs; if several have the same, the first keeps
             it and the others become `<name-2>`, `<name-3>`, ...
 
     Raises:
-        UserError: the base models differ, or the number of placeholders is wrong, or placeholders are equal or invalid.
+        UserError: the base models are of different families, or the number of placeholders is wrong, or placeholders
+            are equal or invalid. (Concepts of different fine-tunes pass; they cannot be saved to one file.)
     """
     for concept in concepts:
-        if concept.base != concepts[0].base:
-            raise UserError(
-                f"{concept.label} was trained on base model {short_fingerprint(concept.base)}, but {concepts[0].label} "
-                f"on {short_fingerprint(concepts[0].base)}; only concepts of one base model can be merged"
-            )
+        check_same_family(concept, concepts[0])
     names = list(placeholders or ())
     if placeholders is None:
         names = _number_duplicates([concept.placeholder for concept in concepts])
     _check_placeholders(names, len(concepts))
-    return [replace(concept, placeholder=name) for concept, name in zip(concepts, names, strict=True)]
+    return [replace(concept, placeholder=name, **same_base(concept, concepts[0]))
+            for concept, name in zip(concepts, names, strict=True)]
+
+
+def check_one_base(concepts: Sequence[AnyConcept]) -> None:
+    """Raise UserError if concepts that are to be one file were taught on different fine-tunes."""
+    for concept in concepts:
+        if concept.base != concepts[0].base:
+            raise UserError(f"{concept.label} was taught on {base_label(concept)}, {concepts[0].label} on "
+                            f"{base_label(concepts[0])}; a file holds concepts of one base model, but txt2img takes "
+                            "several files")
 
 
 def _check_placeholders(names: Sequence[str], count: int) -> None:
@@ -71,14 +79,14 @@ def _check_placeholders(names: Sequence[str], count: int) -> None:
 
 def _number_duplicates(words: Sequence[str]) -> list[str]:
     """Return the words, with repeated ones numbered from 2. No numbered word equals another word, ignoring case."""
-    taken = {word.lower() for word in words}
+    taken = {fold_word(word) for word in words}
     seen: set[str] = set()
     result: list[str] = []
     for word in words:
-        if word.lower() in seen:
-            word = next(name for name in _numbered(word) if name.lower() not in taken)
-            taken.add(word.lower())
-        seen.add(word.lower())
+        if fold_word(word) in seen:
+            word = next(name for name in _numbered(word) if fold_word(name) not in taken)
+            taken.add(fold_word(word))
+        seen.add(fold_word(word))
         result.append(word)
     return result
 

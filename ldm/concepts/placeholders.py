@@ -1,14 +1,14 @@
 """Placeholders: the words that stand for concepts in prompts.
 
-Prompts match placeholders as whole words and ignore case. Two placeholders that differ only in case are therefore
-the same word.
+Prompts match placeholders as whole words and ignore case (`ldm.common.words`). Two placeholders that differ only in
+case are therefore the same word.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ldm.common.errors import UserError
-from ldm.common.words import split_at_placeholders
+from ldm.common.words import fold_word, split_at_placeholders
 
 PLACEHOLDER = r"<[^\s<>]+>"  # matches text in a prompt that is certainly meant as a placeholder
 
@@ -22,9 +22,9 @@ def find_duplicate(words: Sequence[str]) -> str | None:
     """Return the first word that repeats an earlier one, ignoring case, or None if all words differ."""
     seen: set[str] = set()
     for word in words:
-        if word.lower() in seen:
+        if fold_word(word) in seen:
             return word
-        seen.add(word.lower())
+        seen.add(fold_word(word))
     return None
 
 

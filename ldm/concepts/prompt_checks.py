@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ldm.checkpoints.families import family_of_width
 from ldm.common.errors import UserError
-from ldm.common.words import split_at_placeholders
+from ldm.common.words import fold_word, split_at_placeholders
 from ldm.concepts.concept import Concept
 from ldm.concepts.placeholders import PLACEHOLDER, find_placeholders
 from ldm.modules.encoders.prompts import PromptEncoder
@@ -72,10 +73,10 @@ def warn_unknown_words(encoder: PromptEncoder, prompts: Sequence[str], placehold
 
 def check_placeholders(prompts: Sequence[str], placeholders: Sequence[str]) -> None:
     """Raise UserError if a prompt contains a `<word>` that is not one of the placeholders."""
-    known = {word.lower() for word in placeholders}
+    known = {fold_word(word) for word in placeholders}
     for prompt in prompts:
         for word in re.findall(PLACEHOLDER, prompt):
-            if word.lower() not in known:
+            if fold_word(word) not in known:
                 loaded = f"loaded are {', '.join(placeholders)}" if known else "none is loaded, see --concept"
                 raise UserError(f"the prompt {prompt!r} names {word}, but no loaded concept has that word; {loaded}")
 
@@ -97,8 +98,9 @@ def check_width(label: str, embedding: Tensor, table: Tensor) -> None:
         table: (vocabulary, width) of the text encoder.
     """
     if embedding.shape[1] != table.shape[1]:
-        raise UserError(f"concept {label} does not fit this model: its embedding has {embedding.shape[1]} numbers, "
-                        f"words have {table.shape[1]}; train it again")
+        kind = family_of_width(embedding.shape[1]).name
+        raise UserError(f"concept {label} does not fit this model: its embedding has {embedding.shape[1]} numbers, as "
+                        f"for {kind}, words have {table.shape[1]}; load the model it was trained on, or train it again")
 
 
 def warn_covariance_mismatch(concepts: Sequence[Concept], target_inputs: Tensor, inverse_covariance: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.concepts.concept import Concept
-from ldm.concepts.fingerprint import base_fingerprint, check_base
+from ldm.concepts.fingerprint import BaseModel, check_base
 from ldm.concepts.placeholders import check_distinct, find_placeholders
 from ldm.concepts.prompt_checks import check_width, warn_covariance_mismatch
 from ldm.concepts.settings import override_settings
@@ -29,6 +29,7 @@ class ConceptPromptEncoder:
         concepts: any number of them, with different placeholders; without concepts, prompts are encoded as usual.
         inverse_covariance: C^-1 of the text encoder, (d, d), or a function that returns it. The function is called
             only if there are concepts, and after they have been checked, since it may take long.
+        base: the base model; None: the one that the layers are of.
 
     Attributes:
         placeholders: those of the concepts, in their order.
@@ -39,7 +40,8 @@ class ConceptPromptEncoder:
     """
 
     def __init__(self, encoder: PromptEncoder, text_layers: dict[str, TextLayer], concepts: Sequence[Concept],
-                 inverse_covariance: Tensor | Callable[[], Tensor] | None = None) -> None:
+                 inverse_covariance: Tensor | Callable[[], Tensor] | None = None, base: BaseModel | None = None
+                 ) -> None:
         self.encoder = encoder
         self.text_layers = text_layers
         self.concepts = list(concepts)
@@ -51,9 +53,9 @@ class ConceptPromptEncoder:
         if inverse_covariance is None:
             raise ValueError("concepts need the inverse covariance of the text encoder")
         table = encoder.token_table
-        fingerprint = base_fingerprint(text_layers)
+        base = base or BaseModel.of(text_layers)
         for concept in self.concepts:
-            check_base(concept, fingerprint)
+            check_base(concept, base)
             check_width(concept.label, concept.embedding, table)
         inverse = inverse_covariance() if callable(inverse_covariance) else inverse_covariance
         self.inverse_covariance = inverse.to(table.device)

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import torch
 
+from ldm.checkpoints.early_checks import check_concept
+from ldm.common.file_formats import Format, format_of
 from ldm.common.files import load_metadata
+from ldm.common.paths import user_path
 from ldm.concepts import finetuned_concept_file
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
-from ldm.concepts.embedding_file import load_learned_words
+from ldm.concepts.embedding_file import is_word_file, load_learned_words
 from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
 from ldm.concepts.finetuned_concept_file import load_finetuned_concepts, save_finetuned_concepts
 from ldm.concepts.merging import merge_concepts
 
 log = logging.getLogger(__name__)
 
-PUBLIC_SUFFIXES = (".pt", ".bin")  # of files that other code for Textual Inversion wrote
 TEXTUAL_INVERSION = "textual-inversion"
 UNKNOWN_SUPER_CATEGORY = "thing"  # where a file does not say what kind of subject a placeholder is
 
@@ -26,16 +28,19 @@ UNKNOWN_SUPER_CATEGORY = "thing"  # where a file does not say what kind of subje
 def load_concepts(path: str | Path) -> list[Concept] | list[FinetunedConcept]:
     """Load the concepts of a file, in its order, as float32 on the CPU.
 
-    Files of Textual Inversion's public code (.pt, .bin) do not say their base model: only the width is checked.
+    Files of Textual Inversion's public code, and of other tools that follow it, do not say their base model: only the
+    width is checked. What a file is follows from its content, not from its suffix.
 
     Raises:
         UserError: the file is missing, or is not a valid concept file of this version or an earlier one.
     """
-    if Path(path).suffix in PUBLIC_SUFFIXES:
+    check_concept(path)
+    metadata = load_metadata(path) if format_of(user_path(path)) is Format.SAFETENSORS else None
+    if metadata is None or is_word_file(path, metadata):
         return [FinetunedConcept(TEXTUAL_INVERSION, word.word, UNKNOWN_SUPER_CATEGORY, word.vectors.float(),
                                  parameter_count=word.vectors.numel(), source=str(path))
                 for word in load_learned_words(path)]
-    if finetuned_concept_file.METADATA_KEY in load_metadata(path):
+    if finetuned_concept_file.METADATA_KEY in metadata:
         return load_finetuned_concepts(path)
     return load_perfusion_concepts(path)
 

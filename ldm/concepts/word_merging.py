@@ -10,6 +10,7 @@ import torch
 from transformers import BertTokenizer, CLIPTokenizer
 
 from ldm.common.errors import UserError
+from ldm.common.words import fold_word
 from ldm.concepts.embedding_file import LearnedWord, load_learned_words, save_learned_words
 from ldm.concepts.placeholders import find_duplicate, is_placeholder
 from ldm.modules.encoders.bert import BERT_TOKENIZER
@@ -72,9 +73,9 @@ def give_distinct_names(words: Sequence[LearnedWord], tokenizer: Any, ask: AskFo
     taken: set[str] = set()
     renamed = []
     for word in words:
-        if word.word.lower() in taken:
+        if fold_word(word.word) in taken:
             word = replace(word, word=_new_name(word.word, taken, tokenizer, ask), token=None)
-        taken.add(word.word.lower())
+        taken.add(fold_word(word.word))
         renamed.append(word)
     return renamed
 
@@ -83,7 +84,7 @@ def _new_name(word: str, taken: Collection[str], tokenizer: Any, ask: AskForWord
     """Return another name for a word that is taken: one token of the vocabulary, which public code needs."""
 
     def fits(name: str) -> bool:
-        return name.lower() not in taken and single_token(tokenizer, name) is not None
+        return fold_word(name) not in taken and single_token(tokenizer, name) is not None
 
     name = ask(word, fits) or next(filter(fits, SPARE_WORDS), None)
     if name is None:

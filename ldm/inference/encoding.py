@@ -8,7 +8,7 @@ from typing import Any
 from ldm.common.paths import resolve_path
 from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
 from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
-from ldm.concepts.fingerprint import base_fingerprint
+from ldm.concepts.fingerprint import BaseModel
 from ldm.concepts.prompt_encoder import ConceptPromptEncoder
 from ldm.inference.requests import GenerationRequest
 from ldm.modules.attention import name_text_layers
@@ -53,12 +53,16 @@ class EncodedPrompts:
         return self.encoder.mask_concepts(conditional, texts), self.encoder.mask_concepts(unconditional, texts)
 
 
-def fingerprint_of(model: Any) -> str:
-    """Return the fingerprint of the base model.
+def base_model_of(model: Any) -> BaseModel:
+    """Return what identifies the base model.
 
-    A U-Net in training no longer has it, so a model that learns concepts stores it as `base`.
+    A U-Net in training no longer shows it, so a model that learns concepts stores it as `base_model`.
     """
-    return getattr(model, "base", "") or base_fingerprint(name_text_layers(model.model.diffusion_model))
+    stored = getattr(model, "base_model", None)
+    if stored is not None:
+        return stored
+    checkpoint = getattr(model, "initial_weights_path", None)
+    return BaseModel.of(name_text_layers(model.model.diffusion_model), checkpoint)
 
 
 def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance: str | None = None
@@ -89,8 +93,9 @@ def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance:
     unet = model.model.diffusion_model
     text_layers = name_text_layers(unet)
     if concepts and isinstance(concepts[0], FinetunedConcept):
-        return FinetunedPromptEncoder(encoder, unet, concepts, fingerprint_of(model), inverse_covariance)
-    return ConceptPromptEncoder(encoder, text_layers, concepts, inverse_covariance)
+        return FinetunedPromptEncoder(encoder, unet, concepts, base_model_of(model), inverse_covariance)
+    base = base_model_of(model) if concepts else None
+    return ConceptPromptEncoder(encoder, text_layers, concepts, inverse_covariance, base)
 
 
 def encode_prompts(encoder: AnyPromptEncoder, prompts: Sequence[str], global_locking: bool = False) -> EncodedPrompts:

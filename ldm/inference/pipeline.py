@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from ldm.checkpoints.load import load_model
 from ldm.common.errors import MemoryShortage, UserError
 from ldm.common.paths import resolve_path
+from ldm.common.words import fold_word
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.fingerprint import check_base
 from ldm.concepts.prompt_checks import check_placeholders, warn_unknown_words, warn_unused_concepts
@@ -24,9 +25,9 @@ from ldm.data.images import from_tensor
 from ldm.inference.encoding import (
     AnyPromptEncoder,
     EncodedPrompts,
+    base_model_of,
     build_prompt_encoder,
     encode_prompts,
-    fingerprint_of,
 )
 from ldm.inference.model_config import (
     MODEL_CONFIG,
@@ -162,7 +163,7 @@ class PerfusionPipeline:
         Raises:
             UserError: a file is not a concept file, or a concept belongs to another base model or method.
         """
-        base = fingerprint_of(self.model)
+        base = base_model_of(self.model)
         merged = read_concepts(concepts, self.concepts)
         for concept in merged:
             check_base(concept, base)
@@ -176,11 +177,11 @@ class PerfusionPipeline:
             UserError: a placeholder belongs to no loaded concept.
         """
         for word in placeholders:
-            if word.lower() not in (concept.placeholder.lower() for concept in self.concepts):
+            if fold_word(word) not in (fold_word(concept.placeholder) for concept in self.concepts):
                 raise UserError(f"no loaded concept is called {word}; loaded are "
                                 f"{', '.join(concept.placeholder for concept in self.concepts) or 'none'}")
-        gone = {word.lower() for word in placeholders}
-        self.concepts = [concept for concept in self.concepts if gone and concept.placeholder.lower() not in gone]
+        gone = {fold_word(word) for word in placeholders}
+        self.concepts = [concept for concept in self.concepts if gone and fold_word(concept.placeholder) not in gone]
 
     # Generating
 
@@ -349,8 +350,8 @@ class PerfusionPipeline:
         """Return values as a tuple. A mapping from placeholders becomes one value for each loaded concept."""
         if not isinstance(values, Mapping):
             return as_tuple(values)
-        by_word = {word.lower(): value for word, value in values.items()}
-        words = [concept.placeholder.lower() for concept in self.concepts]
+        by_word = {fold_word(word): value for word, value in values.items()}
+        words = [fold_word(concept.placeholder) for concept in self.concepts]
         for word in by_word:
             if word not in words:
                 raise UserError(f"no loaded concept is called {word}; loaded are {', '.join(words) or 'none'}")

@@ -27,7 +27,7 @@ from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept
 from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
 from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
-from ldm.concepts.fingerprint import base_fingerprint
+from ldm.concepts.fingerprint import BaseModel
 from ldm.concepts.prompt_checks import check_super_category
 from ldm.concepts.prompt_encoder import ConceptPromptEncoder
 from ldm.data.concept_photos import ConceptPhotos
@@ -71,7 +71,7 @@ class PersonalizationMethod(LatentDiffusion):
         method_name: readable name, such as "Perfusion"; subclasses set it.
         concepts: the trainable parts of each concept; empty before `setup`. Each has a `distance()` for the log.
         placeholders, super_categories, names: the words of each concept, and its name in files.
-        base: fingerprint of the base model before training; "" before `setup`.
+        base_model: identifies the base model before training; None before `setup`.
         cached_latents: the encoded photos; None before `setup`.
         groups: number of batches in which every concept occurs once; 1 unless `concepts_per_batch` limits a batch.
 
@@ -100,7 +100,7 @@ class PersonalizationMethod(LatentDiffusion):
         self.concepts = nn.ModuleList()
         self.cached_latents: CachedLatents | None = None
         self.groups = 1
-        self.base = ""
+        self.base_model: BaseModel | None = None
         self.strict_loading = False  # a run's checkpoints hold what was learned, not the base model
         self.load_initial_weights()
         self.requires_grad_(False)
@@ -152,7 +152,7 @@ class PersonalizationMethod(LatentDiffusion):
         self.seed = torch.initial_seed() % 2**32 if self.seed is None else self.seed
         self.to(self.trainer.strategy.root_device)  # Lightning does so only after this, too late for what follows
         self._check_words(photos)
-        self.base = base_fingerprint(self.text_layers)
+        self.base_model = BaseModel.of(self.text_layers, self.initial_weights_path)
         # Photos and masks become latents and weights, once.
         if self.segmenter is not None:
             make_missing_masks(photos, self.super_categories, self.segmenter,

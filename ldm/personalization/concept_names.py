@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from ldm.common.errors import UserError
+from ldm.common.words import fold_word
 from ldm.concepts.placeholders import is_placeholder
 
 
@@ -15,11 +16,11 @@ def as_list(words: str | Sequence[str]) -> list[str]:
 
 def check_distinct_placeholders(placeholders: Sequence[str]) -> None:
     """Raise UserError if a placeholder is not a single word, or if two are equal up to case."""
-    lower = [placeholder.lower() for placeholder in placeholders]
+    folded = list(map(fold_word, placeholders))
     for placeholder in placeholders:
         if not is_placeholder(placeholder):
             raise UserError(f"placeholder {placeholder!r}: must be a word without white space, such as <my-teddy>")
-        if lower.count(placeholder.lower()) > 1:
+        if folded.count(fold_word(placeholder)) > 1:
             raise UserError(f"placeholder {placeholder} is given twice (case does not count); "
                             "name each concept by a word of its own with --placeholder")
 
@@ -43,5 +44,5 @@ def file_names_for(placeholders: Sequence[str]) -> list[str]:
     If two names were equal or one were empty, all of them get a number in front: "0-teddy", "1-teddy".
     """
     names = [re.sub(r"[^\w-]", "", placeholder) for placeholder in placeholders]
-    are_distinct = all(names) and len({name.lower() for name in names}) == len(names)
+    are_distinct = all(names) and len({fold_word(name) for name in names}) == len(names)
     return names if are_distinct else [f"{index}-{name}".rstrip("-") for index, name in enumerate(names)]

@@ -63,7 +63,7 @@ class FinetuningMethod(PersonalizationMethod):
             inputs=self.average_word_encodings(),
             weights={name: weight.detach() for name, weight in weights.items()},
             parameter_count=sum(parameter.numel() for parameter in trained),
-            steps=int(self.global_step), base=self.base)
+            steps=int(self.global_step), **self.base_model.stored)
 
     def average_word_encodings(self) -> Tensor:
         """Return the encodings of the word's tokens that a file keeps for merging, (k, d); (0, 0) if it needs none."""
@@ -71,5 +71,5 @@ class FinetuningMethod(PersonalizationMethod):
 
     def sampling_encoder(self, concepts: Sequence[FinetunedConcept]) -> FinetunedPromptEncoder:
         encoder = self.cond_stage_model
-        return FinetunedPromptEncoder(encoder, self.model.diffusion_model, concepts, self.base,
+        return FinetunedPromptEncoder(encoder, self.model.diffusion_model, concepts, self.base_model,
                                       lambda: invert_covariance(cached_covariance(encoder)))

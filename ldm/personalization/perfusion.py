@@ -170,7 +170,9 @@ class Perfusion(PersonalizationMethod):
         return concept.to_concept(
             placeholder=self.placeholders[index], super_category=self.super_categories[index],
             bias=float(self.inference_bias), temperature=float(self.temperature), projection=self.projection,
-            used_layers=self.used_layers, steps=int(self.global_step), base=self.base, target_energy=target_energy)
+            used_layers=self.used_layers, steps=int(self.global_step), target_energy=target_energy,
+            **self.base_model.stored)
 
     def sampling_encoder(self, concepts: Sequence[Concept]) -> ConceptPromptEncoder:
-        return ConceptPromptEncoder(self.cond_stage_model, self.text_layers, concepts, self.inverse_covariance)
+        return ConceptPromptEncoder(self.cond_stage_model, self.text_layers, concepts, self.inverse_covariance,
+                                    self.base_model)

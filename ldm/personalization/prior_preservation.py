@@ -113,7 +113,7 @@ class PriorPreservation(FinetuningMethod):
 
     def _prior_key(self, prompts: list[str]) -> str:
         """Return a hash of everything that the prior images depend on; W_K and W_V stand for the U-Net."""
-        network = [self.base, encoder_fingerprint(self.cond_stage_model), self.parameterization]
+        network = [self.base_model.fingerprint, encoder_fingerprint(self.cond_stage_model), self.parameterization]
         schedule = hashlib.sha256(self.alphas_cumprod.cpu().numpy().tobytes()).hexdigest()
         sampling = [prompts, self.prior_count, self.prior_steps, self.prior_scale, self.latent_shape]
         key = json.dumps([CACHE_FORMAT, network, schedule, sampling])

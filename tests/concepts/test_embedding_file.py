@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.common.errors import UserError
 from ldm.concepts.embedding_file import load_learned_words, save_learned_words
-from ldm.concepts.fingerprint import check_base
+from ldm.concepts.fingerprint import BaseModel, check_base
 from ldm.concepts.storage import load_concepts
 
 WORDS = {"*": torch.arange(6.0).view(2, 3), "<mug>": torch.tensor([[0.1, -0.2, 1e-7]])}
@@ -65,9 +65,10 @@ def test_public_files_are_concepts_for_any_base(tmp_path: Path) -> None:
     first, second = load_concepts(save_learned_words(tmp_path / "embeddings.pt", TOKENS, WORDS))
     assert (first.method_label, first.placeholder, second.placeholder) == ("Textual Inversion", "*", "<mug>")
     assert torch.equal(first.vectors, WORDS["*"]) and first.source == str(tmp_path / "embeddings.pt")
-    check_base(first, "0" * 64)
-    with pytest.raises(UserError, match="was trained on base model"):
-        check_base(replace(first, weights={"x": torch.zeros(1)}), "0" * 64)
+    check_base(first, BaseModel("0" * 64))
+    layers = {"attn2": (320, 768)}
+    with pytest.raises(UserError, match="was trained on .*unknown.*another model"):
+        check_base(replace(first, weights={"attn2.to_k.weight": torch.zeros(1)}), BaseModel("0" * 64, layers=layers))
 
 
 class Hostile:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.common.errors import UserError
 from ldm.concepts.finetuned_concept import FinetunedConcept
 from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
-from ldm.concepts.fingerprint import base_fingerprint
+from ldm.concepts.fingerprint import BaseModel, base_fingerprint
 from ldm.concepts.storage import load_concepts, save_concepts
 from ldm.modules.attention import name_text_layers
 
@@ -47,7 +47,8 @@ def make_encoder(model: nn.Module, concepts: list[FinetunedConcept]) -> Finetune
     def inverse_covariance() -> Tensor:
         return torch.eye(tiny_models.WIDTH)
 
-    return FinetunedPromptEncoder(model.cond_stage_model, model.model.diffusion_model, concepts, concepts[0].base,
+    return FinetunedPromptEncoder(model.cond_stage_model, model.model.diffusion_model, concepts,
+                                  BaseModel(concepts[0].base),
                                   inverse_covariance)
 
 

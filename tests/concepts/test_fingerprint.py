@@ -1,13 +1,23 @@
 """Fingerprints identify the weights that a concept depends on."""
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from helpers.concept_values import make_concept, make_text_layers
+import torch
+from helpers.concept_values import INNER_WIDTHS, make_concept, make_text_layers
 
+from ldm.checkpoints.read import read_state_dict
 from ldm.common.errors import UserError
-from ldm.concepts.fingerprint import base_fingerprint, check_base
+from ldm.common.paths import PROJECT_ROOT
+from ldm.concepts.concept import Concept
+from ldm.concepts.fingerprint import KNOWN_BASES, BaseModel, base_fingerprint, check_base, checkpoint_name
+from ldm.concepts.merging import merge_concepts
+from ldm.concepts.storage import load_concepts, save_concepts
 
 
 def test_the_fingerprint_depends_on_the_weights_only() -> None:
@@ -23,9 +33,76 @@ def test_the_fingerprint_depends_on_the_weights_only() -> None:
     assert base_fingerprint(make_text_layers(seed=1)) != fingerprint
 
 
-def test_check_base_names_both_models() -> None:
-    check_base(make_concept(), "f" * 64)
-    with pytest.raises(UserError, match="<bear>.*ffffffffffff.*000000000000.*load the model it was trained on"):
-        check_base(make_concept(), "0" * 64)
+def loaded(precision: torch.dtype = torch.float32, noise: float = 0.0, **described: Any) -> BaseModel:
+    """Describe the model of `make_text_layers` in another precision, or slightly changed."""
+    layers = make_text_layers()
+    for layer in layers.values():
+        for projection in (layer.to_k, layer.to_v):
+            weight = projection.weight.data
+            weight.copy_((weight + noise * torch.randn(weight.shape)).to(precision).float())
+    return replace(BaseModel.of(layers), **described)
+
+
+def taught_on(base: BaseModel, **settings: Any) -> Concept:
+    return make_concept(**{**base.stored, **settings})
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_base_in_another_precision_is_the_same(caplog: Any, precision: torch.dtype) -> None:
+    check_base(taught_on(loaded()), loaded(precision))
+    check_base(taught_on(loaded(precision)), loaded())
+    assert not caplog.records
+
+
+def test_a_finetuned_base_causes_one_warning(caplog: Any) -> None:
+    concept = taught_on(loaded(name="plain"), source="tuned.safetensors")
+    for _ in range(3):
+        check_base(concept, loaded(noise=1e-2, name="tuned"))
+    assert len(caplog.records) == 1
+    assert re.search("<bear>.*taught on plain, .*context 6, and .*generated with tuned, .*context 6", caplog.text)
+    check_base(taught_on(loaded(), base_samples="", source="of an earlier version"), loaded(torch.bfloat16))
+    assert len(caplog.records) == 2  # it cannot be told
+
+
+def test_a_base_of_another_family_is_refused_by_name() -> None:
+    sd = BaseModel("0" * 64, "v1-5", layers={"input_blocks.1.1.attn2": (320, 768)})
+    with pytest.raises(UserError, match="<bear>.*on plain, .*context 6, .*v1-5, Stable Diffusion 1.x.*another model"):
+        check_base(taught_on(loaded(name="plain")), sd)
+    with pytest.raises(UserError, match="on ffffffffffff, a latent diffusion model of context 6"):
+        check_base(make_concept(), sd)
     with pytest.raises(UserError, match="unknown"):
-        check_base(make_concept(base=""), "0" * 64)
+        check_base(make_concept(base=""), sd)
+
+
+def test_an_unrelated_base_of_the_same_shapes_is_refused() -> None:
+    with pytest.raises(UserError, match="<bear>.*is another model"):
+        check_base(taught_on(loaded()), BaseModel.of(make_text_layers(seed=1)))
+
+
+def test_concept_files_keep_the_description_of_the_base(tmp_path: Path) -> None:
+    concept = taught_on(loaded(name="plain"))
+    read = load_concepts(save_concepts(tmp_path / "c.safetensors", [concept]))[0]
+    assert (read.base, read.base_name, read.base_samples) == (concept.base, "plain", concept.base_samples)
+    assert len(read.base_samples) < 100 * len(INNER_WIDTHS)
+
+
+def test_concepts_of_one_base_in_two_precisions_merge(tmp_path: Path) -> None:
+    one = taught_on(loaded(), placeholder="<a>")
+    other = taught_on(loaded(torch.bfloat16), placeholder="<b>")
+    merged = merge_concepts([one, other])
+    assert one.base != other.base and merged[1].base == one.base
+    assert len(load_concepts(save_concepts(tmp_path / "c.safetensors", merged))) == 2
+
+
+def test_the_bundled_model_is_known() -> None:
+    """Its concept files stay as they were before files described their base."""
+    folder = PROJECT_ROOT / "models" / "mini"
+    tensors = read_state_dict(folder / "model.safetensors")
+    layers = {}
+    for key in tensors:
+        if match := re.fullmatch(r"model\.diffusion_model\.(.*attn2)\.to_k\.weight", key):
+            weights = {name: SimpleNamespace(weight=tensors[key.replace("to_k", name)]) for name in ("to_k", "to_v")}
+            layers[match[1]] = SimpleNamespace(**weights)
+    base = BaseModel.of(layers, folder / "model.safetensors")
+    assert KNOWN_BASES[base.fingerprint].samples == base.samples and base.stored == {"base": base.fingerprint}
+    assert base.label == "the bundled mini model" and checkpoint_name("a/v1-5.ckpt") == "v1-5"

@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from helpers.concept_values import assert_same_concept, make_concept
+from helpers.concept_values import assert_same_concept, make_concept, randn
 
 from ldm.common.errors import UserError
 from ldm.concepts.merging import rename_duplicates
@@ -43,6 +43,9 @@ def test_new_placeholders_can_be_given() -> None:
 
 
 def test_concepts_of_different_base_models_are_not_merged() -> None:
-    one, other = make_concept("<a>", source="a.safetensors"), make_concept("<b>", base="0" * 64, source="b.safetensors")
-    with pytest.raises(UserError, match=r"b\.safetensors.*000000000000.*a\.safetensors.*ffffffffffff"):
+    one = make_concept("<a>", source="a.safetensors")
+    other = make_concept("<b>", base="0" * 64, base_name="v1-5", source="b.safetensors")
+    other.target_input = randn(768)
+    with pytest.raises(UserError, match=r"b\.safetensors.*v1-5, Stable Diffusion 1.x.*a\.safetensors.*context 6"):
         rename_duplicates([one, other])
+    rename_duplicates([one, make_concept("<b>", base="0" * 64)])  # of a fine-tune, for use together

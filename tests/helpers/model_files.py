@@ -85,7 +85,8 @@ def write_model_files(folder: Path) -> ModelFiles:
         covariance.cached_covariance(model.cond_stage_model, folder / "cache", progress=False)
     teddy = random_concept(model, "<teddy>", "teddy bear", seed=1)
     mug = random_concept(model, "<mug>", "mug", seed=2)
-    for name, concept in {"teddy": teddy, "mug": mug, "foreign": replace(teddy, base="0" * 64)}.items():
+    foreign = replace(teddy, base="0" * 64, base_samples="AAA8AA==")
+    for name, concept in {"teddy": teddy, "mug": mug, "foreign": foreign}.items():
         save_perfusion_concepts(folder / f"{name}.safetensors", [concept], precision=None)
     return ModelFiles(folder, folder / "base.yaml", checkpoint, folder / "teddy.safetensors",
                       folder / "mug.safetensors")

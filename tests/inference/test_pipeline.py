@@ -170,7 +170,7 @@ def test_importing_the_pipeline_by_its_public_name_is_quick() -> None:
     ("{folder}/base.safetensors", None, "base.safetensors: holds no config.yaml"),
     ("nowhere.yaml", None, "nowhere.yaml: not readable as a config"),
     ("nowhere.ckpt", "{folder}/base.yaml", "nowhere.ckpt: no such file"),
-    ("{folder}/teddy.safetensors", "{folder}/base.yaml", "does not fit this config"),
+    ("{folder}/teddy.safetensors", "{folder}/base.yaml", "is a concept of this project, not a base"),
     ("{folder}/base.safetensors", "nowhere.yaml", "nowhere.yaml: not readable as a config"),
     ("{folder}/base.safetensors", "{folder}/text/config.json", "describes no model")])
 def test_what_cannot_be_loaded_is_an_error_of_one_line(
@@ -405,7 +405,7 @@ def test_a_list_of_loaded_concepts_can_be_changed_without_harm(with_concepts: Pe
 
 @pytest.mark.parametrize(("file", "message"), [
     ("nowhere.safetensors", "nowhere.safetensors: no such file"), ("{folder}/base.safetensors", "not a concept"),
-    ("{folder}/foreign.safetensors", "was trained on base model 000000000000")])
+    ("{folder}/foreign.safetensors", "was trained on 000000000000")])
 def test_a_file_that_cannot_be_loaded_changes_nothing(
     with_concepts: PerfusionPipeline, model_files: ModelFiles, file: str, message: str
 ) -> None:

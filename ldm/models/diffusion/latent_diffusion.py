@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from omegaconf import ListConfig
 from torch import Tensor, nn
 
-from ldm.checkpoints.parts import FIRST_STAGE, TEXT_ENCODER
+from ldm.checkpoints.absent_parts import FIRST_STAGE, TEXT_ENCODER
 from ldm.common.errors import UserError
 from ldm.models.diffusion.ancestral_sampling import ConditionalAncestralSampling
 from ldm.models.diffusion.embedding_training import TrainsEmbeddings

@@ -1,0 +1,125 @@
+"""Check the files of a command before torch is imported and a model is built, by their headers alone.
+
+A damaged file passes: reading it then says what is wrong.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoints.absent_parts import FIRST_STAGE, TEXT_ENCODER, UNET, absence_message
+from ldm.checkpoints.families import context_width, identify_family
+from ldm.checkpoints.header import Header, read_header
+from ldm.checkpoints.other_kinds import RUN, Family, Role, identify_pickled
+from ldm.common.errors import UserError
+from ldm.common.paths import resolve_path
+
+OWN_METADATA = {"perfusion", "personalization"}  # keys of the formats of `ldm.concepts.storage`
+NO_CONCEPT = {  # what to do with a file that is no concept
+    Role.BASE: "give it with --ckpt (main.py: --actual_resume), and with --concept a file that training has written",
+    Role.PART: "it belongs to a base model; give a file that training has written",
+    Role.ADDITION: "this project does not apply such files; give a file that training has written",
+    Role.RUN: "give the concept file of its log folder, or continue the run with main.py --resume",
+    Role.OTHER: "give a file that training has written",
+}
+DIFFUSION_PREFIXES = (UNET, "diffusion_model.", "input_blocks.", "model_ema.diffusion_model")
+FIRST_STAGE_PREFIXES, TEXT_PREFIXES = (FIRST_STAGE, "vae."), (TEXT_ENCODER, "text_encoder.")
+
+
+def identify_file(path: Path) -> Family | None:
+    """Return what kind of model, or of addition to one, a file holds; None if it is unknown or damaged.
+
+    Raises:
+        UserError: the file is missing, or is something else altogether, such as a web page.
+    """
+    header = read_header(path)
+    return None if header is None else identify_header(header)
+
+
+def identify_header(header: Header) -> Family | None:
+    """Return what kind of file a header is of, or None if it is unknown."""
+    return identify_pickled(header.content) or identify_family(header.shapes)
+
+
+def check_concept(path: str | Path) -> None:
+    """Raise UserError if a file is missing or is known to hold no concept. The message says what it is."""
+    path = resolve_path(path)
+    header = read_header(path)
+    if header is None or OWN_METADATA & header.metadata.keys():
+        return
+    family = identify_header(header)
+    is_training_run = isinstance(header.content, Mapping) and "global_step" in header.content
+    if family is None and is_training_run:
+        family = RUN
+    if family is not None and family.role in NO_CONCEPT:
+        raise UserError(f"{path}: is {family.name}, not a concept; {NO_CONCEPT[family.role]}")
+
+
+def holds_own_concept(path: str | Path) -> bool:
+    """Return whether a file has one of this project's formats of concepts; also if it is damaged safetensors."""
+    path = resolve_path(path)
+    header = read_header(path)
+    if header is None:
+        return path.suffix == ".safetensors"
+    return bool(OWN_METADATA & header.metadata.keys())
+
+
+def check_checkpoint(flag: str, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
+    """Raise UserError if a file cannot be the weights of a config's model. The message says what it is.
+
+    Args:
+        flag: what names the file, for messages.
+        path: file or diffusers folder.
+        config: the model's config as plain values; None: check only that the file can be a base model.
+    """
+    found = resolve_path(path)
+    if not found.exists():
+        raise UserError(f"{flag} {path}: no such file or folder")
+    if found.is_dir():
+        return
+    header = read_header(found)
+    family = None if header is None else identify_header(header)
+    if header is None or family is None:
+        return
+    if family.role not in (Role.BASE, Role.PART):
+        raise UserError(f"{flag} {path}: is {family.name}, not a base model; {family.advice}")
+    params = _model_params(config)
+    if "unet_config" not in params:
+        return
+    if family.role is Role.PART:
+        raise UserError(f"{flag} {path}: is {family.name}, not a base model; {family.advice}")
+    expected, width = _config_width(params), context_width(header.shapes)
+    if expected is not None and width is not None and expected != width:
+        raise UserError(f"{flag} {path}: does not fit this config, whose text encodings have {expected} numbers; it "
+                        f"looks like {family.name}: {family.advice}")
+    _check_parts(flag, path, params, header)
+
+
+def _check_parts(flag: str, path: str | Path, params: Mapping[str, Any], header: Header) -> None:
+    """Raise UserError if a whole part of a latent diffusion model is missing and comes from no other file."""
+    ignored = tuple(params.get("ignore_keys") or ())
+    needed = [prefix for prefix, section, own in ((FIRST_STAGE, "first_stage_config", "vae_path"),
+                                                  (TEXT_ENCODER, "cond_stage_config", "text_encoder_path"))
+              if isinstance(params.get(section), Mapping) and not params.get(own) and not prefix.startswith(ignored)]
+    starts = {FIRST_STAGE: FIRST_STAGE_PREFIXES, TEXT_ENCODER: TEXT_PREFIXES}
+    absent = [prefix for prefix in needed if not any(key.startswith(starts[prefix]) for key in header.shapes)]
+    # Class labels and other conditions may have encoders without weights.
+    if absent and TEXT_ENCODER in absent and context_width(header.shapes) is None:
+        absent.remove(TEXT_ENCODER)
+    if absent and any(key.startswith(DIFFUSION_PREFIXES) for key in header.shapes):
+        raise UserError(f"{flag} {path}: {absence_message(absent, alone=len(absent) == 2)}")
+
+
+def _config_width(params: Mapping[str, Any]) -> int | None:
+    unet = params["unet_config"]
+    unet_params = (unet.get("params") or {}) if isinstance(unet, Mapping) else {}
+    width = unet_params.get("context_dim")
+    width = width[0] if isinstance(width, list) and width else width
+    return width if isinstance(width, int) else None
+
+
+def _model_params(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    model = (config or {}).get("model")
+    params = model.get("params") if isinstance(model, Mapping) else None
+    return params if isinstance(params, Mapping) else {}
