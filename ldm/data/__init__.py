@@ -7,6 +7,7 @@
 - `folder.py`: a folder of images, for first stages and unconditional models
 - `module.py`: loaders for these from a config (`main.DataModuleFromConfig`)
 - under the LDM family's names: `personalized.py` and `personalized_style.py` (Textual Inversion and DreamBooth, with
-  captions from `imagenet_templates.py`), `lsun.py`, `imagenet.py`, `base.py`, `utils.py`; `pixel_arrays.py` reads their images
+  captions from `imagenet_templates.py`), `lsun.py`, `imagenet.py`, `base.py`, `utils.py`; `pixel_arrays.py` reads their
+  images
 - `mini/`: the mini world, in which the bundled models were trained
 """

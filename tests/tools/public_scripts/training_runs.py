@@ -167,8 +167,9 @@ def custom_data(section: DictConfig) -> None:
 
 CUSTOM_RUNS = (
     PublicRun("train-custom-diffusion", CUSTOM, "train.py", (
-        "--base", "train.yaml", "-t", "--gpus", "0,", "--resume-from-checkpoint-custom", "model.ckpt", "--datapath", "photos", "--caption", "<new1> toy",
-        "--reg_datapath", "toys", "--reg_caption", "toy", "--no-test", "--modifier_token", "<new1>"),
+        "--base", "train.yaml", "-t", "--gpus", "0,", "--resume-from-checkpoint-custom", "model.ckpt",
+        "--datapath", "photos", "--caption", "<new1> toy", "--reg_datapath", "toys", "--reg_caption", "toy",
+        "--no-test", "--modifier_token", "<new1>"),
         {"model.ckpt": weights("sd1-768"), "train.yaml": config("custom", custom_data), **photos("photos"),
          **photos("toys", seed=10)}, ldm=f"{COMPVIS_SD}/", images="logs/**/[!c]*.png", stand_ins=LIGHTNING,
         clip_width=768, transformers4=True),
