@@ -207,7 +207,7 @@ OVERRIDES = [
     ("lightning.callbacks.previews.params.prompts=[]", "0 prompts"), ("model.base_learning_rate=x", "base_learning"),
 ]
 FLAGS = [
-    (("--data_rot", "photos"), "--data_rot: neither a flag"), (("--max_steps", "x"), "'x' is not a whole number"),
+    (("--data_rot", "photos"), "--data_rot: no such flag; do you mean --data_root?"), (("--max_steps", "x"), "'x' is not a whole number"),
     (("--max_steps", "0"), "1 or more"), (("--max_steps", "-5"), "1 or more"), (("-s", "-1"), "0 or more"),
     (("-s", "99999999999"), "less than 4294967296"), (("-t", "perhaps"), "true or false"),
     (("--precision", "nonsense"), "precision must be one of"), (("--accelerator", "nonsense"), "'nonsense'"),

@@ -5,24 +5,92 @@ Imports no torch, so that `--help` and typing mistakes are answered at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from ldm.cli.other_tools import answer_for
 from ldm.common.errors import UserError, show_tracebacks
+from ldm.common.paths import expand_home
+
+FLAG = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
+LEAST_SIMILARITY = 0.7  # of an unknown flag and the one that is meant
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors in one line, accepts no abbreviated flags, and knows `--debug`."""
+    """A parser that reports errors in one line, accepts no abbreviated flags, and knows `--debug`.
 
-    def __init__(self, description: str, epilog: str | None = None, prog: str | None = None) -> None:
+    Unknown flags are refused before anything else, with the flag that is meant: that of a similar name, or that of this
+    project for a flag of another tool.
+
+    Args:
+        description: what the command does.
+        epilog: text at the end of the help.
+        prog: the command's name; None: that of the script.
+        takes_overrides: whether the command takes "key=value" overrides of a config.
+    """
+
+    def __init__(self, description: str, epilog: str | None = None, prog: str | None = None,
+                 takes_overrides: bool = False) -> None:
         super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.takes_overrides = takes_overrides
         self.add_argument("-d", "--debug", action=ShowTracebacks, help="print the full traceback of an error "
                           "(the same as PERFUSION_DEBUG=1)")
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse a command line.
+
+        Raises:
+            UserError: there is a flag that this command does not have, or a value is wrong.
+        """
+        given = list(sys.argv[1:] if args is None else args)
+        check_text(given)
+        for text in given:
+            if text == "--":
+                break
+            if FLAG.fullmatch(text) and not self._has_flag(text):
+                raise UserError(self._about_unknown_flag(text.partition("=")[0]))
+        return super().parse_known_args(given, namespace)
+
+    def _has_flag(self, text: str) -> bool:
+        """Return whether a text is one of the flags, with a value after it or not, such as `-n5` and `--name=x`."""
+        if text.partition("=")[0] in self._option_string_actions:
+            return True
+        return not text.startswith("--") and text[:2] in self._option_string_actions
+
+    def _about_unknown_flag(self, flag: str) -> str:
+        """Return the error message for a flag that the command does not have."""
+        by_name = {name.lstrip("-").replace("-", "_").lower(): name for name in self._option_string_actions}
+        plain = flag.lstrip("-").replace("-", "_").lower()
+        if plain in by_name:  # in another spelling, such as --init-word
+            return f"{flag}: no such flag; it is {by_name[plain]}"
+        settings = {name: action.dest for name, action in self._option_string_actions.items()}
+        answer = answer_for(flag, settings, self.takes_overrides)
+        if answer is not None:
+            return f"{flag} {answer}; see --help"
+        similar = difflib.get_close_matches(plain, by_name, 1, LEAST_SIMILARITY)
+        starting = [name for name in by_name if len(plain) > 2 and name.startswith(plain)]
+        is_abbreviation = len({settings[by_name[name]] for name in starting}) == 1
+        meant = starting if is_abbreviation else similar
+        return f"{flag}: no such flag" + (f"; do you mean {by_name[meant[0]]}?" if meant else "") + "; see --help"
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    """Raise UserError if an argument is no text in UTF-8: files and images that name it could not be written."""
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            raise UserError(f"argument {ascii(shown)[:200]}: is not in UTF-8; rename the file, or type the text in a "
+                            "terminal that uses UTF-8") from None
 
 
 class ShowTracebacks(argparse.Action):
@@ -33,6 +101,14 @@ class ShowTracebacks(argparse.Action):
 
     def __call__(self, *_: Any) -> None:
         show_tracebacks()
+
+
+def add_part_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags of parts of the base model that come from other files."""
+    group.add_argument("--vae", type=expand_home, metavar="FILE", help="take the first stage (VAE) from this "
+                       ".safetensors, .ckpt or diffusers folder instead")
+    group.add_argument("--text_encoder", type=expand_home, metavar="FOLDER", help="take the text encoder's weights "
+                       "from this folder (of transformers or diffusers) or file instead")
 
 
 def int_in_range(least: int = 0, below: int | None = None) -> Callable[[str], int]:

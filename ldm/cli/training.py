@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from ldm.cli.parser import Parser, int_in_range
+from ldm.cli.parser import Parser, add_part_flags, int_in_range
 from ldm.common.paths import expand_home
 from ldm.training.options import DEFAULT_SEED, SEED_LIMIT, TrainingOptions
 
@@ -35,7 +35,7 @@ def parse_training_options(arguments: Sequence[str] | None = None) -> TrainingOp
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of main.py, without the overrides."""
-    parser = Parser(DESCRIPTION, prog="main.py")
+    parser = Parser(DESCRIPTION, prog="main.py", takes_overrides=True)
     _add_run_flags(parser)
     _add_concept_flags(parser)
     _add_trainer_flags(parser)
@@ -74,6 +74,7 @@ def _add_concept_flags(parser: argparse.ArgumentParser) -> None:
                         "segmented automatically")
     parser.add_argument("--actual_resume", dest="checkpoint", type=expand_home, metavar="FILE",
                         help="base model to start from: .ckpt, .safetensors or diffusers folder")
+    add_part_flags(parser)
 
 
 def _add_trainer_flags(parser: argparse.ArgumentParser) -> None:

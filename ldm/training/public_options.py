@@ -59,7 +59,8 @@ def apply_public_options(config: DictConfig, options: TrainingOptions) -> Traini
         return _apply_inversion_options(config, options)
     if options.embedding_manager_ckpt is not None:
         raise UserError("--embedding_manager_ckpt: this config has no personalization_config to start from; give one "
-                        "such as configs/stable-diffusion/v1-finetune.yaml")
+                        "such as configs/stable-diffusion/v1-finetune.yaml, or continue the run of a concept with "
+                        "--resume LOG_FOLDER")
     return options
 
 

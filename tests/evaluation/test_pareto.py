@@ -187,7 +187,7 @@ def test_trained_keys_and_other_methods_are_further_files(files: Path, model_fil
     ("--concept {toy} --temperatures 0.2", "was trained by Textual Inversion and has none"),
     ("--concept {teddy} --photos nowhere", "--photos nowhere: no such folder"),
     ("--concept {teddy} --clip nowhere", "CLIP nowhere"), ("--concept {teddy} --steps 101", "101 sampling steps"),
-    ("--concept {teddy} --bias 0.4", "unrecognized arguments")])
+    ("--concept {teddy} --bias 0.4", "--bias: no such flag; do you mean --biases?")])
 def test_errors_are_one_line(arguments: str, message: str, files: Path, model_files: ModelFiles, tmp_path: Path,
                              capsys: pytest.CaptureFixture[str]) -> None:
     paths = {"teddy": model_files.teddy, "mug": model_files.mug, "both": tmp_path / "both", "toy": tmp_path / "toy"}

@@ -129,7 +129,7 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--init-img", "{here}/tiny.png"), "3x3 is too small"),
     (("--H", "30"), "height 30: this model generates multiples of 4"),
     (("--prompt", "a <mug>"), "names <mug>, but no loaded concept"),
-    (("--mask", "mask.png"), "unrecognized arguments: --mask"),
+    (("--mask", "mask.png"), "--mask: no such flag"),
 )
 
 

@@ -206,7 +206,7 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--prompt", "a <mug>"), "names <mug>, but no loaded concept .*--concept"),
     (("--negative_prompt", "<mug>"), "names <mug>"),
     (("--prompt", "word " * 15), "15 tokens, but the text encoder takes 14"),
-    (("--prompts", "typo"), "unrecognized arguments: --prompts"),
+    (("--prompts", "typo"), "--prompts is a flag of other tools; here it is --from-file"),
 )
 
 
