@@ -23,7 +23,8 @@ class Row:
         ours, original: whether the script succeeded; None if it was not run.
         max_difference, mean_difference: of all pixels, of 255; None if no images were compared.
         number_difference: greatest relative difference of numbers; None if there are none.
-        agrees: whether ours succeeded and differs from the original, if that can run, by no more than the tolerance.
+        agrees: whether ours succeeded and differs from the original, if that can run, by no more than the tolerance; a
+            difference with a reason (`PublicRun.original_differs`) is shown and counts as agreement.
         remark: errors, missing repositories, numbers.
     """
 
@@ -44,7 +45,7 @@ def compare_run(run: PublicRun, place: Workplace) -> Row:
         ours = run_script(run, place, original=False)
     except LookupError as error:
         return Row(run.name, None, None, None, None, None, False, str(error.args[0]))
-    remarks = [run.original_fails, original and original.error and f"original: {original.error}",
+    remarks = [run.original_fails, run.original_differs, original and original.error and f"original: {original.error}",
                ours.error and f"ours: {ours.error}"]
     row = {"name": run.name, "ours": ours.succeeded, "original": original.succeeded if original else None,
            "max_difference": None, "mean_difference": None, "number_difference": None,
@@ -75,7 +76,7 @@ def compare_outcomes(run: PublicRun, ours: Outcome, original: Outcome, remarks: 
         fields["number_difference"] = number_difference(*numbers)
         agrees &= fields["number_difference"] <= run.tolerance
         remarks.append(f"numbers differ by {fields['number_difference']:.1e}")
-    return {**fields, "agrees": agrees}
+    return {**fields, "agrees": agrees or bool(run.original_differs)}
 
 
 def pixels(file: Path) -> numpy.ndarray:

@@ -39,6 +39,7 @@ class PublicRun:
         images: pattern of the images to compare, in the folder that the script runs in.
         whole_checkout: whether users put our checkout (main.py, evaluation, scripts) on the path, not `ldm` alone.
         original_fails: why the run cannot work on the original; empty if it can.
+        original_differs: why the original's images are not the ones to reproduce; empty if they are.
         stand_ins: further functions to call before the script, as `module:function`.
         transformers4: whether the script itself, on any `ldm`, needs CLIPTextModel's attributes of transformers 4.
         clip_width: width of the tiny text tower that stands for CLIP's name on the hub; 0 if nothing is loaded by name.
@@ -55,6 +56,7 @@ class PublicRun:
     images: str = "**/*.png"
     whole_checkout: bool = False
     original_fails: str = ""
+    original_differs: str = ""
     stand_ins: tuple[str, ...] = ()
     transformers4: bool = False
     clip_width: int = 32

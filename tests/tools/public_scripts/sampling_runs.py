@@ -97,7 +97,9 @@ LATENT_DIFFUSION = (
 def stability_run(name: str, model: str, *flags: str) -> PublicRun:
     """Return a run of Stability's txt2img.py; at its default precision it would compute in bfloat16 on a CPU."""
     arguments = (*PROMPT, *MODEL, *SIZE, "--n_iter", "2", "--steps", "10", "--precision", "full", *flags)
-    return PublicRun(name, STABILITY, "scripts/txt2img.py", arguments, model_files(model), stand_ins=OPEN_CLIP)
+    bug = "the original's PLMS reads the model's v as noise" if name == "stability-txt2img-plms-v" else ""
+    return PublicRun(name, STABILITY, "scripts/txt2img.py", arguments, model_files(model), stand_ins=OPEN_CLIP,
+                     original_differs=bug)
 
 
 OPEN_CLIP = ("public_scripts.towers:register_open_clip",)
