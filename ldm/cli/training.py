@@ -51,7 +51,9 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-l", "--logdir", type=expand_home, default="logs",
                         help="folder of all log folders (default: logs)")
     parser.add_argument("-r", "--resume", type=expand_home, default="",
-                        help="continue a run: its log folder or one of its checkpoints")
+                        help="continue a run: its log folder or one of its checkpoints. Its own config is used")
+    parser.add_argument("--resume_anyway", action="store_true", help="continue it even if something differs from that "
+                        "run that decides what it learns: photos, words, seed, batch size, ...")
     parser.add_argument("-t", "--train", nargs="?", const=True, default=True, type=_boolean,
                         help="train (the default); '-t false' builds everything, reports, and stops")
     parser.add_argument("-s", "--seed", type=int_in_range(0, SEED_LIMIT),
@@ -72,6 +74,8 @@ def _add_concept_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--masks", nargs="+", type=expand_home, metavar="FOLDER", help="folder of masks (one image per "
                         "photo, of the same name, white where the subject is), or 'none'; by default the subject is "
                         "segmented automatically")
+    parser.add_argument("--crop", choices=("subject", "center"), help="train on the square around the subject (the "
+                        "default), or on the center of each photo")
     parser.add_argument("--actual_resume", dest="checkpoint", type=expand_home, metavar="FILE",
                         help="base model to start from: .ckpt, .safetensors or diffusers folder")
     add_part_flags(parser)

@@ -7,16 +7,16 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.common.errors import UserError
-from ldm.data.images import check_aspect_ratio, crop_square, list_images, read_folder, read_mask, to_tensor
-from ldm.data.templates import fill_template, get_templates
+from ldm.data.images import to_tensor
+from ldm.data.templates import add_note, fill_template, get_templates
+from ldm.data.training_photos import read_training_photos
 
 PER_CONCEPT_PARAMS = ("data_root", "placeholder_token", "mask_root")
 
@@ -24,13 +24,17 @@ PER_CONCEPT_PARAMS = ("data_root", "placeholder_token", "mask_root")
 class ConceptPhotos(Dataset):
     """A few photos of a concept (1 to 20; more only cost memory), each used `repeats` times per epoch.
 
-    Photos are decoded, cropped to their center square and resized once, and kept in memory as bytes. An item depends
-    only on (`seed`, its index, the epoch). So neither the number of workers nor the global generators change a run.
+    Photos are decoded, cropped and resized once, and kept in memory as bytes. An item depends only on (`seed`, its
+    index, the epoch). So neither the number of workers nor the global generators change a run.
+
+    The crop is a square around the subject, once its mask is known: from `mask_root`, from a photo's transparent
+    background, or from a segmenter, which `set_subject_masks` passes on. Until then, and without masks, it is the
+    center.
 
     Items are dicts:
         image:   (3, size, size) float32 in [-1, 1]
         caption: str, a template filled with the placeholder
-        mask:    (1, size, size) float32 in [0, 1]; all ones unless `mask_root` or `set_masks` give masks
+        mask:    (1, size, size) float32 in [0, 1]; all ones for a photo without a mask
         flipped: bool, whether image and mask are mirrored
         index:   int, the photo's index in `paths`
 
@@ -38,7 +42,8 @@ class ConceptPhotos(Dataset):
     them, and loading them takes most of the time.
 
     Args:
-        data_root: folder of photos (jpg, jpeg, png, webp, bmp). A warning names files that cannot be read.
+        data_root: folder of photos. A text file beside a photo (`cat.txt` for `cat.jpg`) says what else is in it, such
+            as "next to a blue mug, on a table"; the photo's captions end with that.
         size: side of the square images, in pixels.
         repeats: how often each photo is used per epoch.
         flip_p: probability of a horizontal flip; 0 for a concept that must not be mirrored (asymmetric, lettering).
@@ -46,6 +51,11 @@ class ConceptPhotos(Dataset):
         templates: name of a set in `ldm.data.templates`, or sentences with one `{}` each.
         mask_root: folder with one mask per photo, of the same name and aspect ratio (any image format; white counts).
         seed: seed of templates and flips.
+        crop: "subject" for the square around the subject, "center" for the largest square in the center.
+
+    Attributes:
+        photos: the photos before they are cropped.
+        left_out: names of files in `data_root` that are not used, and why.
 
     Raises:
         UserError: no usable photo, a photo without a mask, or a param out of its range.
@@ -61,6 +71,7 @@ class ConceptPhotos(Dataset):
         templates: str | Sequence[str] = "photo",
         mask_root: str | Path | None = None,
         seed: int = 0,
+        crop: Literal["subject", "center"] = "subject",
     ) -> None:
         _check_params(size, repeats, flip_p, placeholder_token)
         self.size = size
@@ -70,58 +81,101 @@ class ConceptPhotos(Dataset):
         self.templates = get_templates(templates)
         self.seed = seed
         self.with_pixels = True
-        self.paths: list[Path] = []
-        self.images: list[Image.Image] = []
-        sizes: list[tuple[int, int]] = []
-        for path, photo in read_folder(data_root):
-            self.paths.append(path)
-            self.images.append(crop_square(photo, size))
-            sizes.append(photo.size)
-        self._masks = None if mask_root is None else _read_masks(mask_root, self.paths, sizes, size)
+        self.crop = crop
+        self.left_out: dict[str, str] = {}
+        self.photos = read_training_photos(data_root, size, mask_root, self.left_out)
+        self._crop_photos()
         # In shared memory, so that workers that live through several epochs see the change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
+    def _crop_photos(self) -> None:
+        """Cut the squares that training sees out of the photos and their masks.
+
+        Photos whose subject is outside of the square, as may be with center crops, are left out.
+        """
+        self.images: list[Image.Image] = []
+        self._masks: list[torch.Tensor | None] = []
+        for photo in list(self.photos):
+            square = photo.square(self.crop == "subject", self.size)
+            mask = photo.cropped_mask(square, self.size)
+            if mask is not None and not mask.any():
+                self.left_out[photo.path.name] = "the subject is not in its center square"
+                self.photos.remove(photo)
+                continue
+            self.images.append(square.crop(photo.image, self.size))
+            self._masks.append(mask)
+        if not self.photos:
+            raise UserError("crop: the subject is in no photo's center square; leave out --crop center")
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the photos."""
+        return [photo.path for photo in self.photos]
+
     def __len__(self) -> int:
-        return len(self.paths) * self.repeats
+        return len(self.photos) * self.repeats
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str | bool | int]:
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        photo = index % len(self.paths)
+        photo = index % len(self.photos)
         # `random` hashes a text seed itself, so it gives the same numbers on every machine and in every process.
         rng = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
         template = rng.choice(self.templates)
         flipped = rng.random() < self.flip_p
-        item = {"caption": fill_template(template, self.placeholder_token), "flipped": flipped, "index": photo}
+        caption = fill_template(self._template(template, self.photos[photo].note), self.placeholder_token)
+        item = {"caption": caption, "flipped": flipped, "index": photo}
         if self.with_pixels:
             pixels = {"image": to_tensor(self.images[photo]), "mask": self.mask(photo)}
             item |= {name: tensor.flip(-1) if flipped else tensor for name, tensor in pixels.items()}
         return item
 
     @property
+    def prompts(self) -> list[str]:
+        """All captions that items have, with `{}` in place of the placeholder."""
+        notes = dict.fromkeys(photo.note for photo in self.photos)
+        return list(dict.fromkeys(self._template(template, note) for template in self.templates for note in notes))
+
+    def _template(self, template: str, note: str) -> str:
+        return add_note(template, note, self.placeholder_token)
+
+    @property
     def has_masks(self) -> bool:
-        """Whether `mask_root` or `set_masks` gave masks."""
-        return self._masks is not None
+        """Whether any photo has a mask."""
+        return any(mask is not None for mask in self._masks)
 
     def mask(self, photo: int) -> torch.Tensor:
-        """Return the mask (1, size, size) of a photo, not flipped; all ones if there are no masks."""
-        return torch.ones(1, self.size, self.size) if self._masks is None else self._masks[photo].clone()
+        """Return the mask (1, size, size) of a photo, not flipped; all ones if it has none."""
+        mask = self._masks[photo]
+        return torch.ones(1, self.size, self.size) if mask is None else mask.clone()
 
-    def set_masks(self, masks: Sequence[torch.Tensor]) -> None:
-        """Set the photos' masks. Call this before workers start.
+    def set_subject_masks(self, masks: Sequence[torch.Tensor | None]) -> None:
+        """Set the masks of photos that have none yet, and crop anew. Call this before workers start.
+
+        Photos whose subject is not found are left out, unless it is found in none.
 
         Args:
-            masks: one per photo, in the order of `paths`: (1, size, size) in [0, 1].
+            masks: one for each photo, in the order of `photos`: (h, w) in [0, 1], of the whole photo in any resolution,
+                or None if the photo keeps the mask that it has or the subject is not found in it.
 
         Raises:
-            ValueError: not one mask per photo, or a mask has another shape or range.
+            ValueError: there is not one mask for each photo, or a mask has another shape or range.
         """
-        if len(masks) != len(self.paths):
-            raise ValueError(f"{len(masks)} masks for {len(self.paths)} photos")
-        for path, mask in zip(self.paths, masks, strict=True):
-            if mask.shape != (1, self.size, self.size) or not bool(((mask >= 0) & (mask <= 1)).all()):
-                raise ValueError(f"mask of {path.name}: {tuple(mask.shape)}, not (1, {self.size}, {self.size}) in 0..1")
-        self._masks = [mask.detach().cpu().float().clone() for mask in masks]
+        if len(masks) != len(self.photos):
+            raise ValueError(f"{len(masks)} masks for {len(self.photos)} photos")
+        for photo, mask in zip(self.photos, masks, strict=True):
+            if mask is None:
+                continue
+            if mask.ndim != 2 or not bool(((mask >= 0) & (mask <= 1)).all()):
+                raise ValueError(f"mask of {photo.path.name}: {tuple(mask.shape)}, not (h, w) in 0..1")
+            photo.mask = Image.fromarray(mask.detach().cpu().float().numpy())
+            photo.mask_source = "segmenter"
+        without = [photo for photo in self.photos if photo.mask is None]
+        if len(without) == len(self.photos):
+            return
+        self.left_out |= {photo.path.name: "the subject is not found in it" for photo in without}
+        self.photos = [photo for photo in self.photos if photo.mask is not None]
+        self._crop_photos()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the templates and flips of `epoch` from now on. Loaders call it when an epoch starts."""
@@ -165,25 +219,3 @@ def _check_params(size: int, repeats: int, flip_p: float, placeholder_token: str
         raise UserError(f"flip_p: {flip_p} is not a probability; give a number from 0 to 1")
     if not placeholder_token.strip():
         raise UserError("placeholder_token is empty; give the concept a word such as <my-teddy>")
-
-
-def _read_masks(
-    folder: str | Path, photos: Sequence[Path], photo_sizes: Sequence[tuple[int, int]], size: int
-) -> list[torch.Tensor]:
-    """Read one mask (1, size, size) per photo, found by the name of the photo's file."""
-    by_name = {path.stem: path for path in list_images(folder)}
-    missing = [photo.name for photo in photos if photo.stem not in by_name]
-    if missing:
-        raise UserError(f"{folder}: no mask for {', '.join(missing)}; add one of the same name, or drop mask_root")
-    return [_read_mask(by_name[photo.stem], photo_size, size)
-            for photo, photo_size in zip(photos, photo_sizes, strict=True)]
-
-
-def _read_mask(path: Path, photo_size: tuple[int, int], size: int) -> torch.Tensor:
-    """Read a mask, crop it as its photo is cropped, and scale its maximum to 1. Returns (1, size, size)."""
-    mask = read_mask(path)
-    check_aspect_ratio(path, mask.size, photo_size)
-    levels = torch.from_numpy(np.array(crop_square(mask, size))).float()
-    if not levels.max() > 0:
-        raise UserError(f"{path}: black where the photo is used (its center square); paint the concept white")
-    return (levels / levels.max())[None]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,9 +88,14 @@ class FolderContent:
 
     def describe_left_out(self) -> str:
         """Name the files that are left out, in one line; the first 20 of many."""
-        named = [f"{name} ({kind})" for name, kind in list(self.left_out.items())[:MOST_NAMED]]
-        more = len(self.left_out) - len(named)
-        return ", ".join(named) + (f" and {more} more" if more else "")
+        return describe_files(self.left_out)
+
+
+def describe_files(reasons: Mapping[str, str]) -> str:
+    """Name files with a reason for each, in one line; the first 20 of many."""
+    named = [f"{name} ({reason})" for name, reason in list(reasons.items())[:MOST_NAMED]]
+    more = len(reasons) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
 
 
 def scan_folder(folder: str | Path) -> FolderContent:
@@ -116,8 +121,12 @@ def scan_folder(folder: str | Path) -> FolderContent:
     return FolderContent(folder, images, left_out)
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """List the image files directly in `folder`, sorted by name. A warning names all other files, in one line.
+def list_images(folder: str | Path, left_out: dict[str, str] | None = None) -> list[Path]:
+    """List the image files directly in `folder`, sorted by name.
+
+    Args:
+        folder: the folder.
+        left_out: takes the names of all other files and what they are. None: a warning names them, in one line.
 
     Raises:
         UserError: as for `scan_folder`, or there is no image in it.
@@ -127,7 +136,9 @@ def list_images(folder: str | Path) -> list[Path]:
         others = f", only {content.describe_left_out()}" if content.left_out else ""
         raise UserError(f"{content.folder}: no images in this folder{others}; put photos there, such as JPEG, PNG or "
                         "HEIC files")
-    if content.left_out:
+    if left_out is not None:
+        left_out |= content.left_out
+    elif content.left_out:
         logger.warning("%s: left out %s", content.folder, content.describe_left_out())
     return list(content.images)
 
@@ -137,10 +148,12 @@ def _is_image(path: Path) -> bool:
     return suffix in IMAGE_SUFFIXES or (suffix not in RAW_SUFFIXES and can_open(path))
 
 
-def read_folder(folder: str | Path) -> Iterator[tuple[Path, Image.Image]]:
+def read_folder(folder: str | Path, left_out: dict[str, str] | None = None) -> Iterator[tuple[Path, Image.Image]]:
     """Read the images of `folder` with `read_image`, one in memory at a time.
 
-    A warning names each file that cannot be used.
+    Args:
+        folder: the folder.
+        left_out: takes the names of all files that are not used, and why. None: a warning names each.
 
     Yields:
         The path and the image of each usable file, in the order of `list_images`.
@@ -150,19 +163,22 @@ def read_folder(folder: str | Path) -> Iterator[tuple[Path, Image.Image]]:
     """
     refused: list[UserError] = []
     usable = 0
-    for path in list_images(folder):
+    for path in list_images(folder, left_out):
         try:
             image = read_image(path)
         except UserError as error:
             refused.append(error)
+            if left_out is not None:
+                left_out[path.name] = str(error).removeprefix(f"{path}: ")
             continue
         usable += 1
         yield path, image
     if not usable:
         more = f"; {len(refused) - 1} more likewise" if len(refused) > 1 else ""
         raise UserError(f"{folder}: none of its images can be used: {refused[0]}{more}")
-    for error in refused:
-        logger.warning("left out %s", error)
+    if left_out is None:
+        for error in refused:
+            logger.warning("left out %s", error)
 
 
 def load_folder(folder: str | Path) -> list[tuple[Path, Image.Image]]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.common.errors import UserError
-
-SLOT = "{}"
+from ldm.common.paths import resolve_path
+from ldm.common.prompt_file import SLOT, read_prompt_file
 
 PHOTO = (
     "a photo of a {}",
@@ -31,15 +31,17 @@ TEMPLATES = {"photo": PHOTO, "photo_small": PHOTO_SMALL}
 
 
 def get_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the templates of the set named `choice`, or `choice` itself if it is a list of sentences.
+    """Return the templates of the set named `choice`, those of a file of that name, or `choice` itself if it is a list.
 
     Raises:
-        UserError: there is no such set, the list is empty, or a sentence does not have exactly one `{}`.
+        UserError: there is no such set or file, the list is empty, or a sentence does not have exactly one `{}`.
     """
     if isinstance(choice, str):
-        if choice not in TEMPLATES:
+        if choice in TEMPLATES:
+            return TEMPLATES[choice]
+        if not resolve_path(choice).is_file():
             raise UserError(f"templates: no set {choice!r}; give {' or '.join(TEMPLATES)}, or a list of sentences")
-        return TEMPLATES[choice]
+        choice = [prompt.text for prompt in read_prompt_file(resolve_path(choice), f"templates {choice}")]
     if not choice:
         raise UserError(f"templates: the list is empty; give at least one sentence such as {PHOTO[0]!r}")
     for sentence in choice:
@@ -51,3 +53,15 @@ def get_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
 def fill_template(template: str, word: str) -> str:
     """Replace the `{}` of a template by `word`. Other braces in either stay as they are."""
     return template.replace(SLOT, word)
+
+
+def add_note(template: str, note: str, placeholder: str) -> str:
+    """Return the template of a photo's captions, given what a note beside the photo says.
+
+    A note that names the concept, by `{}` or by its placeholder, is the whole caption. Any other note follows the
+    template, after a comma.
+    """
+    own = note.replace(placeholder, SLOT)
+    if own.count(SLOT) == 1:
+        return own
+    return f"{template}, {note}" if note else template

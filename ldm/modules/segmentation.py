@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ldm.common.errors import UserError
-from ldm.common.files import write_atomically
 from ldm.common.paths import resolve_path
-from ldm.data.images import crop_square, read_image
 from ldm.data.masks import mask_to_image
 from ldm.modules.encoders.clip import tokenizer_folder
 from ldm.modules.encoders.vocabulary import load_pretrained
@@ -37,10 +33,6 @@ logger = logging.getLogger(__name__)
 
 MIN_CONFIDENCE = 0.05  # a segmentation that is below this everywhere shows noise rather than the subject
 MIN_PROBABILITY = 0.5  # an image in which no pixel is more likely than this gets no mask for inpainting
-BATCH_SIZE = 8  # photos per call of the segmenter, which encodes the text once per call
-LEVELS = 65535  # cached probabilities are PNG files with 16 bits per pixel
-CACHED_DTYPES = (np.uint16, np.int32)  # the dtypes in which newer and older versions of Pillow read these files
-CACHE_FORMAT = "squares-1"  # part of every cache key: change it when the crop or the file format changes
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,12 @@ class ZeroShotSegmenter:
 
         segmenter = ZeroShotSegmenter.from_path("models/mini/segmenter")
         probabilities = segmenter.segment([image], "teddy bear", size=512)  # (1, 512, 512) in [0, 1]
+
+    Attributes:
+        needs_varied_views: whether `ldm.modules.subject_masks` shows it several views of a photo.
     """
+
+    needs_varied_views: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, tokenizer: CLIPTokenizer, preprocessing: Preprocessing) -> None:
         self.model = model.float().eval().requires_grad_(False)
@@ -190,6 +187,8 @@ class ZeroShotSegmenter:
 class ResidualZeroShotSegmenter(ZeroShotSegmenter):
     """A `ResidualSegmenter` with its tokenizer and preprocessing."""
 
+    needs_varied_views: ClassVar[bool] = True
+
     @classmethod
     def _load(cls, path: str | Path) -> ZeroShotSegmenter:
         folder = Path(path)
@@ -225,19 +224,6 @@ def _check_vocabulary(path: str | Path, tokenizer_size: int, model_size: int) ->
                         "(are files missing?)")
 
 
-def soft_mask(probabilities: torch.Tensor, name: str = "a photo") -> torch.Tensor:
-    """Divide a segmentation (H, W) by its own maximum: the weights of the mask loss, in [0, 1].
-
-    If the maximum is at most 0.05, the subject was not found. Then the function logs a warning that names the photo,
-    and returns ones, which mask nothing.
-    """
-    maximum = probabilities.max()
-    if not maximum > MIN_CONFIDENCE:  # this form is true for NaN, too
-        logger.warning("%s: the segmenter does not find the super-category in it; used without a mask", name)
-        return torch.ones_like(probabilities)
-    return probabilities / maximum
-
-
 def threshold_mask(probabilities: torch.Tensor, text: str, name: str) -> torch.Tensor:
     """Turn a segmentation (H, W) into ones, where the image shows `text`, and zeros.
 
@@ -258,46 +244,6 @@ def threshold_mask(probabilities: torch.Tensor, text: str, name: str) -> torch.T
     return (probabilities >= maximum / 2).float()
 
 
-def cached_masks(
-    paths: Sequence[Path], segmenter: ZeroShotSegmenter, text: str, cache_dir: str | Path, size: int
-) -> list[torch.Tensor]:
-    """Compute the soft mask of each photo's centered square, the crop that `ConceptPhotos` trains on.
-
-    Segmentations are cached, one PNG file per photo. The file's name depends on the photo's bytes, `text`, the
-    segmenter and `size`. Files that cannot be read are made again.
-
-    Args:
-        paths: the photos.
-        segmenter: the segmenter.
-        text: what the photos show, the super-category.
-        cache_dir: folder of the cached segmentations.
-        size: side of the masks in pixels.
-
-    Returns:
-        One mask (1, size, size) per photo, in [0, 1].
-
-    Raises:
-        UserError: if a photo cannot be read.
-    """
-    # Read the segmentations that are cached.
-    cache_paths = [_cache_path(Path(cache_dir), path, text, segmenter.fingerprint, size) for path in paths]
-    segmentations = [_read_cached(cache_path, size) for cache_path in cache_paths]
-    missing = [index for index, segmentation in enumerate(segmentations) if segmentation is None]
-
-    # Compute the others, a batch of photos at a time.
-    with tqdm(total=len(missing), desc=f"masks of {text!r}", disable=not missing) as bar:
-        for first in range(0, len(missing), BATCH_SIZE):
-            indices = missing[first:first + BATCH_SIZE]
-            photos = [crop_square(read_image(paths[index]), size) for index in indices]
-            for index, probabilities in zip(indices, segmenter.segment(photos, text, size), strict=True):
-                _write_cached(cache_paths[index], probabilities)
-                segmentations[index] = _quantize(probabilities) / LEVELS
-            bar.update(len(indices))
-
-    return [soft_mask(torch.from_numpy(segmentation).float(), str(path))[None]
-            for path, segmentation in zip(paths, segmentations, strict=True)]
-
-
 def mask_overlay(image: Image.Image, mask: torch.Tensor) -> Image.Image:
     """Show a mask (H, W) or (1, H, W): the photo, and to its right the photo darkened where the mask is low."""
     weights = interpolate(mask.detach().float().cpu().reshape(1, 1, *mask.shape[-2:]), size=image.size[::-1])
@@ -306,34 +252,3 @@ def mask_overlay(image: Image.Image, mask: torch.Tensor) -> Image.Image:
     pair.paste(photo, (0, 0))
     pair.paste(photo, (photo.width, 0), mask_to_image(weights.clamp(0, 1)))  # onto black
     return pair
-
-
-def _cache_path(folder: Path, photo: Path, text: str, fingerprint: str, size: int) -> Path:
-    content = hashlib.blake2b(photo.read_bytes()).hexdigest()
-    key = json.dumps([CACHE_FORMAT, content, text, fingerprint, size])
-    return folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.png"
-
-
-def _quantize(probabilities: torch.Tensor) -> np.ndarray:
-    return (probabilities.numpy().astype(np.float64) * LEVELS).round().astype(np.uint16)
-
-
-def _write_cached(path: Path, probabilities: torch.Tensor) -> None:
-    image = Image.fromarray(_quantize(probabilities))
-    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
-
-
-def _read_cached(path: Path, size: int) -> np.ndarray | None:
-    """Read probabilities (size, size); return None if the file is missing or damaged."""
-    if not path.is_file():
-        return None
-    try:
-        with Image.open(path) as opened:
-            levels = np.array(opened)
-    except Exception as error:  # damaged PNG files raise many exceptions
-        logger.warning("%s: cached mask cannot be read (%s); made again", path, error)
-        return None
-    if levels.shape != (size, size) or levels.dtype not in CACHED_DTYPES:
-        logger.warning("%s: not a cached mask of %d pixels; made again", path, size)
-        return None
-    return levels / LEVELS

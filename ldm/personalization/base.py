@@ -37,7 +37,7 @@ from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.optimization import can_use_fused_optimizer, optimizer_and_schedule
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import PromptContext
-from ldm.personalization.cached_latents import CachedLatents, make_missing_masks
+from ldm.personalization.cached_latents import CachedLatents
 from ldm.personalization.concept_gradients import DropOverflows, back_off, clip_norm_of_each
 from ldm.personalization.concept_names import (
     as_list,
@@ -45,8 +45,11 @@ from ldm.personalization.concept_names import (
     file_names_for,
     super_category_of_each,
 )
+from ldm.personalization.photo_masks import log_summary, make_missing_masks
+from ldm.personalization.prediction_check import check_prediction
 from ldm.util import to_device
 
+PHOTOS_TO_CHECK = 2  # by which it is seen whether the base model predicts noise or v
 Batch = Mapping[str, Any]  # a collated batch of a `ConceptPhotos`
 
 
@@ -157,7 +160,10 @@ class PersonalizationMethod(LatentDiffusion):
         if self.segmenter is not None:
             make_missing_masks(photos, self.super_categories, self.segmenter,
                                Path(self.trainer.default_root_dir) / "masks", self.device)
+        for dataset in photos:
+            log_summary(dataset)
         self.cached_latents = CachedLatents(self, photos, self.mask_border)
+        self._check_prediction(photos)
         for dataset, category in zip(photos, self.super_categories, strict=True):
             self.concepts.append(self.make_concept(dataset, category))
         # A step of the optimizer takes a batch of every group of concepts.
@@ -206,8 +212,13 @@ class PersonalizationMethod(LatentDiffusion):
         encoder = self.cond_stage_model
         for dataset, category in zip(photos, self.super_categories, strict=True):
             check_super_category(encoder, category)
-            prompts = [fill_template(template, category) for template in dataset.templates]
+            prompts = [fill_template(template, category) for template in dataset.prompts]
             encoder.tokenize(prompts)  # raises if one is too long
+
+    def _check_prediction(self, photos: Sequence[ConceptPhotos]) -> None:
+        latents = self.cached_latents.first_latents(PHOTOS_TO_CHECK).to(self.device)
+        prompt = fill_template(photos[0].templates[0], self.super_categories[0])
+        check_prediction(self, latents, [prompt] * len(latents))
 
     def on_fit_start(self) -> None:
         """Stop loading pixels: the photos are encoded already."""
@@ -222,7 +233,7 @@ class PersonalizationMethod(LatentDiffusion):
         """
         word = dataset.placeholder_token
         tokens = self.cond_stage_model.tokenize(
-            [fill_template(template, word) for template in dataset.templates], [word], [vector_count])
+            [fill_template(template, word) for template in dataset.prompts], [word], [vector_count])
         if not bool((self.concept_positions(tokens).sum(1) == vector_count).all()):
             raise UserError(f"placeholder {word!r}: is an ordinary word of the training prompts; "
                             "give a word of its own, such as <my-teddy>")

@@ -5,10 +5,8 @@ from the cached posterior. Masks become weights on the latent grid in the same w
 """
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +19,7 @@ from ldm.data.masks import feather_mask
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.diffusion.objectives import resize_mask_to_latents
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.segmentation import ZeroShotSegmenter, cached_masks
 from ldm.util import user_error_for
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,11 @@ class CachedLatents:
         both = torch.stack([masks, masks.flip(-1)], 1).to(self.moments)
         return resize_mask_to_latents(both.flatten(0, 1), self.moments.shape[-2:]).unflatten(0, (-1, 2))
 
+    def first_latents(self, count: int) -> Tensor:
+        """Return the scaled latents of up to `count` of the first concept's photos, (B, C, h, w), without sampling."""
+        last = self.first_photos[1] if len(self.first_photos) > 1 else len(self.moments)
+        return self.scale_factor * self.moments[:min(count, last), 0].chunk(2, dim=1)[0]
+
     def batch(self, concept: int, items: Mapping[str, Any], generator: Generator, device: torch.device) -> LatentBatch:
         """Return latents, weights and captions of a batch of photos of one concept.
 
@@ -115,28 +115,3 @@ def _check_latent_shape(model: LatentDiffusion, channels: int, height: int, widt
     if misfits:
         raise UserError(f"latents with a side of {misfits[0]}, from size (data.params.train.params) or image_size "
                         f"(model.params), but the U-Net takes multiples of {step}; change it")
-
-
-def make_missing_masks(photos: Sequence[ConceptPhotos], super_categories: Sequence[str], segmenter: str,
-                       folder: Path, device: torch.device) -> None:
-    """Segment the subject in the photos of every concept that has no masks yet.
-
-    Args:
-        photos: the training set of each concept.
-        super_categories: what the segmenter looks for in each.
-        segmenter: folder or hub name of a CLIPSeg.
-        folder: where masks are kept as image files.
-        device: where the segmenter runs.
-
-    Raises:
-        UserError: the segmenter cannot be loaded.
-    """
-    lacking = [index for index, dataset in enumerate(photos) if not dataset.has_masks]
-    if not lacking:
-        return
-    model = ZeroShotSegmenter.from_path(segmenter, device,
-                                        "train with --masks none, or with --masks FOLDER of your own masks")
-    for index in lacking:
-        dataset, category = photos[index], super_categories[index]
-        log.info("segmenting the photos for %r with %s", category, segmenter)
-        dataset.set_masks(cached_masks(dataset.paths, model, category, folder, dataset.size))

@@ -87,7 +87,7 @@ class PriorPreservation(FinetuningMethod):
 
     def make_concept(self, dataset: ConceptPhotos, super_category: str) -> TrainableWord:
         if self.prior_weight:
-            prompts = [replace_word(super_category, SLOT, template) for template in dataset.templates]
+            prompts = [replace_word(super_category, SLOT, template) for template in dataset.prompts]
             self._prior_encodings = self.cond_stage_model(prompts)
             self._prior_latents = self._load_or_generate_prior(prompts)
         return super().make_concept(dataset, super_category)

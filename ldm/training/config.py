@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.common.annotations import matches_type
 from ldm.common.errors import UserError
+from ldm.common.file_formats import check_config_file
 from ldm.common.library_errors import OWN_PACKAGES
 from ldm.common.paths import resolve_path, user_path
 from ldm.inference.model_config import inference_defaults
@@ -30,7 +31,10 @@ OPTION_KEYS = {  # option: the keys of the config that it sets, if they are ther
     "super_category": ("model.params.super_category",),
     "placeholder": ("model.params.placeholder",),
     "masks": ("data.params.train.params.mask_root",),
+    "crop": ("data.params.train.params.crop",),
     "checkpoint": ("model.params.ckpt_path",),
+    "vae": ("model.params.vae_path",),
+    "text_encoder": ("model.params.text_encoder_path",),
 }
 FLAGS = {"super_category": "--init_word", "checkpoint": "--actual_resume"}  # those not named after their option
 REQUIRED_VALUES = {  # what to answer for a value that a config leaves to the user ("???")
@@ -43,15 +47,19 @@ RENAMED_CALLBACKS = {"pictures": "previews"}  # keys of lightning.callbacks in e
 RENAMED_PREVIEW_PARAMS = {"steps": "num_inference_steps", "scale": "guidance_scale"}
 
 
-def read_config(options: TrainingOptions) -> DictConfig:
+def read_config(options: TrainingOptions, earlier: DictConfig | None = None) -> DictConfig:
     """Return the merged config: YAML files in order, then options, then key=value overrides.
+
+    Args:
+        options: the options of the run.
+        earlier: config of the run that is continued, which comes first.
 
     Raises:
         UserError: a file or an override cannot be read, a section is unknown, or a required value is missing.
     """
-    if not options.configs:
+    if not options.configs and earlier is None:
         raise UserError("no config: give one with --base, for example --base configs/perfusion.yaml")
-    config = OmegaConf.create({"lightning": {"trainer": {}}})
+    config = OmegaConf.create({"lightning": {"trainer": {}}}) if earlier is None else earlier.copy()
     for path in options.configs:
         later = _read_file(path)
         config = _merge(path, _without_params_of_another_target(config, later), later)
@@ -73,8 +81,9 @@ def read_config(options: TrainingOptions) -> DictConfig:
 
 def _read_file(path: str) -> DictConfig:
     found = resolve_path(path)
-    if not found.is_file():
+    if not found.exists():
         raise UserError(f"--base {path}: no such file")
+    check_config_file(found)
     return _with_current_keys(_parse(path, lambda: OmegaConf.load(found)))
 
 

@@ -18,6 +18,7 @@ class TrainingOptions:
         configs: YAML files, later ones override earlier ones (--base).
         overrides: "key=value" pairs that override the configs.
         resume: log folder or checkpoint of a run to continue.
+        resume_anyway: continue it even if configs, options or the run's files differ from those of before.
         name: name of the log folder, after the date; "" uses the name of the last config.
         postfix: text after that name.
         logdir: folder of all log folders.
@@ -28,7 +29,10 @@ class TrainingOptions:
         super_category: what kind of subject each concept is, or one for all of them (--init_word).
         placeholder: the word of each concept in prompts. Several concepts without one are named after their folders.
         masks: folders of masks, one for each concept, or "none".
+        crop: "subject" or "center", the part of each photo to train on.
         checkpoint: base model, a .ckpt, .safetensors or diffusers folder (--actual_resume).
+        vae: file that the first stage is taken from instead.
+        text_encoder: file or folder that the text encoder's weights are taken from instead.
         accelerator: "cpu", "gpu" or "mps".
         devices: number or list of devices.
         max_steps: training steps.
@@ -45,6 +49,7 @@ class TrainingOptions:
     configs: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     resume: str = ""
+    resume_anyway: bool = False
     name: str = ""
     postfix: str = ""
     logdir: str = "logs"
@@ -55,7 +60,10 @@ class TrainingOptions:
     super_category: tuple[str, ...] | None = None
     placeholder: tuple[str, ...] | None = None
     masks: tuple[str, ...] | None = None
+    crop: str | None = None
     checkpoint: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
     accelerator: str | None = None
     devices: str | None = None
     max_steps: int | None = None

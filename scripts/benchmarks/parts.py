@@ -16,12 +16,14 @@ from ldm.concepts.fingerprint import base_fingerprint
 from ldm.concepts.merging import merge_concepts
 from ldm.concepts.prompt_encoder import ConceptPromptEncoder
 from ldm.concepts.storage import load_concepts, save_concepts
+from ldm.data.images import read_image
 from ldm.modules.attention import name_text_layers
 from ldm.modules.covariance import default_captions, estimate_covariance
 from ldm.modules.encoders.modules import TOKENIZER
 from ldm.modules.encoders.vocabulary import no_progress_bar
+from ldm.modules.mask_cache import cached_subjects
 from ldm.modules.rank_one import invert_covariance
-from ldm.modules.segmentation import Preprocessing, ZeroShotSegmenter, cached_masks
+from ldm.modules.segmentation import Preprocessing, ZeroShotSegmenter
 from scripts.benchmarks.common import (
     ROOT,
     BenchmarkRow,
@@ -123,10 +125,11 @@ def measure_masks(settings: BenchmarkSettings) -> Iterator[BenchmarkRow]:
     count = QUICK_PHOTOS if settings.quick else PHOTOS
     side = settings.side
     paths = sorted(random_photos(settings.folder / "many_photos", side, count).iterdir())
+    images = [read_image(path) for path in paths]
     segmenter = build_segmenter(settings)
 
     def compute_masks() -> None:
-        cached_masks(paths, segmenter, "teddy bear", settings.folder / "masks", side)
+        cached_subjects(paths, images, segmenter, "teddy bear", settings.folder / "masks", side)
 
     for name in ("computed", "read from the cache"):
         with contextlib.redirect_stderr(io.StringIO()):  # hides the progress bar

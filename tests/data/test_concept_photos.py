@@ -126,17 +126,65 @@ def test_image_and_mask_stay_aligned(photos: Path, masks: Path) -> None:
     assert flips == {False, True}
 
 
-def test_set_masks(photos: Path) -> None:
+def half(shape: tuple[int, int], axis: int) -> torch.Tensor:
+    """Return a mask (h, w) whose second half along an axis is 1."""
+    mask = torch.zeros(shape)
+    mask.narrow(axis, shape[axis] // 2, shape[axis] - shape[axis] // 2).fill_(1)
+    return mask
+
+
+def test_masks_of_whole_photos_move_the_crop(photos: Path) -> None:
     data = ConceptPhotos(photos, size=SIZE, repeats=8)
-    given = [torch.rand(1, SIZE, SIZE) for _ in range(3)]
-    data.set_masks(given)
+    tall = torch.zeros(40, 20)
+    tall[26:, 4:18] = 1
+    data.set_subject_masks([torch.ones(32, 32), half((32, 48), 1), tall])
+    assert not data.left_out
+    photo = read_image(data.paths[2])
+    assert data.images[2].tobytes() == photo.resize(
+        (SIZE, SIZE), Image.Resampling.LANCZOS, box=(0, 20, 20, 40)).tobytes()
     for index in range(len(data)):
         item = data[index]
-        assert torch.equal(item["mask"].flip(-1) if item["flipped"] else item["mask"], given[item["index"]])
-    two, third = given[:2], given[2]
-    for wrong in (two, [*two, third[0]], [*two, third + 1], [*two, third * torch.nan]):
-        with pytest.raises(ValueError, match="mask"):
-            data.set_masks(wrong)
+        mask = item["mask"].flip(-1) if item["flipped"] else item["mask"]
+        assert torch.equal(mask, data.mask(item["index"])) and mask.max() == 1
+    assert data.mask(2)[0, 6:, 4:12].min() > 0.9 and data.mask(2)[0, :3].max() < 0.1
+
+
+def test_photos_without_the_subject_are_left_out(photos: Path) -> None:
+    data = ConceptPhotos(photos, size=SIZE, repeats=8)
+    data.set_subject_masks([None, half((32, 48), 1), None])
+    assert list(data.left_out) == ["0.png", "2.png"]
+    assert [path.name for path in data.paths] == ["1.png"] and len(data) == 8 and len(data.images) == 1
+    other = ConceptPhotos(photos, size=SIZE, repeats=8)
+    before = [image.tobytes() for image in other.images]
+    other.set_subject_masks([None] * 3)
+    assert not other.left_out and len(other) == 24 and not other.has_masks
+    assert [image.tobytes() for image in other.images] == before
+
+
+def test_center_crops_keep_the_center(photos: Path) -> None:
+    data = ConceptPhotos(photos, size=SIZE, crop="center")
+    data.set_subject_masks([torch.ones(32, 32), torch.ones(32, 48), half((40, 20), 0)])
+    assert data.images[2].tobytes() == crop_square(read_image(data.paths[2]), SIZE).tobytes()
+    assert data.mask(2)[0, :6].max() < 0.1
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(1, 4, 4), torch.full((4, 4), 1.5), torch.full((4, 4), torch.nan)])
+def test_masks_of_another_kind_are_refused(photos: Path, wrong: torch.Tensor) -> None:
+    data = ConceptPhotos(photos, size=SIZE)
+    with pytest.raises(ValueError, match="mask"):
+        data.set_subject_masks([torch.ones(4, 4), wrong, None])
+    with pytest.raises(ValueError, match="masks for 3 photos"):
+        data.set_subject_masks([torch.ones(4, 4)])
+
+
+def test_notes_become_part_of_the_captions(photos: Path) -> None:
+    (photos / "0.txt").write_text("next to a blue mug")
+    (photos / "1.txt").write_text("my <teddy> in a box")
+    data = ConceptPhotos(photos, size=SIZE, repeats=30, placeholder_token="<teddy>", templates=["a {}", "one {}"])
+    captions = {index: {data[item]["caption"] for item in range(index, 90, 3)} for index in range(3)}
+    assert captions[0] == {"a <teddy>, next to a blue mug", "one <teddy>, next to a blue mug"}
+    assert captions[1] == {"my <teddy> in a box"} and captions[2] == {"a <teddy>", "one <teddy>"}
+    assert {prompt.replace("{}", "<teddy>") for prompt in data.prompts} == set().union(*captions.values())
 
 
 def test_label_maps_are_masks_too(photos: Path, tmp_path: Path) -> None:

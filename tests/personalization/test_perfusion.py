@@ -58,7 +58,7 @@ def unprepared(folder: Path, **params: Any) -> Perfusion:
 def prepared(folder: Path, micro_batches: int = 1, masks: list[Tensor] | None = None, **params: Any) -> Perfusion:
     data = load_photos(folder)
     if masks is not None:
-        data.set_masks(masks)
+        data.set_subject_masks([mask[0] for mask in masks])
     model = attach_trainer(unprepared(folder, **params), data, micro_batches)
     model.setup("fit")
     model.configure_optimizers()
