@@ -16,6 +16,7 @@ from ldm.common.paths import resolve_path
 from ldm.models.clip_images import normalize_for_clip, unwrap_features
 from ldm.models.open_clip_folder import SETTINGS, load_openclip, silence_logging
 from ldm.modules.encoders.clip import tokenizer_folder
+from ldm.modules.encoders.openclip_activation import create_pretrained
 from ldm.modules.encoders.vocabulary import load_pretrained
 
 BATCH_SIZE = 256
@@ -67,7 +68,7 @@ class ClipEncoder:
     def _from_hub(cls, name: str, device: torch.device | str) -> ClipEncoder:
         architecture, _, weights = name.partition("/")
         if architecture in open_clip.list_models():
-            model = open_clip.create_model(architecture, weights, device=device)
+            model = create_pretrained(architecture, weights, device=device)
             return OpenClipEncoder(model, open_clip.get_tokenizer(architecture))
         return cls(load_pretrained(CLIPModel, name).to(device), CLIPTokenizer.from_pretrained(name))
 

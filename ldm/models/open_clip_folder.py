@@ -8,6 +8,7 @@ from pathlib import Path
 
 import open_clip
 
+from ldm.modules.encoders.openclip_activation import check_activation
 from ldm.modules.encoders.vocabulary import load_packed
 
 SETTINGS = "open_clip_config.json"
@@ -32,9 +33,11 @@ def load_openclip(folder: str | Path) -> open_clip.CLIP:
     """Load the CLIP of a folder in open_clip's layout, in float32. Packed embedding tables are unpacked.
 
     Raises:
-        UserError: if its weights are incomplete, or do not fit the model that its settings describe.
+        UserError: if its weights are incomplete, or do not fit the model that its settings describe, or need another
+            activation than these give it.
         ValueError, OSError: if `open_clip` cannot read the settings.
     """
+    check_activation(folder, SETTINGS)
     with silence_logging():
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     load_packed(model, folder, SETTINGS)

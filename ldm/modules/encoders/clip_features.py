@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
+from ldm.modules.encoders.openclip_activation import create_pretrained
 from ldm.modules.encoders.prompts import AbstractEncoder, OnDeviceOfWeights
 
 IMAGE_SIZE = (224, 224)
@@ -92,7 +93,7 @@ def load_clip(name: str) -> open_clip.CLIP:
     elif openai in open_clip.list_models():
         architecture, weights = openai, "openai"
     try:
-        return open_clip.create_model(architecture, weights or None, require_pretrained=True).eval()
+        return create_pretrained(architecture, weights or None, require_pretrained=True).eval()
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"CLIP {name}: cannot be loaded ({reason}); give a folder that holds one, or the name of one "
