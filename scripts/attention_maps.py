@@ -13,6 +13,7 @@ from ldm.cli import generation as flags  # noqa: E402
 from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.paths import expand_home  # noqa: E402
+from ldm.common.words import fold_word  # noqa: E402
 from ldm.inference.settings import GenerationOptions  # noqa: E402
 
 DESCRIPTION = f"""{__doc__}
@@ -77,7 +78,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("nothing to look at; give a concept file with --concepts, or a word of the prompt with --word")
     if options.reference and not options.concept:
         raise UserError("--reference is shown beside concepts; name a file of one with --concepts")
-    if options.word is not None and options.word.strip().lower() not in options.prompt.lower():
+    if options.word is not None and fold_word(options.word.strip()) not in fold_word(options.prompt):
         raise UserError(f"--word {options.word}: does not occur in the prompt {options.prompt!r}; name one that does")
 
 

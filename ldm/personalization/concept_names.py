@@ -1,12 +1,15 @@
 """The words of the concepts of a run: placeholders, super-categories, and the names of their files."""
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 
 from ldm.common.errors import UserError
-from ldm.common.words import fold_word
+from ldm.common.words import compose, fold_word, plain_words, separator_in
 from ldm.concepts.placeholders import is_placeholder
+
+log = logging.getLogger(__name__)
 
 
 def as_list(words: str | Sequence[str]) -> list[str]:
@@ -26,15 +29,24 @@ def check_distinct_placeholders(placeholders: Sequence[str]) -> None:
 
 
 def super_category_of_each(super_categories: Sequence[str], placeholders: Sequence[str]) -> list[str]:
-    """Return one super-category per placeholder. A single super-category serves all of them.
+    """Return one super-category per placeholder, in plain words. A single super-category serves all of them.
 
     Raises:
-        UserError: there are several super-categories, but not as many as placeholders.
+        UserError: there are several super-categories, but not as many as placeholders, or one holds a separator of
+            words, such as "|".
     """
     if len(super_categories) not in (1, len(placeholders)):
         raise UserError(f"{len(super_categories)} super-categories ({', '.join(super_categories)}) for "
                         f"{len(placeholders)} concepts ({', '.join(placeholders)}); give one for all, or one each")
-    normalized = [" ".join(words.split()) for words in super_categories]
+    normalized = list(map(plain_words, super_categories))
+    for given, words in zip(super_categories, normalized, strict=True):
+        separator = separator_in(words)
+        if separator:
+            example = " ".join(words.replace(separator, " ").split())
+            raise UserError(f"super-category {given!r}: {separator!r} separates no words here; give plain words for "
+                            f"one subject, such as \"{example}\", or one super-category for each concept")
+        if words != " ".join(given.split()):
+            log.info("super-category %r is read as %r", given, words)
     return normalized if len(normalized) > 1 else normalized * len(placeholders)
 
 
@@ -43,6 +55,6 @@ def file_names_for(placeholders: Sequence[str]) -> list[str]:
 
     If two names were equal or one were empty, all of them get a number in front: "0-teddy", "1-teddy".
     """
-    names = [re.sub(r"[^\w-]", "", placeholder) for placeholder in placeholders]
+    names = [re.sub(r"[^\w-]", "", compose(placeholder)) for placeholder in placeholders]
     are_distinct = all(names) and len({fold_word(name) for name in names}) == len(names)
     return names if are_distinct else [f"{index}-{name}".rstrip("-") for index, name in enumerate(names)]
