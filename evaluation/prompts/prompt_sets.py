@@ -1,23 +1,21 @@
 """Lists of prompts to evaluate concepts with, grouped by what they ask of a concept.
 
-A file has one prompt per line, with one `{}` where the concept's word goes. A line `[style]` names the category of the
-prompts below it. Lines that start with `#` are comments.
+`ldm.common.prompt_file` describes the format of the files. Each prompt has one `{}` where the concept's word goes, and
+the headings are the categories.
 """
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.common.errors import UserError
+from ldm.common.prompt_file import SLOT, read_prompt_file
 from ldm.common.words import replace_word
-from ldm.data.templates import SLOT
 
 PROMPT_DIR = Path(__file__).resolve().parent
 MINI_PROMPTS, PHOTO_PROMPTS = PROMPT_DIR / "mini.txt", PROMPT_DIR / "photos.txt"
 UNCATEGORIZED = "uncategorized"  # the category of prompts above the first heading
-HEADING = re.compile(r"\[\s*(.*\S)\s*\]")
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,12 @@ def read_prompts(path: str | Path) -> list[EvaluationPrompt]:
     Raises:
         UserError: the file is missing, is not UTF-8 text or has no prompts, or a line has not exactly one `{}`.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a text file with one prompt per line, such as "
-                        f"{MINI_PROMPTS}") from None
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{path}: not a text file in UTF-8; give one with one prompt per line") from None
-    prompts = list(_parse(path, text))
-    if not prompts:
-        raise UserError(f'{path}: no prompts in it; write one per line, such as "a photo of a {SLOT} on the beach"')
+    prompts = []
+    for prompt in read_prompt_file(path):
+        if prompt.text.count(SLOT) != 1:
+            raise UserError(f"{path}, line {prompt.line}: {prompt.text!r} must have exactly one {SLOT}, for the "
+                            "concept's word")
+        prompts.append(EvaluationPrompt(prompt.category or UNCATEGORIZED, prompt.text))
     return prompts
 
 
@@ -66,15 +60,3 @@ def select_prompts(prompts: Sequence[EvaluationPrompt], limit: int) -> list[Eval
         ranked.append((rank, index))
     selected = sorted(index for _, index in sorted(ranked)[:limit])
     return [prompts[index] for index in selected]
-
-
-def _parse(path: str | Path, text: str) -> Iterator[EvaluationPrompt]:
-    category = UNCATEGORIZED
-    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
-        heading = HEADING.fullmatch(line)
-        if heading:
-            category = heading[1]
-        elif line and not line.startswith("#"):
-            if line.count(SLOT) != 1:
-                raise UserError(f"{path}, line {number}: {line!r} must have exactly one {SLOT}, for the concept's word")
-            yield EvaluationPrompt(category, line)

@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 from ldm.common.errors import UserError
 from ldm.common.files import load_tensors, save_tensors
+from ldm.common.text_files import read_text, split_lines
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.modules.rank_one import RIDGE
 
@@ -108,16 +109,8 @@ def read_captions(path: str | Path) -> list[str]:
     Raises:
         UserError: the file is missing, is not text, or has no caption in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a text file with one caption per line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise UserError(f"{path}: not a UTF-8 text file; give one caption per line, saved as UTF-8")
-    captions = [line.strip() for line in text.splitlines() if line.strip()]
+    text = read_text(path, str(path), "one caption per line")
+    captions = [line.strip() for line in split_lines(text) if line.strip()]
     if not captions:
         raise UserError(f"{path}: no captions in it; give one per line")
     return captions

@@ -13,6 +13,8 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.common.errors import FileNotWritten, MemoryShortage, UserError
+from ldm.common.paths import resolve_path
+from ldm.common.prompt_file import read_prompt_file
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.storage import save_concepts
 from ldm.data.contact_sheet import save_grid
@@ -97,7 +99,8 @@ class BeforeDuringAfter(pl.Callback):
     Each of several concepts has its own sheet, in a folder of its name.
 
     Args:
-        prompts: with `{}` in place of the placeholder; before training, the super-category is filled in.
+        prompts: with `{}` in place of the placeholder; before training, the super-category is filled in. Or a file of
+            prompts, see `ldm.common.prompt_file`.
         during: number of rows between the first and the last.
         num_inference_steps: number of sampling steps.
         guidance_scale: guidance scale; None: the default from the section `inference` of the model's config.
@@ -113,8 +116,11 @@ class BeforeDuringAfter(pl.Callback):
 
     renamed_params: ClassVar[dict[str, str]] = {"steps": "num_inference_steps", "scale": "guidance_scale"}
 
-    def __init__(self, prompts: Sequence[str], during: int = 1, num_inference_steps: int = 20,
+    def __init__(self, prompts: Sequence[str] | str, during: int = 1, num_inference_steps: int = 20,
                  guidance_scale: float | None = None, seed: int = 1, sampler: str | None = "dpm") -> None:
+        if isinstance(prompts, str):
+            file = resolve_path(prompts)
+            prompts = [prompt.text for prompt in read_prompt_file(file, f"previews: prompts: {prompts}")]
         if not prompts or num_inference_steps < 1 or during < 0:
             raise UserError(f"BeforeDuringAfter: {len(prompts)} prompts, {num_inference_steps} sampling steps, "
                             f"{during} rows between; give 1 or more prompts and steps, or leave the callback out")

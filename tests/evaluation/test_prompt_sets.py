@@ -62,7 +62,7 @@ def test_files_may_have_headings_and_comments(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"a {}\na dog\n", "line 2: 'a dog' must have exactly one {}"), (b"a {} and a {}\n", "must have exactly one"),
-    (b"# none\n[style]\n", "no prompts in it"), (b"\xff\xfe\xfa", "not a text file in UTF-8"), (None, "no such file")])
+    (b"# none\n[style]\n", "no prompts in it"), (b"\xff\xfe\xfa", "not a UTF-8 text file"), (None, "no such file")])
 def test_errors_name_the_file_and_the_line(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     if content is not None:
