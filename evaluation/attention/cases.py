@@ -8,9 +8,10 @@ from evaluation.attention.figure import AttentionRow
 from evaluation.attention.masked_attention import STEP_GROUPS
 from evaluation.attention.settings import MIN_STEPS, AttentionOptions
 from ldm.common.errors import UserError
-from ldm.common.words import replace_words, split_at_placeholders
+from ldm.common.words import fold_word, replace_words, split_at_placeholders
 from ldm.concepts.concept import Concept
 from ldm.concepts.finetuned_concept import AnyConcept
+from ldm.concepts.prompt_weights import parse_prompt
 from ldm.concepts.word_positions import word_positions
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.run import PreparedRun, prepare_run
@@ -76,7 +77,9 @@ def record_case(case: AttentionCase, pipeline: PerfusionPipeline) -> list[Attent
         UserError: a concept does not fit the model, or the word does not occur in the prompt.
     """
     run, requests = case.run, case.run.requests
-    words = word_positions(pipeline.prompt_encoder(run.concepts), case.prompt, case.word)
+    encoder = pipeline.prompt_encoder(run.concepts)
+    prompt = parse_prompt(case.prompt, encoder.placeholders) if run.settings.prompt_weights else case.prompt
+    words = word_positions(encoder, prompt, case.word)
     unet, size = pipeline.model.model.diffusion_model, pipeline.latent_size(run.settings)
     rows, batch_size = [], pipeline.batch_size
     for start in range(0, len(requests), batch_size):
@@ -121,8 +124,8 @@ def reference_prompt(prompt: str, concepts: Sequence[AnyConcept]) -> str:
 def _concept_case(options: AttentionOptions, file: str, label: str | None) -> AttentionCase:
     run = _prepare(options, [file], options.prompt)
     word = first_placeholder(options.prompt, file, run.concepts) if options.word is None else options.word.strip()
-    super_categories = {concept.placeholder.lower(): concept.super_category for concept in run.concepts}
-    subject = super_categories.get(word.lower(), word)
+    super_categories = {fold_word(concept.placeholder): concept.super_category for concept in run.concepts}
+    subject = super_categories.get(fold_word(word), word)
     return AttentionCase(label or _method_label(run.concepts[0]), run, word, subject)
 
 

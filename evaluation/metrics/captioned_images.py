@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +15,12 @@ from PIL import Image
 from evaluation.metrics.registry import METRICS, Scores
 from evaluation.prompts.prompt_sets import UNCATEGORIZED
 from ldm.common.errors import UserError
-from ldm.common.words import replace_words
+from ldm.common.prompt_file import SLOT
+from ldm.common.text_files import read_text
+from ldm.common.words import spell_out
 from ldm.concepts.placeholders import PLACEHOLDER
+from ldm.concepts.prompt_weights import plain_text
 from ldm.data.images import crop_square, list_images, read_image
-from ldm.data.templates import SLOT
 from ldm.inference.output_folder import read_metadata
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ class Caption:
         category: what the prompt asks of the concept, such as "style".
         seed: seed of the image's noise, if known.
         file: the image's file; None if it was not saved.
+        prompt_weights: whether brackets in the prompt weight words; False: they are text.
     """
 
     prompt: str
@@ -44,26 +48,29 @@ class Caption:
     category: str = UNCATEGORIZED
     seed: int | None = None
     file: Path | None = None
+    prompt_weights: bool = True
 
     def text(self, super_category: str | None) -> str:
-        """Return the prompt in plain words, with super-categories in place of concepts.
+        """Return the prompt in plain words, without weights, with super-categories in place of concepts.
 
         Args:
             super_category: replaces that of the image's concept if there is only one; if there are several, it stands
                 for those that are not known.
 
         Raises:
-            UserError: nothing says what a placeholder stands for.
+            UserError: nothing says what a placeholder stands for, or the prompt has syntax of other tools that has no
+                plain words.
         """
         words = dict(self.super_categories)
         if len(words) == 1 and super_category:
             words = dict.fromkeys(words, super_category)
-        text = replace_words(words, self.prompt)
+        prompt = plain_text(self.prompt, list(words)) if self.prompt_weights else self.prompt
+        text = spell_out(words, prompt)
         unknown = [word for word in (SLOT, *re.findall(PLACEHOLDER, text)) if word in text]
         if unknown and super_category is None:
             raise UserError(f"--super_category: nothing says what {unknown[0]} is in the prompt {self.prompt!r}; give "
                             'words such as "teddy bear"')
-        return replace_words(dict.fromkeys(unknown, super_category), text)
+        return spell_out(dict.fromkeys(unknown, super_category), text)
 
 
 def read_captions(folder: str | Path, list_file: str | Path | None = None, prompt: str | None = None) -> list[Caption]:
@@ -95,7 +102,7 @@ def _from_metadata(path: Path) -> Caption:
     concepts = metadata.get("concepts", ())
     super_categories = {concept["placeholder"]: concept["super_category"] for concept in concepts}
     category, seed = metadata.get("category", UNCATEGORIZED), metadata.get("seed")
-    return Caption(metadata["prompt"], super_categories, category, seed, path)
+    return Caption(metadata["prompt"], super_categories, category, seed, path, metadata.get("prompt_weights", True))
 
 
 def _read_list(folder: Path, list_file: Path) -> list[Caption]:
@@ -109,10 +116,10 @@ def _read_list(folder: Path, list_file: Path) -> list[Caption]:
 
 
 def _read_rows(list_file: Path) -> list[dict[str, str]]:
+    text = read_text(list_file, f"--captions {list_file}", f"the columns {','.join(COLUMNS)}")
     try:
-        with list_file.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error):
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error:
         raise UserError(f"--captions {list_file}: not readable as CSV in UTF-8; give a file whose first line is "
                         f"{','.join(COLUMNS)}") from None
     if not rows or not set(COLUMNS) <= set(rows[0]):

@@ -11,6 +11,7 @@ from ldm.concepts.finetuned_concept import FinetunedConcept
 from ldm.concepts.fingerprint import BaseModel, check_base
 from ldm.concepts.placeholders import check_distinct
 from ldm.concepts.prompt_checks import check_width
+from ldm.concepts.prompt_weights import Prompt, texts_of, token_weights
 from ldm.concepts.weight_merging import merge_weights
 from ldm.modules.context import PromptContext
 from ldm.modules.encoders.prompts import PromptEncoder
@@ -57,18 +58,28 @@ class FinetunedPromptEncoder:
         """Return self: the weights of these concepts act on every prompt, whatever the texts contain."""
         return self
 
-    def tokens(self, prompts: Sequence[str]) -> Tensor:
+    def tokens(self, prompts: Sequence[Prompt]) -> Tensor:
         """Return the token ids of the prompts, (B, N); those of placeholders are past the vocabulary.
 
         Raises:
             UserError: a prompt is too long.
         """
-        counts = [len(concept.vectors) for concept in self.concepts]
-        return self.encoder.tokenize(prompts, self.placeholders, counts)
+        return self.encoder.tokenize(texts_of(prompts), self.placeholders, self._vector_counts)
+
+    def token_weights(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Return the weights of the prompts' tokens, (B, N); None if all are 1."""
+        return token_weights(self.encoder, prompts, self.placeholders, self._vector_counts)
+
+    @property
+    def _vector_counts(self) -> list[int]:
+        """The number of tokens of each placeholder."""
+        return [len(concept.vectors) for concept in self.concepts]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], global_locking: bool = False) -> PromptContext:
+    def encode(self, prompts: Sequence[Prompt], global_locking: bool = False) -> PromptContext:
         """Encode prompts for use at every timestep: keys and values are cached in the result.
+
+        Their weights change nothing here, see `PromptContext.scale_tokens`.
 
         Raises:
             UserError: a prompt is too long, or `global_locking` is set, which only Perfusion has.

@@ -16,6 +16,7 @@ from ldm.common.errors import UserError
 from ldm.common.words import fold_word, split_at_placeholders
 from ldm.concepts.concept import Concept
 from ldm.concepts.placeholders import PLACEHOLDER, find_placeholders
+from ldm.concepts.prompt_weights import check_syntax
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.modules.rank_one import energy
 
@@ -69,6 +70,20 @@ def warn_unknown_words(encoder: PromptEncoder, prompts: Sequence[str], placehold
     unknown = encoder.unknown_words(" ".join(texts))
     if unknown:
         log.warning("warning: this text encoder does not know %s; images will not show it", ", ".join(unknown))
+
+
+def check_prompts(prompts: Sequence[str], placeholders: Sequence[str], prompt_weights: bool = True) -> None:
+    """Raise UserError if a prompt contains a `<word>` that is not one of the placeholders, or unsupported syntax.
+
+    Args:
+        prompts: any prompts.
+        placeholders: those of the loaded concepts.
+        prompt_weights: whether brackets weight words; False: syntax of other tools is ordinary text.
+    """
+    if prompt_weights:
+        for prompt in prompts:
+            check_syntax(prompt, placeholders)
+    check_placeholders(prompts, placeholders)
 
 
 def check_placeholders(prompts: Sequence[str], placeholders: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from ldm.concepts.concept import Concept
 from ldm.concepts.fingerprint import BaseModel, check_base
 from ldm.concepts.placeholders import check_distinct, find_placeholders
 from ldm.concepts.prompt_checks import check_width, warn_covariance_mismatch
+from ldm.concepts.prompt_weights import Prompt, texts_of, token_weights
 from ldm.concepts.settings import override_settings
 from ldm.concepts.stacking import gate_settings, stack_concepts
 from ldm.modules.context import PromptContext, TextLayer
@@ -78,21 +79,26 @@ class ConceptPromptEncoder:
             self._last_subset = indices, subset
         return self._last_subset[1]
 
-    def tokens(self, prompts: Sequence[str]) -> Tensor:
+    def tokens(self, prompts: Sequence[Prompt]) -> Tensor:
         """Return the token ids of the prompts, (B, N); the placeholder of concept j has the id vocabulary size + j.
 
         Raises:
             UserError: a prompt is too long.
         """
-        return self.encoder.tokenize(prompts, self.placeholders)
+        return self.encoder.tokenize(texts_of(prompts), self.placeholders)
+
+    def token_weights(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Return the weights of the prompts' tokens, (B, N); None if all are 1."""
+        return token_weights(self.encoder, prompts, self.placeholders)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], biases: Sequence[float] | None = None,
+    def encode(self, prompts: Sequence[Prompt], biases: Sequence[float] | None = None,
                temperatures: Sequence[float] | None = None, global_locking: bool = False) -> PromptContext:
         """Encode prompts for use at every timestep: keys and values are cached in the result.
 
         Args:
-            prompts: B prompts, with or without placeholders.
+            prompts: B prompts, with or without placeholders. Their weights change nothing here, see
+                `PromptContext.scale_tokens`.
             biases: beta, one for all concepts or one each; None: their own.
             temperatures: tau, likewise.
             global_locking: take the keys of the whole prompt from the same prompt with super-categories in place of

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.common.errors import UserError
+from ldm.concepts.prompt_weights import Prompt
 from ldm.modules.encoders.prompts import PromptEncoder
 
 
@@ -16,10 +17,10 @@ class PromptTokenizer(Protocol):
 
     encoder: PromptEncoder
 
-    def tokens(self, prompts: Sequence[str]) -> Tensor: ...
+    def tokens(self, prompts: Sequence[Prompt]) -> Tensor: ...
 
 
-def word_positions(tokenizer: PromptTokenizer, prompt: str, word: str) -> Tensor:
+def word_positions(tokenizer: PromptTokenizer, prompt: Prompt, word: str) -> Tensor:
     """Return a mask that is true at all tokens of `word`, at each of its occurrences in the prompt.
 
     Args:
@@ -49,5 +50,6 @@ def word_positions(tokenizer: PromptTokenizer, prompt: str, word: str) -> Tensor
         starts = (windows == pieces).all(1).nonzero()  # (occurrences, 1)
         positions[starts + torch.arange(len(pieces))] = True
     if not positions.any():
-        raise UserError(f"the word {word!r} does not occur in the prompt {prompt!r}; name one that does")
+        text = prompt if isinstance(prompt, str) else "".join(part.text for part in prompt)
+        raise UserError(f"the word {word!r} does not occur in the prompt {text!r}; name one that does")
     return positions

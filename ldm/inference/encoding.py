@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ldm.common.paths import resolve_path
 from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
 from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
 from ldm.concepts.fingerprint import BaseModel
 from ldm.concepts.prompt_encoder import ConceptPromptEncoder
+from ldm.concepts.prompt_weights import Prompt, check_syntax, parse_prompt, restore_mean
 from ldm.inference.requests import GenerationRequest
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import PromptContext
@@ -33,24 +36,37 @@ class EncodedPrompts:
         context: (P, N, d), each distinct prompt once, under all concepts that any of them names.
         rows: prompt -> its row in `context`.
         encoder: the encoder that made it; None if nothing edits the prompts.
+        weights: (P, N), of the tokens, which `select` and `for_requests` apply; None: all are 1.
     """
 
     context: PromptContext
     rows: dict[str, int]
     encoder: AnyPromptEncoder | None = None
+    weights: Tensor | None = None
 
     def select(self, prompts: Sequence[str]) -> PromptContext:
         """Return (B, N, d): one row for each of `prompts`, which may repeat."""
-        return self.context.select([self.rows[prompt] for prompt in prompts])
+        return self._weighted(self._unweighted(prompts), prompts)
 
     def for_requests(self, requests: Sequence[GenerationRequest]) -> tuple[PromptContext, PromptContext]:
         """Return prompts and negative prompts of B images, (B, N, d) each, under the concepts that either names."""
-        conditional = self.select([request.prompt for request in requests])
-        unconditional = self.select([request.negative_prompt for request in requests])
-        if self.encoder is None:
-            return conditional, unconditional
         texts = [f"{request.prompt}\n{request.negative_prompt}" for request in requests]
-        return self.encoder.mask_concepts(conditional, texts), self.encoder.mask_concepts(unconditional, texts)
+        contexts = []
+        for prompts in ([request.prompt for request in requests], [request.negative_prompt for request in requests]):
+            context = self._unweighted(prompts)
+            if self.encoder is not None:
+                context = self.encoder.mask_concepts(context, texts)
+            contexts.append(self._weighted(context, prompts))
+        return contexts[0], contexts[1]
+
+    def _unweighted(self, prompts: Sequence[str]) -> PromptContext:
+        return self.context.select([self.rows[prompt] for prompt in prompts])
+
+    def _weighted(self, context: PromptContext, prompts: Sequence[str]) -> PromptContext:
+        """Return the context of `prompts` with the weights of their tokens, which act after the edit."""
+        if self.weights is None:
+            return context
+        return context.scale_tokens(self.weights[[self.rows[prompt] for prompt in prompts]])
 
 
 def base_model_of(model: Any) -> BaseModel:
@@ -98,20 +114,31 @@ def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance:
     return ConceptPromptEncoder(encoder, text_layers, concepts, inverse_covariance, base)
 
 
-def encode_prompts(encoder: AnyPromptEncoder, prompts: Sequence[str], global_locking: bool = False) -> EncodedPrompts:
+def encode_prompts(encoder: AnyPromptEncoder, prompts: Sequence[str], global_locking: bool = False,
+                   prompt_weights: bool = True) -> EncodedPrompts:
     """Encode each distinct prompt, and the empty one, once, under the concepts that some of them name.
 
     Args:
         encoder: see `build_prompt_encoder`.
         prompts: negative ones among them.
         global_locking: see `ConceptPromptEncoder.encode`.
+        prompt_weights: whether brackets weight words (`ldm.concepts.prompt_weights`).
 
     Raises:
-        UserError: a prompt is too long, or the method has no keys to lock.
+        UserError: a prompt is too long or has syntax that is not supported, or the method has no keys to lock.
     """
     distinct = list(dict.fromkeys([*prompts, ""]))
     rows = {prompt: row for row, prompt in enumerate(distinct)}
     encoder = encoder.subset_for(distinct)
-    contexts = [encoder.encode(distinct[start:start + PROMPTS_AT_A_TIME], global_locking=global_locking)
-                for start in range(0, len(distinct), PROMPTS_AT_A_TIME)]
-    return EncodedPrompts(PromptContext.cat(contexts) if len(contexts) > 1 else contexts[0], rows, encoder)
+    parsed: list[Prompt] = list(distinct)
+    if prompt_weights:
+        for prompt in distinct:
+            check_syntax(prompt, encoder.placeholders)
+        parsed = [parse_prompt(prompt, encoder.placeholders) for prompt in distinct]
+    contexts = [encoder.encode(parsed[start:start + PROMPTS_AT_A_TIME], global_locking=global_locking)
+                for start in range(0, len(parsed), PROMPTS_AT_A_TIME)]
+    context = PromptContext.cat(contexts) if len(contexts) > 1 else contexts[0]
+    weights = encoder.token_weights(parsed)
+    if weights is not None:
+        weights = restore_mean(context.encoding, weights.to(context.device))
+    return EncodedPrompts(context, rows, encoder, weights)

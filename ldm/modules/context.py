@@ -220,6 +220,15 @@ class PromptContext:
             )
         return replace(self, projected=projected, gates=gates)
 
+    def scale_tokens(self, weights: Tensor) -> PromptContext:
+        """Return the same prompts with the keys and values of each token multiplied by its weight.
+
+        Args:
+            weights: (B, N)
+        """
+        scale = weights.to(self.encoding)[..., None]
+        return self._map_rows(lambda tensor: tensor * scale)
+
     @staticmethod
     def cat(contexts: Sequence[PromptContext]) -> PromptContext:
         """Join the prompts of several contexts into one batch. Each prompt keeps its own concepts only.

@@ -40,7 +40,7 @@ def test_images_that_are_not_listed_are_left_out(images: Path, tmp_path: Path, c
 @pytest.mark.parametrize(("content", "message"), [
     ("file,text\n1.png,a dog\n", "its first line must be file,prompt"), ("file,prompt\n", "a line for each image"),
     ("file,prompt\n1.png,\n", "line 2: it lacks a prompt"), ("file,prompt\n,a dog\n", "line 2: it lacks a file"),
-    ("file,prompt\n1.png,a dog\n9.png,a dog\n", "line 3: there is no"), (None, "not readable as CSV")])
+    ("file,prompt\n1.png,a dog\n9.png,a dog\n", "line 3: there is no"), (None, "no such file")])
 def test_lists_with_errors(content: str | None, message: str, images: Path, tmp_path: Path) -> None:
     list_file = tmp_path / "captions.csv"
     if content is not None:

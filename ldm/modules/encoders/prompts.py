@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import string
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -137,12 +138,12 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
         embedded = embedding_manager(to_device(tokens, self.token_table.device), self.embed_tokens(tokens))
         return self._encode_embedded(embedded, tokens)
 
-    def tokenize(self, prompts: Sequence[str], placeholders: Sequence[str] = (),
+    def tokenize(self, prompts: Sequence[str | Sequence[str]], placeholders: Sequence[str] = (),
                  counts: Sequence[int] | None = None, truncate: bool = False) -> Tensor:
         """Turn prompts into token indices. Placeholders get indices past the vocabulary, in their order.
 
         Args:
-            prompts: B prompts.
+            prompts: B prompts; one may be given as parts, of which no word piece spans two.
             placeholders: the words of concepts, matched as whole words in any case.
             counts: number of tokens of each placeholder; None: one each. With one each, the j-th placeholder has the
                 index V + j. With `counts`, the j-th is a run of counts[j] tokens.
@@ -154,6 +155,17 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
         Raises:
             UserError: if a prompt has more tokens than fit, unless `truncate` is set.
         """
+        all_parts = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        pieces_of_parts = iter(self.word_pieces_with(list(chain.from_iterable(all_parts)), placeholders, counts))
+        rows = []
+        for parts in all_parts:
+            pieces = list(chain.from_iterable(islice(pieces_of_parts, len(parts))))
+            rows.append(self._pad(self._fit("".join(parts), pieces, truncate)))
+        return torch.stack(rows)
+
+    def word_pieces_with(self, texts: Sequence[str], placeholders: Sequence[str] = (),
+                         counts: Sequence[int] | None = None) -> list[list[int]]:
+        """Return the word pieces of each text, with the tokens of placeholders. Arguments as for `tokenize`."""
         # Give each placeholder its range of indices past the vocabulary.
         indices: list[range] = []
         start = len(self.token_table)
@@ -161,19 +173,19 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
             indices.append(range(start, start + count))
             start += count
 
-        # Tokenize the texts between placeholders, those of all prompts in one call.
-        split = [split_at_placeholders(prompt, placeholders) for prompt in prompts]
-        texts = [part for parts in split for part in parts if isinstance(part, str)]
-        pieces_of_texts = iter(self.word_pieces_of(texts))
+        # Tokenize what is between placeholders, in all texts in one call.
+        split = [split_at_placeholders(text, placeholders) for text in texts]
+        between = [part for parts in split for part in parts if isinstance(part, str)]
+        pieces_between = iter(self.word_pieces_of(between))
 
-        # Join the pieces of each prompt again.
-        rows = []
-        for prompt, parts in zip(prompts, split, strict=True):
+        # Join the pieces of each text again.
+        joined = []
+        for parts in split:
             pieces: list[int] = []
             for part in parts:
-                pieces += next(pieces_of_texts) if isinstance(part, str) else indices[part]
-            rows.append(self._pad(self._fit(prompt, pieces, truncate)))
-        return torch.stack(rows)
+                pieces += next(pieces_between) if isinstance(part, str) else indices[part]
+            joined.append(pieces)
+        return joined
 
     def _fit(self, prompt: str, pieces: Sequence[int], truncate: bool) -> Sequence[int]:
         """Return the word pieces of a prompt; if there are too many, raise UserError or cut off the last ones."""
@@ -181,7 +193,9 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
         if len(pieces) <= room:
             return pieces
         shown = prompt if len(prompt) <= 80 else f"{prompt[:79]}…"
-        problem = f"the prompt {shown!r} has {len(pieces)} tokens, but the text encoder takes {room}"
+        vectors = sum(piece >= len(self.token_table) for piece in pieces)
+        of_concepts = f" ({vectors} of them are vectors of placeholders)" if vectors > 1 else ""
+        problem = f"the prompt {shown!r} has {len(pieces)} tokens{of_concepts}, but the text encoder takes {room}"
         if not truncate:
             raise UserError(f"{problem}; shorten it")
         if not self._warned_of_truncation:
