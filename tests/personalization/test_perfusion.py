@@ -155,7 +155,7 @@ def test_invalid_params_raise_a_user_error_of_one_line(folder: Path, params: dic
 
 
 def test_a_word_of_no_pieces_is_no_super_category(folder: Path) -> None:
-    encoder = SimpleNamespace(word_pieces=lambda word: [7, 7], tokenizer=SimpleNamespace(unk_token_id=7),
+    encoder = SimpleNamespace(word_pieces=lambda word: [7, 7], word_tokenizer=SimpleNamespace(unk_token_id=7),
                               token_table=torch.zeros(8, 2))
     with pytest.raises(UserError, match="'☃' cannot be expressed"):
         word_vector(encoder, "☃")
