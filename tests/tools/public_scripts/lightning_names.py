@@ -3,6 +3,7 @@
 | stand-in | because Lightning 2 |
 |---|---|
 | `rank_zero_only`, `DDPPlugin`, `TestTubeLogger` | has moved or dropped these names |
+| `WandbLogger` | needs the package wandb |
 | `Trainer.add_argparse_args`, `from_argparse_args`, `Trainer(gpus=...)`, `root_gpu` | leaves command lines to scripts |
 | `accept_new_calls` | calls hooks without `dataloader_idx` and `outputs` |
 | `on_pretrain_routine_start` | calls this hook no more |
@@ -43,7 +44,7 @@ def install() -> None:
     """Give Lightning its old names back, and record what runs log."""
     _add_module("pytorch_lightning.utilities.distributed", rank_zero_only=rank_zero_only)
     pl.plugins.DDPPlugin = argparse.Namespace
-    pl.loggers.TestTubeLogger = TestTubeLogger
+    pl.loggers.TestTubeLogger = pl.loggers.WandbLogger = QuietLogger
     PIL.Image.LINEAR = PIL.Image.Resampling.BILINEAR
     image_reader()
     for name in ("reset_peak_memory_stats", "synchronize"):
@@ -65,10 +66,10 @@ def image_reader() -> None:
         cv2.imread = lambda path: numpy.array(PIL.Image.open(path).convert("RGB"))[:, :, ::-1]
 
 
-class TestTubeLogger(Logger):
+class QuietLogger(Logger):
     """A logger that keeps nothing; scripts save their images themselves."""
 
-    def __init__(self, name: str, save_dir: str) -> None:
+    def __init__(self, name: str, save_dir: str, **_: Any) -> None:
         super().__init__()
         self.given_name, self.folder = name, save_dir
 

@@ -189,12 +189,15 @@ def edits(place: Workplace, target: Path) -> None:
 
 
 def edit_data(section: DictConfig) -> None:
-    """Shrink the data of instruct-pix2pix's config."""
+    """Shrink the data of instruct-pix2pix's config.
+
+    At 64 pixels the U-Net's inner normalizations see 1x1 values and amplify rounding errors in gradients.
+    """
     section.model.params.ckpt_path = "model.ckpt"
-    section.data.params.update({"batch_size": 2, "num_workers": 0})
+    section.data.params.update({"batch_size": 2, "num_workers": 1})
     for name in ("train", "validation"):
-        section.data.params[name].params.update({"path": "edits", "min_resize_res": 64, "max_resize_res": 64,
-                                                 "crop_res": 64})
+        section.data.params[name].params.update({"path": "edits", "min_resize_res": 128, "max_resize_res": 128,
+                                                 "crop_res": 128})
     section.lightning.trainer.accumulate_grad_batches = 1
 
 
@@ -218,7 +221,7 @@ IMPORT_RUNS = (
     imports("perfusion", CHEN, "perfusion.perfusion", "perfusion.dataset", "perfusion.embedding_manager",
             "perfusion.roe_openaimodel", "main"),
     imports("celeb-basis", CELEB_BASIS, "main", "main_id_embed"),
-    imports("ldm-main", COMPVIS_LDM, "main", "scripts.train_searcher"),
+    imports("ldm-main", COMPVIS_LDM, "main"),
     imports("sd-main", COMPVIS_SD, "main"),
 )
 RUNS = (*INVERSION_RUNS, *BASE_MODEL_RUNS, *CONTROL_RUNS, *CUSTOM_RUNS, *PIX2PIX_RUNS, *IMPORT_RUNS)
