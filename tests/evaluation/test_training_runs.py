@@ -152,7 +152,7 @@ def test_keys_cover_everything_that_matters(folder: Path, runs: TrainingRuns) ->
     others.add(key())
     Image.new("RGB", (16, 16), "red").save(folder / "cat" / "1.png")
     others.add(key())
-    assert len(others | {first}) == 8 - 1 + 1  # NO_MASKS equals PERFUSION here, as the config has no segmenter
+    assert len(others | {first}) == 9
 
 
 def test_outdated_concepts_are_trained_again(folder: Path, runs: TrainingRuns) -> None:
