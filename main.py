@@ -24,9 +24,15 @@ __getattr__ = forward_names(__name__, {
 @one_line_errors
 def main() -> None:
     options = parse_training_options()  # before torch is imported: --help and mistyped flags are answered at once
-    from ldm.training.run import train
+    from ldm.training.early_checks import check_files
 
-    train(options)
+    check_files(options)
+    from ldm.training.plan import plan_run
+
+    plan = plan_run(options)
+    from ldm.training.run import carry_out
+
+    carry_out(plan)
 
 
 if __name__ == "__main__":

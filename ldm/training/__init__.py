@@ -8,6 +8,10 @@
 Modules:
     concept_training.py   train_concept: learn concepts from Python
     options.py            TrainingOptions, the options of a run (imports no torch, so command lines start fast)
+    early_checks.py       checks the files that a command line names before torch is imported
+    plan.py               plan_run: all that is checked before torch is imported
+    resuming.py           compares a resumed run with the one that it goes on from
+    input_files.py        what the files that a config names held when a run began
     config.py             YAML files, options and overrides -> the config of a run
     run.py                train: a log folder, a model, its data and a trainer, from beginning to end
     trainer.py            Lightning's trainer with the callbacks that a config asks for

@@ -4,6 +4,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
+import shutil
 import signal
 import threading
 import time
@@ -25,6 +27,7 @@ from ldm.data.contact_sheet import save_grid
 from ldm.data.images import from_tensor
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.encoders.prompts import PromptEncoder
+from ldm.training.input_files import INPUTS, describe_inputs
 from ldm.training.run_record import describe_machine
 from ldm.util import has_trainable_parameters
 
@@ -32,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class SetupCallback(pl.Callback):
-    """Write the configs of a run, and a description of its machine, into the log folder when training starts.
+    """Write the configs of a run, and descriptions of its machine and its files, into the log folder when it starts.
 
     Args:
         resume: the run that is continued, if any; kept for the LDM family's scripts.
@@ -58,12 +61,46 @@ class SetupCallback(pl.Callback):
         lightning = {"lightning": self.lightning_config}
         for name, section in (("project", self.config), ("lightning", lightning)):
             write_atomically(self.cfgdir / f"{self.now}-{name}.yaml", _config_writer(OmegaConf.create(section)))
-        machine = json.dumps(describe_machine(pl_module.device)) + "\n"
-        write_atomically(self.cfgdir / f"{self.now}-machine.json", lambda path: path.write_text(machine))
+        for name, record in (("machine.json", describe_machine(pl_module.device)),
+                             (INPUTS, describe_inputs(OmegaConf.create(self.config)))):
+            write_atomically(self.cfgdir / f"{self.now}-{name}", _json_writer(record))
 
 
 def _config_writer(config: DictConfig) -> Callable[[Path], None]:
     return lambda path: OmegaConf.save(config, path)
+
+
+def _json_writer(record: Mapping[str, Any]) -> Callable[[Path], Any]:
+    return lambda path: path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+class KeepEarlierState(pl.Callback):
+    """Keep the log folder of a resumed run as it was, in its folder earlier/, before a session that differs from it.
+
+    The copy can be resumed by itself. It takes hardly any room: files are hard links where the disk has them, since
+    every file of a run is replaced by another and never changed.
+
+    Args:
+        folder: the log folder.
+        now: date and time, the name of the copy.
+    """
+
+    NOT_COPIED = ("earlier", "tensorboard")
+
+    def __init__(self, folder: Path, now: str) -> None:
+        self.folder, self.copy = folder, folder / "earlier" / now
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        shutil.copytree(self.folder, self.copy, copy_function=_link_or_copy,
+                        ignore=shutil.ignore_patterns(*self.NOT_COPIED))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # of a disk without hard links
+        shutil.copy2(source, target)
 
 
 class ImageLogger(pl.Callback):

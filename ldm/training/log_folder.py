@@ -2,22 +2,17 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
-import torch
-
-from ldm.checkpoints.pickled import UNREADABLE
+from ldm.checkpoints.header import read_header
 from ldm.common.errors import UserError
 from ldm.common.paths import check_folder, user_path
+from ldm.training.early_checks import OTHER_CHECKPOINT, check_resume_file, check_run_state
 from ldm.training.options import TrainingOptions
-
-STATE_KEYS = ("state_dict", "optimizer_states", "global_step", "pytorch-lightning_version")
 
 
 @dataclass(frozen=True)
@@ -108,12 +103,10 @@ def steps_taken(path: Path) -> int:
     Raises:
         UserError: the file is not a complete checkpoint of a training run.
     """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about files that are no checkpoints
-            state = torch.load(path, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, *UNREADABLE):
-        raise UserError(f"--resume {path}: cut off or no checkpoint; name another one of the run's checkpoints/, "
-                        "or train anew") from None
-    if not isinstance(state, dict) or any(name not in state for name in STATE_KEYS):
-        raise UserError(f"--resume {path}: holds no state of a training run; to start from weights use --actual_resume")
-    return int(state["global_step"])
+    check_resume_file(str(path))
+    header = read_header(path)
+    state = None if header is None else header.content
+    if not isinstance(state, Mapping):
+        raise UserError(f"--resume {path}: cut off or no checkpoint; {OTHER_CHECKPOINT}")
+    check_run_state(path, state)
+    return state["global_step"]

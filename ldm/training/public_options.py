@@ -30,11 +30,11 @@ def use_gpus(trainer: DictConfig) -> None:
     Args:
         trainer: the section `lightning.trainer`, which is changed.
     """
-    import torch
-
     gpus = trainer.pop("gpus", None)
     if gpus is None:
         return
+    import torch  # only now: without this setting nothing here needs it
+
     if torch.cuda.is_available():
         trainer.accelerator, trainer.devices = "gpu", str(gpus)
     else:

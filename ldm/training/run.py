@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -20,18 +19,20 @@ from pytorch_lightning.utilities import rank_zero_only
 from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.common.errors import FileNotWritten, MemoryShortage, UserError, is_out_of_memory
 from ldm.common.paths import quote_command
+from ldm.inference.model_config import image_size, inference_defaults, latent_size
+from ldm.inference.notices import warn_about_photos
+from ldm.training.callbacks import KeepEarlierState
 from ldm.training.concept_callbacks import ConceptSaver
-from ldm.training.config import read_config
-from ldm.training.log_folder import ResumePoint, find_resume_point, log_folder, new_log_folder
+from ldm.training.log_folder import ResumePoint, log_folder
 from ldm.training.next_command import generation_command
 from ldm.training.options import TrainingOptions
+from ldm.training.plan import RunPlan, plan_run
 from ldm.training.trainer import make_trainer, restored_torch_settings
 from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SECONDS_FORMAT = "%Y-%m-%dT%H-%M-%S"
 
 
 @dataclass(frozen=True)
@@ -55,46 +56,37 @@ def train(options: TrainingOptions) -> FinishedRun | None:
     Raises:
         UserError: a config, a file or a value cannot be used, memory or disk space runs out, or a concept diverged.
     """
+    return carry_out(plan_run(options))
+
+
+def carry_out(plan: RunPlan) -> FinishedRun | None:
+    """Train what `plan_run` has planned. Return None if its options say not to train.
+
+    Raises:
+        UserError: as `train`.
+    """
     _silence_libraries()
-    start = datetime.datetime.now()
-    resumed = find_resume_point(options.resume) if options.resume else None
-    if resumed is not None:
-        options = replace(options, configs=(*resumed.configs, *options.configs))
-        if not options.configs:
-            raise UserError(f"--resume {options.resume}: {resumed.folder} has no configs/*.yaml of its run; name its "
-                            "config with --base")
-    if resumed is not None:
-        folder_path = resumed.folder
-    else:  # checked first, since it costs nothing
-        folder_path = new_log_folder(options, start.strftime(SECONDS_FORMAT)) if options.configs else Path()
-    config = read_config(options)
-    _check_steps_left(options, config, resumed)
+    options, config, resumed = plan.options, plan.config, plan.resumed
     pl.seed_everything(config.lightning.seed, workers=True, verbose=False)
     trainer: pl.Trainer | None = None
 
     def has_started() -> bool:
         return trainer is not None and trainer.global_step > 0
 
-    with (restored_torch_settings(), _open_log_folder(folder_path, resumed, has_started) as folder,
+    with (restored_torch_settings(), _open_log_folder(plan.folder, resumed, has_started) as folder,
           _explained_shortages(config, Path(folder))):
-        now = start.strftime(f"{SECONDS_FORMAT}.%f")  # a run may be resumed within the second
-        trainer = make_trainer(config, Path(folder), now)
+        trainer = make_trainer(config, Path(folder), plan.now)
         data, model = _build(config, trainer)
         _set_learning_rate(model, config, trainer, options.scale_lr)
         if not options.train:
             log.info("model and data are ready; with '-t false' that is all")
             return None
+        if plan.differs:
+            trainer.callbacks.insert(0, KeepEarlierState(plan.folder, plan.now))
         if resumed:
             trainer.ckpt_path = str(resumed.checkpoint)  # the model reads it while it prepares itself
         trainer.fit(model, data, weights_only=True)
         return _finish(trainer, model)
-
-
-def _check_steps_left(options: TrainingOptions, config: DictConfig, resumed: ResumePoint | None) -> None:
-    max_steps = config.lightning.trainer.get("max_steps", -1)
-    if resumed and 0 <= max_steps <= resumed.steps:
-        raise UserError(f"--resume {options.resume}: has taken {resumed.steps} steps of {max_steps}; "
-                        "to continue, give more with --max_steps")
 
 
 def _open_log_folder(folder_path: Path, resumed: ResumePoint | None, has_started: Callable[[], bool]
@@ -140,6 +132,7 @@ def _build(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataMod
     data = instantiate_from_config(config.data)
     _check_type("data", data, pl.LightningDataModule)
     data.setup()
+    _warn_about_photos(config, data)
     with DeferredInit():
         model = instantiate_from_config({key: config.model[key] for key in ("target", "params") if key in config.model})
     _check_type("model", model, pl.LightningModule)
@@ -152,6 +145,16 @@ def _build(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataMod
     return data, model.to(device, memory_format=torch.channels_last)
 
 
+def _warn_about_photos(config: DictConfig, data: pl.LightningDataModule) -> None:
+    """Warn if a concept is to be learned from photos on a model that knows none."""
+    photos = getattr(data, "datasets", {}).get("train")
+    sizes = [photo.image.size for concept in (photos if isinstance(photos, list) else [photos])
+             for photo in getattr(concept, "photos", ())]
+    if sizes:
+        side = min(image_size(config, latent_size(config)))
+        warn_about_photos(inference_defaults(config), side, sizes)
+
+
 def _check_type(section: str, built: object, expected: type) -> None:
     if not isinstance(built, expected):
         raise UserError(f"config: {section}.target must name a {expected.__name__}, not a {type(built).__name__}")
@@ -162,10 +165,16 @@ def _set_learning_rate(model: pl.LightningModule, config: DictConfig, trainer: p
     rate = config.model.get("base_learning_rate")
     if rate is None:
         return
+    factors = ""
     if scale:
-        rate *= trainer.num_devices * config.data.params.batch_size * trainer.accumulate_grad_batches
+        devices, batch, accumulated = (trainer.num_devices, config.data.params.batch_size,
+                                       trainer.accumulate_grad_batches)
+        factors = (f" = base_learning_rate {rate:.2e} x {devices} device{'' if devices == 1 else 's'} x batch size "
+                   f"{batch} x {accumulated} accumulated batch{'' if accumulated == 1 else 'es'} (--scale_lr false "
+                   "leaves the factors out)")
+        rate *= devices * batch * accumulated
     model.learning_rate = rate
-    log.info("learning rate %.2e", rate)
+    log.info("learning rate %.2e%s", rate, factors)
 
 
 def _finish(trainer: pl.Trainer, model: pl.LightningModule) -> FinishedRun:
@@ -186,5 +195,5 @@ def _silence_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     for message in (".*does not have many workers.*", ".*tensorboardX.*", ".*Checkpoint directory.*",
                     ".*isinstance.treespec.*", ".*`LeafSpec`.*", ".*in eval mode at the start of training.*",
-                    ".*have no `val_dataloader`.*"):
+                    ".*have no `val_dataloader`.*", ".*dirpath has changed.*"):
         warnings.filterwarnings("ignore", message=message)

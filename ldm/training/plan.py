@@ -1,0 +1,67 @@
+"""Plan a run from its options: what is checked before torch is imported, weights are loaded or files are written."""
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ldm.common.errors import UserError
+from ldm.training.config import read_config
+from ldm.training.log_folder import ResumePoint, find_resume_point, new_log_folder
+from ldm.training.options import TrainingOptions
+from ldm.training.resuming import check_same_run, config_of_run
+
+SECONDS_FORMAT = "%Y-%m-%dT%H-%M-%S"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run whose options are checked.
+
+    Attributes:
+        options: its options.
+        config: its config.
+        folder: the log folder; for a new run one that does not exist yet, or with a number after it if it does.
+        now: date and time in the names of the session's files.
+        resumed: the run that it continues, if any.
+        differs: whether it differs from that run, and goes on nevertheless.
+    """
+
+    options: TrainingOptions
+    config: DictConfig
+    folder: Path
+    now: str
+    resumed: ResumePoint | None = None
+    differs: bool = False
+
+
+def plan_run(options: TrainingOptions) -> RunPlan:
+    """Read the config of a run and compare it with that of the run that it continues, if any. Writes nothing.
+
+    Raises:
+        UserError: a file or a value cannot be used, or the run differs from the one that it is to continue.
+    """
+    start = datetime.datetime.now()
+    now = start.strftime(f"{SECONDS_FORMAT}.%f")  # a run may be resumed within the second
+    if options.resume:
+        return _plan_to_resume(options, now)
+    # Checked first, since it costs nothing. Without a config there is no name, and reading it says so.
+    folder = new_log_folder(options, start.strftime(SECONDS_FORMAT)) if options.configs else Path()
+    return RunPlan(options, read_config(options), folder, now)
+
+
+def _plan_to_resume(options: TrainingOptions, now: str) -> RunPlan:
+    resumed = find_resume_point(options.resume)
+    own = config_of_run(resumed)
+    if own is None and not options.configs:
+        raise UserError(f"--resume {options.resume}: {resumed.folder} has no configs/*.yaml of its run; name its "
+                        "config with --base")
+    config = read_config(options, own)
+    differs = False if own is None else check_same_run(options, resumed, own, config)
+    max_steps = config.lightning.trainer.get("max_steps", -1)
+    if 0 <= max_steps <= resumed.steps:
+        raise UserError(f"--resume {options.resume}: is finished, it has taken {resumed.steps} steps of {max_steps}; "
+                        "to continue, give more with --max_steps")
+    return RunPlan(options, config, resumed.folder, now, resumed, differs)
