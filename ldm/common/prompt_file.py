@@ -61,22 +61,23 @@ def read_prompt_file(path: str | Path, label: str | None = None) -> list[FilePro
     return prompts
 
 
-def fill_slots(prompts: Sequence[str], placeholders: Sequence[str]) -> list[str]:
+def fill_slots(prompts: str | Sequence[str], placeholders: Sequence[str]) -> list[str]:
     """Return prompts with the placeholder of the only concept in place of each `{}`. "a" and "an" are adapted.
 
     Args:
-        prompts: with or without `{}`.
+        prompts: one or several, with or without `{}`.
         placeholders: those of all loaded concepts.
 
     Raises:
         UserError: a prompt has a `{}`, but there is no concept, or several.
     """
-    slotted = next((prompt for prompt in prompts if SLOT in prompt), None)
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    slotted = next((prompt for prompt in given if SLOT in prompt), None)
     if slotted is None:
-        return list(prompts)
+        return given
     if len(placeholders) != 1:
         loaded = "none is loaded; load one (--concept), or write a word in its place"
         if placeholders:
             loaded = f"{len(placeholders)} are loaded; write {' or '.join(placeholders)} in its place"
         raise UserError(f"the prompt {slotted!r} has a {SLOT}, which stands for the concept's word, but {loaded}")
-    return [replace_word(placeholders[0], SLOT, prompt) if SLOT in prompt else prompt for prompt in prompts]
+    return [replace_word(placeholders[0], SLOT, prompt) if SLOT in prompt else prompt for prompt in given]

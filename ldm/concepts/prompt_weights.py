@@ -194,8 +194,6 @@ def restore_mean(encoding: Tensor, weights: Tensor) -> Tensor:
 
     Where the weighted mean is zero or has the other sign, no number restores it sensibly, and the weights stay.
     """
-    import torch
-
     before = encoding.float().mean((1, 2))
     after = (encoding.float() * weights[..., None]).mean((1, 2))
     factor = before / after

@@ -1,10 +1,12 @@
 """Replace the settings of concepts for one run: bias, temperature and used layers."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ldm.common.errors import UserError
+from ldm.common.words import fold_word
 from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
 
 
@@ -30,6 +32,24 @@ def override_settings(concepts: Sequence[AnyConcept], biases: Sequence[float | N
     if all_layers:
         changed = _replace_setting(changed, "used_layers", [[]], flag="--all_layers")
     return changed
+
+
+def values_for_each(values: Any, concepts: Sequence[AnyConcept]) -> Any:
+    """Return values as a tuple; a mapping from placeholders becomes one value for each concept, None for the others.
+
+    Raises:
+        UserError: a placeholder is that of no concept.
+    """
+    if values is None or isinstance(values, tuple):
+        return values
+    if not isinstance(values, Mapping):
+        return tuple(values) if isinstance(values, list) else (values,)
+    by_word = {fold_word(word): value for word, value in values.items()}
+    words = [fold_word(concept.placeholder) for concept in concepts]
+    for word in by_word:
+        if word not in words:
+            raise UserError(f"no loaded concept is called {word}; loaded are {', '.join(words) or 'none'}")
+    return tuple(by_word.get(word) for word in words)
 
 
 def _replace_setting(concepts: Sequence[AnyConcept], name: str, values: Sequence[object], flag: str

@@ -33,12 +33,13 @@ from tqdm import tqdm
 
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
-from ldm.common.words import replace_word, replace_words, split_at_placeholders
+from ldm.common.prompt_file import SLOT
+from ldm.common.words import replace_word, spell_out, split_at_placeholders
 from ldm.concepts.concept import Concept
 from ldm.concepts.finetuned_concept import AnyConcept
+from ldm.concepts.prompt_weights import plain_text
 from ldm.concepts.settings import override_settings
 from ldm.data.images import crop_square, to_tensor
-from ldm.data.templates import SLOT
 from ldm.inference.model_config import InferenceDefaults
 from ldm.inference.requests import GenerationRequest, requests_for
 from ldm.inference.settings import AUTO, GenerationSettings
@@ -139,7 +140,7 @@ def prompts_about(concept: Concept, concepts: Iterable[Concept], prompts: Iterab
     words |= {other.placeholder: other.super_category for other in concepts if other is not concept}
     naming = [prompt for prompt in prompts if 0 in split_at_placeholders(prompt, list(words))]
     neutral = [replace_word(concept.placeholder, SLOT, prompt) for prompt in NEUTRAL]
-    return [replace_words(words, prompt) for prompt in list(dict.fromkeys([*naming, *neutral]))[:MAX_PROMPTS]]
+    return [spell_out(words, prompt) for prompt in list(dict.fromkeys([*naming, *neutral]))[:MAX_PROMPTS]]
 
 
 def find_biases(pipeline: ImagePipeline, settings: GenerationSettings, prompts: Sequence[str],
@@ -226,8 +227,7 @@ class BiasFinder:
     def sweep(self, concept: Concept, prompts: Sequence[str]) -> list[BiasTrial]:
         """Measure the prompts' images at each bias, in rising order, including the concept's own bias."""
         requests = requests_for(prompts, SEEDS)
-        texts = self.clip.embed_texts([replace_word(concept.super_category, concept.placeholder, request.prompt)
-                                       for request in requests])
+        texts = self.clip.embed_texts([self._plain(concept, request.prompt) for request in requests])
         references = self._embed(self.photos or self._generate(concept, _reference_requests(concept), self.biases[0]))
         trials = []
         biases = sorted({*self.biases, concept.bias})
@@ -237,6 +237,11 @@ class BiasFinder:
             cosines = (images * texts).sum(1), (images @ references.T).mean(1)
             trials.append(BiasTrial.of_images(bias, *(100 * each.double().numpy() for each in cosines), len(prompts)))
         return trials
+
+    def _plain(self, concept: Concept, prompt: str) -> str:
+        """Return a prompt in plain words, without weights."""
+        text = plain_text(prompt, [concept.placeholder]) if self.settings.prompt_weights else prompt
+        return spell_out({concept.placeholder: concept.super_category}, text)
 
     def _generate(self, concept: Concept, requests: Sequence[GenerationRequest], bias: float) -> list[Image.Image]:
         return list(self.pipeline.generate(requests, replace(self.settings, bias=bias), [concept]))

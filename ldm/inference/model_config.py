@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.common.errors import UserError
+from ldm.common.file_formats import check_config_file
 from ldm.common.paths import resolve_path
 from ldm.inference.settings import AUTO, GenerationSettings
 from ldm.sampling.samplers import sampler_class
@@ -36,6 +37,7 @@ class InferenceDefaults:
         evaluation_clip: folder or name of the CLIP that measures its images.
         segmenter: folder or hub name of a CLIPSeg that finds objects in its images.
         covariance: file of the covariance C of its text encoder; None: computed from default captions and cached.
+        domain: what its images show, if that is not the world of photos, such as "a small world of drawings".
     """
 
     guidance_scale: float = 6.0
@@ -44,6 +46,7 @@ class InferenceDefaults:
     evaluation_clip: str | None = None
     segmenter: str | None = None
     covariance: str | None = None
+    domain: str | None = None
 
 
 def read_model_config(path: str | Path) -> DictConfig:
@@ -96,8 +99,11 @@ def _section_beside(checkpoint: str | Path | None) -> Any:
 
 
 def _read_yaml(path: str | Path) -> Any:
+    found = resolve_path(path)
+    if found.exists():
+        check_config_file(found)
     try:
-        return OmegaConf.load(resolve_path(path))
+        return OmegaConf.load(found)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as a config ({' '.join(str(error).split())[:200]})") from None
 

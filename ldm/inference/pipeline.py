@@ -15,11 +15,12 @@ from torch import Generator, Tensor
 from ldm.checkpoints.load import load_model
 from ldm.common.errors import MemoryShortage, UserError
 from ldm.common.paths import resolve_path
+from ldm.common.prompt_file import fill_slots
 from ldm.common.words import fold_word
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.fingerprint import check_base
-from ldm.concepts.prompt_checks import check_placeholders, warn_unknown_words, warn_unused_concepts
-from ldm.concepts.settings import override_settings
+from ldm.concepts.prompt_checks import check_prompts
+from ldm.concepts.settings import override_settings, values_for_each
 from ldm.concepts.storage import read_concepts
 from ldm.data.images import from_tensor
 from ldm.inference.encoding import (
@@ -39,9 +40,10 @@ from ldm.inference.model_config import (
     model_setting,
     read_model_config,
 )
+from ldm.inference.notices import tell_about_prompts, tell_about_strength, warn_about_photos, warn_about_size
 from ldm.inference.precision import sixteen_bit_type, uses_sixteen_bits
 from ldm.inference.requests import GenerationRequest, requests_for, seeds_for
-from ldm.inference.settings import AUTO, GenerationSettings, as_tuple
+from ldm.inference.settings import AUTO, GenerationSettings
 from ldm.inference.source_image import ImageLike, SourceImage, StartingLatents
 from ldm.sampling.samplers import sampler_class
 from ldm.util import pick_device
@@ -49,7 +51,6 @@ from ldm.util import pick_device
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"  # in a model's folder
-IMG2IMG_STRENGTH, INPAINT_STRENGTH = 0.75, 1.0
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,20 @@ class PerfusionPipeline:
 
     @classmethod
     def from_config(cls, config: str | Path | DictConfig, checkpoint: str | Path | None = None,
-                    device: str | torch.device | None = None, precision: str | None = None) -> PerfusionPipeline:
+                    device: str | torch.device | None = None, precision: str | None = None,
+                    vae: str | Path | None = None, text_encoder: str | Path | None = None) -> PerfusionPipeline:
         """Load the model that a config describes, with the weights of `checkpoint` or of its own `ckpt_path`.
+
+        Args:
+            vae, text_encoder: file or folder to take the first stage or the text encoder from instead.
 
         Raises:
             UserError: the config, the weights or the device cannot be used.
         """
         described = config if isinstance(config, DictConfig) else read_model_config(config)
         where = device if isinstance(device, torch.device) else pick_device(device)
-        pipeline = cls(load_model(described, checkpoint, where), described, precision, accelerate=True)
+        model = load_model(described, checkpoint, where, vae, text_encoder)
+        pipeline = cls(model, described, precision, accelerate=True)
         if checkpoint is not None:
             pipeline.checkpoint, pipeline.defaults = checkpoint, inference_defaults(described, checkpoint)
         return pipeline
@@ -201,7 +207,8 @@ class PerfusionPipeline:
                  height: int | None = None, width: int | None = None,
                  bias: float | str | Sequence[float | str | None] | Mapping[str, float | str] | None = None,
                  temperature: float | Sequence[float | None] | Mapping[str, float] | None = None,
-                 global_locking: bool = False, all_layers: bool = False, image: ImageLike | None = None,
+                 global_locking: bool = False, all_layers: bool = False, prompt_weights: bool = True,
+                 image: ImageLike | None = None,
                  strength: float | None = None, mask_image: ImageLike | None = None, mask_border: int | None = None,
                  batch_size: int | None = None, progress: bool = False) -> PipelineOutput:
         """Generate images from prompts, in which placeholders stand for loaded concepts.
@@ -223,6 +230,7 @@ class PerfusionPipeline:
             temperature: tau, likewise: how softly the gate opens.
             global_locking: lock the keys of the whole prompt to the super-category.
             all_layers: use the learned target outputs of all layers.
+            prompt_weights: weight words by "(word:1.3)", "((word))" and "[word]"; False: read these literally.
             image: an image or a file to start from (img2img).
             strength: above 0 and up to 1; higher keeps less of `image`. None: 0.75, or 1 with a mask.
             mask_image: white where `image` is regenerated (inpainting).
@@ -233,15 +241,17 @@ class PerfusionPipeline:
         Raises:
             UserError: a prompt is too long or names a concept that is not loaded, or a setting cannot be used.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        requests = requests_for(prompts, seeds_for(len(prompts), num_images, seed, generator), negative_prompt)
+        words = [concept.placeholder for concept in self.concepts]
+        prompts, negatives = fill_slots(prompt, words), fill_slots(negative_prompt, words)
+        requests = requests_for(prompts, seeds_for(len(prompts), num_images, seed, generator), negatives)
         settings = self.complete(GenerationSettings(
-            num_inference_steps, guidance_scale, sampler, eta, height, width, self._for_each(bias),
-            self._for_each(temperature), global_locking, all_layers))
+            num_inference_steps, guidance_scale, sampler, eta, height, width,
+            values_for_each(bias, self.concepts), values_for_each(temperature, self.concepts), global_locking,
+            all_layers, prompt_weights))
         settings = self.resolve_auto_bias(settings, prompts)
         source = self._source(image, strength, mask_image, mask_border, settings)
         images = self.generate(requests, settings, source=source, batch_size=batch_size, progress=progress)
-        self.warn_about(requests)
+        self.warn_about(requests, settings, source)
         return PipelineOutput(list(images), requests, settings)
 
     def generate(self, requests: Sequence[GenerationRequest], settings: GenerationSettings | None = None,
@@ -272,8 +282,8 @@ class PerfusionPipeline:
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} must be 1 or more")
         prompts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
-        check_placeholders(prompts, [concept.placeholder for concept in chosen])
-        encoded = self.encode(prompts, chosen, settings.global_locking)
+        check_prompts(prompts, [concept.placeholder for concept in chosen], settings.prompt_weights)
+        encoded = self.encode(prompts, chosen, settings.global_locking, settings.prompt_weights)
         self._accelerate_for(chosen)
         start = None if source is None else source.encode(self.model, self.latent_size(settings))
         images = self._images(encoded, requests, settings, start, batch_size, progress)
@@ -287,10 +297,10 @@ class PerfusionPipeline:
         """
         return complete_settings(settings, self.config, self.defaults)
 
-    def encode(self, prompts: Sequence[str], concepts: Sequence[AnyConcept], global_locking: bool = False
-               ) -> EncodedPrompts:
+    def encode(self, prompts: Sequence[str], concepts: Sequence[AnyConcept], global_locking: bool = False,
+               prompt_weights: bool = True) -> EncodedPrompts:
         """Encode prompts under the edit of concepts, which keep their own settings; see `encode_prompts`."""
-        return encode_prompts(self.prompt_encoder(concepts), prompts, global_locking)
+        return encode_prompts(self.prompt_encoder(concepts), prompts, global_locking, prompt_weights)
 
     def prompt_encoder(self, concepts: Sequence[AnyConcept]) -> AnyPromptEncoder:
         """Return the encoder of prompts with these concepts. The last encoder is cached."""
@@ -339,23 +349,16 @@ class PerfusionPipeline:
 
         return replace(settings, bias=find_biases(self, settings, prompts, clip, photos))
 
-    def warn_about(self, requests: Sequence[GenerationRequest]) -> None:
-        """Warn about loaded concepts that no prompt names, and about words that the text encoder does not know."""
-        placeholders = [concept.placeholder for concept in self.concepts]
-        prompts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
-        warn_unused_concepts(prompts, placeholders)
-        warn_unknown_words(self.model.cond_stage_model, prompts, placeholders)
-
-    def _for_each(self, values: Any) -> Any:
-        """Return values as a tuple. A mapping from placeholders becomes one value for each loaded concept."""
-        if not isinstance(values, Mapping):
-            return as_tuple(values)
-        by_word = {fold_word(word): value for word, value in values.items()}
-        words = [fold_word(concept.placeholder) for concept in self.concepts]
-        for word in by_word:
-            if word not in words:
-                raise UserError(f"no loaded concept is called {word}; loaded are {', '.join(words) or 'none'}")
-        return tuple(by_word.get(word) for word in words)
+    def warn_about(self, requests: Sequence[GenerationRequest], settings: GenerationSettings,
+                   source: SourceImage | None = None) -> None:
+        """Log what is not obvious about a run, or beyond what the model knows; see `ldm.inference.notices`."""
+        tell_about_prompts(self.model.cond_stage_model, self.concepts, requests, settings.prompt_weights)
+        if source is not None:
+            tell_about_strength(source.strength, settings)
+        if self.config is not None:
+            warn_about_size(self.config, settings)
+            sizes = [] if source is None else [source.original_size]
+            warn_about_photos(self.defaults, min(self.image_size), sizes)
 
     # Steps of `generate`
 
@@ -385,14 +388,8 @@ class PerfusionPipeline:
             if (strength, mask_image, mask_border) != (None, None, None):
                 raise UserError("strength and mask_image act on an image; give one to start from")
             return None
-        if mask_image is None and mask_border is not None:
-            raise UserError("mask_border acts on a mask_image; give one")
-        if mask_border is not None and mask_border < 0:
-            raise UserError(f"mask_border {mask_border} must be 0 or more")
-        default = IMG2IMG_STRENGTH if mask_image is None else INPAINT_STRENGTH
         height, width = image_size(self._known_config(), self.latent_size(settings))
-        source = SourceImage.load(image, (width, height), default if strength is None else strength)
-        return source if mask_image is None else source.with_mask(source.read_mask(mask_image), border=mask_border)
+        return SourceImage.load_with_mask(image, (width, height), strength, mask_image, mask_border)
 
     def _known_config(self) -> DictConfig:
         if self.config is None:

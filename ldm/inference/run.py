@@ -14,8 +14,9 @@ import torch
 from omegaconf import DictConfig
 
 from ldm.common.errors import UserError
+from ldm.common.prompt_file import fill_slots
 from ldm.concepts.finetuned_concept import AnyConcept
-from ldm.concepts.prompt_checks import check_placeholders
+from ldm.concepts.prompt_checks import check_prompts
 from ldm.concepts.settings import override_settings
 from ldm.concepts.storage import read_concepts
 from ldm.data.images import load_folder
@@ -88,6 +89,7 @@ class PreparedRun:
         width, height = self.size
         return {**{name: value for name, value in settings.items() if value is not None}, "height": height,
                 "width": width, "config": model.config, "checkpoint": model.checkpoint,
+                **{part: path for part, path in (("vae", model.vae), ("text_encoder", model.text_encoder)) if path},
                 "concepts": concept_metadata(self.concepts)}
 
     def load_pipeline(self) -> PerfusionPipeline:
@@ -97,7 +99,8 @@ class PreparedRun:
             UserError: the weights are missing or do not fit.
         """
         model = self.options.model
-        pipeline = PerfusionPipeline.from_config(self.config, model.checkpoint, self.device, model.precision)
+        pipeline = PerfusionPipeline.from_config(self.config, model.checkpoint, self.device, model.precision,
+                                                 model.vae, model.text_encoder)
         pipeline.batch_size = self.options.batch_size
         pipeline.concepts = list(self.concepts)
         return pipeline
@@ -125,8 +128,11 @@ def prepare_run(options: GenerationOptions) -> PreparedRun:
     biases = settings.biases
     known = None if biases is None else [None if bias == AUTO else bias for bias in biases]
     concepts = override_settings(read_concepts(options.concepts), known, settings.temperatures, settings.all_layers)
+    placeholders = [concept.placeholder for concept in concepts]
+    options = replace(options, prompts=tuple(fill_slots(options.prompts, placeholders)),
+                      negative_prompts=tuple(fill_slots(options.negative_prompts, placeholders)))
     run = PreparedRun(options, config, concepts, settings.without_concept_settings(), device)
-    check_placeholders(run.texts, [concept.placeholder for concept in concepts])
+    check_prompts(run.texts, placeholders, settings.prompt_weights)
     _ = run.requests  # checks the negative prompts
     return _with_open_biases(run, settings) if biases and AUTO in biases else run
 
@@ -159,7 +165,7 @@ def generate_to_folder(options: GenerationOptions) -> OutputFolder:
     requests, folder = run.requests, OutputFolder(options.outdir, options.columns)
     images = pipeline.generate(requests, run.settings, source=source, progress=sys.stderr.isatty())
     describe_concepts(run.concepts)
-    pipeline.warn_about(requests)
+    pipeline.warn_about(requests, run.settings, source)
     metadata = {**run.metadata, **({} if source is None else _source_metadata(source, folder))}
     try:
         for request, image in zip(requests, images, strict=True):

@@ -23,6 +23,8 @@ class GenerationSettings:
         bias, temperature: beta and tau, one value for all concepts or a tuple with one for each. A bias may be "auto".
         global_locking: lock the keys of the whole prompt to the super-category, not only those of the concept's word.
         all_layers: use the learned target outputs of all layers, whatever the concepts' `used_layers` are.
+        prompt_weights: whether "(word:1.3)", "((word))" and "[word]" in prompts weight words
+            (`ldm.concepts.prompt_weights`); False: they are ordinary text.
     """
 
     num_inference_steps: int | None = None
@@ -35,6 +37,7 @@ class GenerationSettings:
     temperature: float | tuple[float | None, ...] | None = None
     global_locking: bool = False
     all_layers: bool = False
+    prompt_weights: bool = True
 
     @property
     def biases(self) -> tuple[float | str | None, ...] | None:
@@ -64,12 +67,15 @@ class ModelSettings:
         checkpoint: .ckpt, .safetensors or diffusers folder; None: the one that the config names.
         device: such as "cuda:1"; None: the fastest there is.
         precision: "full", "autocast" (sample in 16 bits), or None: autocast on CUDA, full elsewhere.
+        vae, text_encoder: file or folder to take the first stage or the text encoder from instead.
     """
 
     config: str
     checkpoint: str | None = None
     device: str | None = None
     precision: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
 
 
 @dataclass(frozen=True)

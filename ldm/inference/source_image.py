@@ -16,6 +16,7 @@ from ldm.data.masks import binarize_mask, dilate_mask, feather_mask, mask_to_ima
 
 log = logging.getLogger(__name__)
 
+IMG2IMG_STRENGTH, INPAINT_STRENGTH = 0.75, 1.0
 BORDER_SHARE = 32  # the default border is one in this many pixels of the shorter side
 ImageLike = Image.Image | str | Path
 
@@ -71,6 +72,28 @@ class SourceImage:
             used = "all of it" if part == photo.size else f"its middle, {part[0]}x{part[1]},"
             log.info("%s, %dx%d: %s is used, at %dx%d", name, *photo.size, used, *size)
         return cls(crop_and_resize(photo, *size), strength, name=name, original_size=photo.size)
+
+    @classmethod
+    def load_with_mask(cls, image: ImageLike, size: tuple[int, int], strength: float | None = None,
+                       mask: ImageLike | None = None, border: int | None = None) -> SourceImage:
+        """Load an image, and the mask of the part to regenerate if there is one.
+
+        Args:
+            image, size: as for `load`.
+            strength: None: 0.75, or 1 with a mask.
+            mask: white where the image is regenerated; None: everywhere.
+            border: width in pixels of the blend around the mask; None: 1/32 of the shorter side.
+
+        Raises:
+            UserError: a file cannot be read, or a number is out of range.
+        """
+        if mask is None and border is not None:
+            raise UserError("mask_border acts on a mask_image; give one")
+        if border is not None and border < 0:
+            raise UserError(f"mask_border {border} must be 0 or more")
+        default = IMG2IMG_STRENGTH if mask is None else INPAINT_STRENGTH
+        source = cls.load(image, size, default if strength is None else strength)
+        return source if mask is None else source.with_mask(source.read_mask(mask), border=border)
 
     def read_mask(self, mask: ImageLike) -> Tensor:
         """Return a mask (1, 1, H, W) of zeros and ones that is white where the image is to be regenerated.

@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ldm.common.errors import UserError
+from ldm.common.words import super_category_words
 
 NO_MASKS = "none"
 DEFAULT_SEED = 23
@@ -43,7 +44,7 @@ class TrainingOptions:
         embedding_manager_ckpt: vectors from which Textual Inversion starts.
 
     Raises:
-        UserError: an override is not of the form key=value.
+        UserError: an override is not of the form key=value, or a super-category is no plain words.
     """
 
     configs: tuple[str, ...] = ()
@@ -74,6 +75,8 @@ class TrainingOptions:
     embedding_manager_ckpt: str | None = None
 
     def __post_init__(self) -> None:
+        for words in self.super_category or ():
+            super_category_words(words)  # raises if it is none
         for override in self.overrides:
             if "=" not in override or override.startswith("-"):
                 raise UserError(f"{override}: neither a flag (see --help) nor a key=value override")
