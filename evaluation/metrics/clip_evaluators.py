@@ -16,7 +16,7 @@ from torchvision import transforms
 from ldm.common.paths import resolve_path
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.open_clip_folder import load_openclip
-from ldm.modules.encoders.clip_features import load_clip
+from ldm.modules.encoders.clip_features import load_clip, tokenize_texts
 
 BATCH_SIZE = 8
 LATENT_SHAPE = (4, 32, 32)  # of LDM's text-to-image model, which generates 256 pixels
@@ -48,9 +48,9 @@ class CLIPEvaluator:
         ])
 
     def tokenize(self, strings: Sequence[str] | str) -> Tensor:
-        """Return the tokens (B, N) of texts. Long texts are cut off."""
+        """Return the tokens (B, N) of texts. Long texts are cut off, with a warning."""
         texts = [strings] if isinstance(strings, str) else list(strings)
-        return open_clip.tokenize(texts, context_length=self.model.context_length).to(self.device)
+        return tokenize_texts(texts, self.model.context_length).to(self.device)
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor) -> Tensor:

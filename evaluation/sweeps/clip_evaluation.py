@@ -62,6 +62,7 @@ class Evaluation:
     def of_images(cls, images: Iterable[Image.Image], captions: Sequence[Caption], texts: Sequence[str],
                   scorer: ConceptScorer) -> Evaluation:
         """Score images of one size."""
+        scorer.references.clip.warn_of_long_texts(texts)
         return cls(captions, texts, scorer.score_all(images, texts), scorer)
 
     def estimates(self) -> dict[str, dict[str, Estimate]]:
@@ -134,7 +135,8 @@ def evaluate_concept(options: ClipEvalOptions) -> Evaluation:
 
     # Load the models.
     scorer = load_scorer(options.references, config, model.checkpoint, device, side, super_category)
-    pipeline = PerfusionPipeline.from_config(config, model.checkpoint, device, model.precision)
+    pipeline = PerfusionPipeline.from_config(config, model.checkpoint, device, model.precision, model.vae,
+                                             model.text_encoder)
 
     # Generate the images, and save them if asked to.
     seeds = options.samples.seeds

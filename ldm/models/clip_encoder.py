@@ -1,6 +1,7 @@
 """Embed images and texts with a CLIP of `transformers` or `open_clip`."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from ldm.modules.encoders.clip import tokenizer_folder
 from ldm.modules.encoders.openclip_activation import create_pretrained
 from ldm.modules.encoders.vocabulary import load_pretrained
 
+log = logging.getLogger(__name__)
+
 BATCH_SIZE = 256
 
 
@@ -31,6 +34,7 @@ class ClipEncoder:
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
         self.model = model.float().eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self._long: set[str] = set()  # texts that a warning has named as too long
 
     @classmethod
     def from_path(cls, path: str | Path, device: torch.device | str = "cpu") -> ClipEncoder:
@@ -85,10 +89,19 @@ class ClipEncoder:
         """Return the features (N, d) of images (N, 3, image_size, image_size) in [-1, 1]."""
         return unwrap_features(self.model.get_image_features(normalize_for_clip(images)))
 
+    @property
+    def max_length(self) -> int:
+        """Number of tokens of a text that the text tower reads, start and end tokens included."""
+        return self.model.config.text_config.max_position_embeddings
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, start and end tokens included, before it is truncated."""
+        return [len(tokens) for tokens in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+
     def text_features(self, texts: list[str]) -> Tensor:
         """Return the features (N, d) of texts. Long texts are truncated."""
-        longest = self.model.config.text_config.max_position_embeddings
-        encoded = self.tokenizer(texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=True,
+                                 return_tensors="pt")
         return unwrap_features(self.model.get_text_features(**encoded.to(self.device)))
 
     @torch.no_grad()
@@ -101,9 +114,24 @@ class ClipEncoder:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the embeddings (N, d) of texts. Long texts are truncated."""
+        """Return the embeddings (N, d) of texts. Long texts are truncated, and a warning tells how many."""
+        self.warn_of_long_texts(texts)
         return torch.cat([_normalize(self.text_features(list(texts[start:start + BATCH_SIZE])))
                           for start in range(0, len(texts), BATCH_SIZE)])
+
+    def warn_of_long_texts(self, texts: Sequence[str]) -> None:
+        """Log a warning with the number of texts that are longer than the text tower reads, each text once."""
+        # A token has at least one byte, so most texts need no tokenizer.
+        room = self.max_length - 2
+        new = [text for text in dict.fromkeys(texts) if len(text.encode()) > room and text not in self._long]
+        counts = self.token_counts(new) if new else []
+        long = [text for text, count in zip(new, counts, strict=True) if count > self.max_length]
+        if not long:
+            return
+        self._long.update(long)
+        shown = long[0] if len(long[0]) <= 60 else f"{long[0][:59]}…"
+        log.warning("warning: %d of %d texts are longer than the %d tokens that this CLIP reads, such as %r; their "
+                    "ends do not count", len(long), len(set(texts)), room, shown)
 
     def embed_classes(self, texts: Sequence[Sequence[str]], description: str = "classes") -> Tensor:
         """Return one embedding per class, (C, d): the mean of its texts' (Radford et al. 2021, Sec. 3.1.4).
@@ -127,6 +155,15 @@ class OpenClipEncoder(ClipEncoder):
     def image_features(self, images: Tensor) -> Tensor:
         settings = self.model.visual.preprocess_cfg
         return self.model.encode_image(normalize_for_clip(images, settings["mean"], settings["std"]))
+
+    @property
+    def max_length(self) -> int:
+        return self.tokenizer.context_length
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
+            return [len(self.tokenizer.encode(text)) + 2 for text in texts]
+        return [len(tokens) for tokens in self.tokenizer.tokenizer(list(texts), verbose=False)["input_ids"]]
 
     def text_features(self, texts: list[str]) -> Tensor:
         return self.model.encode_text(self.tokenizer(texts).to(self.device))

@@ -85,9 +85,10 @@ def test_the_library_of_a_folder_is_recognized(open_folder: Path) -> None:
 
 def test_names_of_weights_go_to_open_clip(monkeypatch: pytest.MonkeyPatch, open_folder: Path) -> None:
     names_given, model = [], ClipEncoder.from_path(open_folder).model
-    monkeypatch.setattr(open_clip, "create_model", lambda *names, device: names_given.append(names) or model)
+    monkeypatch.setattr(open_clip, "create_model", lambda *names, device, force_quick_gelu: names_given.append(
+        (*names, force_quick_gelu)) or model)
     found = ClipEncoder.from_path("RN50/openai")
-    assert names_given == [("RN50", "openai")] and isinstance(found, OpenClipEncoder)
+    assert names_given == [("RN50", "openai", True)] and isinstance(found, OpenClipEncoder)
 
 
 def test_a_failed_download_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch,

@@ -4,6 +4,7 @@ The public classes use OpenAI's package `clip`. These load the same weights, und
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import kornia
@@ -15,6 +16,8 @@ from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
 from ldm.modules.encoders.openclip_activation import create_pretrained
 from ldm.modules.encoders.prompts import AbstractEncoder, OnDeviceOfWeights
+
+log = logging.getLogger(__name__)
 
 IMAGE_SIZE = (224, 224)
 
@@ -41,7 +44,7 @@ class FrozenCLIPTextEmbedder(OnDeviceOfWeights, AbstractEncoder):
         self.requires_grad_(False).eval()
 
     def forward(self, text: Sequence[str] | str) -> Tensor:
-        features = self.model.encode_text(open_clip.tokenize(text, self.model.context_length).to(self.device))
+        features = self.model.encode_text(tokenize_texts(text, self.model.context_length).to(self.device))
         return nn.functional.normalize(features, dim=1) if self.normalize else features
 
     def encode(self, text: Sequence[str] | str) -> Tensor:
@@ -74,6 +77,17 @@ class FrozenClipImageEmbedder(OnDeviceOfWeights, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model.encode_image(self.preprocess(x))
+
+
+def tokenize_texts(texts: Sequence[str] | str, length: int) -> Tensor:
+    """Return the tokens (B, length) of texts, and log a warning with the number of those that are cut off."""
+    given = [texts] if isinstance(texts, str) else list(texts)
+    tokenizer = open_clip.SimpleTokenizer(context_length=length)
+    long = [text for text in given if len(text.encode()) > length - 2 and len(tokenizer.encode(text)) > length - 2]
+    if long:
+        log.warning("warning: %d of %d texts are longer than the %d tokens that this CLIP reads, such as %r; their "
+                    "ends are cut off", len(long), len(given), length - 2, long[0][:60])
+    return open_clip.tokenize(given, length)
 
 
 def load_clip(name: str) -> open_clip.CLIP:
