@@ -14,6 +14,7 @@ from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.lazy_imports import forward_names  # noqa: E402
 from ldm.common.paths import expand_home, resolve_path  # noqa: E402
+from ldm.common.words import super_category_words  # noqa: E402
 
 # The classes that Textual Inversion's public file of this name has.
 __getattr__ = forward_names(__name__, dict.fromkeys(
@@ -117,7 +118,8 @@ def check_references(options: argparse.Namespace) -> None:
 def reference_settings(options: argparse.Namespace) -> ReferenceSettings:
     """Return what the flags of `add_reference_flags` say."""
     masks = None if options.masks is None else str(resolve_path(options.masks))
-    return ReferenceSettings(str(resolve_path(options.photos)), masks, options.super_category, options.clip,
+    words = None if options.super_category is None else super_category_words(options.super_category)
+    return ReferenceSettings(str(resolve_path(options.photos)), masks, words, options.clip,
                              options.segmenter)
 
 

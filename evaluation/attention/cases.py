@@ -8,7 +8,7 @@ from evaluation.attention.figure import AttentionRow
 from evaluation.attention.masked_attention import STEP_GROUPS
 from evaluation.attention.settings import MIN_STEPS, AttentionOptions
 from ldm.common.errors import UserError
-from ldm.common.words import fold_word, replace_words, split_at_placeholders
+from ldm.common.words import fold_word, spell_out, split_at_placeholders
 from ldm.concepts.concept import Concept
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.prompt_weights import parse_prompt
@@ -118,7 +118,7 @@ def first_placeholder(prompt: str, file: str, concepts: Sequence[AnyConcept]) ->
 
 def reference_prompt(prompt: str, concepts: Sequence[AnyConcept]) -> str:
     """Return the prompt with super-categories in place of concepts."""
-    return replace_words({concept.placeholder: concept.super_category for concept in concepts}, prompt)
+    return spell_out({concept.placeholder: concept.super_category for concept in concepts}, prompt)
 
 
 def _concept_case(options: AttentionOptions, file: str, label: str | None) -> AttentionCase:

@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from ldm.common.errors import UserError
+
 VOWELS = tuple("aeiou")
 ARTICLE = re.compile(r"\b(a)n? $", re.IGNORECASE)
 QUOTES = "'\"`‘’‚“”„«»"
@@ -153,17 +155,19 @@ def _adapt_article(before: str, new: str) -> str:
     return before[:article.start()] + article[1] + end
 
 
-def plain_words(text: str) -> str:
+def super_category_words(text: str) -> str:
     """Return the words of a super-category in plain form: "teddy_bear" and "'teddy bear'" are "teddy bear".
 
-    Other separators stay: `separator_in` finds them.
+    Raises:
+        UserError: a character separates words, as in "teddy|bear", which says nothing about one subject.
     """
-    return " ".join(compose(text).replace("_", " ").split()).strip(QUOTES + " ")
-
-
-def separator_in(text: str) -> str | None:
-    """Return the first character that separates several words in other tools, as in "teddy|bear", or None."""
-    return next((letter for letter in text if letter in SEPARATORS), None)
+    words = " ".join(compose(text).replace("_", " ").split()).strip(QUOTES + " ")
+    separator = next((letter for letter in words if letter in SEPARATORS), None)
+    if separator is not None:
+        example = " ".join(words.replace(separator, " ").split())
+        raise UserError(f"super-category {text!r}: {separator!r} separates no words here; give plain words for one "
+                        f"subject, such as \"{example}\", or one super-category for each concept")
+    return words
 
 
 def _any_word_pattern(words: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ldm.common.errors import UserError
-from ldm.common.words import compose, fold_word, plain_words, separator_in
+from ldm.common.words import compose, fold_word, super_category_words
 from ldm.concepts.placeholders import is_placeholder
 
 log = logging.getLogger(__name__)
@@ -38,13 +38,8 @@ def super_category_of_each(super_categories: Sequence[str], placeholders: Sequen
     if len(super_categories) not in (1, len(placeholders)):
         raise UserError(f"{len(super_categories)} super-categories ({', '.join(super_categories)}) for "
                         f"{len(placeholders)} concepts ({', '.join(placeholders)}); give one for all, or one each")
-    normalized = list(map(plain_words, super_categories))
+    normalized = list(map(super_category_words, super_categories))
     for given, words in zip(super_categories, normalized, strict=True):
-        separator = separator_in(words)
-        if separator:
-            example = " ".join(words.replace(separator, " ").split())
-            raise UserError(f"super-category {given!r}: {separator!r} separates no words here; give plain words for "
-                            f"one subject, such as \"{example}\", or one super-category for each concept")
         if words != " ".join(given.split()):
             log.info("super-category %r is read as %r", given, words)
     return normalized if len(normalized) > 1 else normalized * len(placeholders)
