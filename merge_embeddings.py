@@ -88,8 +88,8 @@ def merge_public_files(options: argparse.Namespace) -> None:
         raise UserError(f"{words[0]}: is a Textual Inversion embedding, {concepts[0]} a concept file; files of a kind "
                         "combine with each other only")
     if Path(options.output_path).suffix == CONCEPT_FILE:
-        raise UserError(f"--output_path {options.output_path}: Textual Inversion embeddings combine with each other only, "
-                        "to another one; call it .pt")
+        raise UserError(f"--output_path {options.output_path}: Textual Inversion embeddings combine with each other "
+                        "only, to another one; call it .pt")
     loaded = word_merging.load_words(options.manager_ckpts)
     words = [word for word, _ in loaded]
     tokenizer = word_merging.tokenizer_for(words, options.stable_diffusion)

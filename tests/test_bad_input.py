@@ -246,7 +246,7 @@ FOUND_IN_SETUP = [  # after Lightning has started, with the base model loaded
 ]
 RESUMED = [
     ("none", "no such log folder or checkpoint"), ("empty", "no checkpoint"), ("file", "cut off or no checkpoint"),
-    ("run_cut", "cut off"), ("run_void", "cut off"), ("run_text", "cut off"), ("run_hostile", "cut off"),
+    ("run_cut", "cut off"), ("run_void", "cut off"), ("run_text", "is a text file"), ("run_hostile", "holds no state"),
     ("run_weights", "--actual_resume"),
 ]
 
@@ -370,7 +370,7 @@ GENERATION = [
         ("cut", "copy or make it again"), ("newer", "concept format 4, this version reads up to 3; update it"),
         ("odd_word", "does not fit this model"), ("odd_input", "does not fit this model"),
         ("odd_layers", "does not fit this model"))),
-    (("--concept", "{here}/foreign.concept", "--prompt", "a <x>"), "was trained on 000000000000"),
+    (("--concept", "{here}/foreign.concept", "--prompt", "a <x>"), "which is another model; load the model it was trained on"),
     (("--concept", "{here}/file", "--prompt", "a <x>"), "safetensors file"),
     (("--concept", MINI, "--prompt", "a <x>"), "not a concept"),
     ((*CONCEPT, "--prompt", "a <my-cat>"), "no loaded concept has that word; loaded are <my-teddy>"),

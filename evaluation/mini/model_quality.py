@@ -74,7 +74,8 @@ class BaseModelEvaluator:
     @functools.cached_property
     def pipeline(self) -> PerfusionPipeline:
         model = self.settings.model
-        return PerfusionPipeline.from_config(self.config, model.checkpoint, self.device, model.precision)
+        return PerfusionPipeline.from_config(self.config, model.checkpoint, self.device, model.precision,
+                                            model.vae, model.text_encoder)
 
     @functools.cached_property
     def recognizer(self) -> SceneRecognizer:

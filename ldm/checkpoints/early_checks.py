@@ -11,7 +11,7 @@ from typing import Any
 from ldm.checkpoints.absent_parts import FIRST_STAGE, TEXT_ENCODER, UNET, absence_message
 from ldm.checkpoints.families import context_width, identify_family
 from ldm.checkpoints.header import Header, read_header
-from ldm.checkpoints.other_kinds import RUN, Family, Role, identify_pickled
+from ldm.checkpoints.other_kinds import RUN, Family, Role, describe_unusable, identify_pickled
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
 
@@ -83,7 +83,7 @@ def check_checkpoint(flag: str, path: str | Path, config: Mapping[str, Any] | No
     if header is None or family is None:
         return
     if family.role not in (Role.BASE, Role.PART):
-        raise UserError(f"{flag} {path}: is {family.name}, not a base model; {family.advice}")
+        raise UserError(f"{flag} {path}: {describe_unusable(family)}")
     params = _model_params(config)
     if "unet_config" not in params:
         return
@@ -94,6 +94,26 @@ def check_checkpoint(flag: str, path: str | Path, config: Mapping[str, Any] | No
         raise UserError(f"{flag} {path}: does not fit this config, whose text encodings have {expected} numbers; it "
                         f"looks like {family.name}: {family.advice}")
     _check_parts(flag, path, params, header)
+
+
+def check_model_files(flag: str, checkpoint: str | Path | None, config: Mapping[str, Any],
+                      vae: str | Path | None = None, text_encoder: str | Path | None = None) -> None:
+    """Check, as `check_checkpoint` does, the file that a flag or the config itself names, and those of single parts.
+
+    Args:
+        config: the model's config as plain values.
+    """
+    params = dict(_model_params(config))
+    for name, own_flag, path in (("vae_path", "--vae", vae), ("text_encoder_path", "--text_encoder", text_encoder)):
+        path = path or params.get(name)
+        if path and not resolve_path(path).exists():
+            raise UserError(f"{own_flag} {path}: no such file or folder")
+        params[name] = path
+    in_config = params.get("ckpt_path")
+    if checkpoint is None and isinstance(in_config, str) and in_config:
+        flag, checkpoint = "model.params.ckpt_path", in_config
+    if checkpoint is not None:
+        check_checkpoint(flag, checkpoint, {"model": {"params": params}})
 
 
 def _check_parts(flag: str, path: str | Path, params: Mapping[str, Any], header: Header) -> None:

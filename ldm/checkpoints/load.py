@@ -20,7 +20,7 @@ from ldm.checkpoints.absent_parts import describe_absent_parts
 from ldm.checkpoints.averages import AVERAGES, averages_alone, complete_averages
 from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.checkpoints.families import identify_family
-from ldm.checkpoints.other_kinds import Role
+from ldm.checkpoints.other_kinds import Role, describe_unusable
 from ldm.checkpoints.parts import UNREAD_SUFFIXES, rename_text_encoder, replace_parts, select_part
 from ldm.checkpoints.pickled import printable
 from ldm.checkpoints.prediction import prediction_remedy, stated_prediction
@@ -138,7 +138,7 @@ def _describe_misfit(stored: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     """
     theirs, ours = (identify_family({key: value.shape for key, value in one.items()}) for one in (stored, required))
     if theirs is not None and theirs.role not in (Role.BASE, Role.PART) and theirs != ours:
-        return f"is {theirs.name}, not a base model; {theirs.advice}"
+        return describe_unusable(theirs)
     if not misfits and (absence := describe_absent_parts(missing, required, tensors)):
         return absence
     problems = (f"does not fit this config: {_list_keys(missing, 'missing')}, {_list_keys(unexpected, 'unexpected')}, "

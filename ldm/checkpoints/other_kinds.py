@@ -122,6 +122,12 @@ def first_match(shapes: Shapes, kinds: Iterable[tuple[Matches, Family]]) -> Fami
     return next((family for matches, family in kinds if matches(shapes)), None)
 
 
+def describe_unusable(family: Family) -> str:
+    """Say what a file is that cannot be loaded as a base model, and what to do."""
+    what = family.name if family.role is Role.OTHER else f"{family.name}, not a base model"
+    return f"is {what}; {family.advice}"
+
+
 def identify_pickled(content: object) -> Family | None:
     """Return what a pickled file is if its outer structure tells it, or None.
 

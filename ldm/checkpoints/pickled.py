@@ -63,13 +63,20 @@ def read_pickled(path: Path, stand_ins: Mapping[str, type] = MappingProxyType({}
         ignored = {name: _stand_in(name) for name in _training_state_in(path)} if in_zip else {}
         known = [(cls, name) for name, cls in {**ignored, **stand_ins}.items()]
         with safe_globals(known), warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
+            return _load(path, in_zip)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: is no checkpoint, or holds more than weights, which is not run; "
                         "download it again or convert it to .safetensors") from None
     except UNREADABLE as error:
         reason = printable(" ".join(str(error).split()) or type(error).__name__)
         raise UserError(f"{path}: cut off or no checkpoint ({reason}); copy or download it again") from None
+
+
+def _load(path: Path, in_zip: bool) -> Any:
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
+    with path.open("rb") as file:  # torch takes a file of this name for safetensors, whatever is in it
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def printable(text: str) -> str:

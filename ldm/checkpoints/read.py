@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.checkpoints.diffusers_folder import read_folder, under_own_names
-from ldm.checkpoints.other_kinds import identify_pickled
+from ldm.checkpoints.other_kinds import describe_unusable, identify_pickled
 from ldm.checkpoints.packed_tables import unpack_tables
 from ldm.checkpoints.pickled import read_pickled
 from ldm.checkpoints.wrappings import strip_wrappers, unwrap_weights
@@ -38,7 +38,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     content = read_pickled(path)
     family = identify_pickled(content)
     if family is not None:
-        raise UserError(f"{path}: is {family.name}, not a base model; {family.advice}")
+        raise UserError(f"{path}: {describe_unusable(family)}")
     weights = unwrap_weights(content, lambda value: isinstance(value, Tensor))
     if not weights:
         raise UserError(f"{path}: holds no weights; choose another file")

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.parser import float_in_range, int_in_range
+from ldm.checkpoints.early_checks import check_concept, check_model_files
+from ldm.cli.parser import add_part_flags, float_in_range, int_in_range
 from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT, check_folder, expand_home, resolve_path
+from ldm.common.prompt_file import read_prompt_file
 from ldm.inference.requests import SEED_LIMIT
 from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, ModelSettings, SourceSettings
 from ldm.sampling.samplers import SAMPLERS, describe_samplers
@@ -51,7 +53,11 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT",
                        help="one prompt or several, each in quotes")
     group.add_argument("--from-file", "--from_file", dest="from_file", type=expand_home, metavar="FILE",
-                       help="text file with one prompt per line; these come after those of --prompt")
+                       help="text file with one prompt per line; these come after those of --prompt. {} is the "
+                       "concept's word; lines such as [style], blank ones and those that start with # are left out")
+    group.add_argument("--no_prompt_weights", action="store_true",
+                       help="read (word:1.3), ((word)) and [word] literally; otherwise they weight words as in "
+                       "AUTOMATIC1111's web UI")
     group.add_argument("--negative_prompt", nargs="+", action="extend", default=[], metavar="TEXT",
                        help="what guidance steers away from, in place of the empty prompt; one for all prompts, or one "
                        "for each")
@@ -135,11 +141,26 @@ def add_model_flags(parser: argparse.ArgumentParser, outdir: str) -> None:
                        help="the base model's config (default: %(default)s)")
     group.add_argument("--ckpt", type=expand_home, metavar="FILE",
                        help=".safetensors, .ckpt or diffusers folder of the base model (default: the config's)")
+    add_part_flags(group)
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ... (default: the fastest there is)")
     group.add_argument("--precision", choices=("full", "autocast"),
                        help="autocast: sample in 16 bits, full: in 32 (default: autocast on cuda, full elsewhere)")
     group.add_argument("--outdir", type=expand_home, default=outdir, metavar="FOLDER",
                        help="folder to write to (default: %(default)s)")
+
+
+def check_base_model(options: argparse.Namespace) -> None:
+    """Raise UserError if the config is none, or the base model's file, by its header, is not one that fits it."""
+    config = resolve_path(options.config)
+    if not config.is_file():
+        raise UserError(f"--config {options.config}: no such file; those of this project are in "
+                        f"{PROJECT_ROOT / 'configs'}")
+    from omegaconf import OmegaConf  # --help need not wait for these
+
+    from ldm.inference.model_config import read_model_config
+
+    described = OmegaConf.to_container(read_model_config(config), resolve=False)
+    check_model_files("--ckpt", options.ckpt, described, options.vae, options.text_encoder)
 
 
 def check_flags(options: argparse.Namespace) -> None:
@@ -151,11 +172,9 @@ def check_flags(options: argparse.Namespace) -> None:
         raise UserError(f"{unused[0]} acts on learned concepts; name a file of one with --concept")
     if options.negative_prompt and options.scale == 1:
         raise UserError("--negative_prompt acts through guidance, and --scale 1 is none; raise --scale")
-    if options.ckpt is not None and not resolve_path(options.ckpt).exists():
-        raise UserError(f"--ckpt {options.ckpt}: no such file or folder")
-    if not resolve_path(options.config).is_file():
-        raise UserError(f"--config {options.config}: no such file; those of this project are in "
-                        f"{PROJECT_ROOT / 'configs'}")
+    check_base_model(options)
+    for concept in options.concept:
+        check_concept(concept)
     check_folder("--outdir", Path(options.outdir))
 
 
@@ -201,12 +220,13 @@ def generation_settings(options: argparse.Namespace) -> GenerationSettings:
         num_inference_steps=options.ddim_steps, guidance_scale=options.scale, sampler=options.sampler,
         eta=options.ddim_eta, height=flag("H"), width=flag("W"), bias=several("bias"),
         temperature=several("temperature"), global_locking=flag("global_locking", False),
-        all_layers=flag("all_layers", False))
+        all_layers=flag("all_layers", False), prompt_weights=not flag("no_prompt_weights", False))
 
 
 def model_settings(options: argparse.Namespace) -> ModelSettings:
     """Return the settings of the base model from the flags of `add_model_flags`."""
-    return ModelSettings(options.config, options.ckpt, options.device, options.precision)
+    return ModelSettings(options.config, options.ckpt, options.device, options.precision, options.vae,
+                         options.text_encoder)
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -215,20 +235,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     Raises:
         UserError: the file is missing, is not text or is empty, or there is no prompt at all.
     """
-    lines = [] if file is None else _read_lines(Path(file))
+    lines = [] if file is None else [line.text for line in read_prompt_file(file, f"--from-file {file}")]
     if not prompts and not lines:
         raise UserError('no prompt; give --prompt "a photo of a dog" or --from-file FILE')
     return [*(prompt.strip() for prompt in prompts), *lines]
-
-
-def _read_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"--from-file {path}: no such file; give a text file with one prompt per line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError):
-        raise UserError(f"--from-file {path}: not a text file in UTF-8; save it as one") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"--from-file {path}: no prompts in it; write one per line")
-    return lines

@@ -159,7 +159,7 @@ def check_same_family(concept: NamedConcept, other: NamedConcept) -> None:
     """Raise UserError if two concepts cannot be of one family of base models."""
     relation = _compare(known_samples(concept), known_samples(other))
     of_one_base = concept.base == other.base or concept.fits_any_base or other.fits_any_base
-    unrelated = relation is Relation.UNRELATED and not of_one_base
+    unrelated = not of_one_base and (relation is Relation.UNRELATED or concept.context_width != other.context_width)
     if unrelated or not _fit_together(concept.base_shapes(), other.base_shapes()):
         raise UserError(f"{concept.label} was trained on {base_label(concept)}, but {other.label} on "
                         f"{base_label(other)}; only concepts of one base model can be used together")
@@ -207,9 +207,8 @@ def _weights(text_layers: Mapping[str, TextLayer]) -> list[tuple[str, Tensor]]:
 def _label(fingerprint: str, name: str, width: int | None) -> str:
     if fingerprint in KNOWN_BASES:
         return KNOWN_BASES[fingerprint].name
-    family = "a model" if width is None else family_of_width(width).name
-    short = name or fingerprint[:12]
-    return f"{short}, {family}" if short else f"{family} (unknown)"
+    family = "an unknown model" if width is None else family_of_width(width).name
+    return f"{name}, {family}" if name else family
 
 
 def _compare(samples: str, others: str) -> Relation:

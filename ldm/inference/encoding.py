@@ -16,7 +16,7 @@ from ldm.concepts.prompt_weights import Prompt, check_syntax, parse_prompt, rest
 from ldm.inference.requests import GenerationRequest
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import PromptContext
-from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
+from ldm.modules.covariance import cached_covariance, load_covariance_for
 from ldm.modules.rank_one import invert_covariance
 
 PROMPTS_AT_A_TIME = 64  # encodings of a file of thousands of prompts would take gigabytes
@@ -103,7 +103,7 @@ def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance:
         if own is not None:
             return own()
         if covariance is not None:
-            return invert_covariance(load_covariance(resolve_path(covariance), encoder_fingerprint(encoder)))
+            return invert_covariance(load_covariance_for(resolve_path(covariance), encoder))
         return invert_covariance(cached_covariance(encoder))
 
     unet = model.model.diffusion_model

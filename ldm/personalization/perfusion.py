@@ -19,7 +19,7 @@ from ldm.concepts.prompt_encoder import ConceptPromptEncoder
 from ldm.concepts.trainable_concept import LOCKINGS, TrainableConcept
 from ldm.data.concept_photos import ConceptPhotos
 from ldm.modules.context import PromptContext
-from ldm.modules.covariance import cached_covariance, encoder_fingerprint, load_covariance
+from ldm.modules.covariance import cached_covariance, load_covariance_for
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.rank_one import PROJECTIONS, energy, invert_covariance
 from ldm.personalization.base import PersonalizationMethod
@@ -95,7 +95,7 @@ class Perfusion(PersonalizationMethod):
             if self.covariance is None:
                 covariance = cached_covariance(encoder)
             else:
-                covariance = load_covariance(resolve_path(self.covariance), encoder_fingerprint(encoder))
+                covariance = load_covariance_for(resolve_path(self.covariance), encoder)
             self._inverse_covariance = invert_covariance(covariance)
         self._inverse_covariance = self._inverse_covariance.to(self.device)
         return self._inverse_covariance

@@ -185,7 +185,7 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--concept", "{model_files}/teddy.safetensors", "--temperature", "0"), "0: must be above 0"),
     (("--concept", "{model_files}/teddy.safetensors", "--bias", "0.5", "0.6"), "2 values of bias for 1 concepts"),
     (("--concept", "{model_files}/base.safetensors"), "not a concept"),
-    (("--concept", "{model_files}/foreign.safetensors"), "was trained on 000000000000"),
+    (("--concept", "{model_files}/foreign.safetensors"), "which is another model; load the model it was trained on"),
     (("--bias", "0.7"), "--bias acts on learned concepts; .*--concept"),
     (("--plms", "--ddim_eta", "0.5"), "PLMS adds no noise"),
     (("--sampler", "heun", "--ddim_eta", "0.5"), "Heun adds no noise, so eta must be 0, not 0.5"),

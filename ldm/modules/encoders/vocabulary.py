@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ldm.checkpoints.packed_tables import unpack_tables
 from ldm.common.errors import UserError
+from ldm.common.file_formats import check_not_foreign
 from ldm.common.files import load_tensors
 
 
@@ -37,6 +38,8 @@ def load_pretrained(cls: Any, path: str | Path) -> Any:
         with no_progress_bar():
             model, report = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
     else:
+        for weights in Path(path).glob("*.bin"):
+            check_not_foreign(weights)
         model, report = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers and go on
