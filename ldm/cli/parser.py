@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -89,8 +90,19 @@ def check_text(arguments: Sequence[str]) -> None:
             argument.encode("utf-8")
         except UnicodeEncodeError:
             shown = argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            if "\ufffd" not in shown and argument in sys.argv[1:]:
+                _restart_in_utf8_mode()
             raise UserError(f"argument {ascii(shown)[:200]}: is not in UTF-8; rename the file, or type the text in a "
                             "terminal that uses UTF-8") from None
+
+
+def _restart_in_utf8_mode() -> None:
+    """Run this command again, in the same process, with Python's UTF-8 mode, unless it is on.
+
+    Without it, a terminal set to ASCII (LC_ALL=C) can name no file outside of ASCII.
+    """
+    if not sys.flags.utf8_mode:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
 
 
 class ShowTracebacks(argparse.Action):
