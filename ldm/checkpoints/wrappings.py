@@ -15,7 +15,7 @@ ROOTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "m
          "diffusion_model.", "input_blocks.", "concepts.")
 # What torch.compile, DataParallel and DistributedDataParallel put into the names of the modules that they wrap
 COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.)")
-PARALLEL = re.compile(r"^((?:model\.|model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.)?)module\.")
+PARALLEL = re.compile(r"^(model\.|model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.)module\.")
 
 
 def unwrap_weights(content: Any, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def check_resume_file(given: str) -> None:
         raise UserError(f"--resume {path}: is {what}, no state of a training run; to start from weights use "
                         "--actual_resume, to continue a run name its log folder")
     check_run_state(path, header.content)
+    if path.suffix == ".safetensors":  # torch would read it as such
+        raise UserError(f"--resume {path}: is a run's checkpoint under a wrong name; rename it to {path.stem}.ckpt")
 
 
 def check_run_state(path: Path, content: Mapping[Any, Any]) -> None:
