@@ -89,9 +89,10 @@ def check_text(arguments: Sequence[str]) -> None:
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError:
+            shown = argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             if "\ufffd" not in shown and argument in sys.argv[1:]:
                 _restart_in_utf8_mode()
-            raise UserError(f"argument {ascii(argument)[:200]}: is not in UTF-8; rename the file, or type the text in a "
+            raise UserError(f"argument {ascii(shown)[:200]}: is not in UTF-8; rename the file, or type the text in a "
                             "terminal that uses UTF-8") from None
 
 

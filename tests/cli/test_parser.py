@@ -89,7 +89,7 @@ def test_the_table_names_each_flag_once_and_only_flags_that_exist() -> None:
             assert known or re.match(r"(model|data|lightning)\.", answer), answer
 
 
-@pytest.mark.parametrize("argument", ["caf\udce9.ckpt", "--ckpt=\udcff", "\ud83d"])
+@pytest.mark.parametrize("argument", ["caf\udce9.ckpt", "--ckpt=\udcff"])
 def test_arguments_that_are_not_in_utf8(argument: str) -> None:
     for parser in (get_parser(), generation_parser()):
         message = refusal(parser, "--seed", "1", argument)
