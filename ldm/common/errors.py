@@ -30,6 +30,16 @@ class MemoryShortage(UserError):
     """The device has too little memory for what the user requested."""
 
 
+def brief_reason(error: Exception | str, limit: int = 200) -> str:
+    """Return a library's message in one line. A long one ends after a sentence or a word, never within an address."""
+    text = " ".join(str(error).split())
+    if len(text) <= limit:
+        return text
+    start = text[:limit + 1]
+    sentence, word = start.rfind(". ") + 1, start.rfind(" ")
+    return start[:sentence] if sentence > limit // 3 else f"{start[:max(word, 0)]} ..."
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether a library ran out of memory."""
     if isinstance(error, MemoryError):

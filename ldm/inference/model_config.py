@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, brief_reason
 from ldm.common.file_formats import check_config_file
 from ldm.common.paths import resolve_path
 from ldm.inference.settings import AUTO, GenerationSettings
@@ -105,7 +105,7 @@ def _read_yaml(path: str | Path) -> Any:
     try:
         return OmegaConf.load(found)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as a config ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{path}: not readable as a config ({brief_reason(error)})") from None
 
 
 def latent_size(config: DictConfig, height: int | None = None, width: int | None = None) -> tuple[int, int]:

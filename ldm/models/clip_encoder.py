@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, brief_reason
 from ldm.common.paths import resolve_path
 from ldm.models.clip_images import normalize_for_clip, unwrap_features
 from ldm.models.open_clip_folder import SETTINGS, load_openclip, silence_logging
@@ -56,7 +56,7 @@ class ClipEncoder:
             with silence_logging():
                 return cls._from_folder(folder, device) if local else cls._from_hub(str(path), device)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = brief_reason(error)
             raise UserError(f"CLIP {path}: cannot be loaded ({reason}); give a folder that holds one" if local else
                             f"CLIP {path}: not downloaded yet, and the download failed; check the name and the "
                             "network, or give a folder that holds one") from None

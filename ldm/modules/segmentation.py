@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, brief_reason
 from ldm.common.paths import resolve_path
 from ldm.data.masks import mask_to_image
 from ldm.modules.encoders.clip import tokenizer_folder
@@ -119,7 +119,7 @@ class ZeroShotSegmenter:
         except UserError as error:
             raise UserError(f"segmenter {error}; {remedy}") from None
         except Exception as error:  # files, network, formats: each library involved has its own exceptions
-            reason = " ".join(str(error).split())[:200]
+            reason = brief_reason(error)
             raise UserError(f"segmenter {path}: cannot be loaded ({reason}); {remedy}") from error
         segmenter.model.to(device)
         return segmenter

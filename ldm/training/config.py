@@ -10,7 +10,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.common.annotations import matches_type
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, brief_reason
 from ldm.common.file_formats import check_config_file
 from ldm.common.library_errors import OWN_PACKAGES
 from ldm.common.paths import resolve_path, user_path
@@ -124,7 +124,7 @@ def _parse(name: str, read: Callable[[], DictConfig | ListConfig]) -> DictConfig
     try:
         config = read()
     except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = brief_reason(error)
         raise UserError(f"{name}: not readable as a config ({reason})") from None
     if not isinstance(config, DictConfig):
         raise UserError(f"{name}: a config has keys with values at its top level")
@@ -135,7 +135,7 @@ def _merge(name: str, earlier: DictConfig, later: DictConfig) -> DictConfig:
     try:
         return OmegaConf.merge(earlier, later)
     except (OmegaConfBaseException, TypeError, ValueError) as error:  # such as a list in the place of keys
-        reason = " ".join(str(error).split())[:200]
+        reason = brief_reason(error)
         raise UserError(f"{name}: does not fit the config that it is to change ({reason})") from None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, brief_reason
 from ldm.common.paths import PROJECT_ROOT, resolve_path
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.modules.encoders.vocabulary import load_pretrained
@@ -131,7 +131,7 @@ def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel, bool]:
         model = load_pretrained(CLIPTextModel, version)  # first, since it retries least without a network
         return CLIPTokenizer.from_pretrained(version), model, False
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = brief_reason(error)
         raise UserError(f"text encoder {version!r} cannot be loaded ({reason}); give a local folder") from None
 
 

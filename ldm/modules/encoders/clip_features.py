@@ -12,7 +12,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, brief_reason
 from ldm.common.paths import resolve_path
 from ldm.modules.encoders.openclip_activation import create_pretrained
 from ldm.modules.encoders.prompts import AbstractEncoder, OnDeviceOfWeights
@@ -109,6 +109,6 @@ def load_clip(name: str) -> open_clip.CLIP:
     try:
         return create_pretrained(architecture, weights or None, require_pretrained=True).eval()
     except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = brief_reason(error)
         raise UserError(f"CLIP {name}: cannot be loaded ({reason}); give a folder that holds one, or the name of one "
                         "of OpenAI's, such as ViT-L/14") from None

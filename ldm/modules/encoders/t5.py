@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, brief_reason
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder
 from ldm.modules.encoders.prompts import AbstractEncoder, OnDeviceOfWeights
 
@@ -31,7 +31,7 @@ class FrozenT5Embedder(OnDeviceOfWeights, AbstractEncoder):
             self.tokenizer = AutoTokenizer.from_pretrained(version)
             self.transformer = T5EncoderModel.from_pretrained(version)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = brief_reason(error)
             raise UserError(f"text encoder {version!r} cannot be loaded ({reason}); give a local folder") from None
         self.max_length = max_length
         if freeze:

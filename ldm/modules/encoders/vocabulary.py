@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ldm.checkpoints.packed_tables import unpack_tables
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, brief_reason
 from ldm.common.file_formats import check_not_foreign
 from ldm.common.files import load_tensors
 
@@ -59,7 +59,7 @@ def load_packed(model: nn.Module, folder: str | Path, settings: str) -> None:
     try:
         model.load_state_dict(unpack_tables(load_tensors(Path(folder) / "model.safetensors")[0]))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = brief_reason(error)
         raise UserError(f"{folder}: its weights do not fit its {settings} ({reason}); copy it again") from None
 
 
