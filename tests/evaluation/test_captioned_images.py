@@ -1,6 +1,7 @@
 """Images with their prompts: placeholders put into plain words, and lists of captions as users write them."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,21 @@ def test_placeholders_become_super_categories() -> None:
     assert Caption("a <toy>", {"<toy>": "owl"}).text("cat") == "a cat"
     assert Caption("a <toy> and a {}").text("cat") == "a cat and a cat"
     assert Caption("a sks-2 next to a sks", {"sks": "owl", "sks-2": "mug"}).text(None) == "a mug next to an owl"
+
+
+def test_super_categories_beside_their_placeholders_are_written_once() -> None:
+    assert Caption("photo of a <new1> cat at a beach").text("cat") == "photo of a cat at a beach"
+    known = {"<my-teddy>": "teddy bear"}
+    assert Caption("a <my-teddy> teddy bear in the snow", known).text(None) == "a teddy bear in the snow"
+    assert Caption("a {} cat and two cats").text("cat") == "a cat and two cats"
+
+
+def test_weights_are_no_part_of_the_text() -> None:
+    caption = Caption("a (<my-teddy>:1.3) on the [beach]", {"<my-teddy>": "teddy bear"})
+    assert caption.text(None) == "a teddy bear on the beach"
+    assert replace(caption, prompt_weights=False).text(None) == "a (teddy bear:1.3) on the [beach]"
+    with pytest.raises(UserError, match="<lora:x:0.8>"):
+        Caption("a dog <lora:x:0.8>").text("cat")
 
 
 def test_images_that_are_not_listed_are_left_out(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

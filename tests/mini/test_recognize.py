@@ -123,3 +123,18 @@ def test_loading_a_folder_logs_nothing(open_folder: Path, caplog: pytest.LogCapt
 def test_a_folder_without_a_clip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         ClipEncoder.from_path(tmp_path)
+
+
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+def test_texts_that_are_cut_off_are_told_once(library: str, clip: ClipEncoder, open_folder: Path,
+                                              caplog: pytest.LogCaptureFixture) -> None:
+    is_open = library == "open_clip"
+    encoder = ClipEncoder.from_path(open_folder) if is_open else ClipEncoder(clip.model, clip.tokenizer)
+    room = encoder.max_length - 2
+    fits, long = " ".join(["cat"] * room), " ".join(["cat"] * (room + 1))
+    encoder.embed_texts([fits, "🦉" if room > 8 else "a"])
+    assert not caplog.messages
+    encoder.embed_texts([fits, long, long])
+    encoder.embed_texts([long])
+    (message,) = caplog.messages
+    assert f"1 of 2 texts are longer than the {room} tokens" in message

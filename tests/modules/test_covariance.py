@@ -334,7 +334,8 @@ def test_caption_files_are_read_line_by_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (None, "no such file"), (b"", "no captions"), (b"\n \n", "no captions"), (b"\xff\xfe\x00a", "not a UTF-8 text file"),
+    (None, "no such file"), (b"", "no captions"), (b"\n \n", "no captions"),
+    (b"\xff\xfe\x00a", "not a UTF-8 text file"),
     (b"PK\x03\x00\x00", "not a UTF-8 text file"),
 ])
 def test_invalid_caption_files_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:

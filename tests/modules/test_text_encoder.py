@@ -216,6 +216,18 @@ def test_prompts_that_are_too_long_are_refused(encoder: FrozenCLIPEmbedder) -> N
             encoder.tokenize([prompt], placeholders)
 
 
+def test_a_prompt_that_is_too_long_tells_the_vectors_of_placeholders(encoder: FrozenCLIPEmbedder) -> None:
+    with pytest.raises(UserError, match=r"has 27 tokens \(24 of them are vectors of placeholders\), but"):
+        encoder.tokenize(["a photo of <x> <y>"], ["<x>", "<y>"], [16, 8])
+
+
+def test_a_prompt_in_parts_is_tokenized_part_by_part(encoder: FrozenCLIPEmbedder) -> None:
+    joined, parts = encoder.tokenize(["a <x> teapot on", ["a <x>", " tea", "pot on"]], ["<x>"])
+    assert not torch.equal(joined, parts)
+    assert parts[1:5].tolist() == [*encoder.word_pieces("a"), len(encoder.token_table), *encoder.word_pieces("tea"),
+                                   *encoder.word_pieces("pot")][:4]
+
+
 def test_encoding_cuts_long_prompts_off_and_warns_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     encoder = FrozenCLIPEmbedder(str(folder), max_length=24)
     long = "a photo of " + "teddy bear " * 20

@@ -173,6 +173,20 @@ def test_equal_placeholders_are_renamed_and_prompts_come_from_a_file(
     assert "<teddy> is loaded, but its word does not occur in the prompt" in caplog.text
 
 
+@pytest.mark.slow
+def test_slots_and_files_of_the_evaluation_name_the_concept(
+    generate: Generate, model_files: ModelFiles, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("# mine\n[style]\na sketch of a {}\n", encoding="utf8")
+    generate("--concept", model_files.teddy, "--prompt", "a {} (in the snow)", "--from-file", tmp_path / "prompts.txt",
+             "--n_samples", 1, "--negative_prompt", "two {}")
+    metadata = [read_metadata(path) for path in image_paths(tmp_path / "out")]
+    assert [each["prompt"] for each in metadata] == ["a <teddy> (in the snow)", "a sketch of a <teddy>"]
+    assert metadata[0]["negative_prompt"] == "two <teddy>" and metadata[0]["prompt_weights"] is True
+    generate("--prompt", "a cat BREAK (a dog:1.3)", "--no_prompt_weights", "--n_samples", 1)
+    assert read_metadata(image_paths(tmp_path / "out")[-1])["prompt_weights"] is False
+
+
 MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--n_samples", "0"), "--n_samples: 0: must be 1 or more"),
     (("--n_samples", "two"), "'two' is not a whole number"),
@@ -180,6 +194,9 @@ MISTAKES: Sequence[tuple[tuple[str, ...], str]] = (
     (("--scale", "nan"), "nan: must be at least 0"),
     (("--ddim_eta", "1.5"), "must be at least 0 and at most 1"),
     (("--ddim_steps", "101"), "101 sampling steps: this model has 100"),
+    (("--prompt", "a {{}}"), r"'a \{\}' has a \{\}, which stands for the concept's word, but none is loaded"),
+    (("--prompt", "a dog <lora:foo:0.8>"), "has <lora:foo:0.8>, a tag of other tools"),
+    (("--prompt", "a [dog:cat:0.5]"), "prompt editing during sampling, which is not supported"),
     (("--H", "30"), "height 30: this model generates multiples of 4 pixels; the nearest is 32"),
     (("--W", "2"), "width 2: .* the nearest is 4"),
     (("--concept", "{model_files}/teddy.safetensors", "--temperature", "0"), "0: must be above 0"),
