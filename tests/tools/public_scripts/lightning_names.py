@@ -2,7 +2,7 @@
 
 | stand-in | because Lightning 2 |
 |---|---|
-| `rank_zero_only`, `DDPPlugin`, `TestTubeLogger` | has moved or dropped these names |
+| `DDPPlugin`, `TestTubeLogger` | has moved or dropped these names |
 | `WandbLogger` | needs the package wandb |
 | `Trainer.add_argparse_args`, `from_argparse_args`, `Trainer(gpus=...)`, `root_gpu` | leaves command lines to scripts |
 | `accept_new_calls` | calls hooks without `dataloader_idx` and `outputs` |
@@ -26,10 +26,8 @@ import PIL.Image
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from public_scripts.run import NUMBERS
-from public_scripts.stand_ins import _add_module
 
 STEPS = 2
 SEED = 23
@@ -42,7 +40,6 @@ OLD_HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_validation_batch_
 
 def install() -> None:
     """Give Lightning its old names back, and record what runs log."""
-    _add_module("pytorch_lightning.utilities.distributed", rank_zero_only=rank_zero_only)
     pl.plugins.DDPPlugin = argparse.Namespace
     pl.loggers.TestTubeLogger = pl.loggers.WandbLogger = QuietLogger
     PIL.Image.LINEAR = PIL.Image.Resampling.BILINEAR

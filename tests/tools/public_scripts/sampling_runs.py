@@ -132,6 +132,7 @@ PERSONALIZATION = (
               {"one.pt": embedding("clip", "*", 1, width=768), "two.pt": embedding("clip", "@", 1, seed=1, width=768)},
               clip_width=768, stand_ins=("public_scripts.embeddings:record_merged",)),
     PublicRun("inversion-clip-eval-import", INVERSION, str(HERE / "import_evaluators.py")),
+    PublicRun("inversion-clip-eval-our-file", INVERSION, str(HERE / "import_evaluators.py"), whole_checkout=True),
     PublicRun("dreambooth-stable-txt2img", DREAMBOOTH, "scripts/stable_txt2img.py",
               (*PROMPT, *MODEL, *SIZE, "--ddim_steps", "10"), model_files("inversion-sd1")),
     PublicRun("custom-sample-own-config", CUSTOM, "sample.py",

@@ -145,12 +145,12 @@ def watermark() -> None:
         def encode(self, image: numpy.ndarray, method: str) -> numpy.ndarray:
             return image
 
-    _add_module("imwatermark", WatermarkEncoder=WatermarkEncoder)
+    add_module("imwatermark", WatermarkEncoder=WatermarkEncoder)
     if importlib.util.find_spec("cv2") is None:
-        _add_module("cv2", COLOR_RGB2BGR=4, cvtColor=lambda image, code: image[:, :, ::-1])
+        add_module("cv2", COLOR_RGB2BGR=4, cvtColor=lambda image, code: image[:, :, ::-1])
 
 
-def _add_module(name: str, **content: Any) -> None:
+def add_module(name: str, **content: Any) -> None:
     module = ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     vars(module).update(content)
@@ -234,7 +234,7 @@ def old_lightning() -> None:
     """Add the names of Lightning 1 that the originals import."""
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-    _add_module("pytorch_lightning.utilities.distributed", rank_zero_only=rank_zero_only)
+    add_module("pytorch_lightning.utilities.distributed", rank_zero_only=rank_zero_only)
 
 
 def old_torch_load() -> None:
