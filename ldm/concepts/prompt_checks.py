@@ -16,7 +16,7 @@ from ldm.common.errors import UserError
 from ldm.common.words import fold_word, split_at_placeholders
 from ldm.concepts.concept import Concept
 from ldm.concepts.placeholders import PLACEHOLDER, find_placeholders
-from ldm.concepts.prompt_weights import check_syntax
+from ldm.concepts.prompt_weights import LITERALLY, check_syntax
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.modules.rank_one import energy
 
@@ -82,7 +82,7 @@ def check_prompts(prompts: Sequence[str], placeholders: Sequence[str], prompt_we
     """
     if prompt_weights:
         for prompt in prompts:
-            check_syntax(prompt, placeholders)
+            check_syntax(prompt, placeholders, LITERALLY)
     check_placeholders(prompts, placeholders)
 
 

@@ -39,6 +39,7 @@ TOKEN = re.compile(rf"""
   | (?P<text>[^()\[\]\\:]+|:)
 """, re.VERBOSE)
 LITERALLY = " (--no_prompt_weights reads prompts literally)"
+MAX_LISTED = 12  # weighted words in a line of the log
 BRACKETS = "write brackets that belong to the text as \\( \\), or read all literally (--no_prompt_weights)"
 UNSUPPORTED = (  # pattern, what it is, what to do
     (re.compile(r"<(?:lora|lyco|locon|hypernet|ti|embedding|wildcard)\s*:[^<>]*>", re.IGNORECASE),
@@ -75,24 +76,30 @@ def has_syntax(prompt: str) -> bool:
     return SYNTAX.search(prompt) is not None
 
 
-def check_syntax(prompt: str, placeholders: Sequence[str] = ()) -> None:
-    """Raise UserError if a prompt has syntax of other tools that is not supported, outside of placeholders."""
+def check_syntax(prompt: str, placeholders: Sequence[str] = (), hint: str = "") -> None:
+    """Raise UserError if a prompt has syntax of other tools that is not supported, outside of placeholders.
+
+    Args:
+        prompt: any prompt.
+        placeholders: those of the loaded concepts.
+        hint: end of the message, such as `LITERALLY`.
+    """
     if not has_syntax(prompt) and ":" not in prompt and "{" not in prompt:
         return
     plain = _without(prompt, placeholders)
     for pattern, meaning, remedy in UNSUPPORTED:
         found = pattern.search(plain)
         if found:
-            _refuse(prompt, f"{found[0].strip()}, {meaning}", remedy)
+            _refuse(prompt, f"{found[0].strip()}, {meaning}", remedy + hint)
     if plain == plain.upper():  # in a prompt of capitals, these are words
         return
     for word, meaning, remedy in KEYWORDS:
         if re.search(rf"\b{word}\b", plain):
-            _refuse(prompt, f"{word}, in other tools {meaning}", remedy)
+            _refuse(prompt, f"{word}, in other tools {meaning}", remedy + hint)
 
 
 def _refuse(prompt: str, problem: str, remedy: str) -> NoReturn:
-    raise UserError(f"the prompt {prompt!r} has {problem}, which is not supported; {remedy}{LITERALLY}")
+    raise UserError(f"the prompt {prompt!r} has {problem}, which is not supported; {remedy}")
 
 
 def parse_weights(prompt: str, placeholders: Sequence[str] = ()) -> list[WeightedText]:
@@ -156,7 +163,8 @@ def describe_weights(prompts: Sequence[str], placeholders: Sequence[str] = ()) -
             if part.weight != 1 and part.text.strip(" ,."):
                 weights.setdefault(part.text.strip(" ,."), part.weight)
     if weights:
-        listed = ", ".join(f"{text} {weight:.3g}" for text, weight in weights.items())
+        listed = ", ".join(f"{text} {weight:.3g}" for text, weight in list(weights.items())[:MAX_LISTED])
+        listed += ", ..." if len(weights) > MAX_LISTED else ""
         return f"weights of words in the prompts: {listed}; {BRACKETS}"
     return "brackets after a backslash belong to the text, literally" if is_escaped else None
 
@@ -230,8 +238,8 @@ def _joined(parts: Sequence[Sequence[Any]]) -> list[WeightedText]:
 
 
 def _without(prompt: str, placeholders: Sequence[str]) -> str:
-    """Return the prompt with a plain letter in place of each placeholder."""
+    """Return the prompt with a capital letter in place of each placeholder."""
     prompt, result, end = compose(prompt), "", 0
     for word in find_words(prompt, placeholders):
-        result, end = f"{result}{prompt[end:word.start]}x", word.end
+        result, end = f"{result}{prompt[end:word.start]}X", word.end
     return result + prompt[end:]

@@ -51,13 +51,13 @@ def tell_about_strength(strength: float, settings: GenerationSettings) -> None:
         log.info("strength %g: %d of %d steps are run, the last ones", strength, run, steps)
 
 
-def warn_about_size(config: DictConfig, settings: GenerationSettings) -> None:
-    """Warn if images are generated in another size than the model was trained on."""
+def warn_about_size(config: DictConfig, height: int | None, width: int | None) -> None:
+    """Warn if images have another height or width in pixels than those that the model was trained on; None: its own."""
     own = image_size(config, latent_size(config))
-    wanted = image_size(config, latent_size(config, settings.height, settings.width))
-    if wanted != own:
+    height, width = height or own[0], width or own[1]
+    if (height, width) != own:
         log.warning("warning: this model was trained on images of %dx%d; at %dx%d they may repeat subjects or lose "
-                    "their composition", own[1], own[0], wanted[1], wanted[0])
+                    "their composition", own[1], own[0], width, height)
 
 
 def warn_about_photos(defaults: InferenceDefaults, side: int, sizes: Iterable[tuple[int, int]]) -> None:

@@ -356,7 +356,7 @@ class PerfusionPipeline:
         if source is not None:
             tell_about_strength(source.strength, settings)
         if self.config is not None:
-            warn_about_size(self.config, settings)
+            warn_about_size(self.config, settings.height, settings.width)
             sizes = [] if source is None else [source.original_size]
             warn_about_photos(self.defaults, min(self.image_size), sizes)
 

@@ -19,8 +19,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.common.errors import FileNotWritten, MemoryShortage, UserError, is_out_of_memory
 from ldm.common.paths import quote_command
+from ldm.data.concept_photos import ConceptPhotos
 from ldm.inference.model_config import image_size, inference_defaults, latent_size
-from ldm.inference.notices import warn_about_photos
+from ldm.inference.notices import warn_about_photos, warn_about_size
 from ldm.training.callbacks import KeepEarlierState
 from ldm.training.concept_callbacks import ConceptSaver
 from ldm.training.log_folder import ResumePoint, log_folder
@@ -146,13 +147,14 @@ def _build(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataMod
 
 
 def _warn_about_photos(config: DictConfig, data: pl.LightningDataModule) -> None:
-    """Warn if a concept is to be learned from photos on a model that knows none."""
-    photos = getattr(data, "datasets", {}).get("train")
-    sizes = [photo.image.size for concept in (photos if isinstance(photos, list) else [photos])
-             for photo in getattr(concept, "photos", ())]
-    if sizes:
-        side = min(image_size(config, latent_size(config)))
-        warn_about_photos(inference_defaults(config), side, sizes)
+    """Warn if concepts are to be learned from photos, or in a size, that the base model does not know."""
+    train = getattr(data, "datasets", {}).get("train")
+    concepts = [each for each in (train if isinstance(train, list) else [train]) if isinstance(each, ConceptPhotos)]
+    if not concepts:
+        return
+    warn_about_size(config, concepts[0].size, concepts[0].size)
+    sizes = [photo.image.size for concept in concepts for photo in concept.photos]
+    warn_about_photos(inference_defaults(config), min(image_size(config, latent_size(config))), sizes)
 
 
 def _check_type(section: str, built: object, expected: type) -> None:

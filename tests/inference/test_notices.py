@@ -32,10 +32,10 @@ def test_all_steps_are_no_news(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_sizes_other_than_the_models_get_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     config = read_model_config(MINI)
-    for own in (GenerationSettings(), GenerationSettings(height=64), GenerationSettings(height=64, width=64)):
-        warn_about_size(config, own)
+    for height, width in ((None, None), (64, None), (64, 64)):
+        warn_about_size(config, height, width)
     assert not caplog.messages
-    warn_about_size(config, GenerationSettings(width=128))
+    warn_about_size(config, None, 128)
     (message,) = caplog.messages
     assert "trained on images of 64x64; at 128x64" in message
 
