@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,11 +31,20 @@ class DeferredInit(TorchFunctionMode):
 
         with DeferredInit():
             model = instantiate_from_config(config)  # may load a checkpoint
+
+    Attributes:
+        active: how many of these modes are on.
     """
+
+    active: ClassVar[int] = 0
 
     def __init__(self) -> None:
         super().__init__()
         self._pending: dict[int, list[Callable[[], Any]]] = {}  # address of a storage -> its initializations in order
+
+    def __enter__(self) -> DeferredInit:
+        DeferredInit.active += 1
+        return super().__enter__()
 
     def __torch_function__(self, function: Function, types: Iterable[type], args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -62,6 +71,7 @@ class DeferredInit(TorchFunctionMode):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)
+        DeferredInit.active -= 1
         if kind is None:
             self._initialize(list(self._pending))
 

@@ -12,6 +12,7 @@ from helpers.stand_ins import LENGTH, WIDTH, WORDS, open_clip_arch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.common.errors import UserError
 from ldm.modules.covariance import encoder_fingerprint, estimate_covariance
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
@@ -48,6 +49,20 @@ def test_the_last_layer_equals_open_clip(arch: str, theirs: nn.Module) -> None:
         assert got.shape == (3, LENGTH, WIDTH)
         pooled = got[torch.arange(3), tokens.argmax(1)] @ encoder.model.text_projection
     assert expected.std() > 0.1 and torch.allclose(pooled, expected, atol=1e-4)
+
+
+def test_building_takes_the_random_numbers_of_a_whole_open_clip(arch: str) -> None:
+    torch.manual_seed(5)
+    complete = open_clip.create_model(arch).state_dict()
+    after_complete = torch.rand(3)
+    torch.manual_seed(5)
+    state = FrozenOpenCLIPEmbedder(arch, max_length=LENGTH).model.state_dict()
+    assert torch.equal(torch.rand(3), after_complete)
+    assert all(torch.equal(value, complete[name]) for name, value in state.items())
+    torch.manual_seed(5)
+    with DeferredInit():
+        FrozenOpenCLIPEmbedder(arch, max_length=LENGTH)
+    assert not torch.equal(torch.rand(3), after_complete)
 
 
 def test_the_penultimate_layer_equals_transformers_with_one_layer_less(arch: str, theirs: nn.Module) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 
 import open_clip
 import torch
+from open_clip.model import _build_vision_tower
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.common.errors import UserError
 from ldm.modules.encoders.clip import TOKENIZER, ClipWords
 
@@ -45,6 +47,7 @@ class FrozenOpenCLIPEmbedder(ClipWords):
         if layer not in self.LAYERS:
             raise UserError(f"FrozenOpenCLIPEmbedder: layer {layer!r} is unknown; "
                             f"choose one of {', '.join(self.LAYERS)}")
+        _draw_vision_tower(arch)
         self.model = text_tower(arch)
         if max_length > self.model.context_length:
             raise UserError(f"text encoder {arch} takes {self.model.context_length} tokens; "
@@ -84,6 +87,17 @@ class FrozenOpenCLIPEmbedder(ClipWords):
         for block in blocks[:len(blocks) - self.layer_idx]:
             x = block(x, attn_mask=causal_mask)
         return self.model.ln_final(x)
+
+
+def _draw_vision_tower(arch: str) -> None:
+    """Take the random numbers of a vision tower, which the original builds first and throws away.
+
+    Scripts of the LDM family set the seed before they build the model, so on the CPU these numbers decide the image.
+    Where initialization is deferred, it is not needed, and nothing is drawn: the tower of ViT-H-14 takes four seconds.
+    """
+    config = open_clip.get_model_config(arch)
+    if config is not None and not DeferredInit.active:
+        _build_vision_tower(config["embed_dim"], config["vision_cfg"], bool(config.get("quick_gelu")))
 
 
 def text_tower(arch: str) -> TextTransformer:
