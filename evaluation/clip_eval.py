@@ -111,6 +111,8 @@ def check_references(options: argparse.Namespace) -> None:
     """Raise UserError if the flags of `add_reference_flags` contradict each other or name missing folders."""
     if options.masks and options.segmenter == NO_SEGMENTER:
         raise UserError("--masks serve object similarity, which --segmenter none leaves out; drop one of them")
+    if getattr(options, "prompts", None) is not None and not resolve_path(options.prompts).is_file():
+        raise UserError(f"--prompts {options.prompts}: no such file; give a text file with one prompt per line")
     for flag in ("photos", "masks"):
         _check_exists(f"--{flag}", getattr(options, flag))
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.paths import check_file, user_path  # noqa: E402
+from ldm.common.paths import check_file, resolve_path, user_path  # noqa: E402
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -76,7 +76,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> CovarianceOptions
     parser.add_argument("--batch_size", type=int_in_range(1), default=CovarianceOptions.batch_size, metavar="N",
                         help="captions encoded at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
-    check_file("--output", options.output)  # found out before hours of work, not after
+    # Found out before hours of work, not after.
+    check_file("--output", options.output)
+    for flag, path in (("--config", options.config), ("--ckpt", options.ckpt), ("--captions", options.captions)):
+        if path is not None and not resolve_path(path).exists():
+            raise UserError(f"{flag} {path}: no such file")
     return CovarianceOptions(options.config, options.output, options.ckpt, options.captions, options.tokens,
                              options.limit, options.device, options.batch_size)
 

@@ -8,7 +8,6 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation.metrics.registry import METRICS, Scores
 from evaluation.metrics.settings import NO_SEGMENTER, ReferenceSettings
@@ -16,6 +15,7 @@ from evaluation.metrics.similarity import ImageBatch, References
 from evaluation.stats.intervals import Estimate, cluster_bootstrap_mean
 from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT, resolve_path
+from ldm.common.progress import show_progress
 from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.images import to_tensor
 from ldm.inference.model_config import inference_defaults, segmenter_of
@@ -58,7 +58,7 @@ class ConceptScorer:
     def score_all(self, images: Iterable[Image.Image], texts: Sequence[str]) -> list[Scores]:
         """Return the scores of any number of images of one size, which are read a few at a time."""
         scores: list[Scores] = []
-        remaining = iter(tqdm(images, desc="scoring", total=len(texts), leave=False, disable=None))
+        remaining = iter(show_progress(images, len(texts), "scoring", "images"))
         while batch := list(itertools.islice(remaining, BATCH_SIZE)):
             start = len(scores)
             scores += self(stack_images(batch), texts[start:start + len(batch)])

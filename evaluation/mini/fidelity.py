@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation.mini.world_prompts import window_at
+from ldm.common.progress import show_progress
 from ldm.data.images import to_tensor
 from ldm.data.mini.example_concepts import CONCEPTS, PHOTO_BACKGROUNDS
 from ldm.data.mini.scenes import (
@@ -204,8 +204,7 @@ class SubjectFidelity:
     def __init__(self, embedder: Any, size: int = 64, scenes: int = 32) -> None:
         self.embedder, self.size = embedder, size
         self.subjects = candidate_subjects()
-        progress = tqdm(self._scene_descriptors(scenes, PROTOTYPE_SEED), desc="prototypes", leave=False, disable=None,
-                        total=len(self.subjects))
+        progress = show_progress(self._scene_descriptors(scenes, PROTOTYPE_SEED), len(self.subjects), "prototypes")
         alone, windows = zip(*progress, strict=True)
         self.alone, self.windows = Prototypes(torch.stack(alone)), Prototypes(torch.stack(windows))
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
-from tqdm import tqdm
 
 from evaluation.mini.recognize import nearest_class
 from evaluation.mini.settings import CAPTIONS
 from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT
+from ldm.common.progress import show_progress
 from ldm.data.images import from_tensor
 from ldm.data.mini.world import KIND_NAMES
 from ldm.models.clip_encoder import ClipEncoder
@@ -33,7 +33,7 @@ MASK_THRESHOLD = 0.5
 
 def batches(dataset: Dataset, count: int, size: int, description: str) -> Iterator[dict[str, Any]]:
     """Yield the first `count` items of a dataset in batches, with a progress bar."""
-    for start in tqdm(range(0, count, size), desc=description, leave=False, disable=None):
+    for start in show_progress(range(0, count, size), description=description):
         yield default_collate([dataset[index] for index in range(start, min(start + size, count))])
 
 
@@ -78,7 +78,7 @@ def segmentation_ious(segmenter: ZeroShotSegmenter, scenes: Dataset, count: int)
         for kind, image, mask in zip(batch["kind"].tolist(), batch["image"], batch["mask"], strict=True):
             by_kind[KIND_NAMES[kind]].append((image, mask[0] > MASK_THRESHOLD))
     ious: list[float] = []
-    for name, pairs in tqdm(by_kind.items(), desc="segmenter", leave=False, disable=None):
+    for name, pairs in show_progress(by_kind.items(), description="segmenter"):
         images, masks = zip(*pairs, strict=True)
         predicted = segmenter.segment([from_tensor(image) for image in images], name, masks[0].shape) > MASK_THRESHOLD
         ious += intersection_over_union(predicted, torch.stack(masks)).tolist()

@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from ldm.common.errors import UserError
+from ldm.common.progress import show_progress
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.settings import override_settings
 from ldm.concepts.storage import read_concepts
@@ -53,7 +53,7 @@ def generate_images(pipeline: PerfusionPipeline, requests: Sequence[GenerationRe
         UserError: as `PerfusionPipeline.generate`.
     """
     images = pipeline.generate(requests, settings, concepts, batch_size=batch_size)
-    return list(tqdm(images, desc=description, total=len(requests), leave=False, disable=None))
+    return list(show_progress(images, len(requests), description, "images"))
 
 
 def save_images(images: Sequence[Image.Image], requests: Sequence[GenerationRequest], folder: str | Path, columns: int,

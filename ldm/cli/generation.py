@@ -12,6 +12,7 @@ from typing import Any
 from ldm.checkpoints.early_checks import check_concept, check_model_files
 from ldm.cli.parser import add_part_flags, float_in_range, int_in_range
 from ldm.common.errors import UserError
+from ldm.common.hub import check_clip_name, check_model_name
 from ldm.common.paths import PROJECT_ROOT, check_folder, expand_home, resolve_path
 from ldm.common.prompt_file import read_prompt_file
 from ldm.inference.requests import SEED_LIMIT
@@ -20,6 +21,7 @@ from ldm.sampling.samplers import SAMPLERS, describe_samplers
 
 DEFAULT_CONFIG = "models/mini/config.yaml"
 ONE_OR_EACH = "one for all concepts, or one for each in the order of the files"
+NO_SEGMENTER = "none"  # leaves out what segments, in evaluations
 BY_MODEL = "default: what the model's config says, or else"
 
 
@@ -175,7 +177,20 @@ def check_flags(options: argparse.Namespace) -> None:
     check_base_model(options)
     for concept in options.concept:
         check_concept(concept)
+    _check_inputs(options)
     check_folder("--outdir", Path(options.outdir))
+
+
+def _check_inputs(options: argparse.Namespace) -> None:
+    """Raise UserError if images or helper models that the command's flags name cannot be had."""
+    for flag, name in (("--init-img", "init_img"), ("--mask", "mask")):
+        path = getattr(options, name, None)
+        if path is not None and not resolve_path(path).is_file():
+            raise UserError(f"{flag} {path}: no such file; give an image")
+    if getattr(options, "clip", None) is not None:
+        check_clip_name("CLIP", options.clip)
+    if getattr(options, "segmenter", None) not in (None, NO_SEGMENTER):
+        check_model_name("segmenter", options.segmenter, "give a folder with a CLIPSeg model")
 
 
 def check_generation_flags(options: argparse.Namespace) -> None:

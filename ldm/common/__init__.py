@@ -6,6 +6,8 @@
     paths.py          paths that users and configs name
     words.py          whole words in prompts
     annotations.py    checks of YAML values against type annotations
+    hub.py            whether a model of the hub can be had
+    progress.py       bars in terminals, lines in log files
     lazy_imports.py   public names that are imported on first access
     threads.py        how idle threads wait
 """

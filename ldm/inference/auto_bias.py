@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
+from ldm.common.progress import show_progress
 from ldm.common.prompt_file import SLOT
 from ldm.common.words import replace_word, spell_out, split_at_placeholders
 from ldm.concepts.concept import Concept
@@ -231,7 +231,7 @@ class BiasFinder:
         references = self._embed(self.photos or self._generate(concept, _reference_requests(concept), self.biases[0]))
         trials = []
         biases = sorted({*self.biases, concept.bias})
-        for bias in tqdm(biases, desc=f"bias of {concept.placeholder}", leave=False, disable=None):
+        for bias in show_progress(biases, description=f"bias of {concept.placeholder}"):
             images = self._embed(self._generate(concept, requests, bias))
             # Cosines of each image with its own prompt, and with all references in the mean.
             cosines = (images * texts).sum(1), (images @ references.T).mean(1)

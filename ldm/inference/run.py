@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from ldm.common.errors import UserError
+from ldm.common.progress import show_progress
 from ldm.common.prompt_file import fill_slots
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.prompt_checks import check_prompts
@@ -168,7 +169,8 @@ def generate_to_folder(options: GenerationOptions) -> OutputFolder:
     pipeline.warn_about(requests, run.settings, source)
     metadata = {**run.metadata, **({} if source is None else _source_metadata(source, folder))}
     try:
-        for request, image in zip(requests, images, strict=True):
+        counted = show_progress(images, len(requests), "generating", "images", in_terminals=False)
+        for request, image in zip(requests, counted, strict=True):
             folder.add(image, request.prompt, {**request._asdict(), **metadata})
     finally:
         folder.finish_sheet()

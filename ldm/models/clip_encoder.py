@@ -9,11 +9,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
+from ldm.common import hub
 from ldm.common.errors import UserError, brief_reason
 from ldm.common.paths import resolve_path
+from ldm.common.progress import show_progress
 from ldm.models.clip_images import normalize_for_clip, unwrap_features
 from ldm.models.open_clip_folder import SETTINGS, load_openclip, silence_logging
 from ldm.modules.encoders.clip import tokenizer_folder
@@ -51,6 +52,7 @@ class ClipEncoder:
         folder = resolve_path(path)
         local = folder.is_dir()
         if not local:
+            hub.check_clip_name("CLIP", str(path))
             check_clip_name(str(path))
         try:
             with silence_logging():
@@ -140,7 +142,7 @@ class ClipEncoder:
             texts: the texts of each class.
             description: shown by the progress bar.
         """
-        progress = tqdm(texts, desc=description, leave=False, disable=None)
+        progress = show_progress(texts, description=description)
         return torch.cat([_normalize(self.embed_texts(class_texts).mean(0, keepdim=True)) for class_texts in progress])
 
 

@@ -44,10 +44,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.common.errors import UserError
 from ldm.common.files import load_tensors, save_tensors
+from ldm.common.progress import show_progress
 from ldm.common.text_files import read_text, split_lines
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.modules.rank_one import RIDGE, invert_covariance
@@ -153,7 +153,7 @@ def estimate_covariance(embedder: PromptEncoder, captions: Sequence[str], tokens
         captions: prompts in plain words. Those too long for the encoder are left out, and their number is logged.
         tokens: which tokens of a caption count, a key of `TOKENS`.
         batch_size: number of captions encoded at a time.
-        progress: show a progress bar if stderr is a terminal.
+        progress: show how far it is.
 
     Raises:
         UserError: `tokens` is unknown, no token counts, or encodings are not finite.
@@ -165,7 +165,7 @@ def estimate_covariance(embedder: PromptEncoder, captions: Sequence[str], tokens
 
     # Sum e e^T over all batches.
     total, count = torch.zeros((), dtype=torch.float64), 0
-    bar = tqdm(total=len(pieces), desc="covariance", unit=" captions", disable=None if progress else True)
+    bar = show_progress(total=len(pieces), description="covariance", unit="captions", leave=True, enabled=progress)
     with torch.inference_mode(), bar:
         for batch, word_counts in _batches(embedder, pieces, batch_size, tokens):
             rows = _counted_encodings(embedder, batch, word_counts, tokens)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.common.files import write_atomically
+from ldm.common.progress import show_progress
 from ldm.modules.segmentation import ZeroShotSegmenter
 from ldm.modules.subject_masks import find_subject
 
@@ -45,7 +45,8 @@ def cached_subjects(paths: Sequence[Path], images: Sequence[Image.Image], segmen
     files = [_cache_file(Path(folder), path, text, segmenter.fingerprint, size) for path in paths]
     found = [_read_cached(file, size) for file in files]
     missing = [index for index, probabilities in enumerate(found) if probabilities is None]
-    for index in tqdm(missing, desc=f"masks of {text!r}", disable=not missing):
+    for index in show_progress(missing, description=f"masks of {text!r}", unit="photos", leave=True,
+                               enabled=bool(missing)):
         levels = (find_subject(segmenter, images[index], text, size).numpy().astype(np.float64) * LEVELS).round()
         _write_cached(files[index], levels.astype(np.uint16))
         found[index] = levels / LEVELS

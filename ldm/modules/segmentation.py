@@ -23,6 +23,7 @@ from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ldm.common.errors import UserError, brief_reason
+from ldm.common.hub import check_model_name
 from ldm.common.paths import resolve_path
 from ldm.data.masks import mask_to_image
 from ldm.modules.encoders.clip import tokenizer_folder
@@ -111,8 +112,8 @@ class ZeroShotSegmenter:
             path = folder
             if not (folder / "config.json").is_file():  # transformers would build a large model of its defaults
                 raise UserError(f"segmenter {path}: has no config.json; {remedy}")
-        elif folder.is_absolute() or len(folder.parts) > 2:  # it cannot be the name of a model on the hub either
-            raise UserError(f"segmenter {path}: no such folder; {remedy}")
+        else:
+            check_model_name("segmenter", path, remedy)
         try:
             segmenter = (ResidualZeroShotSegmenter if is_residual(folder) else ZeroShotSegmenter)._load(path)
             _check_vocabulary(path, len(segmenter.tokenizer), segmenter.vocab_size)

@@ -10,6 +10,7 @@ Modules:
     options.py            TrainingOptions, the options of a run (imports no torch, so command lines start fast)
     early_checks.py       checks the files that a command line names before torch is imported
     plan.py               plan_run: all that is checked before torch is imported
+    likely_kinds.py       what photos look like, if no super-category is given
     resuming.py           compares a resumed run with the one that it goes on from
     input_files.py        what the files that a config names held when a run began
     config.py             YAML files, options and overrides -> the config of a run

@@ -37,6 +37,7 @@ OPTION_KEYS = {  # option: the keys of the config that it sets, if they are ther
     "text_encoder": ("model.params.text_encoder_path",),
 }
 FLAGS = {"super_category": "--init_word", "checkpoint": "--actual_resume"}  # those not named after their option
+SUPER_CATEGORY = "model.params.super_category"
 REQUIRED_VALUES = {  # what to answer for a value that a config leaves to the user ("???")
     "data.params.train.params.data_root": "the folder of your photos: give it with --data_root photos/",
     "model.params.super_category": 'what kind of subject it is: give it with --init_word "teddy bear"',
@@ -203,6 +204,10 @@ def _check_required(config: DictConfig) -> None:
     """Raise UserError that names every value that the config requires ("???") and nothing has set."""
     # Leave references unresolved: a broken one is a different error, which is found later.
     missing = sorted(_missing_keys(OmegaConf.to_container(config, resolve=False)))
+    if missing == [SUPER_CATEGORY]:
+        from ldm.training.likely_kinds import ask_for_super_category  # loads a CLIP, which no other run needs
+
+        raise ask_for_super_category(config)
     if missing:
         demands = [f"{key} is required, {REQUIRED_VALUES[key]}" if key in REQUIRED_VALUES else
                    f"{key} is required: give {key}=VALUE" for key in missing]

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoints.early_checks import check_concept, check_model_files, identify_header
 from ldm.checkpoints.header import read_header
 from ldm.common.errors import UserError
 from ldm.common.file_formats import check_config_file
+from ldm.common.hub import check_model_name
 from ldm.common.paths import resolve_path, user_path
 from ldm.training.options import TrainingOptions
 
 STATE_KEYS = ("state_dict", "optimizer_states", "global_step", "pytorch-lightning_version")
+CONCEPT_PHOTOS = ("ldm.data.personalized.PersonalizedBase", "ldm.data.concept_photos.ConceptPhotos")
 OTHER_CHECKPOINT = "name another one of the run's checkpoints/, or train anew"
 
 
@@ -86,3 +89,32 @@ def _merged_model(options: TrainingOptions) -> dict[str, Any]:
         elif key.startswith("model.params."):
             return {}  # may change what fits the model
     return {"model": {"params": params}}
+
+
+def check_inputs(config: DictConfig) -> None:
+    """Check the folders, files and helper models that the complete config of a run names. The photos are not opened.
+
+    Raises:
+        UserError: one is missing, or is a model of the hub that cannot be fetched.
+    """
+    plain = OmegaConf.to_container(config, resolve=True)
+    for split in ("train", "validation"):
+        section = plain["data"].get("params", {}).get(split) or {}
+        if str(section.get("target")) in CONCEPT_PHOTOS:
+            _check_folders("--data_root", section.get("params", {}).get("data_root"))
+            _check_folders("--masks", section.get("params", {}).get("mask_root"))
+    model = plain["model"].get("params") or {}
+    train = (plain["data"].get("params", {}).get("train") or {}).get("params") or {}
+    segmenter, covariance = model.get("segmenter"), model.get("covariance")
+    if isinstance(segmenter, str) and not train.get("mask_root"):
+        check_model_name("segmenter", segmenter, "give a folder with a CLIPSeg model, masks of your own (--masks), or "
+                         "--masks none")
+    if isinstance(covariance, str) and not resolve_path(covariance).exists():
+        raise UserError(f"covariance {covariance}: no such file; compute it with scripts/compute_covariance.py, or set "
+                        "null")
+
+
+def _check_folders(flag: str, folders: Any) -> None:
+    for folder in folders if isinstance(folders, list) else [folders]:
+        if isinstance(folder, str) and not resolve_path(folder).is_dir():
+            raise UserError(f"{flag} {folder}: no such folder; give the folder that holds the images")

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from ldm.common.errors import UserError
 from ldm.training.config import read_config
+from ldm.training.early_checks import check_inputs
 from ldm.training.log_folder import ResumePoint, find_resume_point, new_log_folder
 from ldm.training.options import TrainingOptions
 from ldm.training.resuming import check_same_run, config_of_run
@@ -49,7 +50,20 @@ def plan_run(options: TrainingOptions) -> RunPlan:
         return _plan_to_resume(options, now)
     # Checked first, since it costs nothing. Without a config there is no name, and reading it says so.
     folder = new_log_folder(options, start.strftime(SECONDS_FORMAT)) if options.configs else Path()
-    return RunPlan(options, read_config(options), folder, now)
+    config = read_config(options)
+    check_inputs(config)
+    _check_super_category(config)
+    return RunPlan(options, config, folder, now)
+
+
+def _check_super_category(config: DictConfig) -> None:
+    """Raise UserError if the run is to learn a concept and nothing says what kind of subject it is."""
+    params = config.model.get("params") or {}
+    words = params.get("super_category", "not a concept")
+    if isinstance(words, str | None) and not (words or "").strip():
+        from ldm.training.likely_kinds import ask_for_super_category  # loads a CLIP, which no other run needs
+
+        raise ask_for_super_category(config)
 
 
 def _plan_to_resume(options: TrainingOptions, now: str) -> RunPlan:
@@ -64,4 +78,5 @@ def _plan_to_resume(options: TrainingOptions, now: str) -> RunPlan:
     if 0 <= max_steps <= resumed.steps:
         raise UserError(f"--resume {options.resume}: is finished, it has taken {resumed.steps} steps of {max_steps}; "
                         "to continue, give more with --max_steps")
+    check_inputs(config)
     return RunPlan(options, config, resumed.folder, now, resumed, differs)

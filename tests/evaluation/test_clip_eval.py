@@ -175,6 +175,7 @@ def test_a_missing_evaluation_clip_is_an_error(files: Path, model_files: ModelFi
 
 def test_bundled_files_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ldm.cli.generation.check_concept", lambda path: None)
     options = clip_eval.parse_arguments(["--concept", "teddy.safetensors", "--photos", "models/mini/examples/teddy",
                                          "--prompts", "evaluation/prompts/photos.txt"])
     assert Path(options.references.photos).is_dir() and Path(options.samples.prompts).is_file()
