@@ -171,7 +171,7 @@ def command_line(arguments: object) -> str:
 CONFIGS = [
     ((), "no config: give one with --base"),
     (("--base", "{here}/none.yaml"), "no such file"),
-    (("--base", "{here}"), "no such file"),
+    (("--base", "{here}"), "is a folder, not a config"),
     *((("--base", f"{{here}}/{name}.yaml"), message) for name, message in (
         ("list", "keys with values"), ("word", "unknown key hello"), ("nothing", "no section model"),
         ("no_yaml", "not readable as a config"), ("bytes", "not readable"), ("no_model", "no section model"),
@@ -226,7 +226,8 @@ PHOTOS = [
 BASES = [
     ("{here}/none.ckpt", "no such file"), ("{here}/file", "no checkpoint"),
     ("{here}", "name a file in it, such as"), ("{here}/empty", "no diffusers folder"),
-    ("{here}/good.concept", "no checkpoint"), ("{here}/concept.safetensors", "a concept of this project: give it with"),
+    *((f"{{here}}/{name}", "is a concept of this project, not a base model; give it with")
+      for name in ("good.concept", "concept.safetensors")),
     ("{here}/cut.safetensors", "copy or make it again"), ("{here}/hostile.ckpt", "asks for posix.system"),
     ("{here}/pickle.ckpt", "not run"), ("{here}/odd.safetensors", "2 keys unexpected (a, b), 0 keys of another shape"),
     ("{here}/odd.safetensors", "keys missing (model.diffusion_model."),
@@ -366,7 +367,7 @@ def test_runs_that_start_together_get_their_own_folders(tmp_path: Path) -> None:
 CONCEPT = ("--concept", "{here}/good.concept")
 GENERATION = [
     *((("--concept", f"{{here}}/{name}.concept", "--prompt", "a <my-teddy>"), message) for name, message in (
-        ("none", "no such file"), ("folder", "no such file"), ("void", "copy or make it again"),
+        ("none", "no such file"), ("folder", "is a folder"), ("void", "copy or make it again"),
         ("cut", "copy or make it again"), ("newer", "concept format 4, this version reads up to 3; update it"),
         ("odd_word", "does not fit this model"), ("odd_input", "does not fit this model"),
         ("odd_layers", "does not fit this model"))),

@@ -35,7 +35,8 @@ def load_concepts(path: str | Path) -> list[Concept] | list[FinetunedConcept]:
         UserError: the file is missing, or is not a valid concept file of this version or an earlier one.
     """
     check_concept(path)
-    metadata = load_metadata(path) if format_of(user_path(path)) is Format.SAFETENSORS else None
+    pickled = format_of(user_path(path)) in (Format.ZIP, Format.PICKLE)
+    metadata = None if pickled else load_metadata(path)
     if metadata is None or is_word_file(path, metadata):
         return [FinetunedConcept(TEXTUAL_INVERSION, word.word, UNKNOWN_SUPER_CATEGORY, word.vectors.float(),
                                  parameter_count=word.vectors.numel(), source=str(path))

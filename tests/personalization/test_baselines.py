@@ -105,7 +105,7 @@ def test_resuming_equals_not_stopping(folder: Path, tmp_path: Path, method: str)
     fit(folder, tmp_path / "c", method, 3, tmp_path / "b" / "last.ckpt")
     ours, theirs = (load_tensors(tmp_path / run / "concept.safetensors")[0] for run in "ac")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
-    assert load_concepts(tmp_path / "c" / "concept.safetensors")[0].base == straight.base
+    assert load_concepts(tmp_path / "c" / "concept.safetensors")[0].base == straight.base_model.fingerprint
     assert len(list((tmp_path / "prior").glob("*.safetensors"))) == 1  # the three share it
 
 
