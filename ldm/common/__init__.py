@@ -4,7 +4,9 @@
     atomic_write.py   atomic writes, and new files under free names
     files.py          safetensors files
     paths.py          paths that users and configs name
-    words.py          whole words in prompts
+    words.py          comparison of words, and whole words in prompts
+    prompt_file.py    files of prompts, and `{}` in prompts
+    text_files.py     text in UTF-8, and its lines
     annotations.py    checks of YAML values against type annotations
     hub.py            whether a model of the hub can be had
     progress.py       bars in terminals, lines in log files

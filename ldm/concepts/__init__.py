@@ -29,6 +29,7 @@ Generation:
     stacking.py                 turns concepts into the `Edit` that cross-attention layers apply
     prompt_encoder.py           encodes prompts under the edit of Perfusion concepts
     finetuned_prompt_encoder.py encodes prompts with the vectors and weights of other methods' concepts
+    prompt_weights.py           "(word:1.3)" in prompts, and syntax of other tools that is refused
     prompt_checks.py            errors and warnings about prompts, words and concepts
     word_positions.py           finds the tokens of a word in a prompt
 """
