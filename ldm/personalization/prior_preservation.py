@@ -145,6 +145,6 @@ class PriorPreservation(FinetuningMethod):
         chosen = torch.randint(self.prior_count, (len(batch["caption"]),), generator=generator)
         z = self._prior_latents[chosen].to(self.device)
         noise, timesteps = self.sample_noise_and_timesteps(z, generator)
-        prior_loss, _ = self.p_losses(z, self._prior_context(chosen), timesteps, noise)
+        prior_loss = self.per_sample_losses(z, self._prior_context(chosen), timesteps, noise)[0].mean()
         total = losses + self.prior_weight * prior_loss
         return total, {**numbers, "loss_prior": prior_loss.detach()[None], "loss": total.detach()}

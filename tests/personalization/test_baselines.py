@@ -163,7 +163,7 @@ def test_the_loss_adds_the_loss_on_the_prior(folder: Path, method: str) -> None:
     (z, _, t, noise, _), *prior = seen
     expected = plain_loss(model, z, model.prompt_context(PROMPTS).encoding, t, noise)
     if method in TRAINS_UNET:
-        ((other, context, times, extra, _),) = prior
+        ((other, context, times, extra),) = prior
         plain = model.cond_stage_model([template.replace("{}", CATEGORY) for template in tiny_models.TEMPLATES])
         chosen = [next(n for n, latent in enumerate(model._prior_latents) if torch.equal(latent, one)) for one in other]
         encoding = plain[[index % len(plain) for index in chosen]]
