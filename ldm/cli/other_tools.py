@@ -26,7 +26,7 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
     ("yaml config_file config_path config cfg_file", "--base --config"),
     ("embeddings embedding learned_embeds learned_embeds_path load_embedding textual_inversion ti delta_ckpt "
      "embedding_manager_ckpt concept_path concepts", "--concept --embedding_path"),
-    ("manager_ckpt embeddings_paths inputs", "--manager_ckpts"),
+    ("embeddings_paths inputs", "--manager_ckpts"),
     # the schedule of a training run
     ("max_train_steps max_training_steps num_train_steps train_steps num_steps iterations n_steps total_steps steps",
      "--max_steps --ddim_steps --custom_steps"),

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib.util
+import logging
 import os
 import re
 import socket
@@ -18,6 +20,7 @@ from urllib.parse import urlsplit
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
 
+log = logging.getLogger(__name__)
 HUB = "https://huggingface.co"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 OFFLINE = "HF_HUB_OFFLINE"
@@ -40,6 +43,8 @@ def check_model_name(what: str, name: str | Path, remedy: str) -> None:
         raise UserError(f"{what} {name}: no such folder; {remedy}")
     cached = _is_cached(str(name))
     if _can_download():
+        if not cached:
+            _announce_download(what, str(name))
         return
     if cached:
         os.environ[OFFLINE] = "1"  # otherwise the library asks for updates, again and again
@@ -64,6 +69,11 @@ def check_clip_name(what: str, name: str | Path) -> None:
         raise UserError(f"{what} {name}: no such folder, nor an architecture of open_clip; do you mean "
                         f"{meant[0]}/{weights or 'WEIGHTS'}?")
     check_model_name(what, name, "give a folder that holds a CLIP, or a name such as ViT-B-32/openai")
+
+
+@functools.cache  # a command and the library that it calls both ask
+def _announce_download(what: str, name: str) -> None:
+    log.info("%s %s: not on this machine yet; downloading it once from %s", what, name, _hub_address())
 
 
 def _is_offline() -> bool:

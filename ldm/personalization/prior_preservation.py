@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from tqdm import trange
 
 from ldm.common.errors import UserError
 from ldm.common.files import load_tensors, save_tensors
+from ldm.common.progress import show_progress
 from ldm.common.words import replace_word
 from ldm.concepts.trainable_word import TrainableWord
 from ldm.data.concept_photos import ConceptPhotos
@@ -101,7 +101,8 @@ class PriorPreservation(FinetuningMethod):
         was_training = self.training
         self.eval()
         batches = []
-        for first in trange(0, self.prior_count, SAMPLING_BATCH_SIZE, desc="prior", unit="batch"):
+        for first in show_progress(range(0, self.prior_count, SAMPLING_BATCH_SIZE), description="prior", unit="batches",
+                                   leave=True):
             batches.append(self._generate_prior(range(first, min(first + SAMPLING_BATCH_SIZE, self.prior_count))))
         latents = torch.cat(batches)
         self.train(was_training)

@@ -38,7 +38,8 @@ def use_gpus(trainer: DictConfig) -> None:
     if torch.cuda.is_available():
         trainer.accelerator, trainer.devices = "gpu", str(gpus)
     else:
-        log.warning("--gpus %s: this machine has no CUDA device; training without one", gpus)
+        log.warning("--gpus %s: this machine has no CUDA device; training without one (other devices: "
+                    "--accelerator and --devices)", gpus)
         trainer.accelerator, trainer.devices = "auto", 1
 
 

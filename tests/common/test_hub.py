@@ -60,8 +60,12 @@ def test_a_name_that_the_libraries_may_not_look_up(server: str, monkeypatch: pyt
     assert "HF_HUB_OFFLINE is set" in refusal(NAME)
 
 
-def test_a_name_that_can_be_looked_up(server: str) -> None:
-    check_model_name("segmenter", NAME, "")
+def test_a_name_that_can_be_looked_up(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        check_model_name("segmenter", NAME, "")
+        check_model_name("segmenter", NAME, "")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"segmenter {NAME}: not on this machine yet; downloading it once from {server}"]
     assert os.environ["HF_HUB_OFFLINE"] == "0"
 
 
