@@ -42,5 +42,5 @@ def test_clip_and_t5_encode_side_by_side(folder: str) -> None:
 
 
 def test_missing_models_are_refused() -> None:
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="text encoder /no/such/folder: no such folder; give a local folder"):
         FrozenT5Embedder("/no/such/folder")

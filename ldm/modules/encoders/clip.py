@@ -10,6 +10,7 @@ from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.common.errors import UserError, brief_reason
+from ldm.common.hub import check_model_name
 from ldm.common.paths import PROJECT_ROOT, resolve_path
 from ldm.modules.encoders.prompts import PromptEncoder
 from ldm.modules.encoders.vocabulary import load_pretrained
@@ -128,6 +129,7 @@ def _clip_tower(version: str) -> tuple[CLIPTokenizer, CLIPTextModel, bool]:
             if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
                 return tokenizer, load_pretrained(CLIPTextModel, folder), False
             return tokenizer, CLIPTextModel(CLIPTextConfig.from_pretrained(folder)), True
+        check_model_name("text encoder", version, "give a local folder")
         model = load_pretrained(CLIPTextModel, version)  # first, since it retries least without a network
         return CLIPTokenizer.from_pretrained(version), model, False
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ldm.common.errors import UserError, brief_reason
+from ldm.common.hub import check_model_name
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder
 from ldm.modules.encoders.prompts import AbstractEncoder, OnDeviceOfWeights
 
@@ -27,6 +28,8 @@ class FrozenT5Embedder(OnDeviceOfWeights, AbstractEncoder):
     def __init__(self, version: str = "google/t5-v1_1-large", device: str = "cuda", max_length: int = 77,
                  freeze: bool = True) -> None:
         super().__init__()
+        if "/" in version:  # the hub's oldest models have names of one word
+            check_model_name("text encoder", version, "give a local folder")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(version)
             self.transformer = T5EncoderModel.from_pretrained(version)
