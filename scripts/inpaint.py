@@ -52,11 +52,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> GenerationOptions
                        "side)")
     flags.add_generation_flags(parser, outdir="outputs/inpaint-samples")
     options = parser.parse_args(arguments)
-    flags.check_generation_flags(options)
     if options.segmenter is not None and options.mask is not None:
         raise UserError("--segmenter looks for what --mask-word names; leave it out with --mask")
     if options.mask_word is not None and not options.mask_word.strip():
         raise UserError('--mask-word: names nothing; say what to regenerate, such as "cat"')
+    flags.check_generation_flags(options)
     return flags.generation_options(options, SourceSettings(
         options.init_img, options.strength, options.mask, options.mask_word, options.segmenter, options.grow,
         options.border))

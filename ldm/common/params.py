@@ -1,5 +1,6 @@
 """Check the params of a config against the parameters of the class or function that they are for."""
-from __future__ import annotations
+from __future__ import difflib
+import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -46,7 +47,10 @@ def check_param_names(name: str, target: Any, params: Mapping[str, Any]) -> None
     known = known_params(target)
     unknown = sorted(set(map(str, params)) - known)
     if unknown:
-        raise UserError(f"{name} does not know {', '.join(unknown)}; it knows {', '.join(sorted(known)) or 'none'}")
+        meant = dict.fromkeys(found for key in unknown for found in difflib.get_close_matches(key, known, 1))
+        question = f"; do you mean {' and '.join(meant)}?" if meant else ""
+        raise UserError(f"{name} does not know {', '.join(unknown)}; it knows {', '.join(sorted(known)) or 'none'}"
+                        f"{question}")
 
 
 def check_param_types(name: str, target: Any, params: Mapping[str, Any]) -> None:
