@@ -16,6 +16,7 @@ from torch import nn
 
 from ldm.common.errors import UserError
 from ldm.common.instantiate import is_own
+from ldm.common.params import check_param_names
 from ldm.data.folder import ImageFolder
 from ldm.util import (
     check_param_names,
@@ -476,3 +477,15 @@ def test_errors_of_the_device_pass(error: Exception) -> None:
     with pytest.raises(type(error)) as passed, user_error_for("x cannot be built"):
         raise error
     assert passed.value is error
+
+
+@pytest.mark.parametrize(("given", "end"), [
+    ({"max_step": 1}, "it knows data_root, max_steps; do you mean max_steps?"),
+    ({"data_rot": 1, "max_step": 2}, "; do you mean data_root and max_steps?"), ({"zzz": 1}, "data_root, max_steps")])
+def test_a_misspelt_param_names_the_one_that_is_meant(given: dict[str, int], end: str) -> None:
+    def build(max_steps: int, data_root: int) -> None:
+        pass
+
+    with pytest.raises(UserError) as error:
+        check_param_names("config", build, given)
+    assert str(error.value).endswith(end)

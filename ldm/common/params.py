@@ -1,7 +1,7 @@
 """Check the params of a config against the parameters of the class or function that they are for."""
-from __future__ import difflib
-import annotations
+from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
