@@ -107,6 +107,14 @@ class ConceptPhotos(Dataset):
         if not self.photos:
             raise UserError("crop: the subject is in no photo's center square; leave out --crop center")
 
+    def cropped_shares(self) -> list[float]:
+        """Return the share of each photo's area that is in its crop."""
+        shares = []
+        for photo in self.photos:
+            square = photo.square(self.crop == "subject", self.size)
+            shares.append(square.side**2 / (photo.image.width * photo.image.height))
+        return shares
+
     @property
     def paths(self) -> list[Path]:
         """The files of the photos."""

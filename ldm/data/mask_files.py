@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +86,24 @@ def read_painted_mask(path: Path, photo: Image.Image) -> Image.Image:
         raise UserError(f"{path}: has one gray level everywhere; paint the subject white and the rest black")
     elif _is_same_image(read_image(path), photo):
         raise UserError(f"{path}: is the photo itself; give a mask, white where the subject is and black elsewhere")
-    elif _looks_inverted(mask):
-        logger.warning("%s: white at the edges and black inside; if the subject is black, invert the mask", path)
     return mask
+
+
+def check_not_inverted(masks: Mapping[Path, Image.Image]) -> None:
+    """Warn of masks that are white at the edges and black inside.
+
+    Args:
+        masks: the masks of all photos by their files.
+
+    Raises:
+        UserError: if most masks are like that.
+    """
+    inverted = [path for path, mask in masks.items() if _looks_inverted(mask)]
+    if 2 * len(inverted) > len(masks):
+        raise UserError(f"{inverted[0].parent}: most masks are white at the edges and black inside; invert them, white "
+                        "is the subject")
+    for path in inverted:
+        logger.warning("%s: white at the edges and black inside; if the subject is black, invert the mask", path)
 
 
 def _is_same_image(first: Image.Image, second: Image.Image) -> bool:
@@ -98,6 +113,8 @@ def _is_same_image(first: Image.Image, second: Image.Image) -> bool:
 
 def _looks_inverted(mask: Image.Image) -> bool:
     """Return whether a mask is white along most of its border, and less so inside."""
+    if mask.getextrema()[0] == mask.getextrema()[1]:
+        return False
     white = np.asarray(mask, float) >= mask.getextrema()[1] / 2
     height, width = max(1, white.shape[0] // BORDER_SHARE), max(1, white.shape[1] // BORDER_SHARE)
     inside = white[height:-height, width:-width]

@@ -14,7 +14,7 @@ from ldm.common.errors import UserError
 from ldm.data.crops import Square, center_square, subject_square
 from ldm.data.decoding import open_image
 from ldm.data.images import CAPTION_SUFFIX, read_folder, read_mask
-from ldm.data.mask_files import pair_masks, read_painted_mask
+from ldm.data.mask_files import check_not_inverted, pair_masks, read_painted_mask
 
 KEPT_RESOLUTION = 3  # photos are kept at up to this many times the training size, so that a crop stays sharp
 HALF_OPAQUE = 128
@@ -83,8 +83,10 @@ def read_training_photos(data_root: str | Path, size: int, mask_root: str | Path
             photo.mask_source = "" if photo.mask is None else "transparency"
         photos.append(photo)
     if mask_root is not None:
-        for photo, mask_path in zip(photos, pair_masks(mask_root, [photo.path for photo in photos]), strict=True):
-            photo.mask, photo.mask_source = read_painted_mask(mask_path, photo.image), "painted"
+        paths = pair_masks(mask_root, [photo.path for photo in photos])
+        for photo, path in zip(photos, paths, strict=True):
+            photo.mask, photo.mask_source = read_painted_mask(path, photo.image), "painted"
+        check_not_inverted({path: photo.mask for photo, path in zip(photos, paths, strict=True)})
     for photo in photos:
         photo.image = _reduced(photo.image, KEPT_RESOLUTION * size)
     return photos

@@ -16,6 +16,7 @@ from ldm.modules.segmentation import ZeroShotSegmenter
 
 log = logging.getLogger(__name__)
 
+SMALL_CROP = 0.5  # share of a photo's area
 SOURCES = {"painted": "painted", "transparency": "from the photos' transparency", "segmenter": "by the segmenter"}
 
 
@@ -75,11 +76,16 @@ def log_summary(dataset: ConceptPhotos) -> None:
 
 
 def _describe_crops(dataset: ConceptPhotos) -> str:
+    """Say where crops are, and name the photos of which less than half is in the crop."""
     masked = sum(photo.mask is not None for photo in dataset.photos)
     around = masked if dataset.crop == "subject" else 0
     centered = len(dataset.photos) - around
-    return " and ".join(text for text in (f"{around} cropped around the subject" if around else "",
-                                          f"{centered} to the square in the center" if centered else "") if text)
+    crops = " and ".join(text for text in (f"{around} cropped around the subject" if around else "",
+                                           f"{centered} cropped to the square in the center" if centered else "")
+                         if text)
+    small = {photo.path.name: f"{100 * share:.0f} % of it" for photo, share in
+             zip(dataset.photos, dataset.cropped_shares(), strict=True) if share < SMALL_CROP}
+    return f"{crops}, {describe_files(small)}" if small else crops
 
 
 def _describe_masks(dataset: ConceptPhotos) -> str:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from ldm.common.errors import UserError
-from ldm.data.mask_files import pair_masks, read_painted_mask
+from ldm.data.mask_files import check_not_inverted, pair_masks, read_painted_mask
 
 
 def noise(seed: int) -> Image.Image:
@@ -83,14 +83,21 @@ def test_files_that_are_no_masks(tmp_path: Path, make: Callable[[Image.Image], I
         read_painted_mask(tmp_path / "m.png", photo)
 
 
-@pytest.mark.parametrize(("mask", "message"), [
-    (ImageOps.invert(subject()), "invert the mask"), (Image.new("L", (64, 64), 255), "white everywhere")])
-def test_suspicious_masks_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, mask: Image.Image, message: str
-                                   ) -> None:
-    mask.save(tmp_path / "m.png")
+def test_white_masks_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("L", (64, 64), 255).save(tmp_path / "m.png")
     with caplog.at_level(logging.WARNING):
         read_painted_mask(tmp_path / "m.png", noise(0))
-    assert message in caplog.text
+    assert "white everywhere" in caplog.text
+
+
+def test_inverted_masks_are_refused_if_most_are(caplog: pytest.LogCaptureFixture) -> None:
+    right, wrong = subject(), ImageOps.invert(subject())
+    with caplog.at_level(logging.WARNING):
+        check_not_inverted({Path("m/a.png"): right, Path("m/b.png"): wrong, Path("m/c.png"): right,
+                            Path("m/d.png"): Image.new("L", (64, 64), 255)})
+    assert "b.png" in caplog.text and "a.png" not in caplog.text and "d.png" not in caplog.text
+    with pytest.raises(UserError, match="most masks are white at the edges"):
+        check_not_inverted({Path("m/a.png"): right, Path("m/b.png"): wrong, Path("m/c.png"): wrong})
 
 
 def test_good_masks_pass_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

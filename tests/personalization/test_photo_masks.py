@@ -47,6 +47,7 @@ def test_a_phones_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert "6 photos used of 11 files" in summary and "6 cropped around the subject" in summary
     for name in ("IMG_0001.MOV", "IMG_0001.AAE", "notes.txt", "Thumbs.db", "originals"):
         assert name in summary
+    assert "PANO.jpeg (19 % of it)" in summary
     assert len(others) == 1 and "IMG_0003 copy.jfif" in others[0] and "IMG_0003.jpg" in others[0]
     assert data.photos[0].note == "on a table"
     assert {path.name for path in data.paths} == set(truths)
@@ -88,6 +89,6 @@ def test_a_run_on_a_phones_folder(tmp_path: Path) -> None:
         cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
     line = next(line for line in run.stderr.splitlines() if line.startswith("<pot>:"))
-    assert "5 photos used of 11 files" in line and "5 to the square in the center" in line
+    assert "5 photos used of 11 files" in line and "5 cropped to the square in the center" in line
     assert "PANO.jpeg (the subject is not in its center square)" in line
     assert next((tmp_path / "logs").glob("*/images/masks.png")).is_file()
