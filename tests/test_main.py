@@ -96,7 +96,7 @@ def test_the_log_folder_is_complete(teddy: SimpleNamespace) -> None:
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints", "concept.safetensors", "configs", "images", "masks", "tensorboard"}
     assert {path.name.split("-")[-1] for path in (folder / "configs").iterdir()} == {
-        "project.yaml", "lightning.yaml", "machine.json"}
+        "project.yaml", "lightning.yaml", "machine.json", "inputs.json"}
     assert (folder / "checkpoints" / "last.ckpt").stat().st_size < 1_000_000
     sheet, masks = (Image.open(folder / "images" / name) for name in ("before_during_after.png", "masks.png"))
     assert sheet.width > 5 * 64 and sheet.height > 4 * 64  # photos, before, during, after, five columns

@@ -61,7 +61,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
         load_tensors(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("name", ["none.safetensors", "."])
-def test_missing_files(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="no such file"):
+@pytest.mark.parametrize(("name", "message"), [("none.safetensors", "no such file"), (".", "is a folder")])
+def test_missing_files(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load_tensors(tmp_path / name)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+from ldm.cli.parser import Parser
 from ldm.cli.training import get_parser
 from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT, check_file, check_folder, expand_home, resolve_path, user_path
@@ -93,7 +94,7 @@ def parser_of(file: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentPa
 
     module = load_command(file, monkeypatch)
     entry: Callable[[], object] = getattr(module, "parse_arguments", None) or module.main
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", capture)
+    monkeypatch.setattr(Parser, "parse_known_args", capture)
     with pytest.raises(Captured) as captured:
         entry()
     return captured.value.args[0]
