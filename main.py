@@ -30,6 +30,8 @@ def main() -> None:
     from ldm.training.plan import plan_run
 
     plan = plan_run(options)
+    if plan.is_finished:
+        return
     from ldm.training.run import carry_out
 
     carry_out(plan)

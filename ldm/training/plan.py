@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ldm.training.early_checks import check_inputs
 from ldm.training.log_folder import ResumePoint, find_resume_point, new_log_folder
 from ldm.training.options import TrainingOptions
 from ldm.training.resuming import check_same_run, config_of_run
+
+log = logging.getLogger(__name__)
 
 SECONDS_FORMAT = "%Y-%m-%dT%H-%M-%S"
 
@@ -28,6 +31,7 @@ class RunPlan:
         now: date and time in the names of the session's files.
         resumed: the run that it continues, if any.
         differs: whether it differs from that run, and goes on nevertheless.
+        is_finished: whether that run has taken all its steps, so that there is nothing to do.
     """
 
     options: TrainingOptions
@@ -36,6 +40,7 @@ class RunPlan:
     now: str
     resumed: ResumePoint | None = None
     differs: bool = False
+    is_finished: bool = False
 
 
 def plan_run(options: TrainingOptions) -> RunPlan:
@@ -75,8 +80,10 @@ def _plan_to_resume(options: TrainingOptions, now: str) -> RunPlan:
     config = read_config(options, own)
     differs = False if own is None else check_same_run(options, resumed, own, config)
     max_steps = config.lightning.trainer.get("max_steps", -1)
-    if 0 <= max_steps <= resumed.steps:
-        raise UserError(f"--resume {options.resume}: is finished, it has taken {resumed.steps} steps of {max_steps}; "
-                        "to continue, give more with --max_steps")
-    check_inputs(config)
-    return RunPlan(options, config, resumed.folder, now, resumed, differs)
+    is_finished = 0 <= max_steps <= resumed.steps
+    if is_finished:
+        log.info("--resume %s: is finished, it has taken %d steps of %d; to continue, give more with --max_steps",
+                 options.resume, resumed.steps, max_steps)
+    else:
+        check_inputs(config)
+    return RunPlan(options, config, resumed.folder, now, resumed, differs, is_finished)

@@ -66,8 +66,10 @@ def carry_out(plan: RunPlan) -> FinishedRun | None:
     Raises:
         UserError: as `train`.
     """
-    _silence_libraries()
     options, config, resumed = plan.options, plan.config, plan.resumed
+    if resumed is not None and plan.is_finished:
+        return FinishedRun(plan.folder, resumed.steps, tuple(sorted(plan.folder.glob("*.safetensors"))))
+    _silence_libraries()
     pl.seed_everything(config.lightning.seed, workers=True, verbose=False)
     trainer: pl.Trainer | None = None
 

@@ -186,9 +186,11 @@ def test_folder_names_do_not_apply(run: Path, caplog: pytest.LogCaptureFixture) 
     assert f"--logdir and --name: not used with --resume, which goes on in {run}" in caplog.text
 
 
-def test_a_finished_run_says_so(run: Path) -> None:
-    with pytest.raises(UserError, match=r"is finished, it has taken 7 steps of 7; to continue, give more"):
-        plan("--resume", run, "--max_steps", 7)
+def test_a_finished_run_says_so(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert plan("--resume", run, "--max_steps", 7).is_finished
+    assert f"--resume {run}: is finished, it has taken 7 steps of 7; to continue, give more" in caplog.text
+    assert not plan("--resume", run, "--max_steps", 8).is_finished
 
 
 def test_runs_of_earlier_versions_are_compared_by_their_configs(run: Path) -> None:
