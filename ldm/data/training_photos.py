@@ -18,8 +18,9 @@ from ldm.data.mask_files import check_not_inverted, pair_masks, read_painted_mas
 
 KEPT_RESOLUTION = 3  # photos are kept at up to this many times the training size, so that a crop stays sharp
 HALF_OPAQUE = 128
-FINGERPRINT_SIDE = 16
-SAME_SHOT = 12  # of 256 bits of the fingerprint: how many differ at most between two files of the same shot
+FINE_CELLS = 16  # side of the grid on which photos are compared
+SAME_SHOT = 0.98  # correlation of the colors on that grid from which two files show the same shot
+PLAIN = 2.0  # standard deviation in levels below which an image has nothing to compare but its color
 
 
 @dataclass
@@ -94,14 +95,27 @@ def read_training_photos(data_root: str | Path, size: int, mask_root: str | Path
 
 def same_shots(photos: Sequence[TrainingPhoto]) -> list[tuple[Path, Path]]:
     """Return pairs of files that show the same shot: copies, also resized, recompressed or a little edited."""
-    prints = [_fingerprint(photo.image) for photo in photos]
+    thumbnails = [_thumbnail(photo.image) for photo in photos]
     pairs = []
     for second in range(len(photos)):
         for first in range(second):
-            if int((prints[first] != prints[second]).sum()) <= SAME_SHOT:
+            if _show_the_same(thumbnails[first], thumbnails[second]):
                 pairs.append((photos[first].path, photos[second].path))
                 break
     return pairs
+
+
+def _thumbnail(image: Image.Image) -> np.ndarray:
+    """Return the colors of a coarse grid, (FINE_CELLS, FINE_CELLS, 3) in levels of 0 to 255."""
+    return np.asarray(image.convert("RGB").resize((FINE_CELLS, FINE_CELLS), Image.Resampling.BOX), float)
+
+
+def _show_the_same(first: np.ndarray, second: np.ndarray) -> bool:
+    """Return whether two thumbnails differ in brightness and contrast at most."""
+    first, second = first - first.mean(), second - second.mean()
+    if min(first.std(), second.std()) < PLAIN:
+        return bool(np.abs(first - second).mean() < PLAIN)
+    return bool((first * second).mean() / (first.std() * second.std()) > SAME_SHOT)
 
 
 def _opacity(path: Path) -> Image.Image | None:
@@ -131,9 +145,3 @@ def _reduced(image: Image.Image, side: int) -> Image.Image:
         return image
     scale = side / min(image.size)
     return image.resize([round(length * scale) for length in image.size], Image.Resampling.LANCZOS, reducing_gap=3)
-
-
-def _fingerprint(image: Image.Image) -> np.ndarray:
-    """Return 256 booleans: whether brightness rises from each cell of a coarse grid to the next one in its row."""
-    gray = np.asarray(image.convert("L").resize((FINGERPRINT_SIDE + 1, FINGERPRINT_SIDE), Image.Resampling.BOX), float)
-    return np.diff(gray, axis=1) > 0

@@ -141,7 +141,7 @@ class BeforeDuringAfter(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
         for index, dataset in enumerate(model.photos()):
             self._add_row(index, "photos", dataset.images, trainer, model)
-            if dataset.has_masks:
+            if dataset.has_masks or model.segmenter is not None:  # also if the segmenter finds nothing
                 overlays = [mask_overlay(image, dataset.mask(photo)) for photo, image in enumerate(dataset.images)]
                 save_grid(overlays, self._folder(index, trainer, model) / "masks.png", columns=2)
         # A resumed run that trains the U-Net no longer has the base model's weights.
