@@ -207,7 +207,8 @@ OVERRIDES = [
     ("lightning.callbacks.previews.params.prompts=[]", "0 prompts"), ("model.base_learning_rate=x", "base_learning"),
 ]
 FLAGS = [
-    (("--data_rot", "photos"), "--data_rot: no such flag; do you mean --data_root?"), (("--max_steps", "x"), "'x' is not a whole number"),
+    (("--data_rot", "photos"), "--data_rot: no such flag; do you mean --data_root?"),
+    (("--max_steps", "x"), "'x' is not a whole number"),
     (("--max_steps", "0"), "1 or more"), (("--max_steps", "-5"), "1 or more"), (("-s", "-1"), "0 or more"),
     (("-s", "99999999999"), "less than 4294967296"), (("-t", "perhaps"), "true or false"),
     (("--precision", "nonsense"), "precision must be one of"), (("--accelerator", "nonsense"), "'nonsense'"),
@@ -371,7 +372,8 @@ GENERATION = [
         ("cut", "copy or make it again"), ("newer", "concept format 4, this version reads up to 3; update it"),
         ("odd_word", "does not fit this model"), ("odd_input", "does not fit this model"),
         ("odd_layers", "does not fit this model"))),
-    (("--concept", "{here}/foreign.concept", "--prompt", "a <x>"), "which is another model; load the model it was trained on"),
+    (("--concept", "{here}/foreign.concept", "--prompt", "a <x>"),
+     "which is another model; load the model it was trained on"),
     (("--concept", "{here}/file", "--prompt", "a <x>"), "safetensors file"),
     (("--concept", MINI, "--prompt", "a <x>"), "not a concept"),
     ((*CONCEPT, "--prompt", "a <my-cat>"), "no loaded concept has that word; loaded are <my-teddy>"),

@@ -62,4 +62,5 @@ def test_a_run_writes_images_and_their_pixels(main: Main, folder: Path, tmp_path
 
 def test_mistakes_are_reported_in_one_line(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such checkpoint" in error_line(main, ["-r", str(tmp_path)], capsys)
-    assert "--steps is a flag of other tools; here it is --custom_steps" in error_line(main, ["-r", ".", "--steps", "3"], capsys)
+    other = error_line(main, ["-r", ".", "--steps", "3"], capsys)
+    assert "--steps is a flag of other tools; here it is --custom_steps" in other
