@@ -160,8 +160,6 @@ class PersonalizationMethod(LatentDiffusion):
         if self.segmenter is not None:
             make_missing_masks(photos, self.super_categories, self.segmenter,
                                Path(self.trainer.default_root_dir) / "masks", self.device)
-        for dataset in photos:
-            log_summary(dataset)
         self.cached_latents = CachedLatents(self, photos, self.mask_border)
         self._check_prediction(photos)
         for dataset, category in zip(photos, self.super_categories, strict=True):
@@ -170,6 +168,8 @@ class PersonalizationMethod(LatentDiffusion):
         data = self.trainer.datamodule
         self.groups = data.num_groups if isinstance(data, DataModuleFromConfig) else 1
         self.trainer.accumulate_grad_batches *= self.groups
+        for dataset in photos:
+            log_summary(dataset)
 
     def photos(self) -> list[ConceptPhotos]:
         """Return the photos of each concept.

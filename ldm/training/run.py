@@ -20,6 +20,7 @@ from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.common.errors import FileNotWritten, MemoryShortage, UserError, is_out_of_memory
 from ldm.common.paths import quote_command
 from ldm.data.concept_photos import ConceptPhotos
+from ldm.data.images import describe_files
 from ldm.inference.model_config import image_size, inference_defaults, latent_size
 from ldm.inference.notices import warn_about_photos, warn_about_size
 from ldm.training.callbacks import KeepEarlierState
@@ -82,6 +83,9 @@ def carry_out(plan: RunPlan) -> FinishedRun | None:
         data, model = _build(config, trainer)
         _set_learning_rate(model, config, trainer, options.scale_lr)
         if not options.train:
+            for photos in _concept_photos(data):
+                if photos.left_out:
+                    log.warning("%s: left out %s", photos.placeholder_token, describe_files(photos.left_out))
             log.info("model and data are ready; with '-t false' that is all")
             return None
         if plan.differs:
@@ -148,10 +152,15 @@ def _build(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataMod
     return data, model.to(device, memory_format=torch.channels_last)
 
 
+def _concept_photos(data: pl.LightningDataModule) -> list[ConceptPhotos]:
+    """Return the training sets that are photos of concepts."""
+    train = getattr(data, "datasets", {}).get("train")
+    return [each for each in (train if isinstance(train, list) else [train]) if isinstance(each, ConceptPhotos)]
+
+
 def _warn_about_photos(config: DictConfig, data: pl.LightningDataModule) -> None:
     """Warn if concepts are to be learned from photos, or in a size, that the base model does not know."""
-    train = getattr(data, "datasets", {}).get("train")
-    concepts = [each for each in (train if isinstance(train, list) else [train]) if isinstance(each, ConceptPhotos)]
+    concepts = _concept_photos(data)
     if not concepts:
         return
     warn_about_size(config, concepts[0].size, concepts[0].size)
