@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Hashable, Iterable, Sequence
 
 import torch
@@ -17,10 +18,12 @@ from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT, resolve_path
 from ldm.common.progress import show_progress
 from ldm.data.concept_photos import ConceptPhotos
-from ldm.data.images import to_tensor
+from ldm.data.images import describe_files, to_tensor
 from ldm.inference.model_config import inference_defaults, segmenter_of
 from ldm.models.clip_encoder import ClipEncoder
 from ldm.modules.segmentation import ZeroShotSegmenter
+
+log = logging.getLogger(__name__)
 
 EVALUATION_CLIP = PROJECT_ROOT / "models" / "mini" / "evaluation_clip"
 BATCH_SIZE = 64  # images in memory
@@ -104,7 +107,9 @@ def load_scorer(settings: ReferenceSettings, config: DictConfig, checkpoint: str
     Raises:
         UserError: a file or model cannot be used, or the segmenter has nothing to look for.
     """
-    photos = ConceptPhotos(settings.photos, side, mask_root=settings.masks)
+    photos = ConceptPhotos(settings.photos, side, mask_root=settings.masks, crop="center")
+    if photos.left_out:
+        log.warning("%s: left out %s", settings.photos, describe_files(photos.left_out))
     segmenter, masks = None, None
     if settings.segmenter != NO_SEGMENTER:
         if super_category is None:

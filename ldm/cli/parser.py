@@ -50,9 +50,10 @@ class Parser(argparse.ArgumentParser):
         """
         given = list(sys.argv[1:] if args is None else args)
         check_text(given)
-        for text in given:
-            if text == "--":
-                break
+        flags = given[:given.index("--")] if "--" in given else given
+        if "-d" in flags or "--debug" in flags:  # before anything is refused
+            show_tracebacks()
+        for text in flags:
             if FLAG.fullmatch(text) and not self._has_flag(text):
                 raise UserError(self._about_unknown_flag(text.partition("=")[0]))
         return super().parse_known_args(given, namespace)

@@ -151,8 +151,9 @@ def test_a_mask_found_by_a_word_can_be_given_again(
     assert np.array_equal(by_word[:, ~box], np.stack([cropped[~box]] * 2))
     assert max_difference(generate(*base, "--mask", used_mask), by_word) == 0
     assert (tmp_path / "out" / "mask-0001.png").read_bytes() == used_mask.read_bytes()
-    generate(*base, "--mask-word", "snow man", "--segmenter", "my/own")
-    assert segmenter.calls[2:] == ["my/own", "snow man"]
+    (tmp_path / "own").mkdir()
+    generate(*base, "--mask-word", "snow man", "--segmenter", tmp_path / "own")
+    assert segmenter.calls[2:] == [str(tmp_path / "own"), "snow man"]
 
 
 def test_the_opaque_part_of_a_transparent_image_is_the_mask(generate: Generate, photo: Path, tmp_path: Path) -> None:
