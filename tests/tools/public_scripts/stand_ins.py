@@ -11,7 +11,7 @@
 | `seeds_after_loading` | weights are initialized at random before they are loaded, with numbers of the same generator |
 | `old_lightning` | scripts import names of Lightning 1 |
 
-For the original code alone: `old_torch_load`. Where the code needs transformers 4: `old_clip`.
+For the original code alone: `old_torch_load` and, where it needs transformers 4, `old_clip`.
 """
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def install(source: str, original: bool, transformers4: bool, seed: int, hub: Ma
         safety_checker()
     if original:
         old_torch_load()
-    if transformers4:
+    if transformers4 and original:
         from public_scripts.old_clip import install_old_clip
 
         install_old_clip()
