@@ -156,12 +156,20 @@ def _may_be_torch_zip(path: Path) -> bool:
     return any(name.rpartition("/")[2] in ("data.pkl", "constants.pkl") for name in names)
 
 
-def _is_text(header: bytes) -> bool:
-    """Return whether bytes are UTF-8 without control characters; the last character may be cut off."""
+def decode_beginning(header: bytes, length: int) -> str | None:
+    """Return the first `length` bytes of a file, or all of a shorter one, as text. None if they are not UTF-8.
+
+    The last character may be cut off, unless the file is shorter.
+    """
     try:
-        text = header.decode("utf-8")
+        return header.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start < len(header) - 3 or len(header) < HEADER_LENGTH:
-            return False
-        text = header[: error.start].decode("utf-8")
-    return all(letter.isprintable() or letter in TEXT_CONTROLS for letter in text)
+        if error.start < len(header) - 3 or len(header) < length:
+            return None
+        return header[: error.start].decode("utf-8")
+
+
+def _is_text(header: bytes) -> bool:
+    """Return whether bytes are UTF-8 without control characters."""
+    text = decode_beginning(header, HEADER_LENGTH)
+    return text is not None and all(letter.isprintable() or letter in TEXT_CONTROLS for letter in text)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.common.errors import UserError
+from ldm.data.crops import Square
 from ldm.data.images import to_tensor
 from ldm.data.templates import add_note, fill_template, get_templates
 from ldm.data.training_photos import read_training_photos
@@ -95,6 +96,7 @@ class ConceptPhotos(Dataset):
         """
         self.images: list[Image.Image] = []
         self._masks: list[torch.Tensor | None] = []
+        self._squares: list[Square] = []
         for photo in list(self.photos):
             square = photo.square(self.crop == "subject", self.size)
             mask = photo.cropped_mask(square, self.size)
@@ -104,16 +106,14 @@ class ConceptPhotos(Dataset):
                 continue
             self.images.append(square.crop(photo.image, self.size))
             self._masks.append(mask)
+            self._squares.append(square)
         if not self.photos:
             raise UserError("crop: the subject is in no photo's center square; leave out --crop center")
 
     def cropped_shares(self) -> list[float]:
         """Return the share of each photo's area that is in its crop."""
-        shares = []
-        for photo in self.photos:
-            square = photo.square(self.crop == "subject", self.size)
-            shares.append(square.side**2 / (photo.image.width * photo.image.height))
-        return shares
+        return [square.side**2 / (photo.image.width * photo.image.height)
+                for square, photo in zip(self._squares, self.photos, strict=True)]
 
     @property
     def paths(self) -> list[Path]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ldm.common.file_formats import decode_beginning
+
 HEADER_LENGTH = 512
 
 # Files with these suffixes are taken for images without a look inside, so that large folders are listed fast. Reading
@@ -91,16 +93,6 @@ def _text_kind(header: bytes) -> str | None:
     if start.startswith((b"<svg", b"<?xml", b"<!doctype svg")) and b"<svg" in start:
         return "a drawing (SVG)"
     is_plain_image = header[:1] == b"P" and header[1:2].isdigit() and header[2:3].isspace()
-    is_text = b"\0" not in header and _decodes(header)
+    text = decode_beginning(header, HEADER_LENGTH) if b"\0" not in header else None
+    is_text = text is not None and all(letter.isprintable() or letter.isspace() for letter in text)
     return "a text file" if is_text and not is_plain_image else None
-
-
-def _decodes(header: bytes) -> bool:
-    """Return whether bytes are UTF-8 without control characters; the last character may be cut off."""
-    try:
-        text = header.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.start < len(header) - 3 or len(header) < HEADER_LENGTH:
-            return False
-        text = header[: error.start].decode("utf-8")
-    return all(letter.isprintable() or letter.isspace() for letter in text)
