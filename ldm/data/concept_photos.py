@@ -115,6 +115,19 @@ class ConceptPhotos(Dataset):
         return [square.side**2 / (photo.image.width * photo.image.height)
                 for square, photo in zip(self._squares, self.photos, strict=True)]
 
+    def sizes(self, photo: int) -> torch.Tensor:
+        """Return what SDXL is told of a photo's size, plain and mirrored: (2, 6) float32, in pixels.
+
+        The numbers are (height, width) of the original photo, (top, left) of the crop in the resized photo, and
+        (height, width) of the crop.
+        """
+        square, image = self._squares[photo], self.photos[photo].image
+        width, height = self.photos[photo].original_size
+        rows = []
+        for mirrored in (False, True):
+            rows.append((height, width, *square.corner(image.size, self.size, mirrored), self.size, self.size))
+        return torch.tensor(rows, dtype=torch.float32)
+
     @property
     def paths(self) -> list[Path]:
         """The files of the photos."""

@@ -24,6 +24,23 @@ class Square:
         box = (self.left, self.top, self.left + self.side, self.top + self.side)
         return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
 
+    def corner(self, photo_size: tuple[int, int], size: int, mirrored: bool = False) -> tuple[int, int]:
+        """Return (top, left) of this part in the photo as resized so that this part has a side of `size` pixels.
+
+        This is the crop that SDXL reads. A photo is mirrored before it is cropped, as in public trainers: the left edge
+        of the crop is then its right one.
+
+        Args:
+            photo_size: (width, height) of the photo.
+            size: side of the resized part.
+            mirrored: whether the photo is flipped horizontally.
+
+        Source: Podell et al., "SDXL" (arXiv 2307.01952), Sec. 2.2.
+        """
+        scale = size / self.side
+        left = photo_size[0] - self.left - self.side if mirrored else self.left
+        return round(self.top * scale), round(left * scale)
+
 
 def center_square(photo_size: tuple[int, int]) -> Square:
     """Return the largest square in the center of a photo of (width, height) pixels."""

@@ -33,6 +33,7 @@ class TrainingPhoto:
         mask: mode "L" or "F" (in [0, 1]), of the photo's proportions, white where the subject is; None: unknown.
         mask_source: where the mask is from: "painted", "transparency" or "segmenter"; "" without one.
         note: what else the photo shows, from a text file beside it; "" without one.
+        original_size: (width, height) of the photo in its file, turned upright.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class TrainingPhoto:
     mask: Image.Image | None = None
     mask_source: str = ""
     note: str = ""
+    original_size: tuple[int, int] = (0, 0)
 
     def square(self, around_subject: bool, min_side: int) -> Square:
         """Return the part of the photo to train on: around the subject if its mask is known, else in the center."""
@@ -78,7 +80,7 @@ def read_training_photos(data_root: str | Path, size: int, mask_root: str | Path
     """
     photos = []
     for path, image in read_folder(data_root, left_out):
-        photo = TrainingPhoto(path, image, note=_read_note(path))
+        photo = TrainingPhoto(path, image, note=_read_note(path), original_size=image.size)
         if mask_root is None:
             photo.mask = _opacity(path)
             photo.mask_source = "" if photo.mask is None else "transparency"

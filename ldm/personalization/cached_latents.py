@@ -29,11 +29,14 @@ class LatentBatch:
     Attributes:
         latents: (B, C, h, w), scaled by the model's `scale_factor`.
         weights: (B, 1, h, w) in [0, 1], by which the squared error of each position is multiplied.
+        sizes: (B, 6), sizes and crops of the photos in pixels, see `ConceptPhotos.sizes`; models such as SDXL read
+            them.
         captions: B prompts with the concept's placeholder.
     """
 
     latents: Tensor
     weights: Tensor
+    sizes: Tensor
     captions: list[str]
 
 
@@ -48,6 +51,7 @@ class CachedLatents:
     Attributes:
         moments: (M, 2, 2C, h, w), mean and log-variance of the posterior of each of M photos, plain and mirrored.
         weights: (M, 2, 1, h, w), the masks on the latent grid, plain and mirrored.
+        sizes: (M, 2, 6), sizes and crops of the photos, plain and mirrored.
         first_photos: for each concept, the index of its first photo among the M.
 
     Raises:
@@ -62,6 +66,7 @@ class CachedLatents:
         _check_latent_shape(model, self.moments.shape[2] // 2, *self.moments.shape[3:])
         masks = torch.stack([dataset.mask(photo) for dataset in photos for photo in range(len(dataset.images))])
         self.weights = self._masks_to_weights(masks, mask_border)
+        self.sizes = torch.stack([dataset.sizes(photo) for dataset in photos for photo in range(len(dataset.images))])
 
     def _masks_to_weights(self, masks: Tensor, mask_border: float) -> Tensor:
         """Bring masks (M, 1, H, W) to the latent grid, plain and mirrored: (M, 2, 1, h, w)."""
@@ -75,7 +80,7 @@ class CachedLatents:
         return self.scale_factor * self.moments[:min(count, last), 0].chunk(2, dim=1)[0]
 
     def batch(self, concept: int, items: Mapping[str, Any], generator: Generator, device: torch.device) -> LatentBatch:
-        """Return latents, weights and captions of a batch of photos of one concept.
+        """Return latents, weights, sizes and captions of a batch of photos of one concept.
 
         Args:
             concept: index of the concept.
@@ -86,7 +91,12 @@ class CachedLatents:
         chosen = items["index"] + self.first_photos[concept], items["flipped"].long()
         posterior = DiagonalGaussianDistribution(self.moments.to(device)[chosen])
         latents = self.scale_factor * posterior.sample(generator)
-        return LatentBatch(latents, self.weights.to(latents)[chosen], list(items["caption"]))
+        return LatentBatch(
+            latents=latents,
+            weights=self.weights.to(latents)[chosen],
+            sizes=self.sizes.to(device)[chosen],
+            captions=list(items["caption"]),
+        )
 
 
 @torch.no_grad()

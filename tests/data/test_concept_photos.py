@@ -242,3 +242,23 @@ def test_template_sets(name: str) -> None:
     assert len(set(templates)) == len(templates) >= 4
     assert all(template.count("{}") == 1 and len(template.split()) < 12 for template in templates)
     assert get_templates(list(templates)) == templates
+
+
+@pytest.mark.parametrize(("shape", "scale"), [((48, 32), 0.5), ((20, 40), 0.8), ((512, 320), 0.05)])
+def test_sizes_of_center_crops(tmp_path: Path, shape: tuple[int, int], scale: float) -> None:
+    """What public trainers compute: resize so that the shorter side is the size, mirror, crop the center."""
+    save_noise(tmp_path / "photo.png", *shape, seed=0)
+    width, height = round(shape[0] * scale), round(shape[1] * scale)
+    corner = [round((height - SIZE) / 2), round((width - SIZE) / 2)]
+    expected = [shape[1], shape[0], *corner, SIZE, SIZE]
+    assert ConceptPhotos(tmp_path, size=SIZE).sizes(0).tolist() == [expected, expected]
+
+
+def test_sizes_of_crops_around_the_subject(photos: Path) -> None:
+    data = ConceptPhotos(photos, size=SIZE)
+    corner = torch.zeros(32, 48)
+    corner[12:22, 2:14] = 1
+    data.set_subject_masks([torch.ones(32, 32), corner, torch.ones(40, 20)])
+    # A square of 16 pixels from (9, 0) on: nothing is resized. Mirrored, it is 48 - 16 pixels from the left.
+    assert data.sizes(1).tolist() == [[32, 48, 9, 0, SIZE, SIZE], [32, 48, 9, 32, SIZE, SIZE]]
+    assert data.sizes(0).tolist() == [[32, 32, 0, 0, SIZE, SIZE]] * 2
