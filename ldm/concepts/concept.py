@@ -64,6 +64,17 @@ class NamedConcept:
         raise NotImplementedError
 
 
+SUPER_CATEGORY = "super_category"
+POOLED = (SUPER_CATEGORY, "concept")
+CLIP_L, CLIP_G, CLIP_H, BERT = "clip_l", "clip_g", "clip_h", "bert"  # text encoders, as ComfyUI calls them in files
+USUAL_WORD_PARTS = {1024: {CLIP_H: 1024}, 1280: {BERT: 1280}, 2048: {CLIP_L: 768, CLIP_G: 1280}}  # by width
+
+
+def usual_word_parts(width: int) -> dict[str, int]:
+    """Return the `word_parts` of concepts from before files named them, for word embeddings of this width."""
+    return dict(USUAL_WORD_PARTS.get(width, {CLIP_L: width}))
+
+
 @dataclass(eq=False)
 class Concept(NamedConcept):
     """What Perfusion learned about one subject.
@@ -71,16 +82,23 @@ class Concept(NamedConcept):
     Attributes:
         placeholder: the word that stands for the concept in prompts, without white space.
         super_category: the kind of subject it is; may be several words.
-        embedding: v, (1, width), the learned word embedding; width is that of the text encoder's word embeddings.
+        embedding: v, (1, width), the learned word embedding; width is that of the text encoder's word embeddings. With
+            several text encoders it is the concatenation of a part for each, see `word_parts`.
         target_input: i*, (d,).
         super_input: i_super, (d,).
-        target_outputs_v: layer name -> o*_V, (p,).
-        target_outputs_k: layer name -> o*_K, (p,), if keys were trained; empty if they are locked.
+        target_outputs_v: layer name -> o*_V, (p,), for all layers or some; at least one. The others use W_V i_super.
+        target_outputs_k: layer name -> o*_K, (p,), for the same layers if keys were trained; empty if they are locked.
+        dual: C^-1 i*, (d,), with the C^-1 of training: all that the edit needs of C. None: unknown, as in files of
+            older versions; it is then computed from the C of the model in use.
+        word_parts: name of each text encoder's word vector in files -> its width, in the order of `embedding`. Empty:
+            the usual ones for this width, see `usual_word_parts`.
         bias: beta, the threshold of the gate.
         temperature: tau, the softness of the gate; above 0.
         projection: one of `ldm.modules.rank_one.PROJECTIONS`.
         used_layers: names of the layers that use their learned o*_V in generation. The other layers use the
             super-category's output W_V i_super instead. Empty: all layers use theirs.
+        pooled: what the pooled vector of a prompt is computed from, one of `POOLED`, with text encoders that have one
+            (SDXL's). "super_category": the prompt with the super-category in the concept's place.
         steps: number of training steps.
         base: `base_fingerprint` of the base model it was trained on.
         target_energy: ||i*||^2 under the C^-1 used in training, to detect another C^-1 in generation. None if unknown,
@@ -100,16 +118,23 @@ class Concept(NamedConcept):
     super_input: Tensor
     target_outputs_v: dict[str, Tensor]
     target_outputs_k: dict[str, Tensor] = field(default_factory=dict)
+    dual: Tensor | None = None
+    word_parts: dict[str, int] = field(default_factory=dict)
     bias: float = 0.75
     temperature: float = 0.1
     projection: str = "full"
     used_layers: list[str] = field(default_factory=list)
+    pooled: str = SUPER_CATEGORY
     steps: int = 0
     base: str = ""
     target_energy: float | None = None
     source: str = ""
     base_name: str = ""
     base_samples: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.word_parts:
+            self.word_parts = usual_word_parts(self.embedding.shape[-1])
 
     @property
     def summary(self) -> str:
@@ -142,6 +167,8 @@ class Concept(NamedConcept):
         yield "embedding", self.embedding
         yield "target_input", self.target_input
         yield "super_input", self.super_input
+        if self.dual is not None:
+            yield "dual", self.dual
         for layer, output in self.target_outputs_v.items():
             yield f"target_output_v.{layer}", output
         for layer, output in self.target_outputs_k.items():

@@ -15,15 +15,14 @@ from ldm.checkpoints.families import family_of_width
 from ldm.common.errors import UserError
 from ldm.common.words import fold_word, split_at_placeholders
 from ldm.concepts.concept import Concept
+from ldm.concepts.duals import energy_mismatches
 from ldm.concepts.placeholders import PLACEHOLDER, find_placeholders
 from ldm.concepts.prompt_weights import LITERALLY, check_syntax
 from ldm.modules.encoders.prompts import PromptEncoder
-from ldm.modules.rank_one import energy
 
 log = logging.getLogger(__name__)
 
 MAX_LISTED_WORDS = 100  # in an error message
-ENERGY_TOLERANCE = 0.02  # relative to ||i*||^2; 16-bit files change that of the mini model's concepts by at most 0.003
 
 
 def check_super_category(encoder: PromptEncoder, super_category: str) -> None:
@@ -104,33 +103,28 @@ def warn_unused_concepts(prompts: Sequence[str], placeholders: Sequence[str]) ->
             log.warning("warning: concept %s is loaded, but its word does not occur in the prompt", word)
 
 
-def check_width(label: str, embedding: Tensor, table: Tensor) -> None:
+def check_width(label: str, embedding: Tensor, width: int) -> None:
     """Raise UserError if a concept's word embedding does not have the width of the model's.
 
     Args:
         label: the concept, for the message.
         embedding: (k, width) of the concept.
-        table: (vocabulary, width) of the text encoder.
+        width: that of the text encoder's words.
     """
-    if embedding.shape[1] != table.shape[1]:
+    if embedding.shape[1] != width:
         kind = family_of_width(embedding.shape[1]).name
         raise UserError(f"concept {label} does not fit this model: its embedding has {embedding.shape[1]} numbers, as "
-                        f"for {kind}, words have {table.shape[1]}; load the model it was trained on, or train it again")
+                        f"for {kind}, words have {width}; load the model it was trained on, or train it again")
 
 
-def warn_covariance_mismatch(concepts: Sequence[Concept], target_inputs: Tensor, inverse_covariance: Tensor) -> None:
-    """Log a warning for each concept that was trained with another C^-1, which ||i*||^2 reveals.
+def warn_covariance_mismatch(concepts: Sequence[Concept]) -> None:
+    """Log a warning for each concept whose dual was computed with another C^-1 than that of its training.
 
     Args:
-        concepts: J concepts.
-        target_inputs: their i*, (J, d), on the device of `inverse_covariance`.
-        inverse_covariance: C^-1, (d, d), of the model in use.
+        concepts: with their duals.
     """
-    energies = energy(target_inputs, inverse_covariance).tolist()
-    for concept, current in zip(concepts, energies, strict=True):
-        trained = concept.target_energy
-        if trained is not None and abs(current - trained) > ENERGY_TOLERANCE * trained:
-            _log_covariance_mismatch(concept.label, trained, current)
+    for concept, energy in energy_mismatches(concepts):
+        _log_covariance_mismatch(concept.label, concept.target_energy, energy)
 
 
 @functools.cache

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ldm.concepts.concept import Concept
+from ldm.concepts.concept import SUPER_CATEGORY, Concept
+from ldm.concepts.duals import add_duals
 from ldm.concepts.fingerprint import BaseModel, check_base
 from ldm.concepts.placeholders import check_distinct, find_placeholders
 from ldm.concepts.prompt_checks import check_width, warn_covariance_mismatch
@@ -28,8 +29,9 @@ class ConceptPromptEncoder:
         encoder: the text encoder of the base model.
         text_layers: layer name -> cross-attention layer, from `ldm.modules.attention.name_text_layers`.
         concepts: any number of them, with different placeholders; without concepts, prompts are encoded as usual.
-        inverse_covariance: C^-1 of the text encoder, (d, d), or a function that returns it. The function is called
-            only if there are concepts, and after they have been checked, since it may take long.
+        inverse_covariance: C^-1 of the text encoder, (d, d), or a function that returns it, for concepts from older
+            files that do not store their dual. The function is called only if there is one, and after the concepts have
+            been checked, since it may take long.
         base: the base model; None: the one that the layers are of.
 
     Attributes:
@@ -37,7 +39,7 @@ class ConceptPromptEncoder:
 
     Raises:
         UserError: a concept belongs to another base model, or two have the same placeholder.
-        ValueError: there are concepts, but no `inverse_covariance`.
+        ValueError: a concept has no dual, and there is no `inverse_covariance`.
     """
 
     def __init__(self, encoder: PromptEncoder, text_layers: dict[str, TextLayer], concepts: Sequence[Concept],
@@ -51,15 +53,11 @@ class ConceptPromptEncoder:
         check_distinct(self.placeholders)
         if not self.concepts:
             return
-        if inverse_covariance is None:
-            raise ValueError("concepts need the inverse covariance of the text encoder")
-        table = encoder.token_table
         base = base or BaseModel.of(text_layers)
         for concept in self.concepts:
             check_base(concept, base)
-            check_width(concept.label, concept.embedding, table)
-        inverse = inverse_covariance() if callable(inverse_covariance) else inverse_covariance
-        self.inverse_covariance = inverse.to(table.device)
+            check_width(concept.label, concept.embedding, encoder.embedding_width)
+        self.concepts = add_duals(self.concepts, lambda: _given(inverse_covariance))
 
     def subset_for(self, texts: Sequence[str]) -> ConceptPromptEncoder:
         """Return an encoder with only those concepts whose placeholders occur in at least one of the texts.
@@ -109,30 +107,51 @@ class ConceptPromptEncoder:
         """
         tokens = self.tokens(prompts)
         if not self.concepts:
-            return PromptContext.plain(self.encoder.encode_tokens(tokens), cache=True)
+            encoding, pooled = self.encoder.encode_with_pooled(tokens)
+            return PromptContext.plain(encoding, cache=True, pooled=pooled)
 
         # e: the encoding with the learned embedding v at each placeholder.
-        table = self.encoder.token_table
-        embeddings = torch.cat([concept.embedding for concept in self.concepts]).to(table.device)
-        encoding = self.encoder.encode_tokens(tokens, embeddings)
+        encoding = self.encoder.encode_tokens(tokens, self._vectors(locked=[False] * len(self.concepts)))
 
         # For global locking, the same tokens with the super-category's embedding at each placeholder.
         super_encoding = None
         if global_locking:
-            vectors = [word_vector(self.encoder, concept.super_category) for concept in self.concepts]
-            super_encoding = self.encoder.encode_tokens(tokens, torch.cat(vectors))
+            super_encoding = self.encoder.encode_tokens(tokens, self._vectors(locked=[True] * len(self.concepts)))
 
-        # Gates and e_perp, which no layer and no timestep changes.
+        # The pooled encoding reaches the U-Net outside of cross-attention, so each concept has its own choice there.
+        pooled = None
+        if self.encoder.has_pooled:
+            locked = [concept.pooled == SUPER_CATEGORY for concept in self.concepts]
+            pooled = self.encoder.encode_with_pooled(tokens, self._vectors(locked))[1]
+        return self._edited(encoding, super_encoding, pooled, biases, temperatures)
+
+    @torch.no_grad()
+    def encode_unconditional(self, global_locking: bool = False) -> PromptContext:
+        """Encode the empty negative prompt, under the same edit; see `PromptEncoder.encode_unconditional`."""
+        encoding, pooled = self.encoder.encode_unconditional()
+        if not self.concepts:
+            return PromptContext.plain(encoding, cache=True, pooled=pooled)
+        return self._edited(encoding, encoding if global_locking else None, pooled)
+
+    def _vectors(self, locked: Sequence[bool]) -> Tensor:
+        """Return the word vectors (J, width) of the concepts: the super-category's for those that are locked."""
+        vectors = [word_vector(self.encoder, concept.super_category) if is_locked else concept.embedding
+                   for concept, is_locked in zip(self.concepts, locked, strict=True)]
+        return torch.cat([vector.to(self.encoder.device) for vector in vectors])
+
+    def _edited(self, encoding: Tensor, super_encoding: Tensor | None, pooled: Tensor | None,
+                biases: Sequence[float] | None = None, temperatures: Sequence[float] | None = None) -> PromptContext:
+        """Compute the gates and e_perp of encodings, which no layer and no timestep changes."""
         concepts = override_settings(self.concepts, biases, temperatures)
-        edit = replace(self._stacked_edit, **gate_settings(concepts, table.device))
-        return edit.context(encoding, self.inverse_covariance, super_encoding=super_encoding, cache=True)
+        edit = replace(self._stacked_edit, **gate_settings(concepts, self.encoder.device))
+        context = edit.context(encoding, super_encoding=super_encoding, cache=True)
+        return replace(context, pooled=pooled)
 
     @functools.cached_property
     def _stacked_edit(self) -> Edit:
         """The edit of all concepts, on the device. Moving many concepts there takes as long as several steps."""
-        edit = stack_concepts(self.concepts, self.text_layers)
-        warn_covariance_mismatch(self.concepts, edit.target_inputs, self.inverse_covariance)
-        return edit
+        warn_covariance_mismatch(self.concepts)
+        return stack_concepts(self.concepts, self.text_layers)
 
     def mask_concepts(self, context: PromptContext, texts: Sequence[str]) -> PromptContext:
         """Return the context with each prompt edited only by the concepts whose placeholders its text contains.
@@ -150,7 +169,12 @@ class ConceptPromptEncoder:
             acting.append([index in used for index in range(len(self.concepts))])
         if all(map(all, acting)):
             return context
-        target_inputs = torch.stack([concept.target_input for concept in self.concepts]).to(self.inverse_covariance)
-        projections = [concept.projection for concept in self.concepts]
+        edit = self._stacked_edit
         mask = torch.tensor(acting, device=context.device)
-        return context.mask_concepts(mask, target_inputs, self.inverse_covariance, projections)
+        return context.mask_concepts(mask, edit.target_inputs, edit.duals, edit.projections)
+
+
+def _given(inverse_covariance: Tensor | Callable[[], Tensor] | None) -> Tensor:
+    if inverse_covariance is None:
+        raise ValueError("a concept without a dual needs the inverse covariance of the text encoder")
+    return inverse_covariance() if callable(inverse_covariance) else inverse_covariance

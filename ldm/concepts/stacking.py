@@ -2,7 +2,7 @@
 
 Keys and values of each layer get one target output per concept:
 
-    values: o*_V as learned, or W_V i_super in layers that the concept does not use
+    values: o*_V as learned, or W_V i_super in layers that the concept does not use or has none for
     keys:   o*_K = W_K i_super (key-locking), unless the concept trained its own o*_K
 """
 from __future__ import annotations
@@ -24,11 +24,12 @@ def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLa
     For another bias or temperature, pass `dataclasses.replace(concept, bias=..., temperature=...)`.
 
     Args:
-        concepts: at least one, trained on the base model of the layers (see `check_base`).
+        concepts: at least one, trained on the base model of the layers (see `check_base`), with their duals (see
+            `ldm.concepts.duals.add_duals`).
         text_layers: layer name -> layer, from `ldm.modules.attention.name_text_layers`.
 
     Raises:
-        UserError: a concept has no target output for one of the layers, or target outputs for others.
+        UserError: a concept has target outputs for other layers than these.
     """
     for concept in concepts:
         _check_layers(concept, text_layers)
@@ -48,6 +49,7 @@ def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLa
     device = next(iter(keys.values())).device
     return Edit(
         target_inputs=torch.stack([concept.target_input for concept in concepts]).float().to(device),
+        duals=torch.stack([concept.dual for concept in concepts]).float().to(device),
         **gate_settings(concepts, device),
         target_outputs_v=values,
         target_outputs_k=keys,
@@ -65,14 +67,10 @@ def gate_settings(concepts: Sequence[Concept], device: torch.device) -> dict[str
 
 def _check_layers(concept: Concept, text_layers: Mapping[str, TextLayer]) -> None:
     """Raise UserError if the target outputs of the concept do not match the layers by name and shape."""
-    mismatched = sorted(set(concept.target_outputs_v) ^ set(text_layers))
-    if not mismatched:
-        for name, layer in text_layers.items():
-            expected = (len(concept.target_outputs_v[name]), len(concept.super_input))
-            if layer.to_v.weight.shape != expected:
-                mismatched.append(name)
+    layers = {name: tuple(layer.to_v.weight.shape) for name, layer in text_layers.items()}
+    mismatched = [name for name, shape in concept.base_shapes().items() if layers.get(name) != shape]
     if mismatched:
-        raise UserError(f"concept {concept.label} does not fit this model: they differ in layer {mismatched[0]}; "
+        raise UserError(f"concept {concept.label} does not fit this model: they differ in layer {min(mismatched)}; "
                         "train it again")
 
 

@@ -1,14 +1,17 @@
 """The parameters of one Perfusion concept during training."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ldm.concepts.concept import Concept
+from ldm.concepts.word_norms import relative_norm, restore_norms
 from ldm.modules.context import TextLayer
 from ldm.modules.edit import Edit, locked_keys, project_inputs
+from ldm.modules.rank_one import dual_vectors
 
 LOCKINGS = ("local", "trained")
 
@@ -23,53 +26,61 @@ class TrainableConcept(nn.Module):
         text_layers: layer name -> layer; o*_V starts at W_V i_super.
         locking: "local" locks keys to o*_K = W_K i_super, which is derived and never stored; "trained" trains o*_K
             like o*_V.
+        trained_layers: names of the layers whose target outputs are trained; empty: all. The others keep those of the
+            super-category, W_V i_super and W_K i_super.
 
     Raises:
         ValueError: the locking is unknown.
     """
 
     def __init__(self, embedding: Tensor, super_input: Tensor, text_layers: Mapping[str, TextLayer],
-                 locking: str = "local") -> None:
+                 locking: str = "local", trained_layers: Collection[str] = ()) -> None:
         super().__init__()
         if locking not in LOCKINGS:
             raise ValueError(f"locking {locking!r} is not one of {', '.join(LOCKINGS)}")
         super_input = super_input.detach().float()
         keys = locked_keys(text_layers, super_input[None])
-        self.layer_names = list(text_layers)
+        values = project_inputs(text_layers, super_input[None], "to_v")
+        self.layer_names = [name for name in text_layers if not trained_layers or name in trained_layers]
 
         # Trained: v and o*_V, and o*_K if keys are not locked.
         self.embedding = nn.Parameter(embedding.detach().float().clone())
-        self.target_outputs_v = nn.ParameterList(project_inputs(text_layers, super_input[None], "to_v").values())
-        self.target_outputs_k = nn.ParameterList(keys.values()) if locking == "trained" else None
+        self.target_outputs_v = nn.ParameterList([values.pop(name) for name in self.layer_names])
+        self.target_outputs_k = None
+        if locking == "trained":
+            self.target_outputs_k = nn.ParameterList([keys.pop(name) for name in self.layer_names])
+        # What is left stays: locked keys, and the values of layers that are not trained.
+        self._fixed_keys, self._fixed_values = keys, values
 
         # Not trained: i_super, and i*, which `move_target_input` updates.
         self.register_buffer("super_input", super_input.clone())
         self.register_buffer("target_input", super_input.clone())
         self.register_buffer("start", self.embedding.detach().clone(), persistent=False)
-        self._locked_keys = None if locking == "trained" else keys
 
     def values(self) -> list[nn.Parameter]:
         """Return every target output that is trained."""
         return [*self.target_outputs_v, *(self.target_outputs_k or ())]
 
-    def edit(self, bias: float, temperature: float, projection: str = "full") -> Edit:
+    def edit(self, bias: float, temperature: float, inverse_covariance: Tensor, projection: str = "full") -> Edit:
         """Return the edit that this concept makes at the moment; gradients flow to the target outputs.
 
         Args:
             bias: beta.
             temperature: tau.
+            inverse_covariance: C^-1, (d, d), for the dual of the current i*.
             projection: one of `ldm.modules.rank_one.PROJECTIONS`.
         """
         device = self.target_input.device
-        if self.target_outputs_k is None:
-            keys = {name: key.to(device) for name, key in self._locked_keys.items()}
-        else:
-            keys = self._by_layer(self.target_outputs_k)
+        keys = {name: key.to(device) for name, key in self._fixed_keys.items()}
+        values = {name: value.to(device) for name, value in self._fixed_values.items()}
+        if self.target_outputs_k is not None:
+            keys |= self._by_layer(self.target_outputs_k)
         return Edit(
             target_inputs=self.target_input[None],
+            duals=dual_vectors(self.target_input[None], inverse_covariance),
             biases=torch.full((1,), bias, device=device),
             temperatures=torch.full((1,), temperature, device=device),
-            target_outputs_v=self._by_layer(self.target_outputs_v),
+            target_outputs_v=values | self._by_layer(self.target_outputs_v),
             target_outputs_k=keys,
             projections=(projection,),
         )
@@ -91,15 +102,31 @@ class TrainableConcept(nn.Module):
         """Return the distance of v from its start, relative to the norm of the start."""
         return (self.embedding.detach() - self.start).norm() / self.start.norm()
 
-    def to_concept(self, **settings: object) -> Concept:
+    def relative_norm(self, widths: Sequence[int]) -> Tensor:
+        """Return the largest ratio of v's norm to that of its start; `widths` as for `word_norms.part_norms`."""
+        return relative_norm(self.embedding.detach(), self.start, widths)
+
+    def restore_norms(self, widths: Sequence[int]) -> None:
+        """Scale v to the norm of its start, for each text encoder; `widths` as for `word_norms.part_norms`."""
+        restore_norms(self.embedding, self.start, widths)
+
+    def to_concept(self, inverse_covariance: Tensor, **settings: object) -> Concept:
         """Return a copy of the concept as a value.
 
+        i* is rounded to 16 bits, as files store it, so that the dual is that of the i* in the file.
+
         Args:
+            inverse_covariance: C^-1, (d, d), used in training.
             settings: the attributes of `Concept` that are not tensors.
         """
+        target_input = self.target_input.half().float()
+        dual = dual_vectors(target_input[None], inverse_covariance)[0]
+        energy = float(target_input @ dual)
         return Concept(
             embedding=self.embedding.detach().clone(),
-            target_input=self.target_input.clone(),
+            target_input=target_input,
+            dual=dual,
+            target_energy=energy if math.isfinite(energy) else None,  # not finite: training diverged, saving will raise
             super_input=self.super_input.clone(),
             target_outputs_v=self._copy_outputs(self.target_outputs_v),
             target_outputs_k={} if self.target_outputs_k is None else self._copy_outputs(self.target_outputs_k),

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from ldm.modules.rank_one import apply_edit, gated_projection
 
-# Attributes of a `PromptContext` with one row per prompt, and those with one tensor per layer.
-PER_PROMPT = ("encoding", "projected", "gates", "key_projected", "key_gates")
+# Attributes of a `PromptContext` with a row per token, all with a row per prompt, and those with a tensor per layer.
+PER_TOKEN = ("encoding", "projected", "gates", "key_projected", "key_gates")
+PER_PROMPT = (*PER_TOKEN, "pooled", "vector")
 PER_LAYER = ("target_outputs_v", "target_outputs_k")
 
 
@@ -43,6 +44,9 @@ class PromptContext:
         target_outputs_k: layer name -> o*_K, (J, p); not read if J is 0.
         key_projected: (B, N, d), from which keys are computed; None: `projected`.
         key_gates: (B, N, J), gates of the keys; None: `gates`.
+        pooled: (B, m), the pooled encoding of each prompt, in models that read it; None in others.
+        vector: (B, v), what the U-Net's label embedding reads: the pooled encoding and the features of sizes. None if
+            the U-Net reads none.
         weights: name in the U-Net -> weight that replaces it while the U-Net reads these prompts. The baselines use
             it, Perfusion does not. Not for training.
         cache: whether the keys and values of each layer are computed once and then reused, as in sampling, where they
@@ -58,18 +62,20 @@ class PromptContext:
     target_outputs_k: Mapping[str, Tensor]
     key_projected: Tensor | None = None
     key_gates: Tensor | None = None
+    pooled: Tensor | None = None
+    vector: Tensor | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     cache: bool = False
     _cached: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def plain(cls, encoding: Tensor, cache: bool = False, weights: Mapping[str, Tensor] | None = None
-              ) -> PromptContext:
+    def plain(cls, encoding: Tensor, cache: bool = False, weights: Mapping[str, Tensor] | None = None,
+              pooled: Tensor | None = None) -> PromptContext:
         """Return prompts without an edit: every layer computes exactly W_K e and W_V e.
 
         Args:
             encoding: e, (B, N, d).
-            cache, weights: as the attributes of this class.
+            cache, weights, pooled: as the attributes of this class.
         """
         no_gates = encoding.new_zeros(*encoding.shape[:-1], 0)
         return cls(
@@ -78,6 +84,7 @@ class PromptContext:
             gates=no_gates,
             target_outputs_v={},
             target_outputs_k={},
+            pooled=pooled,
             weights=weights or {},
             cache=cache,
         )
@@ -144,14 +151,16 @@ class PromptContext:
         return context
 
     def clone_cached(self) -> PromptContext:
-        """Return the same prompts with copies of the stored keys and values."""
-        copied = replace(self)
+        """Return the same prompts with copies of the vector and of the stored keys and values."""
+        copied = replace(self, vector=None if self.vector is None else self.vector.clone())
         for layer_name, (keys, values) in self._cached.items():
             copied._cached[layer_name] = keys.clone(), values.clone()
         return copied
 
     def copy_cached_from(self, other: PromptContext) -> None:
-        """Overwrite the stored keys and values with those of `other`, in place."""
+        """Overwrite the vector and the stored keys and values with those of `other`, in place."""
+        if self.vector is not None:
+            self.vector.copy_(other.vector)
         for layer_name, (new_keys, new_values) in other._cached.items():
             keys, values = self._cached[layer_name]
             keys.copy_(new_keys)
@@ -190,15 +199,14 @@ class PromptContext:
 
     # Batches
 
-    def mask_concepts(self, acting: Tensor, target_inputs: Tensor, inverse_covariance: Tensor,
-                      projections: Sequence[str]) -> PromptContext:
+    def mask_concepts(self, acting: Tensor, target_inputs: Tensor, duals: Tensor, projections: Sequence[str]
+                      ) -> PromptContext:
         """Return the same prompts, each edited by some of the concepts as if there were no others.
 
         Args:
             acting: (B, J) booleans, whether concept j edits prompt b.
-            target_inputs: i*, (J, d), of the `Edit` that made this context.
-            inverse_covariance: C^-1, (d, d).
-            projections: J projections of the `Edit` that made this context.
+            target_inputs, duals, projections: i* (J, d), C^-1 i* (J, d) and J projections of the `Edit` that made this
+                context.
         """
         projected = self.encoding.clone()
         gates = self.gates * acting[:, None]
@@ -214,7 +222,7 @@ class PromptContext:
             projected[rows] = gated_projection(
                 self.encoding[rows],
                 target_inputs[subset],
-                inverse_covariance,
+                duals[subset],
                 gates[rows][..., subset],
                 subset_projections,
             )
@@ -227,7 +235,7 @@ class PromptContext:
             weights: (B, N)
         """
         scale = weights.to(self.encoding)[..., None]
-        return self._map_rows(lambda tensor: tensor * scale)
+        return self._map_rows(lambda tensor: tensor * scale, PER_TOKEN)
 
     @staticmethod
     def cat(contexts: Sequence[PromptContext]) -> PromptContext:
@@ -237,7 +245,8 @@ class PromptContext:
         prompt are zero for those it does not use. A plain prompt uses none. The result caches if all contexts do.
 
         Raises:
-            ValueError: the contexts replace weights of the U-Net by different ones, which one batch cannot do.
+            ValueError: the contexts replace weights of the U-Net by different ones, which one batch cannot do; or only
+                some have a pooled encoding or a vector.
         """
         first = contexts[0]
         for context in contexts:
@@ -270,6 +279,8 @@ class PromptContext:
             target_outputs_k=outputs_k,
             key_projected=torch.cat(key_projected) if own_keys else None,
             key_gates=torch.cat(key_gates) if own_keys else None,
+            pooled=_join_rows(contexts, "pooled"),
+            vector=_join_rows(contexts, "vector"),
             weights=first.weights,
             cache=all(context.cache for context in contexts),
         )
@@ -294,9 +305,20 @@ class PromptContext:
         """Return the tensors that have one row per prompt, by attribute name."""
         return {name: getattr(self, name) for name in PER_PROMPT if getattr(self, name) is not None}
 
-    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> PromptContext:
-        """Return a new context with `change` applied to every tensor that has one row per prompt."""
-        return replace(self, **{name: change(tensor) for name, tensor in self.per_prompt_tensors().items()})
+    def _map_rows(self, change: Callable[[Tensor], Tensor], names: Sequence[str] = PER_PROMPT) -> PromptContext:
+        """Return a new context with `change` applied to every tensor that has one row per prompt, or to those named."""
+        changed = {name: change(tensor) for name, tensor in self.per_prompt_tensors().items() if name in names}
+        return replace(self, **changed)
+
+
+def _join_rows(contexts: Sequence[PromptContext], name: str) -> Tensor | None:
+    """Concatenate an attribute that all contexts have, or none of them."""
+    tensors = [getattr(context, name) for context in contexts]
+    if all(tensor is None for tensor in tensors):
+        return None
+    if any(tensor is None for tensor in tensors):
+        raise ValueError(f"some of these prompts have a {name}, others have none; encode all of them in the same way")
+    return torch.cat(tensors)
 
 
 def _join_target_outputs(

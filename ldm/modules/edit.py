@@ -24,6 +24,7 @@ class Edit:
 
     Attributes:
         target_inputs: i*, (J, d), constants; J is at least 1 (for prompts without concepts see `PromptContext.plain`).
+        duals: C^-1 i*, (J, d), constants, from `ldm.modules.rank_one.dual_vectors` or the concepts' files.
         biases: beta, (J,).
         temperatures: tau, (J,), above 0.
         target_outputs_v: layer name -> o*_V, (J, p).
@@ -35,6 +36,7 @@ class Edit:
     """
 
     target_inputs: Tensor
+    duals: Tensor
     biases: Tensor
     temperatures: Tensor
     target_outputs_v: Mapping[str, Tensor]
@@ -45,6 +47,9 @@ class Edit:
         count = len(self.target_inputs)
         if count < 1 or self.target_inputs.ndim != 2:
             raise ValueError(f"target_inputs must be (J, d) with J >= 1, not {tuple(self.target_inputs.shape)}")
+        if self.duals.shape != self.target_inputs.shape:
+            shapes = tuple(self.target_inputs.shape), tuple(self.duals.shape)
+            raise ValueError(f"duals must have the shape of target_inputs, {shapes[0]}, not {shapes[1]}")
         if self.biases.shape != (count,) or self.temperatures.shape != (count,):
             shapes = tuple(self.biases.shape), tuple(self.temperatures.shape)
             raise ValueError(f"biases and temperatures must be ({count},), not {shapes[0]} and {shapes[1]}")
@@ -66,7 +71,6 @@ class Edit:
     def context(
         self,
         encoding: Tensor,
-        inverse_covariance: Tensor,
         super_encoding: Tensor | None = None,
         cache: bool = False,
     ) -> PromptContext:
@@ -74,7 +78,6 @@ class Edit:
 
         Args:
             encoding: e, (B, N, d), of the prompts with placeholders.
-            inverse_covariance: C^-1, (d, d).
             super_encoding: (B, N, d), of the same prompts, token by token, with the super-category in place of each
                 concept. If given, keys are locked globally: they are W_K `super_encoding` for the whole prompt. None:
                 keys are locked locally, through the gates.
@@ -88,11 +91,11 @@ class Edit:
             raise ValueError(f"super_encoding must have the shape of encoding, not {shapes[0]} instead of {shapes[1]}")
 
         # s_j(e) = <i*_j, e> / ||i*_j||^2
-        scores = similarity(encoding, self.target_inputs, inverse_covariance)
+        scores = similarity(encoding, self.target_inputs, self.duals)
         # g_j(e) = sigmoid((s_j(e) - beta_j) / tau_j)
         gates = gate(scores, self.biases, self.temperatures).to(encoding.dtype)
         # e_perp = e - sum_k u_k <u_k, e>
-        projected = gated_projection(encoding, self.target_inputs, inverse_covariance, gates, self.projections)
+        projected = gated_projection(encoding, self.target_inputs, self.duals, gates, self.projections)
 
         # The layers compute h = W e_perp + sum_j g_j(e) o*_j (see `PromptContext.keys_values`).
         return PromptContext(

@@ -16,14 +16,21 @@ Legend (d: width of the text encoding, p: inner width of one cross-attention lay
     C          covariance            (d, d)     uncentered covariance E[e e^T] of encodings over a caption corpus
     C^-1       inverse_covariance    (d, d)     what `invert_covariance` returns for it
     i*_j       target_inputs         (J, d)     input directions of the concepts
+    C^-1 i*_j  duals                 (J, d)     their dual vectors: all that the edit needs of C
     o*_j       target_outputs        (J, p)     what the layer outputs for each concept
     beta, tau  bias, temperature     (J,)       threshold and softness of each concept's gate
-    s_j(e)     similarity            (B, N, J)  <i*_j, e> / ||i*_j||^2
+    s_j(e)     similarity            (B, N, J)  <i*_j, e> / ||i*_j||^2 = dual_j . e / (dual_j . i*_j)
     g_j(e)     gates                 (B, N, J)  sigmoid((s_j(e) - beta_j) / tau_j)
-    u_k        basis                 (r, d)     basis of span{i*_1 ... i*_J}, orthonormal in <.,.>; r <= J
+    u_k        basis.vectors         (r, d)     basis of span{i*_1 ... i*_J}, orthonormal in <.,.>; r <= J
+    C^-1 u_k   basis.duals           (r, d)     its dual vectors
     e_perp     projected             (B, N, d)  e - sum_k u_k <u_k, e>
 
     <a, b> = a^T C^-1 b,    ||i*||^2 = <i*, i*>,    h = W e_perp + sum_j g_j(e) o*_j
+
+Every inner product above has an i* on one side. So C is needed only to compute the duals, once per concept. They are
+stored in the concept's file, and generation never reads C. In matrices, with the rows of I and D being i*_j and dual_j:
+
+    e_perp = e - I^T G^+ D e,    G = D I^T    (J, J), G^+ its pseudo-inverse
 
 This is the paper's projection, here called "full". There is a second one of our own, called "gated":
 
@@ -40,19 +47,22 @@ Our readings where the paper leaves something open:
   below d / ridge. For the default 1e-4 and d = 768 this is 8e6, the most that float32 can still represent. The scale
   of C cancels in s, so only a ridge relative to the mean diagonal has a meaning.
 * Nearly parallel i*_j (two teddies). A QR decomposition would turn rounding noise into a basis vector. We therefore
-  take the basis from the eigendecomposition of the Gram matrix of the unit i*_j, and drop eigenvalues below
-  `RANK_TOLERANCE` times the largest. With 1e-6, two unit vectors that differ by about a thousandth are one direction.
-  A concept file in 16 bits keeps no smaller difference.
+  take the basis from the singular value decomposition of the Gram matrix of the unit i*_j, and drop singular values
+  below `RANK_TOLERANCE` times the largest. With 1e-6, two unit vectors that differ by about a thousandth are one
+  direction. A concept file in 16 bits keeps no smaller difference.
+* Concepts under different C (trained with other captions, or another ridge). Each keeps the inner product it was
+  trained with. G is then not symmetric, and e_perp still has similarity 0 to every concept.
 * Training and inference use the same rule. i* is a constant in it: a moving average, not a parameter.
-* Precision. C^-1 is ill-conditioned, so half precision and TF32 would ruin s. C^-1 a is computed in float64. Its inner
-  products with encodings are sums in the dtype of the arguments, but at least float32. Neither autocast nor TF32
-  affects such sums, and they are cheap (one inner product per token and concept). Similarities and gates keep that
-  dtype; `project_out` returns the dtype of the encoding it was given.
+* Precision. C^-1 is ill-conditioned, so half precision and TF32 would ruin s. Duals are computed in float64 and kept in
+  float32. Their inner products with encodings are sums in the dtype of the arguments, but at least float32. Neither
+  autocast nor TF32 affects such sums, and they are cheap (one inner product per token and concept). Similarities and
+  gates keep that dtype; `project_out` returns the dtype of the encoding it was given.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,21 +105,40 @@ def invert_covariance(covariance: Tensor, ridge: float = RIDGE) -> Tensor:
     return ((inverse + inverse.mT) / 2).float().to(covariance.device)
 
 
-def energy(target_inputs: Tensor, inverse_covariance: Tensor) -> Tensor:
-    """Return ||i*_j||^2 = <i*_j, i*_j>.
+def dual_vectors(vectors: Tensor, inverse_covariance: Tensor) -> Tensor:
+    """Return C^-1 a_j, so that <a_j, e> is the plain inner product of the dual of a_j with e.
+
+    Args:
+        vectors: a, (J, d), such as i*.
+        inverse_covariance: C^-1, (d, d).
+
+    Returns:
+        (J, d), at least float32.
+    """
+    dtype = reduce(torch.promote_types, (vectors.dtype, inverse_covariance.dtype), torch.float32)
+    exact = torch.float32 if vectors.device.type == "mps" else torch.float64  # MPS has no float64, and no TF32 either
+    with torch.autocast(vectors.device.type, enabled=False):
+        return (vectors.to(exact) @ inverse_covariance.to(exact)).to(dtype)
+
+
+def energy(target_inputs: Tensor, duals: Tensor) -> Tensor:
+    """Return ||i*_j||^2 = dual_j . i*_j.
 
     Args:
         target_inputs: i*, (J, d).
-        inverse_covariance: C^-1, (d, d).
+        duals: C^-1 i*, (J, d).
 
     Returns:
         (J,), at least float32.
 
     Raises:
-        ValueError: (on the CPU only) an energy is not above 0, because i* is zero or not finite, or because C^-1 is not
-            positive definite.
+        ValueError: (on the CPU only) an energy is not above 0, because i* is zero or not finite, or because the dual
+            belongs to something else.
     """
-    return _energies(target_inputs, _dual(target_inputs, inverse_covariance))
+    energies = (target_inputs.to(duals.dtype) * duals).sum(-1)
+    if has_nonpositive(energies):
+        raise ValueError(f"the energy of every target input must be above 0, not {energies.tolist()}")
+    return energies
 
 
 def has_nonpositive(values: Tensor) -> bool:
@@ -120,20 +149,13 @@ def has_nonpositive(values: Tensor) -> bool:
     return values.device.type == "cpu" and not bool((values > 0).all())
 
 
-def _energies(target_inputs: Tensor, dual: Tensor) -> Tensor:
-    energies = (target_inputs.to(dual.dtype) * dual).sum(-1)
-    if has_nonpositive(energies):
-        raise ValueError(f"the energy of every target input must be above 0, not {energies.tolist()}")
-    return energies
-
-
-def similarity(encoding: Tensor, target_inputs: Tensor, inverse_covariance: Tensor) -> Tensor:
+def similarity(encoding: Tensor, target_inputs: Tensor, duals: Tensor) -> Tensor:
     """Return s_j(e) = <i*_j, e> / ||i*_j||^2, which is 1 at e = i*_j.
 
     Args:
         encoding: e, (B, N, d).
         target_inputs: i*, (J, d).
-        inverse_covariance: C^-1, (d, d).
+        duals: C^-1 i*, (J, d).
 
     Returns:
         (B, N, J), at least float32.
@@ -141,8 +163,7 @@ def similarity(encoding: Tensor, target_inputs: Tensor, inverse_covariance: Tens
     Raises:
         ValueError: as `energy`.
     """
-    dual = _dual(target_inputs, inverse_covariance)
-    return _inner_products(encoding, dual) / _energies(target_inputs, dual)
+    return _inner_products(encoding, duals) / energy(target_inputs, duals)
 
 
 def gate(similarity: Tensor, bias: Tensor, temperature: Tensor) -> Tensor:
@@ -159,69 +180,78 @@ def gate(similarity: Tensor, bias: Tensor, temperature: Tensor) -> Tensor:
     return torch.sigmoid((similarity - bias) / temperature)
 
 
-def concept_basis(target_inputs: Tensor, inverse_covariance: Tensor) -> Tensor:
-    """Return u_k, a basis of span{i*_1 ... i*_J} that is orthonormal in <., .>.
+class Basis(NamedTuple):
+    """A basis of the span of target inputs, orthonormal in <., .>: dual_k . u_l is 1 for k = l, else 0.
 
-    For one concept it is i* / ||i*||, so `project_out` gives Eq. 3. For several it is U = Lambda^-1/2 V^T I, where the
-    rows of I are the unit i*_j and V Lambda V^T = I C^-1 I^T. It is computed in float64, without the directions that
-    are only rounding noise (see `RANK_TOLERANCE`).
+    Attributes:
+        vectors: u, (r, d), where r <= J is the rank of the span.
+        duals: C^-1 u, (r, d).
+    """
+
+    vectors: Tensor
+    duals: Tensor
+
+
+def concept_basis(target_inputs: Tensor, duals: Tensor) -> Basis:
+    """Return u_k, a basis of span{i*_1 ... i*_J} that is orthonormal in <., .>, with its duals.
+
+    For one concept it is i* / ||i*||, so `project_out` gives Eq. 3. For several, let the rows of I and D be the i*_j
+    and their duals, both divided by ||i*_j||, and A S B^T = D I^T the singular value decomposition of their Gram
+    matrix. Then U = S^-1/2 B^T I, with the duals S^-1/2 A^T D. If all duals are of one C, A equals B. It is computed in
+    float64, without the directions that are only rounding noise (see `RANK_TOLERANCE`).
 
     Args:
         target_inputs: i*, (J, d), constants: no gradient flows through the basis of several.
-        inverse_covariance: C^-1, (d, d).
-
-    Returns:
-        (r, d), where r <= J is the rank of the span.
+        duals: C^-1 i*, (J, d).
     """
     # One concept: u = i* / ||i*||.
-    norms = energy(target_inputs, inverse_covariance).sqrt()
-    units = target_inputs / norms[:, None]
-    if len(units) < 2:
+    norms = energy(target_inputs, duals).sqrt()[:, None]
+    units = Basis(target_inputs / norms, duals / norms)
+    if len(target_inputs) < 2:
         return units
 
-    # Several: the Gram matrix I C^-1 I^T = V Lambda V^T, without small eigenvalues.
-    exact = units.detach().to("cpu").double()
-    gram = exact @ inverse_covariance.detach().to("cpu").double() @ exact.mT
-    values, vectors = torch.linalg.eigh(gram)
-    significant = values > RANK_TOLERANCE * values[-1]
+    # Several: the Gram matrix A S B^T = D I^T, without small singular values.
+    unit_inputs, unit_duals = (rows.detach().to("cpu").double() for rows in units)
+    left, values, right = torch.linalg.svd(unit_duals @ unit_inputs.mT)
+    significant = values > RANK_TOLERANCE * values[0]
 
-    # U = Lambda^-1/2 V^T I
-    basis = (vectors[:, significant] / values[significant].sqrt()).mT @ exact
-    return basis.to(units.dtype).to(units.device)
+    # U = S^-1/2 B^T I and its duals S^-1/2 A^T D
+    scale = values[significant].rsqrt()[:, None]
+    found = scale * right[significant] @ unit_inputs, scale * left.mT[significant] @ unit_duals
+    return Basis(*(rows.to(norms.dtype).to(norms.device) for rows in found))
 
 
-def project_out(encoding: Tensor, basis: Tensor, inverse_covariance: Tensor) -> Tensor:
+def project_out(encoding: Tensor, basis: Basis) -> Tensor:
     """Return e_perp = e - sum_k u_k <u_k, e>, the part of the encoding that no concept reads.
 
     Args:
         encoding: e, (B, N, d).
-        basis: u, (r, d), from `concept_basis`.
-        inverse_covariance: C^-1, (d, d).
+        basis: from `concept_basis`.
 
     Returns:
         (B, N, d), in the dtype of `encoding`.
     """
-    coefficients = _inner_products(encoding, _dual(basis, inverse_covariance))  # <u_k, e>
-    chunks = zip(coefficients.split(CHUNK, -1), basis.split(CHUNK), strict=True)
+    coefficients = _inner_products(encoding, basis.duals)  # <u_k, e>
+    chunks = zip(coefficients.split(CHUNK, -1), basis.vectors.split(CHUNK), strict=True)
     removed = sum((some[..., None] * rows).sum(-2) for some, rows in chunks)
     return (encoding - removed).to(encoding.dtype)
 
 
-def gated_projection(encoding: Tensor, target_inputs: Tensor, inverse_covariance: Tensor, gates: Tensor,
+def gated_projection(encoding: Tensor, target_inputs: Tensor, duals: Tensor, gates: Tensor,
                      projections: Sequence[str]) -> Tensor:
     """Return what a layer's W is applied to: e_perp for full projections, e + max_j g_j (e_perp - e) for gated ones.
 
     Args:
         encoding: e, (B, N, d).
         target_inputs: i*, (J, d), J at least 1.
-        inverse_covariance: C^-1, (d, d).
+        duals: C^-1 i*, (J, d).
         gates: g, (B, N, J).
         projections: J of `PROJECTIONS`; if one is full, all concepts that act together use the full projection.
 
     Returns:
         (B, N, d), in the dtype of `encoding`.
     """
-    projected = project_out(encoding, concept_basis(target_inputs, inverse_covariance), inverse_covariance)
+    projected = project_out(encoding, concept_basis(target_inputs, duals))
     if "full" in projections:
         return projected
     widest_gate = gates.amax(-1, keepdim=True).to(encoding.dtype)  # max_j g_j
@@ -253,15 +283,7 @@ def _gated_sum(gates: Tensor, target_outputs: Tensor) -> Tensor:
     return gates @ target_outputs
 
 
-def _dual(vectors: Tensor, inverse_covariance: Tensor) -> Tensor:
-    """Return C^-1 a_j, so that <e, a_j> is a plain inner product: (J, d), (d, d) -> (J, d), at least float32."""
-    dtype = reduce(torch.promote_types, (vectors.dtype, inverse_covariance.dtype), torch.float32)
-    exact = torch.float32 if vectors.device.type == "mps" else torch.float64  # MPS has no float64, and no TF32 either
-    with torch.autocast(vectors.device.type, enabled=False):
-        return (vectors.to(exact) @ inverse_covariance.to(exact)).to(dtype)
-
-
-def _inner_products(encoding: Tensor, dual: Tensor) -> Tensor:
-    """Return each encoding times each row: (..., d), (J, d) -> (..., J), as sums (see Precision above)."""
-    left = encoding.to(torch.promote_types(encoding.dtype, dual.dtype))[..., None, :]
-    return torch.cat([(left * rows).sum(-1) for rows in dual.split(CHUNK)], -1)
+def _inner_products(encoding: Tensor, duals: Tensor) -> Tensor:
+    """Return dual_j . e of each encoding: (..., d), (J, d) -> (..., J), as sums (see Precision above)."""
+    left = encoding.to(torch.promote_types(encoding.dtype, duals.dtype))[..., None, :]
+    return torch.cat([(left * rows).sum(-1) for rows in duals.split(CHUNK)], -1)

@@ -21,7 +21,7 @@ from ldm.data.concept_photos import ConceptPhotos
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, load_covariance_for
 from ldm.modules.encoders.prompts import word_vector
-from ldm.modules.rank_one import PROJECTIONS, energy, invert_covariance
+from ldm.modules.rank_one import PROJECTIONS, invert_covariance
 from ldm.personalization.base import PersonalizationMethod
 from ldm.personalization.checks import check_positive
 from ldm.personalization.concept_names import as_list
@@ -127,7 +127,7 @@ class Perfusion(PersonalizationMethod):
         tokens, encoding, rows = self.encode_distinct(prompts, [concept.embedding for concept in self.concepts])
         # A concept's token is numbered past the vocabulary, so it is the largest of its prompt.
         largest, positions = tokens.max(1)
-        named = largest - len(self.cond_stage_model.token_table)
+        named = largest - self.cond_stage_model.vocabulary_size
         indices = named.unique().tolist()
         if update_target_inputs:
             for index in indices:
@@ -137,9 +137,9 @@ class Perfusion(PersonalizationMethod):
         # Each distinct prompt gets e_perp and the gates of its concept, then every prompt of the batch its row.
         contexts = []
         for index in indices:
-            edit = self.concepts[index].edit(self.bias, self.temperature, self.projection)
+            edit = self.concepts[index].edit(self.bias, self.temperature, self.inverse_covariance(), self.projection)
             own = (named == index).nonzero()[:, 0]
-            contexts.append(edit.context(encoding[self._to_device(own)], self.inverse_covariance()))
+            contexts.append(edit.context(encoding[self._to_device(own)]))
         by_concept = named.argsort(stable=True)
         return PromptContext.cat(contexts).select(self._to_device(by_concept.argsort()[rows]))
 
@@ -164,13 +164,11 @@ class Perfusion(PersonalizationMethod):
 
     def export_concept(self, index: int = 0) -> Concept:
         concept = self.concepts[index]
-        # If training diverged, i* may not be finite: saving then raises.
-        is_finite = bool(concept.target_input.isfinite().all())
-        target_energy = float(energy(concept.target_input[None], self.inverse_covariance())) if is_finite else None
         return concept.to_concept(
+            self.inverse_covariance(), word_parts=dict(self.cond_stage_model.word_parts),
             placeholder=self.placeholders[index], super_category=self.super_categories[index],
             bias=float(self.inference_bias), temperature=float(self.temperature), projection=self.projection,
-            used_layers=self.used_layers, steps=int(self.global_step), target_energy=target_energy,
+            used_layers=self.used_layers, steps=int(self.global_step),
             **self.base_model.stored)
 
     def sampling_encoder(self, concepts: Sequence[Concept]) -> ConceptPromptEncoder:

@@ -10,6 +10,7 @@ from ldm.concepts.concept import Concept
 
 WIDTH = 6  # d
 FIRST, MIDDLE = "input_blocks.1.1.attn2", "middle_block.1.attn2"
+DUAL_SCALE = 0.5  # C of these concepts is 2 I
 INNER_WIDTHS = {FIRST: 5, MIDDLE: 8}  # p
 
 
@@ -25,6 +26,7 @@ def make_concept(placeholder: str = "<bear>", seed: int = 0, trained_keys: bool 
         embedding=randn(1, 4, seed=seed),
         target_input=randn(WIDTH, seed=seed + 1),
         super_input=randn(WIDTH, seed=seed + 2),
+        dual=DUAL_SCALE * randn(WIDTH, seed=seed + 1),
         target_outputs_v=outputs,
         target_outputs_k={name: -output for name, output in outputs.items()} if trained_keys else {},
         **{"steps": 7, "base": "f" * 64, **settings},

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ldm.modules.context import PromptContext
 from ldm.modules.edit import Edit, locked_keys
-from ldm.modules.rank_one import invert_covariance
+from ldm.modules.rank_one import dual_vectors, invert_covariance
 
 WIDTH, TOKENS = 6, 4
 INNER = {"input_blocks.1.1.attn2": 5, "middle_block.1.attn2": 8}
@@ -36,9 +36,11 @@ def inverse() -> Tensor:
     return invert_covariance(sample.T @ sample / 50)
 
 
-def make_edit(layers: dict[str, SimpleNamespace], count: int, seed: int) -> Edit:
+def make_edit(layers: dict[str, SimpleNamespace], inverse: Tensor, count: int, seed: int) -> Edit:
+    targets = randn(count, WIDTH, seed=seed)
     return Edit(
-        target_inputs=randn(count, WIDTH, seed=seed),
+        target_inputs=targets,
+        duals=dual_vectors(targets, inverse),
         biases=torch.full((count,), 0.6),
         temperatures=torch.full((count,), 0.2),
         target_outputs_v={name: randn(count, p, seed=seed + 1) for name, p in INNER.items()},
@@ -77,8 +79,8 @@ def test_a_plain_context_is_the_plain_projection(layers: dict[str, SimpleNamespa
 def test_local_locking_edits_keys_and_values_by_equation_3(
     layers: dict[str, SimpleNamespace], inverse: Tensor
 ) -> None:
-    edit, encoding = make_edit(layers, 1, seed=10), randn(2, TOKENS, WIDTH)
-    context = edit.context(encoding, inverse)
+    edit, encoding = make_edit(layers, inverse, 1, seed=10), randn(2, TOKENS, WIDTH)
+    context = edit.context(encoding)
     for name, layer in layers.items():
         key, value = context.keys_values(name, layer.to_k, layer.to_v)
         locked = layer.to_k.weight.detach() @ randn(1, WIDTH, seed=12)[0]
@@ -91,8 +93,8 @@ def test_local_locking_edits_keys_and_values_by_equation_3(
 def test_a_gated_projection_removes_the_concept_as_far_as_its_gate_is_open(
     layers: dict[str, SimpleNamespace], inverse: Tensor
 ) -> None:
-    edit, encoding = replace(make_edit(layers, 1, seed=10), projections=["gated"]), randn(2, TOKENS, WIDTH)
-    context = edit.context(encoding, inverse)
+    edit, encoding = replace(make_edit(layers, inverse, 1, seed=10), projections=["gated"]), randn(2, TOKENS, WIDTH)
+    context = edit.context(encoding)
     e, i, metric = (x.double() for x in (encoding, edit.target_inputs[0], inverse))
     s = (e @ metric @ i) / (i @ metric @ i)
     gates = torch.sigmoid((s - 0.6) / 0.2)[..., None]
@@ -110,10 +112,10 @@ def test_with_closed_gates_only_a_full_projection_changes_a_prompt(
     layers: dict[str, SimpleNamespace], inverse: Tensor, projections: tuple[str, ...], same_as: str
 ) -> None:
     """One full projection among several makes all of them full."""
-    closed = replace(make_edit(layers, 2, seed=10), biases=torch.full((2,), 1e3))
+    closed = replace(make_edit(layers, inverse, 2, seed=10), biases=torch.full((2,), 1e3))
     encoding = randn(2, TOKENS, WIDTH)
-    expected = {"plain": PromptContext.plain(encoding), "full": closed.context(encoding, inverse)}
-    found = all_keys_values(replace(closed, projections=projections).context(encoding, inverse), layers)
+    expected = {"plain": PromptContext.plain(encoding), "full": closed.context(encoding)}
+    found = all_keys_values(replace(closed, projections=projections).context(encoding), layers)
     assert_rows(found, all_keys_values(expected[same_as], layers))
     other = all_keys_values(expected[{"plain": "full", "full": "plain"}[same_as]], layers)
     assert not torch.allclose(found[0], other[0], atol=1e-2)
@@ -123,14 +125,14 @@ def test_with_closed_gates_only_a_full_projection_changes_a_prompt(
 def test_masked_concepts_have_no_effect_on_a_prompt(
     layers: dict[str, SimpleNamespace], inverse: Tensor, projection: str
 ) -> None:
-    both = replace(make_edit(layers, 2, seed=10), projections=[projection] * 2)
+    both = replace(make_edit(layers, inverse, 2, seed=10), projections=[projection] * 2)
     first = replace(both, **{name: getattr(both, name)[:1] for name in
-                             ("target_inputs", "biases", "temperatures", "projections")},
+                             ("target_inputs", "duals", "biases", "temperatures", "projections")},
                     target_outputs_v={name: o[:1] for name, o in both.target_outputs_v.items()},
                     target_outputs_k={name: o[:1] for name, o in both.target_outputs_k.items()})
     encoding, acting = randn(2, TOKENS, WIDTH), torch.tensor([[True, False], [False, False]])
-    context = both.context(encoding, inverse).mask_concepts(acting, both.target_inputs, inverse, both.projections)
-    alone = first.context(encoding[:1], inverse)
+    context = both.context(encoding).mask_concepts(acting, both.target_inputs, both.duals, both.projections)
+    alone = first.context(encoding[:1])
     assert_rows(all_keys_values(context.select([0]), layers), all_keys_values(alone, layers))
     plain = PromptContext.plain(encoding[1:])
     assert_rows(all_keys_values(context.select([1]), layers), all_keys_values(plain, layers))
@@ -139,24 +141,24 @@ def test_masked_concepts_have_no_effect_on_a_prompt(
 def test_global_locking_computes_all_keys_from_the_super_category(
     layers: dict[str, SimpleNamespace], inverse: Tensor
 ) -> None:
-    edit = make_edit(layers, 2, seed=10)
+    edit = make_edit(layers, inverse, 2, seed=10)
     encoding, super_encoding = randn(2, TOKENS, WIDTH), randn(2, TOKENS, WIDTH, seed=3)
-    locally = edit.context(encoding, inverse)
-    globally = edit.context(encoding, inverse, super_encoding)
+    locally = edit.context(encoding)
+    globally = edit.context(encoding, super_encoding)
     for name, layer in layers.items():
         key, value = globally.keys_values(name, layer.to_k, layer.to_v)
         torch.testing.assert_close(key, layer.to_k(super_encoding))
         assert torch.equal(value, locally.keys_values(name, layer.to_k, layer.to_v)[1])
     with pytest.raises(ValueError, match="super_encoding"):
-        edit.context(encoding, inverse, super_encoding[:, 1:])
+        edit.context(encoding, super_encoding[:, 1:])
 
 
 def test_gradients_reach_the_encoding_and_the_values_only(
     layers: dict[str, SimpleNamespace], inverse: Tensor
 ) -> None:
-    edit, encoding = make_edit(layers, 1, seed=10), randn(1, TOKENS, WIDTH).requires_grad_()
+    edit, encoding = make_edit(layers, inverse, 1, seed=10), randn(1, TOKENS, WIDTH).requires_grad_()
     edit.target_outputs_v = {name: nn.Parameter(o) for name, o in edit.target_outputs_v.items()}
-    sum(x.square().sum() for x in all_keys_values(edit.context(encoding, inverse), layers)).backward()
+    sum(x.square().sum() for x in all_keys_values(edit.context(encoding), layers)).backward()
     assert encoding.grad.abs().sum() > 0
     assert all(o.grad.abs().sum() > 0 for o in edit.target_outputs_v.values())
     assert not any(o.requires_grad for o in edit.target_outputs_k.values())
@@ -167,13 +169,13 @@ def test_cat_keeps_every_prompt_as_it_was(
     layers: dict[str, SimpleNamespace], inverse: Tensor, locked_globally: bool
 ) -> None:
     encodings = [randn(n, TOKENS, WIDTH, seed=20 + n) for n in (1, 2, 3, 1)]
-    one, other = make_edit(layers, 2, seed=10), make_edit(layers, 1, seed=30)
+    one, other = make_edit(layers, inverse, 2, seed=10), make_edit(layers, inverse, 1, seed=30)
     super_encoding = randn(2, TOKENS, WIDTH, seed=40) if locked_globally else None
     parts = [
         PromptContext.plain(encodings[0]),
-        one.context(encodings[1], inverse, super_encoding),
-        other.context(encodings[2], inverse),
-        one.context(encodings[3], inverse),
+        one.context(encodings[1], super_encoding),
+        other.context(encodings[2]),
+        one.context(encodings[3]),
     ]
     joined = PromptContext.cat(parts)
     assert joined.batch_size == 7
@@ -193,8 +195,8 @@ def test_cat_of_plain_contexts_stays_plain(layers: dict[str, SimpleNamespace]) -
 
 @pytest.mark.parametrize("globally", [False, True])
 def test_repeat_and_select(layers: dict[str, SimpleNamespace], inverse: Tensor, globally: bool) -> None:
-    edit, encoding = make_edit(layers, 2, seed=10), randn(3, TOKENS, WIDTH)
-    context = edit.context(encoding, inverse, randn(3, TOKENS, WIDTH, seed=3) if globally else None)
+    edit, encoding = make_edit(layers, inverse, 2, seed=10), randn(3, TOKENS, WIDTH)
+    context = edit.context(encoding, randn(3, TOKENS, WIDTH, seed=3) if globally else None)
     full = all_keys_values(context, layers)
     assert_rows(all_keys_values(context.repeat(2), layers), [x.repeat(2, 1, 1) for x in full])
     assert context.repeat(2).concept_count == 2
@@ -203,8 +205,8 @@ def test_repeat_and_select(layers: dict[str, SimpleNamespace], inverse: Tensor, 
 
 
 def test_a_cache_computes_each_layer_once(layers: dict[str, SimpleNamespace], inverse: Tensor) -> None:
-    edit, encoding = make_edit(layers, 1, seed=10), randn(1, TOKENS, WIDTH)
-    cached, fresh = edit.context(encoding, inverse, cache=True), edit.context(encoding, inverse)
+    edit, encoding = make_edit(layers, inverse, 1, seed=10), randn(1, TOKENS, WIDTH)
+    cached, fresh = edit.context(encoding, cache=True), edit.context(encoding)
     first, again = all_keys_values(cached, layers), all_keys_values(cached, layers)
     assert all(a is b for a, b in zip(first, again, strict=True))
     assert_rows(first, all_keys_values(fresh, layers))
@@ -220,7 +222,7 @@ def test_computing_all_layers_at_once_equals_one_by_one(layers: dict[str, Simple
     def context(cache: bool = False) -> PromptContext:
         if not count:
             return PromptContext.plain(encoding, cache)
-        return make_edit(layers, count, seed=10).context(encoding, inverse, super_encoding, cache)
+        return make_edit(layers, inverse, count, seed=10).context(encoding, super_encoding, cache)
 
     expected = all_keys_values(context(), layers)
     fresh, cached = context(), context(cache=True)
@@ -233,7 +235,7 @@ def test_computing_all_layers_at_once_equals_one_by_one(layers: dict[str, Simple
 def test_contexts_derived_from_a_cached_one_have_an_empty_cache(
     layers: dict[str, SimpleNamespace], inverse: Tensor
 ) -> None:
-    context = make_edit(layers, 1, seed=10).context(randn(2, TOKENS, WIDTH), inverse, cache=True)
+    context = make_edit(layers, inverse, 1, seed=10).context(randn(2, TOKENS, WIDTH), cache=True)
     full = all_keys_values(context, layers)
     assert_rows(all_keys_values(context.select(slice(1)), layers), [x[:1] for x in full])
     joined = PromptContext.cat([context, context])
@@ -243,7 +245,7 @@ def test_contexts_derived_from_a_cached_one_have_an_empty_cache(
 
 
 def test_to_changes_every_tensor(layers: dict[str, SimpleNamespace], inverse: Tensor) -> None:
-    context = make_edit(layers, 2, seed=10).context(randn(1, TOKENS, WIDTH), inverse, randn(1, TOKENS, WIDTH, seed=3))
+    context = make_edit(layers, inverse, 2, seed=10).context(randn(1, TOKENS, WIDTH), randn(1, TOKENS, WIDTH, seed=3))
     moved = context.to(torch.float64)
     assert moved.dtype == torch.float64
     tables = (*moved.target_outputs_v.values(), *moved.target_outputs_k.values())
@@ -255,21 +257,21 @@ def test_to_changes_every_tensor(layers: dict[str, SimpleNamespace], inverse: Te
 
 def test_a_half_precision_model_with_concepts_in_float32(layers: dict[str, SimpleNamespace], inverse: Tensor) -> None:
     """Concepts and C^-1 stay in float32 if the model runs in half precision."""
-    edit, encoding = make_edit(layers, 1, seed=10), randn(1, TOKENS, WIDTH)
-    context = edit.context(encoding.bfloat16(), inverse)
+    edit, encoding = make_edit(layers, inverse, 1, seed=10), randn(1, TOKENS, WIDTH)
+    context = edit.context(encoding.bfloat16())
     layer = layers["middle_block.1.attn2"]
     half = [nn.Linear(WIDTH, 8, bias=False).bfloat16() for _ in range(2)]
     half[0].weight.data.copy_(layer.to_k.weight)
     half[1].weight.data.copy_(layer.to_v.weight)
     found = context.keys_values("middle_block.1.attn2", *half)
-    expected = edit.context(encoding, inverse).keys_values("middle_block.1.attn2", layer.to_k, layer.to_v)
+    expected = edit.context(encoding).keys_values("middle_block.1.attn2", layer.to_k, layer.to_v)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.bfloat16
         torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.05)
 
 
 def test_a_layer_without_target_outputs_is_refused(layers: dict[str, SimpleNamespace], inverse: Tensor) -> None:
-    context = make_edit(layers, 1, seed=10).context(randn(1, TOKENS, WIDTH), inverse)
+    context = make_edit(layers, inverse, 1, seed=10).context(randn(1, TOKENS, WIDTH))
     layer = next(iter(layers.values()))
     with pytest.raises(ValueError, match=r"output_blocks\.3.*middle_block"):
         context.keys_values("output_blocks.3", layer.to_k, layer.to_v)
@@ -281,6 +283,7 @@ def test_a_layer_without_target_outputs_is_refused(layers: dict[str, SimpleNames
     ("change", "message"),
     [
         ({"target_inputs": torch.empty(0, WIDTH)}, "J >= 1"),
+        ({"duals": torch.zeros(1, WIDTH)}, "duals must have the shape"),
         ({"biases": torch.zeros(3)}, "biases"),
         ({"temperatures": torch.tensor([0.1, 0.0])}, "above 0"),
         ({"target_outputs_k": {}}, "keys or for values only"),
@@ -290,9 +293,9 @@ def test_a_layer_without_target_outputs_is_refused(layers: dict[str, SimpleNames
     ],
 )
 def test_an_edit_with_mismatched_parts_is_refused(
-    layers: dict[str, SimpleNamespace], change: dict[str, object], message: str
+    layers: dict[str, SimpleNamespace], inverse: Tensor, change: dict[str, object], message: str
 ) -> None:
-    parts = {**vars(make_edit(layers, 2, seed=10)), **change}
+    parts = {**vars(make_edit(layers, inverse, 2, seed=10)), **change}
     with pytest.raises(ValueError, match=message):
         Edit(**parts)
 
@@ -303,8 +306,8 @@ def test_an_edit_does_not_synchronize_with_an_accelerator() -> None:
     def fake_context(device: str) -> PromptContext:
         with FakeTensorMode():
             target, output = torch.empty(1, WIDTH, device=device), torch.empty(1, 5, device=device)
-            edit = Edit(target, target[0, :1], target[0, :1], {"layer": output}, {"layer": output})
-            return edit.context(torch.empty(2, TOKENS, WIDTH, device=device), torch.empty(WIDTH, WIDTH, device=device))
+            edit = Edit(target, target, target[0, :1], target[0, :1], {"layer": output}, {"layer": output})
+            return edit.context(torch.empty(2, TOKENS, WIDTH, device=device))
 
     assert fake_context("cuda").gates.shape == (2, TOKENS, 1)
     with pytest.raises(DataDependentOutputException):

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ldm.modules.rank_one import (
+    Basis,
     apply_edit,
     concept_basis,
+    dual_vectors,
     energy,
     gate,
     invert_covariance,
@@ -35,10 +37,18 @@ def make_covariance(seed: int = 100) -> Tensor:
 
 def edit_layer(encoding: Tensor, targets: Tensor, inverse: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
     """Compute one layer, as `Edit.context` and `PromptContext.keys_values` do."""
-    count = len(targets)
-    gates = gate(similarity(encoding, targets, inverse), torch.full((count,), BIAS), torch.full((count,), TEMPERATURE))
-    projected = project_out(encoding, concept_basis(targets, inverse), inverse)
+    count, duals = len(targets), dual_vectors(targets, inverse)
+    gates = gate(similarity(encoding, targets, duals), torch.full((count,), BIAS), torch.full((count,), TEMPERATURE))
+    projected = project_out(encoding, concept_basis(targets, duals))
     return apply_edit(projected, gates, weight, outputs)
+
+
+def scores_of(encoding: Tensor, targets: Tensor, inverse: Tensor) -> Tensor:
+    return similarity(encoding, targets, dual_vectors(targets, inverse))
+
+
+def basis_of(targets: Tensor, inverse: Tensor) -> Basis:
+    return concept_basis(targets, dual_vectors(targets, inverse))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -139,8 +149,8 @@ def test_similarity_instead_of_the_gate_is_rome(case: tuple[Tensor, ...]) -> Non
     target = randn(1, WIDTH, seed=4)
     w, i, metric, o = weight.double(), target[0].double(), inverse.double(), outputs[0].double()
     updated = w + torch.outer(o - w @ i, metric @ i) / (i @ metric @ i)
-    projected = project_out(encoding, concept_basis(target, inverse), inverse)
-    found = apply_edit(projected, similarity(encoding, target, inverse), weight, outputs[:1])
+    projected = project_out(encoding, basis_of(target, inverse))
+    found = apply_edit(projected, scores_of(encoding, target, inverse), weight, outputs[:1])
     torch.testing.assert_close(found.double(), encoding.double() @ updated.T, rtol=1e-4, atol=1e-5)
 
 
@@ -166,10 +176,10 @@ def test_an_open_gate_at_the_target_input_gives_the_target_output(case: tuple[Te
     _, inverse, weight, outputs = case
     target = randn(1, WIDTH, seed=4)
     encoding = target[None]
-    scores = similarity(encoding, target, inverse)
+    scores = scores_of(encoding, target, inverse)
     assert scores.item() == 1.0
     gates = gate(scores, torch.tensor([0.75]), torch.tensor([1e-3]))
-    projected = project_out(encoding, concept_basis(target, inverse), inverse)
+    projected = project_out(encoding, basis_of(target, inverse))
     found = apply_edit(projected, gates, weight, outputs[:1])
     torch.testing.assert_close(found[0], outputs[:1], rtol=1e-5, atol=1e-5)
 
@@ -179,10 +189,10 @@ def test_an_orthogonal_encoding_with_a_closed_gate_does_not_change(case: tuple[T
     target = randn(1, WIDTH, seed=4)
     i, metric = target[0].double(), inverse.double()
     orthogonal = encoding.double() - ((encoding.double() @ metric @ i) / (i @ metric @ i))[..., None] * i
-    scores = similarity(orthogonal, target, inverse)
+    scores = scores_of(orthogonal, target, inverse)
     torch.testing.assert_close(scores, torch.zeros_like(scores), rtol=0, atol=1e-6)
     gates = gate(scores, torch.tensor([0.75]), torch.tensor([1e-3]))
-    projected = project_out(orthogonal.float(), concept_basis(target, inverse), inverse)
+    projected = project_out(orthogonal.float(), basis_of(target, inverse))
     found = apply_edit(projected, gates, weight, outputs[:1])
     torch.testing.assert_close(found, orthogonal.float() @ weight.T, rtol=1e-5, atol=1e-5)
 
@@ -192,16 +202,16 @@ def test_one_concept_equals_the_same_concept_twice_with_half_the_output(case: tu
     target = randn(1, WIDTH, seed=4)
     once = edit_layer(encoding, target, inverse, weight, outputs[:1])
     twice = edit_layer(encoding, target.repeat(2, 1), inverse, weight, outputs[:1].repeat(2, 1) / 2)
-    assert len(concept_basis(target.repeat(2, 1), inverse)) == 1
+    assert len(basis_of(target.repeat(2, 1), inverse).vectors) == 1
     torch.testing.assert_close(twice, once, rtol=1e-4, atol=1e-5)
 
 
 def test_no_concept_is_the_plain_projection(case: tuple[Tensor, ...]) -> None:
     encoding, inverse, weight, _ = case
     none = torch.empty(0, WIDTH)
-    assert energy(none, inverse).shape == (0,)
-    assert similarity(encoding, none, inverse).shape == (BATCH, TOKENS, 0)
-    assert concept_basis(none, inverse).shape == (0, WIDTH)
+    assert energy(none, dual_vectors(none, inverse)).shape == (0,)
+    assert scores_of(encoding, none, inverse).shape == (BATCH, TOKENS, 0)
+    assert basis_of(none, inverse).vectors.shape == (0, WIDTH)
     found = edit_layer(encoding, none, inverse, weight, torch.empty(0, INNER))
     assert torch.equal(found, encoding @ weight.T)
 
@@ -211,7 +221,7 @@ def test_nearly_parallel_target_inputs(case: tuple[Tensor, ...], difference: flo
     encoding, inverse, weight, outputs = case
     first = randn(WIDTH, seed=4)
     targets = torch.stack([first, first + difference * randn(WIDTH, seed=12)])
-    assert len(concept_basis(targets, inverse)) == rank
+    assert len(basis_of(targets, inverse).vectors) == rank
     found = edit_layer(encoding, targets, inverse, weight, outputs)
     assert found.isfinite().all()
     if rank == 2:
@@ -224,7 +234,7 @@ def test_nearly_parallel_target_inputs(case: tuple[Tensor, ...], difference: flo
 @pytest.mark.parametrize("targets", [torch.zeros(1, WIDTH), torch.full((1, WIDTH), torch.nan)])
 def test_a_target_input_without_energy_is_refused(inverse: Tensor, targets: Tensor) -> None:
     with pytest.raises(ValueError, match="energy"):
-        similarity(torch.ones(1, 1, WIDTH), targets, inverse)
+        scores_of(torch.ones(1, 1, WIDTH), targets, inverse)
 
 
 # Properties
@@ -235,13 +245,13 @@ def test_a_target_input_without_energy_is_refused(inverse: Tensor, targets: Tens
 @given(seed=st.integers(0, 2**31 - 1), count=st.integers(1, 5))
 def test_the_basis_is_orthonormal_and_the_projection_removes_every_concept(seed: int, count: int) -> None:
     inverse, targets = invert_covariance(make_covariance(seed)), randn(count, WIDTH, seed=seed)
-    basis = concept_basis(targets, inverse)
-    gram = basis.double() @ inverse.double() @ basis.double().T
+    basis = basis_of(targets, inverse)
+    gram = basis.vectors.double() @ inverse.double() @ basis.vectors.double().T
     torch.testing.assert_close(gram, torch.eye(count).double(), rtol=0, atol=1e-4)
     encoding = randn(BATCH, TOKENS, WIDTH, seed=seed + 1)
-    projected = project_out(encoding, basis, inverse)
-    assert similarity(projected, targets, inverse).abs().max() < 1e-3
-    torch.testing.assert_close(project_out(projected, basis, inverse), projected, rtol=1e-3, atol=1e-3)
+    projected = project_out(encoding, basis)
+    assert scores_of(projected, targets, inverse).abs().max() < 1e-3
+    torch.testing.assert_close(project_out(projected, basis), projected, rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -250,10 +260,10 @@ def test_similarity_is_linear_and_independent_of_the_scale_of_c(seed: int, scale
     covariance, targets = make_covariance(seed), randn(3, WIDTH, seed=seed)
     inverse = invert_covariance(covariance)
     encoding = randn(BATCH, TOKENS, WIDTH, seed=seed + 1)
-    scores = similarity(encoding, targets, inverse)
-    rescaled = similarity(encoding, targets, invert_covariance(covariance * scale))
+    scores = scores_of(encoding, targets, inverse)
+    rescaled = scores_of(encoding, targets, invert_covariance(covariance * scale))
     torch.testing.assert_close(rescaled, scores, rtol=1e-3, atol=1e-3)
-    at_targets = similarity(factor * targets[None], targets, inverse)[0].diagonal()
+    at_targets = scores_of(factor * targets[None], targets, inverse)[0].diagonal()
     torch.testing.assert_close(at_targets, torch.full((3,), factor), rtol=1e-4, atol=1e-4)
 
 
@@ -294,18 +304,18 @@ def test_gradients_with_respect_to_encoding_and_target_outputs(inverse: Tensor) 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision_encodings_are_compared_in_float32(inverse: Tensor, half: torch.dtype) -> None:
     encoding, targets = randn(BATCH, TOKENS, WIDTH, seed=1).to(half), randn(2, WIDTH, seed=4)
-    scores = similarity(encoding, targets, inverse)
+    scores = scores_of(encoding, targets, inverse)
     assert scores.dtype == torch.float32
-    assert torch.equal(scores, similarity(encoding.float(), targets, inverse))
-    projected = project_out(encoding, concept_basis(targets, inverse), inverse)
+    assert torch.equal(scores, scores_of(encoding.float(), targets, inverse))
+    projected = project_out(encoding, basis_of(targets, inverse))
     assert projected.dtype == half
 
 
 def test_autocast_does_not_reach_the_inner_products(inverse: Tensor) -> None:
     encoding, targets = randn(BATCH, TOKENS, WIDTH, seed=1), randn(2, WIDTH, seed=4)
-    expected = similarity(encoding, targets, inverse), concept_basis(targets, inverse)
+    expected = scores_of(encoding, targets, inverse), *basis_of(targets, inverse)
     with torch.autocast("cpu", torch.bfloat16):
-        found = similarity(encoding, targets, inverse), concept_basis(targets, inverse)
-        projected = project_out(encoding, found[1], inverse)
+        found = scores_of(encoding, targets, inverse), *basis_of(targets, inverse)
+        projected = project_out(encoding, basis_of(targets, inverse))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert torch.equal(projected, project_out(encoding, expected[1], inverse))
+    assert torch.equal(projected, project_out(encoding, basis_of(targets, inverse)))
