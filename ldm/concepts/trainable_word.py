@@ -1,8 +1,12 @@
 """The vectors of a placeholder during training, for methods other than Perfusion."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from ldm.concepts.word_norms import relative_norm, restore_norms
 
 
 class TrainableWord(nn.Module):
@@ -26,3 +30,11 @@ class TrainableWord(nn.Module):
     def distance(self) -> Tensor:
         """Return the distance of the trained vectors from their start, relative to the start's norm; 0 for none."""
         return (self.vectors.detach() - self.start).norm() / self.start.norm().clamp(min=1e-12)
+
+    def relative_norm(self, widths: Sequence[int]) -> Tensor:
+        """Return the largest ratio of a vector's norm to that of its start; `widths` as for `word_norms.part_norms`."""
+        return relative_norm(self.vectors.detach(), self.start, widths)
+
+    def restore_norms(self, widths: Sequence[int]) -> None:
+        """Scale the trained vectors to the norms of their start; `widths` as for `word_norms.part_norms`."""
+        restore_norms(self.vectors, self.start, widths)
