@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -256,7 +256,8 @@ class PerfusionPipeline:
 
     def generate(self, requests: Sequence[GenerationRequest], settings: GenerationSettings | None = None,
                  concepts: Sequence[AnyConcept] | None = None, source: SourceImage | None = None,
-                 batch_size: int | None = None, progress: bool = False) -> Iterator[Image.Image]:
+                 batch_size: int | None = None, progress: bool = False,
+                 callback: Callable[[int], None] | None = None) -> Iterator[Image.Image]:
         """Check everything, then yield the image of each request in turn, as soon as its batch is done.
 
         Each image has its own generator, on the CPU: up to rounding, the same request gives the same image whatever the
@@ -268,6 +269,7 @@ class PerfusionPipeline:
             concepts: concepts to use instead of the loaded ones.
             source: an image to start from.
             batch_size, progress: as for `__call__`.
+            callback: called after each sampling step with its index; what it raises ends the generation.
 
         Raises:
             UserError: a prompt is too long or names an unknown concept, or a setting cannot be used.
@@ -286,7 +288,7 @@ class PerfusionPipeline:
         encoded = self.encode(prompts, chosen, settings.global_locking, settings.prompt_weights)
         self._accelerate_for(chosen)
         start = None if source is None else source.encode(self.model, self.latent_size(settings))
-        images = self._images(encoded, requests, settings, start, batch_size, progress)
+        images = self._images(encoded, requests, settings, start, batch_size, progress, callback)
         return images if source is None else map(source.composite, images)
 
     def complete(self, settings: GenerationSettings) -> GenerationSettings:
@@ -311,7 +313,8 @@ class PerfusionPipeline:
         return self._cached_encoder[1]
 
     def latents(self, encoded: EncodedPrompts, requests: Sequence[GenerationRequest], settings: GenerationSettings,
-                start: StartingLatents | None = None, progress: bool = False) -> Tensor:
+                start: StartingLatents | None = None, progress: bool = False,
+                callback: Callable[[int], None] | None = None) -> Tensor:
         """Sample the scaled latents (B, C, h, w), float32, of B requests as one batch; `settings` are complete."""
         sampler = sampler_class(settings.sampler)(self.model)
         conditional, unconditional = encoded.for_requests(requests)
@@ -320,7 +323,7 @@ class PerfusionPipeline:
         with torch.autocast(self.device.type, sixteen_bit_type(self.device), enabled=self.autocast):
             latents, _ = sampler.sample(
                 settings.num_inference_steps, len(requests), (self.model.channels, *self.latent_size(settings)),
-                conditional, eta=settings.eta, verbose=progress,
+                conditional, eta=settings.eta, verbose=progress, callback=callback,
                 generators=[Generator().manual_seed(request.seed) for request in requests],
                 unconditional_guidance_scale=settings.guidance_scale,
                 unconditional_conditioning=None if settings.guidance_scale == 1 else unconditional, **options)
@@ -331,6 +334,10 @@ class PerfusionPipeline:
         if self.config is None and settings.height is None and settings.width is None:
             return tuple(self.model.latent_shape[1:])
         return latent_size(self._known_config(), settings.height, settings.width)
+
+    def size_of(self, settings: GenerationSettings) -> tuple[int, int]:
+        """Return (height, width) in pixels of images with these settings."""
+        return image_size(self._known_config(), self.latent_size(settings))
 
     # Concepts in prompts
 
@@ -363,12 +370,13 @@ class PerfusionPipeline:
     # Steps of `generate`
 
     def _images(self, encoded: EncodedPrompts, requests: Sequence[GenerationRequest], settings: GenerationSettings,
-                start: StartingLatents | None, batch_size: int, progress: bool) -> Iterator[Image.Image]:
+                start: StartingLatents | None, batch_size: int, progress: bool,
+                callback: Callable[[int], None] | None) -> Iterator[Image.Image]:
         try:
             for first in range(0, len(requests), batch_size):
                 batch = requests[first:first + batch_size]
                 # Decode one image at a time: that takes more memory than sampling it.
-                for latent in self.latents(encoded, batch, settings, start, progress):
+                for latent in self.latents(encoded, batch, settings, start, progress, callback):
                     yield from_tensor(self.model.decode_first_stage(latent[None])[0])
         except torch.OutOfMemoryError:
             remedy = "lower the batch size (--batch_size), or generate" if batch_size > 1 else "generate"
@@ -388,7 +396,7 @@ class PerfusionPipeline:
             if (strength, mask_image, mask_border) != (None, None, None):
                 raise UserError("strength and mask_image act on an image; give one to start from")
             return None
-        height, width = image_size(self._known_config(), self.latent_size(settings))
+        height, width = self.size_of(settings)
         return SourceImage.load_with_mask(image, (width, height), strength, mask_image, mask_border)
 
     def _known_config(self) -> DictConfig:
