@@ -4,8 +4,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 UNET, FIRST_STAGE, TEXT_ENCODER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-PART_NAMES = {UNET: "U-Net", FIRST_STAGE: "first stage (VAE)", TEXT_ENCODER: "text encoder"}
-REMEDIES = {FIRST_STAGE: "--vae FILE", TEXT_ENCODER: "--text_encoder FOLDER"}
+CONDITIONER = "conditioner."  # the text encoders of Stable Diffusion XL
+CLIP_L, CLIP_G = f"{CONDITIONER}embedders.0.", f"{CONDITIONER}embedders.1."
+PART_NAMES = {UNET: "U-Net", FIRST_STAGE: "first stage (VAE)", TEXT_ENCODER: "text encoder",
+              CLIP_L: "first text encoder (CLIP ViT-L)", CLIP_G: "second text encoder (OpenCLIP ViT-bigG)"}
+REMEDIES = {FIRST_STAGE: "--vae FILE", TEXT_ENCODER: "--text_encoder FOLDER",
+            CLIP_L: "--text_encoder clip_l.safetensors", CLIP_G: "--text_encoder clip_g.safetensors"}
+BOTH_ENCODERS = "--text_encoder clip_l.safetensors,clip_g.safetensors"
 
 
 def describe_absent_parts(missing: Iterable[str], required: Iterable[str], stored: Collection[str]) -> str:
@@ -32,6 +37,13 @@ def absence_message(absent: Iterable[str], alone: bool) -> str:
     """
     absent = list(absent)
     parts = " and no ".join(PART_NAMES[prefix] for prefix in absent)
-    flags = " and ".join(REMEDIES[prefix] for prefix in absent)
+    flags = " and ".join(_remedies(absent))
     what = "holds the U-Net alone, " if alone else "holds "
     return f"{what}no {parts}; take what is missing from another file with {flags}, or give a whole model's checkpoint"
+
+
+def _remedies(absent: list[str]) -> list[str]:
+    """Return the flags that name other files for parts, with both text encoders in one."""
+    if CLIP_L not in absent or CLIP_G not in absent:
+        return [REMEDIES[prefix] for prefix in absent]
+    return [REMEDIES[prefix] for prefix in absent if not prefix.startswith(CONDITIONER)] + [BOTH_ENCODERS]

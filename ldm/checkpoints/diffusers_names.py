@@ -15,6 +15,7 @@ Tensors = Mapping[str, Tensor]
 
 UNET_PREFIXES = {
     "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0", "conv_out": "out.2",
 }
 RESNET_PREFIXES = {
@@ -95,6 +96,18 @@ def open_clip_tensors(tensors: Tensors) -> dict[str, Tensor]:
         keys = [f"{prefix}{letter}.{kind}" for letter in "qkv"]
         result[prefix + kind] = torch.cat([renamed[key] for key in keys if key in renamed])
     return result
+
+
+def projected_clip_tensors(tensors: Tensors) -> dict[str, Tensor]:
+    """Rename a `CLIPTextModelWithProjection`, in either of its two spellings, to a `FrozenOpenCLIPEmbedder2`.
+
+    The projection of the pooled output is a linear layer there, and a matrix that multiplies from the right here.
+    """
+    tower = open_clip_tensors({key.removeprefix("text_model."): tensor for key, tensor in tensors.items()})
+    projection = tower.pop("text_projection.weight", None)
+    if projection is not None:
+        tower["text_projection"] = projection.T
+    return {f"model.{key}": tensor for key, tensor in tower.items()}
 
 
 def clip_text_tensors(tensors: Tensors, keys: Iterable[str]) -> dict[str, Tensor]:

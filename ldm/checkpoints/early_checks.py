@@ -4,27 +4,36 @@ A damaged file passes: reading it then says what is wrong.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints.absent_parts import FIRST_STAGE, TEXT_ENCODER, UNET, absence_message
+from ldm.checkpoints.absent_parts import CLIP_G, CLIP_L, FIRST_STAGE, TEXT_ENCODER, UNET, absence_message
 from ldm.checkpoints.families import context_width, identify_family
 from ldm.checkpoints.header import Header, read_header
 from ldm.checkpoints.other_kinds import RUN, Family, Role, describe_unusable, identify_pickled
 from ldm.common.errors import UserError
-from ldm.common.paths import resolve_path
+from ldm.common.paths import listed_paths, resolve_path
 
 OWN_METADATA = {"perfusion", "personalization"}  # keys of the formats of `ldm.concepts.storage`
 NO_CONCEPT = {  # what to do with a file that is no concept
     Role.BASE: "give it with --ckpt (main.py: --actual_resume), and with --concept a file that training has written",
     Role.PART: "it belongs to a base model; give a file that training has written",
     Role.ADDITION: "this project does not apply such files; give a file that training has written",
+    Role.LORA: "give it with --lora, and with --concept a file that training has written",
     Role.RUN: "give the concept file of its log folder, or continue the run with main.py --resume",
     Role.OTHER: "give a file that training has written",
 }
+NO_LORA = {  # what to do with a file that is no LoRA
+    Role.BASE: "give it with --ckpt",
+    Role.EMBEDDING: "give it with --concept",
+    Role.CONCEPT: "give it with --concept",
+}
 DIFFUSION_PREFIXES = (UNET, "diffusion_model.", "input_blocks.", "model_ema.diffusion_model")
-FIRST_STAGE_PREFIXES, TEXT_PREFIXES = (FIRST_STAGE, "vae."), (TEXT_ENCODER, "text_encoder.")
+PART_STARTS = {  # how the names of a part may begin in a whole model's file
+    FIRST_STAGE: (FIRST_STAGE, "vae."), TEXT_ENCODER: (TEXT_ENCODER, "text_encoder.", CLIP_L),
+    CLIP_L: (CLIP_L,), CLIP_G: (CLIP_G,)}
+TWO_ENCODERS = "GeneralConditioner"  # class of Stable Diffusion XL's text encoders
 
 
 def identify_file(path: Path) -> Family | None:
@@ -54,6 +63,20 @@ def check_concept(path: str | Path) -> None:
         family = RUN
     if family is not None and family.role in NO_CONCEPT:
         raise UserError(f"{path}: is {family.name}, not a concept; {NO_CONCEPT[family.role]}")
+
+
+def check_lora(path: str | Path) -> None:
+    """Raise UserError if a file or folder is missing or is known to hold no LoRA. The message says what it is."""
+    found = resolve_path(path)
+    if not found.exists():
+        raise UserError(f"--lora {path}: no such file; a scale is written after a colon, as in style.safetensors:0.8")
+    header = None if found.is_dir() else read_header(found)
+    family = None if header is None else identify_header(header)
+    if header is not None and OWN_METADATA & header.metadata.keys():
+        raise UserError(f"--lora {path}: is a concept of this project, not a LoRA; {NO_LORA[Role.CONCEPT]}")
+    if family is not None and family.role is not Role.LORA:
+        remedy = NO_LORA.get(family.role, "give a file that a LoRA trainer has written")
+        raise UserError(f"--lora {path}: is {family.name}, not a LoRA; {remedy}")
 
 
 def holds_own_concept(path: str | Path) -> bool:
@@ -97,18 +120,19 @@ def check_checkpoint(flag: str, path: str | Path, config: Mapping[str, Any] | No
 
 
 def check_model_files(flag: str, checkpoint: str | Path | None, config: Mapping[str, Any],
-                      vae: str | Path | None = None, text_encoder: str | Path | None = None) -> None:
+                      vae: str | Path | None = None, text_encoder: str | Path | Sequence[str | Path] | None = None
+                      ) -> None:
     """Check, as `check_checkpoint` does, the file that a flag or the config itself names, and those of single parts.
 
     Args:
         config: the model's config as plain values.
     """
     params = dict(_model_params(config))
-    for name, own_flag, path in (("vae_path", "--vae", vae), ("text_encoder_path", "--text_encoder", text_encoder)):
-        path = path or params.get(name)
-        if path and not resolve_path(path).exists():
-            raise UserError(f"{own_flag} {path}: no such file or folder")
-        params[name] = path
+    for name, own_flag, given in (("vae_path", "--vae", vae), ("text_encoder_path", "--text_encoder", text_encoder)):
+        params[name] = given or params.get(name)
+        for path in listed_paths(params[name] or ()):
+            if not path.exists():
+                raise UserError(f"{own_flag} {path}: no such file or folder")
     in_config = params.get("ckpt_path")
     if checkpoint is None and isinstance(in_config, str) and in_config:
         flag, checkpoint = "model.params.ckpt_path", in_config
@@ -119,16 +143,19 @@ def check_model_files(flag: str, checkpoint: str | Path | None, config: Mapping[
 def _check_parts(flag: str, path: str | Path, params: Mapping[str, Any], header: Header) -> None:
     """Raise UserError if a whole part of a latent diffusion model is missing and comes from no other file."""
     ignored = tuple(params.get("ignore_keys") or ())
-    needed = [prefix for prefix, section, own in ((FIRST_STAGE, "first_stage_config", "vae_path"),
-                                                  (TEXT_ENCODER, "cond_stage_config", "text_encoder_path"))
-              if isinstance(params.get(section), Mapping) and not params.get(own) and not prefix.startswith(ignored)]
-    starts = {FIRST_STAGE: FIRST_STAGE_PREFIXES, TEXT_ENCODER: TEXT_PREFIXES}
-    absent = [prefix for prefix in needed if not any(key.startswith(starts[prefix]) for key in header.shapes)]
+    needed: list[str] = []
+    if isinstance(params.get("first_stage_config"), Mapping) and not params.get("vae_path"):
+        needed.append(FIRST_STAGE)
+    encoder = params.get("cond_stage_config")
+    if isinstance(encoder, Mapping) and not params.get("text_encoder_path"):
+        needed += [CLIP_L, CLIP_G] if str(encoder.get("target")).endswith(TWO_ENCODERS) else [TEXT_ENCODER]
+    needed = [prefix for prefix in needed if not prefix.startswith(ignored)]
+    absent = [prefix for prefix in needed if not any(key.startswith(PART_STARTS[prefix]) for key in header.shapes)]
     # Class labels and other conditions may have encoders without weights.
     if absent and TEXT_ENCODER in absent and context_width(header.shapes) is None:
         absent.remove(TEXT_ENCODER)
     if absent and any(key.startswith(DIFFUSION_PREFIXES) for key in header.shapes):
-        raise UserError(f"{flag} {path}: {absence_message(absent, alone=len(absent) == 2)}")
+        raise UserError(f"{flag} {path}: {absence_message(absent, alone=absent == needed and len(absent) > 1)}")
 
 
 def _config_width(params: Mapping[str, Any]) -> int | None:

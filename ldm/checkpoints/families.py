@@ -23,7 +23,12 @@ UNET = re.compile(r"(model\.)?(diffusion_model\.)?input_blocks\.|model_ema\.diff
 FIRST_CONVOLUTION = re.compile(r"input_blocks\.?0\.?0\.?weight$|^(unet\.)?conv_in\.weight$")
 VIDEO = re.compile(r"time_stack\.|time_mixer|temporal_transformer")
 CONTEXT_KEYS = re.compile(r"transformer_?blocks\.?0\.?attn2\.?to_k\.?weight$")
+TRANSFORMER_BLOCK = re.compile(r"\.transformer_blocks\.(\d+)\.attn2\.to_k\.weight$")
+LATENT_CHANNELS, INPAINTING_CHANNELS = 4, 9
 XL_WIDTH, REFINER_CHANNELS = 2048, 384
+XL_LAST_BLOCK = 9  # index of the last block of the deepest transformers; smaller distilled versions have fewer
+XL_MARKS_OF_EDM = ("edm_mean", "edm_vpred.sigma_max")
+XL_BASE = "a base model of Stable Diffusion XL such as sd_xl_base_1.0.safetensors"
 
 
 def identify_family(shapes: Shapes) -> Family | None:
@@ -60,10 +65,11 @@ def _identify_unet(shapes: Shapes) -> Family:
         return Family("a latent diffusion model without cross-attention", OTHER_CONFIGS)
     first = next((shape for key, shape in shapes.items() if FIRST_CONVOLUTION.search(key)), (0, 4))
     if first[0] == REFINER_CHANNELS:
-        return Family(f"the refiner of Stable Diffusion XL (context {width})", UNSUPPORTED, Role.OTHER)
-    if any(key.startswith("conditioner.") for key in shapes) or width == XL_WIDTH:
-        return Family(f"Stable Diffusion XL (context {width})", UNSUPPORTED, Role.OTHER)
+        return Family(f"the refiner of Stable Diffusion XL (context {width})",
+                      f"it only refines images of the base model; give {XL_BASE}", Role.OTHER)
     channels = first[1]
+    if width == XL_WIDTH:
+        return _identify_xl(shapes, channels)
     if width in (768, 1024) and channels > 4:
         return Family(f"Stable Diffusion for inpainting, depth or other images ({channels} input channels)",
                       UNSUPPORTED, Role.OTHER)
@@ -71,6 +77,24 @@ def _identify_unet(shapes: Shapes) -> Family:
         return Family(f"a class-conditional latent diffusion model (context {width})",
                       "use configs/latent-diffusion/cin256-v2.yaml")
     return _identify_by_context(width)
+
+
+def _identify_xl(shapes: Shapes, channels: int) -> Family:
+    """Return the kind of a model with the context of Stable Diffusion XL. Not all have its layout or its noise."""
+    instead = f"{UNSUPPORTED}; give {XL_BASE}"
+    if channels == INPAINTING_CHANNELS:
+        return Family(f"Stable Diffusion XL for inpainting ({channels} input channels)",
+                      f"{instead}, with which scripts/inpaint.py works, too", Role.OTHER)
+    if channels != LATENT_CHANNELS:
+        return Family(f"Stable Diffusion XL for instructions or other images ({channels} input channels)", instead,
+                      Role.OTHER)
+    if any(mark in shapes for mark in XL_MARKS_OF_EDM):
+        return Family("Stable Diffusion XL with the noise of EDM (Playground 2.5, CosXL or similar)", instead,
+                      Role.OTHER)
+    last_block = max((int(match[1]) for key in shapes if (match := TRANSFORMER_BLOCK.search(key))), default=0)
+    if 0 < last_block < XL_LAST_BLOCK:
+        return Family("a smaller version of Stable Diffusion XL (SSD-1B, Vega, KOALA or similar)", instead, Role.OTHER)
+    return _identify_by_context(XL_WIDTH)
 
 
 def _identify_by_context(width: int) -> Family:
@@ -82,13 +106,16 @@ def _identify_by_context(width: int) -> Family:
                      "v2-inference-v.yaml if for 768 (the weights are alike), to train configs/perfusion-sd-v2.yaml"),
         1280: Family("LDM text-to-image 1.4B (context 1280)",
                      "use configs/latent-diffusion/txt2img-1p4B-eval.yaml, to train configs/perfusion-ldm.yaml"),
+        2048: Family("Stable Diffusion XL (context 2048)",
+                     "use configs/stable-diffusion/sd_xl_base.yaml, to train configs/perfusion-sd-xl.yaml"),
     }
     return known.get(width) or Family(f"a latent diffusion model of context {width}", OTHER_CONFIGS)
 
 
 def _identify_conditioned(shapes: Shapes) -> Family | None:
     if any(key.startswith("conditioner.") for key in shapes):
-        return Family("Stable Diffusion XL", UNSUPPORTED, Role.OTHER)
+        return Family("the text encoders of Stable Diffusion XL alone",
+                      f"{WHOLE_MODEL}, and this with --text_encoder", Role.PART)
     return None
 
 

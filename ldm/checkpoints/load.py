@@ -21,10 +21,12 @@ from ldm.checkpoints.averages import AVERAGES, averages_alone, complete_averages
 from ldm.checkpoints.deferred_init import DeferredInit
 from ldm.checkpoints.families import identify_family
 from ldm.checkpoints.other_kinds import Role, describe_unusable
-from ldm.checkpoints.parts import UNREAD_SUFFIXES, rename_text_encoder, replace_parts, select_part
+from ldm.checkpoints.parts import Paths, replace_parts, select_part
 from ldm.checkpoints.pickled import printable
-from ldm.checkpoints.prediction import prediction_remedy, stated_prediction
+from ldm.checkpoints.prediction import V_KEYS, prediction_remedy, stated_params, stated_prediction
 from ldm.checkpoints.read import read_state_dict
+from ldm.checkpoints.text_towers import UNREAD_PREFIXES as UNREAD_TOWER_PREFIXES
+from ldm.checkpoints.text_towers import UNREAD_SUFFIXES, rename_text_encoders
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
 from ldm.util import get_obj_from_str, instantiate_from_config, known_params
@@ -33,13 +35,15 @@ log = logging.getLogger(__name__)
 
 Adapt = Callable[[str, Tensor, Tensor], Tensor]
 WRONG_DTYPE = "of numbers"  # the beginning of such a problem's description
-# Keys of public checkpoints that no model here reads: copies of EMA, and loss networks of autoencoders
-UNREAD_PREFIXES = (AVERAGES, "first_stage_model.loss.", "loss.")
+# Keys of public checkpoints that no model here reads: copies of EMA, loss networks of autoencoders, the noise levels of
+# Stable Diffusion XL, marks of other programs, and what single text encoders have besides
+UNREAD_PREFIXES = (AVERAGES, "first_stage_model.loss.", "loss.", "denoiser.", "model_sampling.", *V_KEYS,
+                   *UNREAD_TOWER_PREFIXES)
 
 
 def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (),
                  optional_keys: Sequence[str] = (), adapt: Adapt | None = None,
-                 parts: Mapping[str, str | Path] = MappingProxyType({})) -> set[str]:
+                 parts: Mapping[str, Paths] = MappingProxyType({})) -> set[str]:
     """Load a checkpoint file or diffusers folder into `module`.
 
     Weights of any floating-point dtype are converted to the module's. From a whole model's checkpoint a part takes its
@@ -49,7 +53,8 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
         ignore_keys: beginnings of keys that are neither required nor loaded.
         optional_keys: beginnings of keys that the file may lack; a warning lists those that it does.
         adapt: called as (key, the file's tensor, the module's) where both have the key; returns what to load.
-        parts: prefix of a part's keys -> file or folder that this part is loaded from instead.
+        parts: prefix of a part's keys -> file or folder that this part is loaded from instead; for text encoders, one
+            or several.
 
     Returns:
         The keys of the module that were loaded.
@@ -64,7 +69,8 @@ def load_weights(module: nn.Module, path: str | Path, ignore_keys: Sequence[str]
     keeps_averages = any(key.startswith(AVERAGES) for key in required)
     both_sets = keeps_averages and not averages_alone(stored)
     averages = {} if both_sets else complete_averages(path, stored, required)
-    tensors = rename_text_encoder(replace_parts(select_part(stored | averages, required), parts), required)
+    tensors = replace_parts(select_part(stored | averages, required), required, parts)
+    tensors = rename_text_encoders(tensors, required)
     if adapt is not None:
         tensors |= {key: adapt(key, tensors[key], required[key]) for key in required if key in tensors}
     # Compare them with what the module needs.
@@ -167,15 +173,30 @@ def _is_finite(values: Tensor) -> bool:
     return not values.numel() or not values.is_floating_point() or all(map(torch.isfinite, values.aminmax()))
 
 
+def params_of_checkpoint(section: Mapping[str, Any], checkpoint: str | Path | None = None) -> dict[str, Any]:
+    """Return params of a diffusion model that its checkpoint states and its config leaves open; see `stated_params`.
+
+    Args:
+        section: `target` and `params` of the model.
+        checkpoint: its weights; None: those of the params' `ckpt_path`.
+    """
+    params = section.get("params") or {}
+    path = checkpoint or params.get("ckpt_path")
+    known = known_params(get_obj_from_str(section["target"])) if path and "target" in section else ()
+    return stated_params(params, known, path) if "parameterization" in known else {}
+
+
 def load_model(config: Mapping[str, Any], checkpoint: str | Path | None = None, device: torch.device | str = "cpu",
-               vae: str | Path | None = None, text_encoder: str | Path | None = None) -> Any:
+               vae: str | Path | None = None, text_encoder: Paths | None = None) -> Any:
     """Build `config["model"]` with the weights of a checkpoint, frozen and ready to sample.
 
-    It keeps no averages beside the weights, since nothing is trained: if the file has averages, they are the weights.
+    What the file says about its network and the config leaves open, such as v-prediction, is used. The model keeps no
+    averages beside the weights, since nothing is trained: if the file has averages, they are the weights.
 
     Args:
         checkpoint: a .ckpt or .safetensors file or a diffusers folder; None: the config's own `ckpt_path`.
-        vae, text_encoder: file or folder to load the first stage or the text encoder from instead.
+        vae: file or folder to load the first stage from instead.
+        text_encoder: one or more files or folders to load text encoders from instead.
 
     Raises:
         UserError: if the config has no model, there are no weights to load, or they do not fit.
@@ -184,15 +205,17 @@ def load_model(config: Mapping[str, Any], checkpoint: str | Path | None = None, 
         raise UserError("config: has no section `model`; give one that describes a model")
     section = {key: config["model"][key] for key in ("target", "params") if key in config["model"]}
     extra: dict[str, Any] = {} if checkpoint is None else {"ckpt_path": str(checkpoint)}
-    if checkpoint is None and not (section.get("params") or {}).get("ckpt_path"):
+    params = section.get("params") or {}
+    if checkpoint is None and not params.get("ckpt_path"):
         raise UserError("no base model: name its checkpoint with --ckpt, or in the config as model.params.ckpt_path")
     known = known_params(get_obj_from_str(section["target"])) if "target" in section else ()
     if "use_ema" in known:
         extra["use_ema"] = False
+    extra |= params_of_checkpoint(section, checkpoint)
     for flag, param, path in (("--vae", "vae_path", vae), ("--text_encoder", "text_encoder_path", text_encoder)):
         if path is not None and param not in known:
             raise UserError(f"{flag} {path}: {section.get('target')} of this config has no such part; leave it out")
-        extra |= {} if path is None else {param: str(path)}
+        extra |= {} if path is None else {param: str(path) if isinstance(path, str | Path) else list(map(str, path))}
     with DeferredInit():
         model = instantiate_from_config(section, **extra)
     return model.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)

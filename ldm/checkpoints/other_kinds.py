@@ -15,6 +15,7 @@ class Role(Enum):
     BASE = "base model"  # a latent diffusion model, or its U-Net alone
     PART = "part"  # a first stage or a text encoder
     ADDITION = "addition"  # goes with a base model, and this project does not apply it
+    LORA = "LoRA"  # changes of weights, which generation can add to a base model
     EMBEDDING = "embedding"  # word vectors of Textual Inversion
     CONCEPT = "concept"  # of this project
     RUN = "run"  # what a run of this project learned, to continue it
@@ -80,7 +81,7 @@ ADDITIONS: tuple[tuple[Matches, Family], ...] = (
                          Role.CONCEPT)),
     (_some(r"^concepts\.\d+\."), RUN),
     (_some(r"lora_(up|down|A|B|unet|te|magnitude)|[._]lora\.|hada_w1|lokr_w1|\.oft_blocks|\.alpha$.*lora"),
-     Family("a LoRA", NOT_APPLIED, Role.ADDITION)),
+     Family("a LoRA", f"give it with --lora to a script that generates, and here {NEEDS_BASE[5:]}", Role.LORA)),
     (_some(r"^ip_adapter\.|^image_proj\."), Family("an IP-Adapter", NOT_APPLIED, Role.ADDITION)),
     (_some(r"motion_modules\."), Family("a motion module of AnimateDiff", NOT_APPLIED, Role.ADDITION)),
     (_some(r"^control_model\.|controlnet_|(^|\.)zero_convs\.|input_hint_block\."),
@@ -98,6 +99,8 @@ TRANSFORMERS: tuple[tuple[Matches, Family], ...] = (  # models that denoise with
     (_some(r"(^|\.)single_blocks\.|(^|\.)transformer_blocks\.\d+\.attn\d?\.to_q|^blocks\.\d+\.(adaLN|attn|self_attn)"),
      Family("a diffusion transformer (PixArt or similar)", UNSUPPORTED, Role.OTHER)),
 )
+TRANSFORMER_LORA = re.compile(r"(double|single|joint)_blocks|single_transformer_blocks|^(lora_)?transformer[._]|"
+                              r"^(lora_unet_|diffusion_model\.)(blocks|layers|transformer_blocks)[._]")
 OTHERS: tuple[tuple[Matches, Family], ...] = (
     (_both(r"^decoder\.film_", r"^clip\."), Family("a CLIPSeg segmenter", f"{WHOLE_MODEL}, and this folder with "
                                                    "model.params.segmenter", Role.OTHER)),
@@ -115,6 +118,11 @@ OTHERS: tuple[tuple[Matches, Family], ...] = (
            r"^embeddings\.token_embedding\.|^encoder\.layers\.\d+\.self_attn\."),
      Family("a text encoder alone", f"{WHOLE_MODEL}, and this with --text_encoder", Role.PART)),
 )
+
+
+def is_transformer_lora(names: Iterable[str]) -> bool:
+    """Return whether a LoRA of tensors or layers of these names was made for a model that denoises without a U-Net."""
+    return any(TRANSFORMER_LORA.search(name) for name in names)
 
 
 def first_match(shapes: Shapes, kinds: Iterable[tuple[Matches, Family]]) -> Family | None:

@@ -121,7 +121,8 @@ def add_part_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--vae", type=expand_home, metavar="FILE", help="take the first stage (VAE) from this "
                        ".safetensors, .ckpt or diffusers folder instead")
     group.add_argument("--text_encoder", type=expand_home, metavar="FOLDER", help="take the text encoder's weights "
-                       "from this folder (of transformers or diffusers) or file instead")
+                       "from this folder (of transformers or diffusers) or file instead; for Stable Diffusion XL also "
+                       "from two, separated by a comma")
 
 
 def int_in_range(least: int = 0, below: int | None = None) -> Callable[[str], int]:

@@ -5,6 +5,7 @@ import errno
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.common.errors import UserError
@@ -59,6 +60,16 @@ def resolve_path(path: str | Path) -> Path:
         return given
     bundled = PROJECT_ROOT / given
     return bundled if os.path.exists(bundled) else given
+
+
+def listed_paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the paths to open for one path, several, or a text that lists several, separated by commas."""
+    if not isinstance(paths, str | Path):
+        return [resolve_path(path) for path in paths]
+    whole = resolve_path(paths)
+    if isinstance(paths, Path) or os.path.exists(whole) or "," not in paths:
+        return [whole]
+    return [resolve_path(path.strip()) for path in paths.split(",") if path.strip()]
 
 
 def quote_command(*words: object) -> str:

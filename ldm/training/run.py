@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.checkpoints.deferred_init import DeferredInit
+from ldm.checkpoints.load import params_of_checkpoint
 from ldm.common.errors import FileNotWritten, MemoryShortage, UserError, is_out_of_memory
 from ldm.common.paths import quote_command
 from ldm.data.concept_photos import ConceptPhotos
@@ -140,8 +141,9 @@ def _build(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataMod
     _check_type("data", data, pl.LightningDataModule)
     data.setup()
     _warn_about_photos(config, data)
+    section = {key: config.model[key] for key in ("target", "params") if key in config.model}
     with DeferredInit():
-        model = instantiate_from_config({key: config.model[key] for key in ("target", "params") if key in config.model})
+        model = instantiate_from_config(section, **params_of_checkpoint(section))
     _check_type("model", model, pl.LightningModule)
     max_devices = getattr(model, "max_devices", trainer.world_size)
     if trainer.world_size > max_devices:

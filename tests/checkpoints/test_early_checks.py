@@ -34,13 +34,31 @@ def unet(width: int, channels: int = 320, prefix: str = "model.diffusion_model."
             f"{prefix}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(channels, width)}
 
 
+def xl_with_channels(channels: int) -> Tensors:
+    return {**unet(2048), "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, channels, 3, 3)}
+
+
+def xl_block(block: int, index: int) -> Tensors:
+    return zeros(f"model.diffusion_model.input_blocks.{block}.1.transformer_blocks.{index}.attn2.to_k.weight")
+
+
 KINDS: dict[str, tuple[Tensors, str, Role]] = {
     "SD 1": (unet(768), "Stable Diffusion 1.x", Role.BASE),
     "SD 2": (unet(1024), "Stable Diffusion 2.x", Role.BASE),
-    "SDXL": ({**unet(2048), **zeros("conditioner.embedders.0.x")}, "Stable Diffusion XL", Role.OTHER),
+    "SDXL": ({**unet(2048), **zeros("conditioner.embedders.0.x")}, "Stable Diffusion XL", Role.BASE),
+    "U-Net of SDXL": (unet(2048, prefix=""), "Stable Diffusion XL", Role.BASE),
+    "inpainting SDXL": (xl_with_channels(9), "XL for inpainting", Role.OTHER),
+    "InstructPix2Pix XL": (xl_with_channels(8), "instructions or other images", Role.OTHER),
+    "SSD-1B": ({**unet(2048), **xl_block(7, 3)}, "smaller version of Stable Diffusion XL", Role.OTHER),
+    "Playground 2.5": ({**unet(2048), **zeros("edm_mean", "edm_std")}, "noise of EDM", Role.OTHER),
+    "CosXL": ({**unet(2048), **zeros("edm_vpred.sigma_max")}, "noise of EDM", Role.OTHER),
+    "both encoders of SDXL": (zeros("conditioner.embedders.0.transformer.text_model.x", "conditioner.embedders.1.x"),
+                              "the text encoders of Stable Diffusion XL alone", Role.PART),
+    "clip_g": (zeros("text_model.encoder.layers.0.mlp.fc1.weight", "text_projection.weight"), "text encoder alone",
+               Role.PART),
     "SDXL of diffusers": ({"conv_in.weight": torch.zeros(320, 4, 3, 3),
                            "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.zeros(640, 2048)},
-                          "Stable Diffusion XL", Role.OTHER),
+                          "Stable Diffusion XL", Role.BASE),
     "refiner": ({**unet(1280, 384), **zeros("conditioner.embedders.0.x")}, "refiner", Role.OTHER),
     "SD 3": (zeros("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"), "Stable Diffusion 3", Role.OTHER),
     "Flux": (zeros("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.x"), "Flux", Role.OTHER),
@@ -48,8 +66,8 @@ KINDS: dict[str, tuple[Tensors, str, Role]] = {
              "encoder.down.0.x": torch.zeros(1), "encoder.down.1.x": torch.zeros(1)}, "KL autoencoder", Role.PART),
     "text encoder": (zeros("text_model.encoder.layers.0.mlp.fc1.weight"), "text encoder alone", Role.PART),
     "CLIP": (zeros("text_model.x", "vision_model.x"), "a CLIP", Role.PART),
-    "kohya": (zeros("lora_unet_down_0.lora_down.weight", "lora_unet_down_0.alpha"), "LoRA", Role.ADDITION),
-    "PEFT": (zeros("base_model.model.down.to_q.lora_A.weight"), "LoRA", Role.ADDITION),
+    "kohya": (zeros("lora_unet_down_0.lora_down.weight", "lora_unet_down_0.alpha"), "LoRA", Role.LORA),
+    "PEFT": (zeros("base_model.model.down.to_q.lora_A.weight"), "LoRA", Role.LORA),
     "ControlNet": (zeros("control_model.input_blocks.0.0.weight"), "ControlNet", Role.ADDITION),
     "ControlNet of diffusers": (zeros("controlnet_cond_embedding.conv_in.weight", "down_blocks.0.x"), "ControlNet",
                                 Role.ADDITION),
