@@ -1,0 +1,107 @@
+"""The concept files that the page can generate with: those of its runs, and those that users bring."""
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.common.errors import UserError
+from ldm.concepts.finetuned_concept import AnyConcept
+from ldm.concepts.merging import merge_concepts
+from ldm.concepts.storage import load_concepts, read_concepts, save_concepts
+from ldm.web.run_queue import RunQueue
+from ldm.web.uploads import free_path, safe_name
+
+FOLDER = "concepts"
+MOST_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class ListedConcept:
+    """A concept file in a list.
+
+    Attributes:
+        path: the file.
+        title: for the list.
+    """
+
+    path: Path
+    title: str
+
+
+class ConceptFiles:
+    """The concept files of a page.
+
+    Args:
+        queue: its runs.
+    """
+
+    def __init__(self, queue: RunQueue) -> None:
+        self.queue = queue
+        self.folder = queue.root / FOLDER
+
+    def listed(self) -> list[ListedConcept]:
+        """Return the concepts of runs, newest first, then files that users brought or merged."""
+        found = []
+        for run in self.queue.runs():
+            if run.concept is not None:
+                settings = run.read_settings()
+                label = settings.title if settings.title == settings.placeholder else (
+                    f"{settings.title} ({settings.placeholder})")
+                found.append(ListedConcept(run.concept, label))
+        files = sorted(self.folder.glob("*.safetensors")) if self.folder.is_dir() else []
+        return found + [ListedConcept(path, path.name) for path in files]
+
+    def check(self, paths: Sequence[str]) -> list[Path]:
+        """Return paths that are in the list.
+
+        Raises:
+            UserError: one is not.
+        """
+        known = {str(concept.path): concept.path for concept in self.listed()}
+        for path in paths:
+            if path not in known:
+                raise UserError("this concept is gone; choose again")
+        return [known[path] for path in paths]
+
+    def read(self, paths: Sequence[str]) -> list[AnyConcept]:
+        """Load concepts to use together; equal words are numbered.
+
+        Raises:
+            UserError: a file is gone or damaged, or the concepts do not fit together.
+        """
+        return read_concepts(self.check(paths))
+
+    def add(self, file: str | Path) -> Path:
+        """Copy an uploaded concept file.
+
+        Raises:
+            UserError: it is no concept file.
+        """
+        file = Path(file)
+        if file.stat().st_size > MOST_BYTES:
+            raise UserError(f"{file.name}: {file.stat().st_size / 1e6:.0f} MB is no concept file; choose another one")
+        try:
+            load_concepts(file)
+        except UserError as error:
+            raise UserError(str(error).replace(str(file), file.name)) from None
+        self.folder.mkdir(exist_ok=True)
+        return Path(shutil.copyfile(file, free_path(self.folder, safe_name(file.name))))
+
+    def merge(self, paths: Sequence[str], words: Sequence[str], name: str) -> Path:
+        """Write several concepts to one file.
+
+        Args:
+            paths: files in the list.
+            words: a new word for each concept.
+            name: of the new file.
+
+        Raises:
+            UserError: the concepts do not fit together, or a word cannot be used.
+        """
+        concepts = [concept for path in self.check(paths) for concept in load_concepts(path)]
+        merged = merge_concepts(concepts, words)
+        self.folder.mkdir(exist_ok=True)
+        stem = safe_name(name or "merged").removesuffix(".safetensors")
+        return save_concepts(free_path(self.folder, f"{stem}.safetensors"), merged, None)
