@@ -21,15 +21,39 @@ if TYPE_CHECKING:
     import torch
 
 SAFETENSORS = ".safetensors"
+HEADER_BYTES = 8  # that hold the length of the header, which is JSON
+METADATA = "__metadata__"
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]) -> Path:
-    """Write a safetensors file. Each value of `metadata` is stored as JSON text under its key."""
+    """Write a safetensors file. Each value of `metadata` is stored under its key: a text as it is, others as JSON.
+
+    The same contents give the same bytes.
+    """
     from safetensors.torch import save_file
 
     plain = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
-    texts = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
-    return write_atomically(path, lambda temporary: save_file(plain, str(temporary), metadata=texts))
+    texts = {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+             for key, value in metadata.items()}
+
+    def write(temporary: Path) -> None:
+        save_file(plain, str(temporary), metadata=texts)
+        if len(texts) > 1:
+            _sort_metadata(temporary)
+
+    return write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file by key: the library writes it in random order."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(HEADER_BYTES), "little")
+        header = json.loads(file.read(length))
+        header[METADATA] = dict(sorted(header[METADATA].items()))
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(content) <= length:  # always, since it is the same content in another order
+            file.seek(HEADER_BYTES)
+            file.write(content.ljust(length))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

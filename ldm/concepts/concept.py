@@ -105,6 +105,10 @@ class Concept(NamedConcept):
             as in files of older versions.
         base_name, base_samples: `BaseModel.name` and `BaseModel.samples` of that base model. "" if unknown, as in files
             of older versions, or if `base` says enough.
+        date: the day it was learned, "2026-01-31", or "" if unknown.
+        resolution: width and height of the images it was learned from, such as "512x512", or "".
+        prediction_type: what its base model predicts, "epsilon" or "v", or "".
+        thumbnail: a small image of it, see `ldm.concepts.thumbnail`, or "". A file of several concepts stores none.
         source: the file it was loaded from, for messages; not stored.
     """
 
@@ -131,6 +135,10 @@ class Concept(NamedConcept):
     source: str = ""
     base_name: str = ""
     base_samples: str = ""
+    date: str = ""
+    resolution: str = ""
+    prediction_type: str = ""
+    thumbnail: str = ""
 
     def __post_init__(self) -> None:
         if not self.word_parts:
@@ -164,7 +172,8 @@ class Concept(NamedConcept):
         return not self.used_layers or layer_name in self.used_layers
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield "embedding", self.embedding
+        parts = self.embedding.split(list(self.word_parts.values()), -1)
+        yield from zip(self.word_parts, parts, strict=True)
         yield "target_input", self.target_input
         yield "super_input", self.super_input
         if self.dual is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.concepts.concept import NamedConcept
 
+DUAL = "dual"  # C^-1 i* of a `Concept`; C^-1 is ill-conditioned, so 16 bits are too few
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # smaller ones support no arithmetic
 
 
@@ -19,14 +20,15 @@ def tensors_to_store(concepts: Sequence[NamedConcept], precision: torch.dtype | 
 
     Args:
         concepts: in the order of the file.
-        precision: the dtype to store; None: the one that `lossless_precision` chooses.
+        precision: the dtype to store; None: the one that `lossless_precision` chooses. Duals are stored in float32.
     """
-    tensors = {}
+    tensors, duals = {}, {}
     for index, concept in enumerate(concepts):
         for name, tensor in concept.tensors():
-            tensors[f"{index}.{name}"] = tensor.detach().cpu()
+            (duals if name == DUAL else tensors)[f"{index}.{name}"] = tensor.detach().cpu()
     precision = lossless_precision(tensors.values()) if precision is None else precision
-    return {name: tensor.to(precision) for name, tensor in tensors.items()}
+    stored = {name: tensor.to(precision) for name, tensor in tensors.items()}
+    return stored | {name: dual.float() for name, dual in duals.items()}
 
 
 def lossless_precision(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -15,7 +15,6 @@ from ldm.common.errors import UserError
 from ldm.common.files import load_tensors
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
-from ldm.concepts.merging import rename_duplicates
 
 # Round trip
 
@@ -52,37 +51,96 @@ def test_several_concepts_keep_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("version", "missing", "projection"), [
-    (1, ("projection", "used_layers"), "full"), (2, ("used_layers",), "gated")])
-def test_earlier_formats_load(tmp_path: Path, version: int, missing: tuple[str, ...], projection: str) -> None:
-    """Format 1 means full projections, formats 1 and 2 mean that all layers are used."""
+    (1, ("projection", "used_layers"), "full"), (2, ("used_layers",), "gated"), (3, (), "gated")])
+def test_earlier_formats_load_and_are_saved_in_this_one(
+    tmp_path: Path, version: int, missing: tuple[str, ...], projection: str
+) -> None:
+    """Format 1 means full projections, formats 1 and 2 mean that all layers are used; before 4 there is no dual."""
     def make_older(tensors: dict, header: dict) -> None:
         header["format_version"] = version
         settings_of(header)["projection"] = "gated"
-        for name in missing:
+        tensors["0.embedding"] = tensors.pop("clip_l")
+        del tensors["0.dual"]
+        for name in ("word_parts", "pooled", *missing):
             del settings_of(header)[name]
 
     path = save_changed(tmp_path / "old.safetensors", make_older)
-    assert_same_concept(load_perfusion_concepts(path)[0], make_concept(projection=projection, used_layers=[]))
+    expected = make_concept(projection=projection, used_layers=[], dual=None)
+    (loaded,) = load_perfusion_concepts(path)
+    assert_same_concept(loaded, expected)
+    newer = make_concept("<b>", seed=9)
+    save_perfusion_concepts(path, [loaded, newer], precision=None)
+    tensors, metadata = load_tensors(path)
+    assert metadata["perfusion"]["format_version"] == 4
+    assert "0.clip_l" in tensors and "0.dual" not in tensors and "1.dual" in tensors
+    for one, other in zip(load_perfusion_concepts(path), (expected, newer), strict=True):
+        assert_same_concept(one, other)
 
 
-def test_target_energy_is_stored_if_it_is_known(tmp_path: Path) -> None:
-    """The format version stays 3, so earlier versions of this project read such files, too."""
-    concepts = [make_concept("<a>", target_energy=231.25), make_concept("<b>", seed=9)]
-    path = save_perfusion_concepts(tmp_path / "both.safetensors", rename_duplicates(concepts, ["<c>", "<d>"]))
-    assert [concept.target_energy for concept in load_perfusion_concepts(path)] == [231.25, None]
+def test_optional_settings_are_stored_if_they_are_known(tmp_path: Path) -> None:
+    known = make_concept("<a>", date="2026-01-31", resolution="512x512", prediction_type="v", base_name="dreamer")
+    known.target_energy = float(known.dual @ known.target_input)
+    path = save_perfusion_concepts(tmp_path / "both.safetensors", [known, make_concept("<b>", seed=9)], None)
+    loaded = load_perfusion_concepts(path)
+    assert_same_concept(loaded[0], known)
+    assert loaded[1].target_energy is None and not loaded[1].date
     header = load_tensors(path)[1]["perfusion"]
-    assert header["format_version"] == 3
-    assert ["target_energy" in values for values in header["concepts"]] == [True, False]
+    for name in ("target_energy", "date", "resolution", "prediction_type", "base_name"):
+        assert [name in values for values in header["concepts"]] == [True, False]
 
 
-def test_a_stable_diffusion_concept_takes_30_kilobytes(tmp_path: Path) -> None:
+def test_a_word_of_two_text_encoders_is_stored_in_two_parts(tmp_path: Path) -> None:
+    parts = {"clip_l": 3, "clip_g": 5}
+    concepts = [make_concept(f"<{n}>", seed=n, embedding=randn(1, 8, seed=n), word_parts=parts, pooled="concept")
+                for n in range(2)]
+    one, both = (save_perfusion_concepts(tmp_path / f"{count}.safetensors", concepts[:count], torch.float32)
+                 for count in (1, 2))
+    alone = load_tensors(one)[0]
+    assert torch.equal(torch.cat([alone["clip_l"], alone["clip_g"]], 1), concepts[0].embedding)
+    assert {"0.clip_l", "0.clip_g", "1.clip_l", "1.clip_g"} < set(load_tensors(both)[0])
+    for path in (one, both):
+        for loaded, concept in zip(load_perfusion_concepts(path), concepts, strict=False):
+            assert_same_concept(loaded, concept)
+            assert list(loaded.word_parts.items()) == [("clip_l", 3), ("clip_g", 5)], "in the order of the vector"
+
+
+def test_concepts_of_different_layers_fit_into_one_file(tmp_path: Path) -> None:
+    concepts = [make_concept("<a>"), make_concept("<b>")]
+    for concept, layer in zip(concepts, INNER_WIDTHS, strict=True):
+        concept.target_outputs_v = {layer: concept.target_outputs_v[layer]}
+    path = save_perfusion_concepts(tmp_path / "both.safetensors", concepts, None)
+    for loaded, concept in zip(load_perfusion_concepts(path), concepts, strict=True):
+        assert_same_concept(loaded, concept)
+
+
+def save_public_size(path: Path, width: int, parts: dict[str, int], layers: dict[str, int]) -> int:
+    """Save a concept of these sizes and return the size of its file."""
+    outputs = {name: torch.randn(p) for name, p in layers.items()}
+    concept = Concept("<x>", "cat", torch.randn(1, sum(parts.values())), randn(width), randn(width), outputs,
+                      dual=randn(width), word_parts=parts, base="f" * 64, base_name="a-base-model",
+                      base_samples="A" * (44 * len(layers)), date="2026-01-31", resolution="1024x1024")
+    return save_perfusion_concepts(path, [concept]).stat().st_size
+
+
+def test_a_stable_diffusion_concept_takes_37_kilobytes(tmp_path: Path) -> None:
     inner = [320] * 5 + [640] * 5 + [1280] * 6
-    layers = {f"output_blocks.{n}.1.transformer_blocks.0.attn2": torch.randn(p) for n, p in enumerate(inner)}
-    assert sum(map(len, layers.values())) == 12_480
-    vectors = {"embedding": randn(1, 768), "target_input": randn(768), "super_input": randn(768)}
-    concept = Concept("<x>", "cat", target_outputs_v=layers, **vectors)
-    path = save_perfusion_concepts(tmp_path / "c.safetensors", [concept])
-    assert path.stat().st_size < 33_000
+    layers = {f"output_blocks.{n}.1.transformer_blocks.0.attn2": p for n, p in enumerate(inner)}
+    assert sum(layers.values()) == 12_480
+    size = save_public_size(tmp_path / "c.safetensors", 768, {"clip_l": 768}, layers)
+    assert 12_480 * 2 < size < 38_000
+
+
+def test_an_sdxl_concept_takes_200_kilobytes_and_two_blocks_of_it_a_third(tmp_path: Path) -> None:
+    blocks = {"input_blocks.4.1": (640, 2), "input_blocks.5.1": (640, 2), "input_blocks.7.1": (1280, 10),
+              "input_blocks.8.1": (1280, 10), "middle_block.1": (1280, 10), "output_blocks.0.1": (1280, 10),
+              "output_blocks.1.1": (1280, 10), "output_blocks.2.1": (1280, 10), "output_blocks.3.1": (640, 2),
+              "output_blocks.4.1": (640, 2), "output_blocks.5.1": (640, 2)}
+    layers = {f"{block}.transformer_blocks.{n}.attn2": p for block, (p, depth) in blocks.items() for n in range(depth)}
+    assert sum(layers.values()) == 83_200 and len(layers) == 70
+    parts = {"clip_l": 768, "clip_g": 1280}
+    assert 180_000 < save_public_size(tmp_path / "all.safetensors", 2048, parts, layers) < 210_000
+    some = {name: p for name, p in layers.items() if name.startswith(("output_blocks.0.1.", "output_blocks.1.1."))}
+    assert save_public_size(tmp_path / "some.safetensors", 2048, parts, some) < 78_000
 
 
 # Invalid files
@@ -104,7 +162,7 @@ def settings_of(header: dict) -> dict:
 
 V = "0.target_output_v.middle_block.1.attn2"
 INVALID: dict[str, tuple[Callable[[dict, dict], object], str]] = {
-    "newer": (lambda t, h: h.update(format_version=4), "concept format 4.*update"),
+    "newer": (lambda t, h: h.update(format_version=5), "concept format 5.*update"),
     "no version": (lambda t, h: h.pop("format_version"), "not a concept"),
     "no list": (lambda t, h: h.pop("concepts"), "lists no concepts"),
     "empty list": (lambda t, h: h.update(concepts=[]), "no concept in it"),
@@ -122,9 +180,23 @@ INVALID: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "energy of the wrong type": (lambda t, h: settings_of(h).update(target_energy="2"), "its target_energy '2' is not"),
     "energy zero": (lambda t, h: settings_of(h).update(target_energy=0), "its target_energy 0 is not a number above 0"),
     "white space": (lambda t, h: settings_of(h).update(placeholder="my bear"), "without white space"),
-    "no embedding": (lambda t, h: t.pop("0.embedding"), "embedding is missing"),
+    "no embedding": (lambda t, h: t.pop("clip_l"), "clip_l is missing"),
+    "unknown pooled": (lambda t, h: settings_of(h).update(pooled="both"), "'both' is not one of super_category, conc"),
+    "no word parts": (lambda t, h: settings_of(h).update(word_parts=[]), "word_parts are no names"),
+    "word parts of the wrong type": (lambda t, h: settings_of(h).update(word_parts=[3]), "word_parts are no names"),
+    "a vector as word part": (lambda t, h: settings_of(h).update(word_parts=["dual"]), "word_parts are no names"),
+    "twice the same part": (lambda t, h: settings_of(h).update(word_parts=["clip_l"] * 2), "word_parts are no names"),
+    "missing part": (lambda t, h: settings_of(h).update(word_parts=["clip_l", "clip_g"]), "clip_g is missing"),
+    "date of the wrong type": (lambda t, h: settings_of(h).update(date=2026), "its date is no text"),
+    "huge text": (lambda t, h: settings_of(h).update(base_name="x" * 10**6), "base_name has 1,000,000 char"),
+    "huge placeholder": (lambda t, h: settings_of(h).update(placeholder="x" * 10**6), "^.{,400}$"),
+    "dual not finite": (lambda t, h: t["0.dual"].fill_(torch.nan), "dual is that of another|dual holds numbers"),
+    "dual of another width": (lambda t, h: t.update({"0.dual": randn(5)}), r"size .*\(6,\), not .5"),
+    "dual of another input": (lambda t, h: (t.update({"0.dual": randn(WIDTH, seed=77)}),
+                                            settings_of(h).update(target_energy=30.0)), "dual is that of another"),
+    "dual with negative energy": (lambda t, h: t["0.dual"].neg_(), "dual is that of another.* should be above 0"),
     "no values": (lambda t, h: [t.pop(f"0.target_output_v.{n}") for n in INNER_WIDTHS], "target_output_v is missing"),
-    "several vectors": (lambda t, h: t.update({"0.embedding": randn(2, 4)}), r"one vector.*\(2, 4\)"),
+    "several vectors": (lambda t, h: t.update({"clip_l": randn(2, 4)}), r"one vector.*\(2, 4\)"),
     "sizes disagree": (lambda t, h: t.update({"0.super_input": randn(5)}), r"of one size, not \(6,\) and \(5,\)"),
     "zero input": (lambda t, h: t.update({"0.target_input": torch.zeros(WIDTH)}), "target_input is zero"),
     "value not a vector": (lambda t, h: t.update({V: randn(3, 3)}), "middle_block.1.attn2 do not fit"),
@@ -133,7 +205,7 @@ INVALID: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "eight bits of input": (lambda t, h: t.update({"0.target_input": torch.ones(WIDTH).to(torch.float8_e5m2)}), "e5m2"),
     "integers": (lambda t, h: t.update({V: torch.ones(8, dtype=torch.int32)}), "int32"),
     "not finite": (lambda t, h: t[V].fill_(torch.inf), "middle_block.1.attn2 holds numbers that are not finite"),
-    "tensor of no concept": (lambda t, h: t.update({"1.embedding": randn(1, 4)}), "1.embedding, which belongs to no"),
+    "tensor of no concept": (lambda t, h: t.update({"1.clip_l": randn(1, 4)}), "1.clip_l, which belongs to no"),
     "table without layer": (lambda t, h: t.update({"0.target_output_v": randn(4)}), "belongs to no concept"),
 }
 
@@ -167,7 +239,7 @@ def test_truncated_foreign_and_missing_files_are_refused(tmp_path: Path) -> None
 def test_concepts_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     diverged = replace(make_concept(), target_input=torch.full((WIDTH,), torch.nan))
-    other_layers = replace(make_concept("<b>"), target_outputs_v={"other": randn(5)})
+    other_layers = replace(make_concept("<b>"), target_outputs_v={MIDDLE: randn(5)})
     for concepts, message in (
         ([diverged], "diverged"),
         ([make_concept(), make_concept("<Bear>")], "several concepts are called <Bear> .case is ignored"),

@@ -23,13 +23,12 @@ def make_concept(placeholder: str = "<bear>", seed: int = 0, trained_keys: bool 
     return Concept(
         placeholder=placeholder,
         super_category=str(settings.pop("super_category", "teddy bear")),
-        embedding=randn(1, 4, seed=seed),
         target_input=randn(WIDTH, seed=seed + 1),
         super_input=randn(WIDTH, seed=seed + 2),
-        dual=DUAL_SCALE * randn(WIDTH, seed=seed + 1),
         target_outputs_v=outputs,
         target_outputs_k={name: -output for name, output in outputs.items()} if trained_keys else {},
-        **{"steps": 7, "base": "f" * 64, **settings},
+        **{"steps": 7, "base": "f" * 64, "embedding": randn(1, 4, seed=seed),
+           "dual": DUAL_SCALE * randn(WIDTH, seed=seed + 1), **settings},
     )
 
 
@@ -42,8 +41,8 @@ def make_text_layers(seed: int = 0) -> dict[str, SimpleNamespace]:
 
 
 def assert_same_concept(one: Concept, other: Concept) -> None:
-    for name in ("placeholder", "super_category", "bias", "temperature", "projection", "used_layers", "steps", "base",
-                 "target_energy"):
+    for name in ("placeholder", "super_category", "bias", "temperature", "projection", "used_layers", "pooled", "steps",
+                 "base", "target_energy", "date", "resolution", "prediction_type", "thumbnail", "word_parts"):
         assert getattr(one, name) == getattr(other, name)
     mine, theirs = dict(one.tensors()), dict(other.tensors())
     assert mine.keys() == theirs.keys()

@@ -1,0 +1,71 @@
+"""Metadata of concept files for people and model browsers: the keys `modelspec.*`.
+
+Source: Stability AI, ModelSpec 1.0 (https://github.com/Stability-AI/ModelSpec), which tools for Stable Diffusion read
+and write. All values are texts. Nothing here is read again, except the thumbnail: `perfusion` has the settings.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm.concepts.concept import Concept
+
+VERSION = "1.0.1"
+IMPLEMENTATION = "perfusion-ldm"
+THUMBNAIL_KEY = "modelspec.thumbnail"
+ARCHITECTURES = {768: "stable-diffusion-v1", 2048: "stable-diffusion-xl-v1-base"}  # by width of the encodings
+STABLE_DIFFUSION_2 = {"v": "stable-diffusion-v2-768-v"}  # by prediction type
+OTHER_ARCHITECTURE = "latent-diffusion"
+ADAPTER = "perfusion"
+HEADER_BYTES = 8  # of the length of a safetensors file's header
+
+
+def model_spec(concepts: Sequence[Concept], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the description of a file, by metadata key.
+
+    Args:
+        concepts: those of the file, at least one, in order.
+        tensors: those of the file.
+    """
+    words = ", ".join(concept.placeholder for concept in concepts)
+    first = concepts[0]
+    described = {
+        "sai_model_spec": VERSION,
+        "architecture": f"{_architecture(first)}/{ADAPTER}",
+        "implementation": IMPLEMENTATION,
+        "title": f"Perfusion concept{'s' if len(concepts) > 1 else ''} {words}",
+        "description": "; ".join(describe_concept(concept) for concept in concepts),
+        "trigger_phrase": words,
+        "tags": ", ".join(dict.fromkeys(concept.super_category for concept in concepts)),
+        "usage_hint": f"Use {words} in prompts. As a plain embedding it is the word alone, without the edit.",
+        "date": max(concept.date for concept in concepts),
+        "resolution": first.resolution,
+        "prediction_type": first.prediction_type,
+        "hash_sha256": f"0x{hash_tensors(tensors)}",
+        "thumbnail": first.thumbnail if len(concepts) == 1 else "",
+    }
+    return {f"modelspec.{name}": text for name, text in described.items() if text}
+
+
+def describe_concept(concept: Concept) -> str:
+    """Return a concept in a line: "<teddy>, a concept of kind teddy bear, learned on NAME in 400 steps"."""
+    base = f" on {concept.base_name}" if concept.base_name else ""
+    layers = f", {len(concept.target_outputs_v)} layers"
+    return f"{concept.placeholder}: {concept.super_category}, learned{base} in {concept.steps} steps{layers}"
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the tensors' bytes in a safetensors file, which its metadata does not change."""
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    header = int.from_bytes(content[:HEADER_BYTES], "little")
+    return hashlib.sha256(content[HEADER_BYTES + header:]).hexdigest()
+
+
+def _architecture(concept: Concept) -> str:
+    """Return the name of the base model's kind, as the specification's list has it for public models."""
+    if concept.context_width == 1024:
+        return STABLE_DIFFUSION_2.get(concept.prediction_type, "stable-diffusion-v2-512")
+    return ARCHITECTURES.get(concept.context_width, OTHER_ARCHITECTURE)
