@@ -76,7 +76,7 @@ class EmbeddingManager(nn.Module):
         self.progressive_counter = 0
         self.initializer_words = list(initializer_words or ())
         self._super_categories = dict(zip(words, self.initializer_words, strict=False))
-        self._vocabulary_size, self._width = embedder.token_table.shape
+        self._vocabulary_size, self._width = embedder.vocabulary_size, embedder.embedding_width
         self._word_pieces = embedder.word_pieces
         self._unknown_token = embedder.word_tokenizer.unk_token_id
 

@@ -46,9 +46,10 @@ class FinetunedPromptEncoder:
         check_distinct(self.placeholders)
         unet_weights = dict(unet.named_parameters())
         for concept in self.concepts:
-            check_width(concept.label, concept.vectors, encoder.token_table)
+            check_width(concept.label, concept.vectors, encoder.embedding_width)
             check_base(concept, base)
             _check_weights(concept, unet_weights)
+            _check_loras(concept, unet)
         weights = self.concepts[0].weights
         if weights and len(self.concepts) > 1:
             weights = merge_weights(unet_weights, self.concepts, inverse_covariance())
@@ -87,9 +88,15 @@ class FinetunedPromptEncoder:
         if global_locking:
             raise UserError(f"--global_locking: concept {self.concepts[0].label} was learned "
                             f"{self.concepts[0].summary}, which locks no keys; leave the flag out")
-        vectors = torch.cat([concept.vectors for concept in self.concepts]).to(self.encoder.token_table.device)
-        encoding = self.encoder.encode_tokens(self.tokens(prompts), vectors)
-        return PromptContext.plain(encoding, cache=True, weights=self.weights)
+        vectors = torch.cat([concept.vectors for concept in self.concepts]).to(self.encoder.device)
+        encoding, pooled = self.encoder.encode_with_pooled(self.tokens(prompts), vectors)
+        return PromptContext.plain(encoding, cache=True, weights=self.weights, pooled=pooled)
+
+    @torch.no_grad()
+    def encode_unconditional(self, global_locking: bool = False) -> PromptContext:
+        """Encode the empty negative prompt; see `PromptEncoder.encode_unconditional`."""
+        encoding, pooled = self.encoder.encode_unconditional()
+        return PromptContext.plain(encoding, cache=True, weights=self.weights, pooled=pooled)
 
     def mask_concepts(self, context: PromptContext, texts: Sequence[str]) -> PromptContext:
         """Return the context unchanged: the weights of these concepts act on every prompt."""
@@ -101,6 +108,13 @@ def _check_weights(concept: FinetunedConcept, unet_weights: Mapping[str, Tensor]
     for name, weight in concept.weights.items():
         if name not in unet_weights or unet_weights[name].shape != weight.shape:
             raise UserError(f"concept {concept.label} does not fit this model: they differ in {name}; train it again")
+
+
+def _check_loras(concept: FinetunedConcept, unet: nn.Module) -> None:
+    """Raise UserError if the concept replaces weights that a LoRA has changed."""
+    if concept.weights.keys() & getattr(unet, "lora_weights", frozenset()):
+        raise UserError(f"concept {concept.label} was learned {concept.summary}, which replaces weights that a LoRA has "
+                        "changed, so the two cannot be used together; leave one of them out")
 
 
 def _like(weight: Tensor, original: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def word_positions(tokenizer: PromptTokenizer, prompt: Prompt, word: str) -> Ten
     prompt_tokens, word_tokens = tokenizer.tokens([prompt, word])
 
     # A placeholder has token ids past the vocabulary; a plain word has those of its word pieces.
-    placeholder_ids = word_tokens[word_tokens >= len(tokenizer.encoder.token_table)]
+    placeholder_ids = word_tokens[word_tokens >= tokenizer.encoder.vocabulary_size]
     if len(placeholder_ids):
         pieces = placeholder_ids
     else:

@@ -21,6 +21,8 @@ from ldm.modules.rank_one import invert_covariance
 
 PROMPTS_AT_A_TIME = 64  # encodings of a file of thousands of prompts would take gigabytes
 
+UNCONDITIONAL = None  # in place of the empty negative prompt, where models do not read its encoding
+
 AnyPromptEncoder = ConceptPromptEncoder | FinetunedPromptEncoder
 
 
@@ -34,13 +36,13 @@ class EncodedPrompts:
 
     Attributes:
         context: (P, N, d), each distinct prompt once, under all concepts that any of them names.
-        rows: prompt -> its row in `context`.
+        rows: prompt -> its row in `context`; that of the empty negative prompt is at `UNCONDITIONAL`.
         encoder: the encoder that made it; None if nothing edits the prompts.
         weights: (P, N), of the tokens, which `select` and `for_requests` apply; None: all are 1.
     """
 
     context: PromptContext
-    rows: dict[str, int]
+    rows: dict[str | None, int]
     encoder: AnyPromptEncoder | None = None
     weights: Tensor | None = None
 
@@ -51,18 +53,19 @@ class EncodedPrompts:
     def for_requests(self, requests: Sequence[GenerationRequest]) -> tuple[PromptContext, PromptContext]:
         """Return prompts and negative prompts of B images, (B, N, d) each, under the concepts that either names."""
         texts = [f"{request.prompt}\n{request.negative_prompt}" for request in requests]
+        negatives = [request.negative_prompt or UNCONDITIONAL for request in requests]
         contexts = []
-        for prompts in ([request.prompt for request in requests], [request.negative_prompt for request in requests]):
+        for prompts in ([request.prompt for request in requests], negatives):
             context = self._unweighted(prompts)
             if self.encoder is not None:
                 context = self.encoder.mask_concepts(context, texts)
             contexts.append(self._weighted(context, prompts))
         return contexts[0], contexts[1]
 
-    def _unweighted(self, prompts: Sequence[str]) -> PromptContext:
+    def _unweighted(self, prompts: Sequence[str | None]) -> PromptContext:
         return self.context.select([self.rows[prompt] for prompt in prompts])
 
-    def _weighted(self, context: PromptContext, prompts: Sequence[str]) -> PromptContext:
+    def _weighted(self, context: PromptContext, prompts: Sequence[str | None]) -> PromptContext:
         """Return the context of `prompts` with the weights of their tokens, which act after the edit."""
         if self.weights is None:
             return context
@@ -128,7 +131,8 @@ def encode_prompts(encoder: AnyPromptEncoder, prompts: Sequence[str], global_loc
         UserError: a prompt is too long or has syntax that is not supported, or the method has no keys to lock.
     """
     distinct = list(dict.fromkeys([*prompts, ""]))
-    rows = {prompt: row for row, prompt in enumerate(distinct)}
+    rows: dict[str | None, int] = {prompt: row for row, prompt in enumerate(distinct)}
+    rows[UNCONDITIONAL] = rows[""]
     encoder = encoder.subset_for(distinct)
     parsed: list[Prompt] = list(distinct)
     if prompt_weights:
@@ -137,6 +141,10 @@ def encode_prompts(encoder: AnyPromptEncoder, prompts: Sequence[str], global_loc
         parsed = [parse_prompt(prompt, encoder.placeholders) for prompt in distinct]
     contexts = [encoder.encode(parsed[start:start + PROMPTS_AT_A_TIME], global_locking=global_locking)
                 for start in range(0, len(parsed), PROMPTS_AT_A_TIME)]
+    if encoder.encoder.zeroes_unconditional:
+        rows[UNCONDITIONAL] = len(parsed)
+        contexts.append(encoder.encode_unconditional(global_locking))
+        parsed.append("")
     context = PromptContext.cat(contexts) if len(contexts) > 1 else contexts[0]
     weights = encoder.token_weights(parsed)
     if weights is not None:

@@ -28,17 +28,18 @@ from ldm.concepts.concept import Concept
 from ldm.concepts.finetuned_concept import AnyConcept, FinetunedConcept
 from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
 from ldm.concepts.fingerprint import BaseModel
-from ldm.concepts.prompt_checks import check_super_category
 from ldm.concepts.prompt_encoder import ConceptPromptEncoder
 from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.module import DataModuleFromConfig
 from ldm.data.templates import fill_template
-from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.models.optimization import can_use_fused_optimizer, optimizer_and_schedule
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import PromptContext
+from ldm.modules.fast.sixteen_bits import MIXED_PRECISIONS, to_sixteen_bits
 from ldm.personalization.cached_latents import CachedLatents
+from ldm.personalization.checks import check_datasets, check_words
 from ldm.personalization.concept_gradients import DropOverflows, back_off, clip_norm_of_each
+from ldm.personalization.concept_means import finite_mean, mean_of_each
 from ldm.personalization.concept_names import (
     as_list,
     check_distinct_placeholders,
@@ -47,13 +48,14 @@ from ldm.personalization.concept_names import (
 )
 from ldm.personalization.photo_masks import log_summary, make_missing_masks
 from ldm.personalization.prediction_check import check_prediction
+from ldm.personalization.training_prompts import ModelWithWords
 from ldm.util import to_device
 
 PHOTOS_TO_CHECK = 2  # by which it is seen whether the base model predicts noise or v
 Batch = Mapping[str, Any]  # a collated batch of a `ConceptPhotos`
 
 
-class PersonalizationMethod(LatentDiffusion):
+class PersonalizationMethod(ModelWithWords):
     """A frozen latent diffusion model plus the parameters that a method trains to learn concepts.
 
     Args (beside those of `LatentDiffusion`):
@@ -68,11 +70,14 @@ class PersonalizationMethod(LatentDiffusion):
             masks are soft and reach beyond the subject; sharper masks need a border.
         seed: seed of noise and timesteps; None: the seed of the run. Each step samples from (seed, step), so a resumed
             run repeats them.
+        preserve_embedding_norm: whether the trained word vectors keep the norms at which they start. Rising norms are
+            the usual fault of learned words; the log shows them (`train/embedding_norm`, relative to the start).
 
     Attributes:
         method: short name in files and folders, such as "perfusion"; subclasses set it.
         method_name: readable name, such as "Perfusion"; subclasses set it.
-        concepts: the trainable parts of each concept; empty before `setup`. Each has a `distance()` for the log.
+        concepts: the trainable parts of each concept; empty before `setup`. Each has `distance()` and
+            `relative_norm(widths)` for the log, and `restore_norms(widths)`.
         placeholders, super_categories, names: the words of each concept, and its name in files.
         base_model: identifies the base model before training; None before `setup`.
         cached_latents: the encoded photos; None before `setup`.
@@ -87,7 +92,7 @@ class PersonalizationMethod(LatentDiffusion):
 
     def __init__(self, super_category: str | Sequence[str] | None = None,
                  placeholder: str | Sequence[str] = "<concept>", segmenter: str | None = None, mask_border: float = 0.0,
-                 seed: int | None = None, **latent_diffusion: Any) -> None:
+                 seed: int | None = None, preserve_embedding_norm: bool = False, **latent_diffusion: Any) -> None:
         placeholders = as_list(placeholder)
         check_distinct_placeholders(placeholders)
         super_categories = super_category_of_each(as_list(super_category or ""), placeholders)
@@ -100,6 +105,7 @@ class PersonalizationMethod(LatentDiffusion):
         self.placeholders, self.names = placeholders, file_names_for(placeholders)
         self.super_categories = super_categories
         self.segmenter, self.mask_border, self.seed = segmenter, mask_border, seed
+        self.preserve_embedding_norm = preserve_embedding_norm
         self.concepts = nn.ModuleList()
         self.cached_latents: CachedLatents | None = None
         self.groups = 1
@@ -153,15 +159,21 @@ class PersonalizationMethod(LatentDiffusion):
         photos = self.photos()
         self._check_run(photos)
         self.seed = torch.initial_seed() % 2**32 if self.seed is None else self.seed
-        self.to(self.trainer.strategy.root_device)  # Lightning does so only after this, too late for what follows
-        self._check_words(photos)
+        check_words(self.cond_stage_model, photos, self.super_categories)
         self.base_model = BaseModel.of(self.text_layers, self.initial_weights_path)
-        # Photos and masks become latents and weights, once.
+        # Photos and masks become latents and weights, once. The U-Net is not on the device yet: both need much memory.
+        device = self.trainer.strategy.root_device
+        self.first_stage_model.to(device)
         if self.segmenter is not None:
             make_missing_masks(photos, self.super_categories, self.segmenter,
-                               Path(self.trainer.default_root_dir) / "masks", self.device)
+                               Path(self.trainer.default_root_dir) / "masks", device)
         self.cached_latents = CachedLatents(self, photos, self.mask_border)
-        self._check_prediction(photos)
+        self.prepare_prompts(photos, device)
+        # Lightning moves the model only after this method, too late for what follows.
+        dtype = self._store_unet_in_sixteen_bits(device)
+        self.to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            self._check_prediction(photos)
         for dataset, category in zip(photos, self.super_categories, strict=True):
             self.concepts.append(self.make_concept(dataset, category))
         # A step of the optimizer takes a batch of every group of concepts.
@@ -195,10 +207,7 @@ class PersonalizationMethod(LatentDiffusion):
         return getattr(getattr(self.trainer, "datamodule", None), "datasets", {})
 
     def _check_run(self, photos: Sequence[ConceptPhotos]) -> None:
-        for name in ("validation", "test"):
-            if name in self._datasets:
-                raise UserError(f"data.params.{name}: a loss on other images says nothing about the concept; leave it "
-                                "out, and measure concepts with evaluation/clip_eval.py")
+        check_datasets(self._datasets)
         if not self.has_initial_weights:
             raise UserError("no base model to train on: name its checkpoint with --actual_resume, or in the config as "
                             "model.params.ckpt_path")
@@ -208,40 +217,31 @@ class PersonalizationMethod(LatentDiffusion):
             raise UserError(f"{type(self).__name__} trains weights of the base model, which only one concept can have; "
                             "train one concept at a time")
 
-    def _check_words(self, photos: Sequence[ConceptPhotos]) -> None:
-        encoder = self.cond_stage_model
-        for dataset, category in zip(photos, self.super_categories, strict=True):
-            check_super_category(encoder, category)
-            prompts = [fill_template(template, category) for template in dataset.prompts]
-            encoder.tokenize(prompts)  # raises if one is too long
+    def prepare_prompts(self, photos: Sequence[ConceptPhotos], device: torch.device) -> None:
+        """Encode what can be encoded before the U-Net is on the device; nothing by default."""
+
+    def _store_unet_in_sixteen_bits(self, device: torch.device) -> torch.dtype | None:
+        """Convert the U-Net if training will do so anyway, before it takes twice the memory of the device.
+
+        Returns:
+            The dtype; None if the U-Net keeps its own.
+        """
+        dtype = MIXED_PRECISIONS.get(str(self.trainer.precision)) if device.type == "cuda" else None
+        if dtype is None or self.trained_unet_weights():
+            return None
+        to_sixteen_bits(self.model.diffusion_model, dtype)
+        return dtype
 
     def _check_prediction(self, photos: Sequence[ConceptPhotos]) -> None:
         latents = self.cached_latents.first_latents(PHOTOS_TO_CHECK).to(self.device)
         prompt = fill_template(photos[0].templates[0], self.super_categories[0])
-        check_prediction(self, latents, [prompt] * len(latents))
+        condition = self.plain_prompts([prompt]).select([0] * len(latents))
+        check_prediction(self, latents, self.with_sizes(condition, self.cached_latents.first_sizes(len(latents))))
 
     def on_fit_start(self) -> None:
         """Stop loading pixels: the photos are encoded already."""
         for dataset in self.photos():
             dataset.with_pixels = False
-
-    def training_tokens(self, dataset: ConceptPhotos, vector_count: int = 1) -> Tensor:
-        """Return the tokens (T, N) of a concept's training prompts, its placeholder as `vector_count` tokens.
-
-        Raises:
-            UserError: the placeholder also occurs in a template itself, or a prompt is too long with it.
-        """
-        word = dataset.placeholder_token
-        tokens = self.cond_stage_model.tokenize(
-            [fill_template(template, word) for template in dataset.prompts], [word], [vector_count])
-        if not bool((self.concept_positions(tokens).sum(1) == vector_count).all()):
-            raise UserError(f"placeholder {word!r}: is an ordinary word of the training prompts; "
-                            "give a word of its own, such as <my-teddy>")
-        return tokens
-
-    def concept_positions(self, tokens: Tensor) -> Tensor:
-        """Return (B, N) booleans: the positions of concepts' tokens, which are numbered past the vocabulary."""
-        return tokens >= len(self.cond_stage_model.token_table)
 
     # Optimization
 
@@ -265,11 +265,14 @@ class PersonalizationMethod(LatentDiffusion):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None or len(self.concepts) < 2:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-            return
-        closure = DropOverflows(optimizer_closure, self.parameters_of_each_concept())
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        if closure.dropped:
-            back_off(scaler)
+        else:
+            closure = DropOverflows(optimizer_closure, self.parameters_of_each_concept())
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+            if closure.dropped:
+                back_off(scaler)
+        if self.preserve_embedding_norm:
+            for concept in self.concepts:
+                concept.restore_norms(self.word_widths)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None,
                                     gradient_clip_algorithm: Any = None) -> None:
@@ -281,24 +284,6 @@ class PersonalizationMethod(LatentDiffusion):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Training
-
-    def encode_distinct(self, prompts: Sequence[str], vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode each distinct prompt of a batch once.
-
-        Args:
-            prompts: B prompts.
-            vectors: the word vectors (n, width) of each concept's placeholder.
-
-        Returns:
-            Tokens (P, N) and encodings (P, N, d) of the distinct prompts, and for each of the B prompts its row among
-            them, (B,). Only the encodings are on the model's device.
-        """
-        encoder = self.cond_stage_model
-        rows = {prompt: row for row, prompt in enumerate(sorted(set(prompts)))}
-        tokens = encoder.tokenize(list(rows), self.placeholders, [len(own) for own in vectors])
-        with torch.autocast(self.device.type, enabled=False):  # C^-1 would magnify what half precision rounds off
-            encoding = encoder.encode_tokens(tokens, torch.cat(list(vectors)))
-        return tokens, encoding, torch.tensor([rows[prompt] for prompt in prompts])
 
     def training_context(self, prompts: list[str]) -> PromptContext:
         """Encode the prompts of a training step."""
@@ -316,12 +301,17 @@ class PersonalizationMethod(LatentDiffusion):
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches // self.groups
         seed = self.seed * 1_000_003 + self.global_step + micro_batch * 15_485_863
         losses, numbers = self.concept_losses(batches, [Generator().manual_seed(seed) for _ in batches])
-        distances = torch.stack([self.concepts[index].distance() for index in batches])
-        self._log_numbers({**numbers, "embedding_distance": distances}, list(batches))
+        self._log_numbers({**numbers, **self._word_numbers(list(batches))}, list(batches))
         # The trainer averages over all batches of a step and over all devices. Here the concepts' losses add up.
         devices = self.trainer.world_size
         loss = losses.sum() * self.groups * devices
         return loss if devices == 1 else loss + self._zero_of_all_parameters()
+
+    def _word_numbers(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return how far the words of J concepts are from their start, and their norms relative to it, (J,) each."""
+        concepts, widths = [self.concepts[index] for index in indices], self.word_widths
+        return {"embedding_distance": torch.stack([concept.distance() for concept in concepts]),
+                "embedding_norm": torch.stack([concept.relative_norm(widths) for concept in concepts])}
 
     def _zero_of_all_parameters(self) -> Tensor:
         """Return a zero that depends on every parameter: the devices' average needs a gradient of each.
@@ -341,20 +331,22 @@ class PersonalizationMethod(LatentDiffusion):
         Returns:
             The losses (J,), and numbers to log, each (J,).
         """
-        latents, noise, timesteps, weights, captions = [], [], [], [], []
+        latents, noise, timesteps, weights, sizes, captions = [], [], [], [], [], []
         for (index, items), generator in zip(batches.items(), generators, strict=True):
             own = self.cached_latents.batch(index, items, generator, self.device)
             own_noise, own_timesteps = self.sample_noise_and_timesteps(own.latents, generator)
             latents.append(own.latents)
             weights.append(own.weights)
+            sizes.append(own.sizes)
             noise.append(own_noise)
             timesteps.append(own_timesteps)
             captions += own.captions
         # One pass of the U-Net serves all concepts.
-        losses, numbers = self.per_sample_losses(torch.cat(latents), self.training_context(captions),
-                                                 torch.cat(timesteps), torch.cat(noise), torch.cat(weights))
-        sizes = [len(own) for own in latents]
-        return _mean_of_each(losses, sizes), {name: _mean_of_each(values, sizes) for name, values in numbers.items()}
+        context = self.with_sizes(self.training_context(captions), torch.cat(sizes))
+        losses, numbers = self.per_sample_losses(torch.cat(latents), context, torch.cat(timesteps), torch.cat(noise),
+                                                 torch.cat(weights))
+        counts = [len(own) for own in latents]
+        return mean_of_each(losses, counts), {name: mean_of_each(values, counts) for name, values in numbers.items()}
 
     def sample_noise_and_timesteps(self, latents: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Return noise of the shape of `latents` (B, C, h, w), and timesteps (B,)."""
@@ -363,9 +355,9 @@ class PersonalizationMethod(LatentDiffusion):
 
     def _log_numbers(self, numbers: Mapping[str, Tensor], indices: Sequence[int]) -> None:
         """Log the means of numbers (J,) over concepts and, in a run of several, the numbers of each."""
-        means = {f"train/{name}": _finite_mean(values) for name, values in numbers.items()}
+        means = {f"train/{name}": finite_mean(values) for name, values in numbers.items()}
         self.log("train/embedding_distance", means.pop("train/embedding_distance"), prog_bar=True, batch_size=1)
-        self.log("loss", _finite_mean(numbers["loss"]), prog_bar=True, logger=False, batch_size=1)
+        self.log("loss", finite_mean(numbers["loss"]), prog_bar=True, logger=False, batch_size=1)
         if len(self.concepts) > 1:
             for name, values in numbers.items():
                 for index, value in zip(indices, values, strict=True):
@@ -393,8 +385,10 @@ class PersonalizationMethod(LatentDiffusion):
         prompts = [prompt for captions in zip(*(own["caption"] for own in batches), strict=True)
                    for prompt in captions][:N]
         encoder = self.sampling_encoder([self.export_concept(index) for index in range(len(self.concepts))])
-        condition = encoder.mask_concepts(encoder.encode(prompts), prompts)
-        unconditional = encoder.mask_concepts(encoder.encode([""]).select([0] * len(prompts)), prompts)
+        sizes = self.sampling_sizes(len(prompts))
+        condition = self.with_sizes(encoder.mask_concepts(encoder.encode(prompts), prompts), sizes)
+        negative = encoder.encode_unconditional().select([0] * len(prompts))
+        unconditional = self.with_sizes(encoder.mask_concepts(negative, prompts), sizes)
         # On a GPU one at a time: its memory has to hold the training as well.
         size = 1 if self.device.type == "cuda" else len(prompts)
         images = []
@@ -404,13 +398,3 @@ class PersonalizationMethod(LatentDiffusion):
                 condition.select(rows), len(rows), ddim_steps, unconditional_guidance_scale, unconditional.select(rows),
                 generators=[Generator().manual_seed(row) for row in rows]))
         return {"samples": torch.cat(images)}
-
-
-def _mean_of_each(values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the mean of each concept's part of values (B,): (J,)."""
-    return torch.stack([own.mean() for own in values.split(list(sizes))])
-
-
-def _finite_mean(values: Tensor) -> Tensor:
-    """Return the mean of values (J,) without those of concepts whose training diverged; NaN if all have."""
-    return values.mean() if len(values) < 2 else values.where(values.isfinite(), torch.nan).nanmean()

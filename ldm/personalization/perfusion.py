@@ -6,7 +6,8 @@ cross-attention layer. The loss is `concept_losses` in `ldm.personalization.base
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +15,20 @@ from torch import Tensor
 
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
-from ldm.concepts.concept import Concept
+from ldm.concepts.concept import POOLED, SUPER_CATEGORY, Concept
 from ldm.concepts.prompt_encoder import ConceptPromptEncoder
 from ldm.concepts.trainable_concept import LOCKINGS, TrainableConcept
 from ldm.data.concept_photos import ConceptPhotos
+from ldm.data.templates import fill_template
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, load_covariance_for
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.rank_one import PROJECTIONS, invert_covariance
 from ldm.personalization.base import PersonalizationMethod
-from ldm.personalization.checks import check_positive
+from ldm.personalization.checks import check_known, check_positive
 from ldm.personalization.concept_names import as_list
+from ldm.personalization.distinct_prompts import DistinctPrompts, FixedPrompts
+from ldm.personalization.layer_names import find_layers
 from ldm.util import to_device
 
 
@@ -34,12 +38,19 @@ class Perfusion(PersonalizationMethod):
     Args (beside those of `PersonalizationMethod`, whose segmenter makes the masks of the zero-shot mask loss):
         bias, temperature: beta and tau of the gate in training, and the concept's defaults for generation.
         inference_bias: the concept's default bias for generation; None: `bias`.
-        embedding_lr, value_lr: learning rates of the word embedding and of the target outputs.
+        embedding_lr, value_lr: learning rates of the word embedding and of the target outputs. With an `embedding_lr` of
+            0, the word stays that of the super-category. All prompts are then encoded once, before training, and the
+            text encoder leaves the device.
         locking: "local" (keys locked to the super-category) or "trained" (keys learned like values, an ablation).
+        trained_layers: the layers whose o*_V (and o*_K) are learned and stored, by name or by leading parts of names
+            such as `output_blocks` or `output_blocks.3`. The other layers give the super-category's output W_V i_super,
+            in training, too. None: all layers, as in the paper.
         used_layers: the layers in which generation uses the learned o*_V, by name or by leading parts of names such as
             `output_blocks` or `output_blocks.3`. The other layers are trained as well, and so absorb the layout and
             style of the photos, but generation uses the super-category's output W_V i_super there. None: all layers,
             as in the paper.
+        pooled: which pooled encoding the U-Net reads in models that have one, such as SDXL: that of the prompt with the
+            "super_category" in the concept's place (locked, like the keys), or with the "concept" itself.
         projection: "full" (the paper's Eq. 3) or "gated", see `ldm.modules.rank_one`; concepts keep it.
         target_input_decay: decay of the moving average i*, at least 0 and below 1.
         covariance: file of the text encoder's covariance C. None: computed once from default captions and cached.
@@ -54,11 +65,12 @@ class Perfusion(PersonalizationMethod):
     def __init__(self, bias: float = 0.75, temperature: float = 0.1, embedding_lr: float = 0.006,
                  value_lr: float = 0.03, locking: str = "local", projection: str = "full",
                  target_input_decay: float = 0.99, covariance: str | None = None, inference_bias: float | None = None,
-                 used_layers: str | Sequence[str] | None = None, **personalization: Any) -> None:
-        for name, value, known in (("locking", locking, LOCKINGS), ("projection", projection, PROJECTIONS)):
-            if value not in known:
-                raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
-        check_positive(temperature=temperature, embedding_lr=embedding_lr, value_lr=value_lr)
+                 used_layers: str | Sequence[str] | None = None, trained_layers: str | Sequence[str] | None = None,
+                 pooled: str = "super_category", **personalization: Any) -> None:
+        check_known(locking=(locking, LOCKINGS), projection=(projection, PROJECTIONS), pooled=(pooled, POOLED))
+        check_positive(temperature=temperature, value_lr=value_lr)
+        if embedding_lr < 0:
+            raise UserError(f"embedding_lr {embedding_lr} must not be below 0")
         if not 0 <= target_input_decay < 1:
             raise UserError(f"target_input_decay {target_input_decay} must be at least 0 and below 1; 0.99 is usual")
         if covariance is not None and not resolve_path(covariance).is_file():  # before the weights, which take longer
@@ -69,24 +81,14 @@ class Perfusion(PersonalizationMethod):
         self.inference_bias = bias if inference_bias is None else inference_bias
         self.embedding_lr, self.value_lr = embedding_lr, value_lr
         self.locking, self.projection = locking, projection
-        self.used_layers = self._find_layers(as_list(used_layers or ()))
+        self.pooled = pooled
+        self.trained_layers = find_layers("trained_layers", as_list(trained_layers or ()), self.text_layers)
+        learned = self.trained_layers or list(self.text_layers)
+        self.used_layers = find_layers("used_layers", as_list(used_layers or ()), learned)
         self.target_input_decay, self.covariance = target_input_decay, covariance
         self._inverse_covariance: Tensor | None = None
-
-    def _find_layers(self, prefixes: Sequence[str]) -> list[str]:
-        """Return the layers with these names or leading parts of a name: `output_blocks.1` does not match 10.
-
-        Raises:
-            UserError: a prefix matches no layer.
-        """
-        def matches(name: str, prefix: str) -> bool:
-            return f"{name}.".startswith(f"{prefix.rstrip('.')}.")
-
-        for prefix in prefixes:
-            if not any(matches(name, prefix) for name in self.text_layers):
-                raise UserError(f"used_layers: no layer that reads text is called {prefix}; there are "
-                                f"{', '.join(self.text_layers)}")
-        return [name for name in self.text_layers if any(matches(name, prefix) for prefix in prefixes)]
+        self._fixed_prompts: FixedPrompts | None = None
+        self._encoder_rests = False
 
     def inverse_covariance(self) -> Tensor:
         """Return C^-1 of the text encoder, (d, d); the first call loads or computes it."""
@@ -100,19 +102,63 @@ class Perfusion(PersonalizationMethod):
         self._inverse_covariance = self._inverse_covariance.to(self.device)
         return self._inverse_covariance
 
+    def prepare_prompts(self, photos: Sequence[ConceptPhotos], device: torch.device) -> None:
+        """Encode the training prompts with the super-categories, as far as training reads these encodings."""
+        encoder = self.cond_stage_model
+        locks_pooled = encoder.has_pooled and self.pooled == SUPER_CATEGORY
+        if self.embedding_lr and not locks_pooled:
+            return
+        encoder.to(device)
+        vectors = [word_vector(encoder, category) for category in self.super_categories]
+        self._fixed_prompts = FixedPrompts(self.word_encoder, vectors)
+        for dataset in photos:
+            self._fixed_prompts.encode(_prompts_of(dataset), device)
+        if not self.embedding_lr:
+            self.inverse_covariance()
+            encoder.to("cpu")
+            self._encoder_rests = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Perfusion:
+        """Move or convert all parts of the model, but not a text encoder that training no longer needs."""
+        resting = {}
+        if self._encoder_rests:
+            resting = {name: module for name, module in self._modules.items() if module is self.cond_stage_model}
+        self._modules.update(dict.fromkeys(resting))
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._modules.update(resting)
+
     def make_concept(self, dataset: ConceptPhotos, super_category: str) -> TrainableConcept:
         encoder = self.cond_stage_model
         # v starts at the super-category's word embedding.
-        embedding = word_vector(encoder, super_category)
+        embedding = word_vector(encoder, super_category).to(self.device)
         # i* starts at i_super, the super-category's encoding averaged over all training prompts.
         tokens = self.training_tokens(dataset)
-        super_input = encoder.encode_tokens(tokens, embedding)[self.concept_positions(tokens)].mean(0)
+        if self.embedding_lr:
+            encoding = encoder.encode_tokens(tokens, embedding)
+        else:
+            fixed = self._fixed_prompts.encode(_prompts_of(dataset), self.device)
+            tokens, encoding = fixed.tokens, fixed.encoding
+        super_input = encoding[self.concept_positions(tokens)].mean(0)
         self.inverse_covariance()
-        return TrainableConcept(embedding, super_input, self.text_layers, self.locking)
+        concept = TrainableConcept(embedding, super_input, self.text_layers, self.locking, self.trained_layers)
+        concept.embedding.requires_grad_(self.embedding_lr > 0)
+        return concept
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": [concept.embedding for concept in self.concepts], "lr": self.embedding_lr},
-                {"params": [value for concept in self.concepts for value in concept.values()], "lr": self.value_lr}]
+        embeddings = {"params": [concept.embedding for concept in self.concepts], "lr": self.embedding_lr}
+        values = {"params": [value for concept in self.concepts for value in concept.values()], "lr": self.value_lr}
+        return [embeddings, values] if self.embedding_lr else [values]
+
+    def encode_words(self, prompts: Sequence[str]) -> DistinctPrompts:
+        """Encode prompts with the concepts' current words; the pooled encoding as `pooled` says."""
+        if not self.embedding_lr:
+            return self._fixed_prompts.encode(prompts, self.device)
+        distinct = self.word_encoder.encode(prompts, [concept.embedding for concept in self.concepts])
+        if distinct.pooled is None or self.pooled != SUPER_CATEGORY:
+            return distinct
+        return replace(distinct, pooled=self._fixed_prompts.encode(prompts, self.device).pooled)
 
     def training_context(self, prompts: list[str]) -> PromptContext:
         return self.prompt_context(prompts, update_target_inputs=True)
@@ -124,9 +170,10 @@ class Perfusion(PersonalizationMethod):
             prompts: each with the placeholder of one concept.
             update_target_inputs: first move the i* of these concepts towards their tokens' encodings.
         """
-        tokens, encoding, rows = self.encode_distinct(prompts, [concept.embedding for concept in self.concepts])
+        distinct = self.encode_words(prompts)
+        encoding, rows = distinct.encoding, distinct.rows
         # A concept's token is numbered past the vocabulary, so it is the largest of its prompt.
-        largest, positions = tokens.max(1)
+        largest, positions = distinct.tokens.max(1)
         named = largest - self.cond_stage_model.vocabulary_size
         indices = named.unique().tolist()
         if update_target_inputs:
@@ -138,8 +185,9 @@ class Perfusion(PersonalizationMethod):
         contexts = []
         for index in indices:
             edit = self.concepts[index].edit(self.bias, self.temperature, self.inverse_covariance(), self.projection)
-            own = (named == index).nonzero()[:, 0]
-            contexts.append(edit.context(encoding[self._to_device(own)]))
+            own = self._to_device((named == index).nonzero()[:, 0])
+            pooled = None if distinct.pooled is None else distinct.pooled[own]
+            contexts.append(replace(edit.context(encoding[own]), pooled=pooled))
         by_concept = named.argsort(stable=True)
         return PromptContext.cat(contexts).select(self._to_device(by_concept.argsort()[rows]))
 
@@ -168,9 +216,14 @@ class Perfusion(PersonalizationMethod):
             self.inverse_covariance(), word_parts=dict(self.cond_stage_model.word_parts),
             placeholder=self.placeholders[index], super_category=self.super_categories[index],
             bias=float(self.inference_bias), temperature=float(self.temperature), projection=self.projection,
-            used_layers=self.used_layers, steps=int(self.global_step),
+            used_layers=self.used_layers, pooled=self.pooled, steps=int(self.global_step),
             **self.base_model.stored)
 
     def sampling_encoder(self, concepts: Sequence[Concept]) -> ConceptPromptEncoder:
         return ConceptPromptEncoder(self.cond_stage_model, self.text_layers, concepts, self.inverse_covariance,
                                     self.base_model)
+
+
+def _prompts_of(dataset: ConceptPhotos) -> list[str]:
+    """Return the training prompts of a concept, with its placeholder."""
+    return [fill_template(template, dataset.placeholder_token) for template in dataset.prompts]

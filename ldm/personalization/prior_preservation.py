@@ -70,7 +70,7 @@ class PriorPreservation(FinetuningMethod):
 
     def initial_vectors(self, super_category: str) -> tuple[Tensor, Tensor]:
         encoder = self.cond_stage_model
-        category = encoder.token_table[encoder.word_pieces(super_category)]
+        category = encoder.embed_pieces(encoder.word_pieces(super_category))
         if self.rare_word is None:
             start, following = word_vector(encoder, super_category), category[:0]
         else:

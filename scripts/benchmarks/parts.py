@@ -78,7 +78,7 @@ def measure_merging(settings: BenchmarkSettings, model: Any) -> Iterator[Benchma
     """Measure merging files of one concept each, reading the result, and encoding a prompt with all concepts."""
     # Write a file for each concept.
     layers = name_text_layers(model.model.diffusion_model)
-    base, word_width = base_fingerprint(layers), model.cond_stage_model.token_table.shape[1]
+    base, word_width = base_fingerprint(layers), model.cond_stage_model.embedding_width
     folder = settings.folder / "concepts"
     files = [save_perfusion_concepts(folder / f"{index}.safetensors", [random_concept(layers, word_width, base, index)])
              for index in range(max(CONCEPTS))]

@@ -85,7 +85,7 @@ def build_pipelines(settings: BenchmarkSettings, counts: Sequence[int]) -> dict[
     if hasattr(model, "covariance"):
         model.covariance = covariance
 
-    word_width, base = model.cond_stage_model.token_table.shape[1], base_fingerprint(layers)
+    word_width, base = model.cond_stage_model.embedding_width, base_fingerprint(layers)
     concepts = [random_concept(layers, word_width, base, index) for index in range(max(counts))]
     pipelines = {}
     for count in counts:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +13,19 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.absent_parts import FIRST_STAGE, TEXT_ENCODER
 from ldm.common.errors import UserError
-from ldm.models.diffusion.ancestral_sampling import ConditionalAncestralSampling
+from ldm.models.diffusion.ancestral_sampling import ConditionalAncestralSampling, first_rows
 from ldm.models.diffusion.embedding_training import TrainsEmbeddings
 from ldm.models.diffusion.logged_images import CLASS_KEYS, LogsLatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import DDPM
 from ldm.models.diffusion.wrapper import Condition
+from ldm.models.first_stage_precision import run_first_stage
 from ldm.models.frozen import freeze
 from ldm.models.vq import VQModelInterface
 from ldm.modules.context import PromptContext
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.encoders.conditioner import GeneralConditioner
 from ldm.modules.encoders.prompts import PromptEncoder
+from ldm.modules.encoders.sizes import SIZE_COLUMNS
 from ldm.sampling.ddim import DDIM
 from ldm.util import instantiate_from_config
 
@@ -54,7 +58,9 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
         object_weight: weight of an object's error, relative to the background's, for batches that mark objects by
             "objects" (B, 1, H, W) in [0, 1]; a model learns objects faster with it.
         vae_path, text_encoder_path: checkpoint, diffusers folder or part of one whose first stage or text encoder is
-            loaded in place of those in `ckpt_path`, which may lack them.
+            loaded in place of those in `ckpt_path`, which may lack them. Two text encoders may be in two files.
+        disable_first_stage_autocast: run the first stage in the precision of its weights, also under autocast. That of
+            Stable Diffusion XL overflows in float16.
 
     Tiled processing (`split_input_params`, `get_fold_unfold`, `delta_border`) of the original is left out.
 
@@ -69,11 +75,13 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
                  *args: Any, force_null_conditioning: bool = False,
                  personalization_config: Mapping[str, Any] | None = None, embedding_reg_weight: float = 0.0,
                  unfreeze_model: bool = False, model_lr: float = 0.0, reg_weight: float | None = None,
-                 object_weight: float = 1.0, vae_path: str | None = None, text_encoder_path: str | None = None,
-                 **kwargs: Any) -> None:
+                 object_weight: float = 1.0, vae_path: str | None = None,
+                 text_encoder_path: str | Sequence[str] | None = None,
+                 disable_first_stage_autocast: bool = False, **kwargs: Any) -> None:
         self.part_paths = {prefix: path for prefix, path in ((FIRST_STAGE, vae_path), (TEXT_ENCODER, text_encoder_path))
                            if path is not None}
         self.num_timesteps_cond = num_timesteps_cond or 1
+        self.disable_first_stage_autocast = disable_first_stage_autocast
         self.force_null_conditioning = force_null_conditioning
         if conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
@@ -134,7 +142,13 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
             self.cond_stage_model = self.first_stage_model if config == IS_FIRST_STAGE else None
             return
         model = instantiate_from_config(config)
-        self.cond_stage_model = model if self.cond_stage_trainable else freeze(model)
+        model = model if self.cond_stage_trainable else freeze(model)
+        if not isinstance(model, GeneralConditioner):
+            self.cond_stage_model = model
+            return
+        # Its weights have the names of public files; `cond_stage_model` is a plain reference, not a second module.
+        self.conditioner = model
+        object.__setattr__(self, "cond_stage_model", model)
 
     # Latents
 
@@ -153,7 +167,8 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
         """Return what the first stage's `encode` returns for images: a posterior, or latents that are not scaled."""
-        return self.first_stage_model.encode(x)
+        return run_first_stage(self.first_stage_model, self.first_stage_model.encode, x,
+                               autocast=not self.disable_first_stage_autocast)
 
     def get_first_stage_encoding(self, encoder_posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
         """Return scaled latents (B, C, h, w) from what `encode_first_stage` returns; of a posterior, a new sample."""
@@ -177,9 +192,10 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
             quantizer = self.first_stage_model.quantize
             z = quantizer.get_codebook_entry(codes, shape=None).movedim(-1, 1).contiguous()
         z = 1.0 / self.scale_factor * z
+        decode = self.first_stage_model.decode
         if isinstance(self.first_stage_model, VQModelInterface):
-            return self.first_stage_model.decode(z, force_not_quantize=predict_cids or force_not_quantize)
-        return self.first_stage_model.decode(z)
+            decode = partial(decode, force_not_quantize=predict_cids or force_not_quantize)
+        return run_first_stage(self.first_stage_model, decode, z, autocast=not self.disable_first_stage_autocast)
 
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False) -> Tensor:
@@ -189,15 +205,27 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
     # Conditions
 
     @property
+    def pixel_size(self) -> tuple[int, int]:
+        """(height, width) of the images that latents of the model's own size decode to."""
+        height, width = self.latent_shape[1:]
+        return height * 2**self.num_downs, width * 2**self.num_downs
+
+    @property
     def trains_condition(self) -> bool:
         """Whether conditions are encoded in `forward`, with gradients, instead of in `get_input`."""
         return self.cond_stage_trainable or self.embedding_manager is not None
 
     def get_learned_conditioning(self, c: Any) -> Tensor | PromptContext:
-        """Return the encoded condition (such as a list of B prompts), (B, N, d)."""
+        """Return the encoded condition (such as a list of B prompts), (B, N, d).
+
+        With a `GeneralConditioner` it is what `GeneralConditioner.condition` returns, of prompts or of a batch that
+        also has sizes.
+        """
         stage = self.cond_stage_model
-        method = self.cond_stage_forward or ("encode" if hasattr(stage, "encode") else "__call__")
         managed = {} if self.embedding_manager is None else {"embedding_manager": self.embedding_manager}
+        if isinstance(stage, GeneralConditioner):
+            return stage.condition(c, self.pixel_size, **managed)
+        method = self.cond_stage_forward or ("encode" if hasattr(stage, "encode") else "__call__")
         encoded = getattr(stage, method)(c, **managed)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
@@ -207,7 +235,10 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
 
         Args:
             null_label: what to encode for one image; None: the empty prompt, or the label of the classes' encoder.
+                A `GeneralConditioner` has zeros for the empty prompt.
         """
+        if isinstance(self.cond_stage_model, GeneralConditioner):
+            return self.cond_stage_model.unconditional_condition(batch_size, null_label, self.pixel_size)
         if null_label is None and self.cond_stage_key in CLASS_KEYS:
             labels = self.cond_stage_model.get_unconditional_conditioning(batch_size, device=self.device)
             return self.get_learned_conditioning(labels)
@@ -248,7 +279,7 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
             c = original
             if force_c_encode or not self.trains_condition:
                 c = self.get_learned_conditioning(c)
-            c = c if bs is None else c[:bs]
+            c = first_rows(c, bs) if isinstance(c, Mapping) else c[:bs]
         inputs = [z, c]
         if return_first_stage_outputs:
             inputs += [x, self.decode_first_stage(z)]
@@ -263,6 +294,8 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
         if key in CLASS_KEYS:
             return batch
         value = batch[key]
+        if isinstance(self.cond_stage_model, GeneralConditioner):
+            return {key: list(value), **{name: batch[name] for name in SIZE_COLUMNS if name in batch}}
         if isinstance(value, Tensor):
             is_image = value.ndim > 2 and key not in UNENCODED_KEYS
             return (DDPM.get_input(self, batch, key) if is_image else value).to(self.device)

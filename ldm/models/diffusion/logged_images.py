@@ -132,7 +132,7 @@ class LogsLatentDiffusion(LogsDiffusion):
             shown["samples_x0_quantized"], _ = draw("Plotting Quantized Denoised", quantize_denoised=True)
         if scale > 1.0:
             unconditional = self.get_unconditional_conditioning(count, label)
-            if isinstance(c, Mapping):  # all but the text stays
+            if isinstance(c, Mapping) and not isinstance(unconditional, Mapping):  # all but the text stays
                 unconditional = {**c, "c_crossattn": [unconditional]}
             shown[f"samples_cfg_scale_{scale:.2f}"], _ = draw(
                 "Sampling with classifier-free guidance", unconditional_guidance_scale=scale,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.common.errors import UserError
 from ldm.modules.context import PromptContext
-from ldm.modules.fast.cuda_graphs import GraphedUNet, has_dropout
+from ldm.modules.fast.cuda_graphs import GraphedUNet, has_dropout, vector_kwargs
 from ldm.modules.fast.fused import can_fuse, fuse
 from ldm.modules.fast.sixteen_bits import to_sixteen_bits
 from ldm.util import instantiate_from_config
@@ -54,27 +54,34 @@ class DiffusionWrapper(nn.Module):
             t: (B,) timesteps.
             c_concat: tensors (B, c, H, W) to append to the channels of x.
             c_crossattn: contexts of the same prompts, concatenated along the tokens; with "adm" the classes.
-            c_adm: classes (B,) or vectors (B, d).
+            c_adm: classes (B,) or vectors (B, d); None: the `vector` of the context, if it has one.
 
         Raises:
-            UserError: if the conditioning key needs `c_adm`, and there is none.
+            UserError: if the conditioning key needs a vector, and there is none.
         """
         key = self.conditioning_key
         if key in WITH_CHANNELS:
             x = torch.cat([x, *(c_concat or ())], dim=1)
-        if key in WITH_VECTOR:
-            if c_adm is None:
-                raise UserError(f"conditioning_key {key}: needs a condition c_adm")
-            return self.diffusion_model(x, t, context=self._join(c_crossattn or ()), y=c_adm)
         if key in WITH_CONTEXT:
             context = self._join(c_crossattn or ())
-            weights = context.weights if isinstance(context, PromptContext) else {}
-            if weights:
-                return torch.func.functional_call(self.diffusion_model, dict(weights), (x, t), {"context": context})
-            return (self.graphs or self.diffusion_model)(x, t, context=context)
+            if key in WITH_VECTOR and c_adm is None and not vector_kwargs(context):
+                raise UserError(f"conditioning_key {key}: needs a condition c_adm")
+            return self._attend(x, t, context, c_adm if key in WITH_VECTOR else None)
         if key == "adm":
             return self.diffusion_model(x, t, y=(c_crossattn or ())[0])
         return self.diffusion_model(x, t)
+
+    def _attend(self, x: Tensor, t: Tensor, context: Any, c_adm: Tensor | None) -> Tensor:
+        """Call the U-Net with a context, and with a vector if there is one; by CUDA graphs if they are enabled."""
+        if c_adm is not None:
+            return self.diffusion_model(x, t, context=context, y=c_adm)
+        weights = context.weights if isinstance(context, PromptContext) else {}
+        if weights:
+            options = {"context": context, **vector_kwargs(context)}
+            return torch.func.functional_call(self.diffusion_model, dict(weights), (x, t), options)
+        if self.graphs is not None:
+            return self.graphs(x, t, context=context)
+        return self.diffusion_model(x, t, context=context, **vector_kwargs(context))
 
     def _join(self, contexts: Sequence[Tensor | PromptContext]) -> Any:
         """Return the contexts as one, or as a list if the U-Net's blocks read one after the other."""

@@ -68,7 +68,8 @@ class UNetModel(UNetBase):
         resblock_updown: whether to change resolution by residual blocks.
         use_new_attention_order: see `QKVAttention`.
         use_spatial_transformer: whether attention reads a context.
-        transformer_depth: number of transformer blocks per spatial transformer.
+        transformer_depth: number of transformer blocks per spatial transformer, one number for all levels or one for
+            each, as in Stable Diffusion XL.
         context_dim: width of the context.
         n_embed: size of a codebook; the model then predicts logits of its entries, (B, n_embed, H, W).
         legacy: how the first models counted heads, see `_attention`.
@@ -78,6 +79,7 @@ class UNetModel(UNetBase):
         num_attention_blocks: for each level, how many of its residual blocks attention follows; None: all.
         disable_middle_self_attn: as `disable_self_attentions`, for the middle block.
         adm_in_channels: width of the vectors `y` if `num_classes` is "sequential".
+        transformer_depth_middle: as `transformer_depth`, for the middle block; None: that of the lowest level.
         use_fp16, use_bf16: the `dtype` to report. `ldm.modules.fast` and autocast choose the precision.
 
     Raises:
@@ -91,11 +93,12 @@ class UNetModel(UNetBase):
         num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None, use_checkpoint: bool = False,
         use_fp16: bool = False, num_heads: int = -1, num_head_channels: int = -1, num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False, resblock_updown: bool = False, use_new_attention_order: bool = False,
-        use_spatial_transformer: bool = False, transformer_depth: int = 1,
+        use_spatial_transformer: bool = False, transformer_depth: int | Sequence[int] = 1,
         context_dim: int | Sequence[int] | None = None, n_embed: int | None = None, legacy: bool = True,
         use_bf16: bool = False, disable_self_attentions: Sequence[bool] | None = None,
         num_attention_blocks: Sequence[int] | None = None, disable_middle_self_attn: bool = False,
         use_linear_in_transformer: bool = False, adm_in_channels: int | None = None,
+        transformer_depth_middle: int | None = None,
     ) -> None:
         super().__init__(
             image_size=image_size, in_channels=in_channels, model_channels=model_channels, out_channels=out_channels,
@@ -106,7 +109,8 @@ class UNetModel(UNetBase):
             resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order,
         )
         self.num_classes, self.adm_in_channels = num_classes, adm_in_channels
-        self.use_spatial_transformer, self.transformer_depth = use_spatial_transformer, transformer_depth
+        self.use_spatial_transformer = use_spatial_transformer
+        self.transformer_depth, self.transformer_depth_middle = transformer_depth, transformer_depth_middle
         self.context_dim, self.legacy, self.use_linear_in_transformer = context_dim, legacy, use_linear_in_transformer
         self.disable_self_attentions, self.num_attention_blocks = disable_self_attentions, num_attention_blocks
         self.disable_middle_self_attn = disable_middle_self_attn
@@ -134,9 +138,9 @@ class UNetModel(UNetBase):
             raise UserError("UNetModel: use_spatial_transformer and context_dim go together; give both or neither")
         if self.num_classes == "sequential" and self.adm_in_channels is None:
             raise UserError("UNetModel: num_classes sequential needs adm_in_channels, the width of the vectors y")
-        for name in ("disable_self_attentions", "num_attention_blocks"):
+        for name in ("disable_self_attentions", "num_attention_blocks", "transformer_depth"):
             values = getattr(self, name)
-            if values is not None and len(values) != len(self.channel_mult):
+            if isinstance(values, Sequence) and len(values) != len(self.channel_mult):
                 raise UserError(f"UNetModel: {name} has {len(values)} entries, channel_mult {len(self.channel_mult)}; "
                                 "give one per level")
 
@@ -160,7 +164,7 @@ class UNetModel(UNetBase):
             x: noisy latents (B, in_channels, H, W).
             timesteps: (B,), training timesteps from 0 to T - 1.
             context: encoded prompts (B, N, context_dim), for a model with `context_dim`; others do not read it.
-            y: class labels (B,), for a model with `num_classes`.
+            y: class labels (B,) or vectors (B, adm_in_channels), for a model with `num_classes`.
             kwargs: not read, as in latent diffusion.
 
         Returns:
@@ -181,7 +185,7 @@ class UNetModel(UNetBase):
         # Embed the timesteps and the classes.
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         if y is not None:
-            emb = emb + self.label_emb(y)
+            emb = emb + self.label_emb(y.to(emb.dtype) if self.num_classes == "sequential" else y)
 
         # Compute the keys and values of the prompts, those of all layers at once. Concepts edit them here.
         context = precompute_keys_values(context, self.text_layers)

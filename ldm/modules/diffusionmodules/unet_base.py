@@ -26,6 +26,8 @@ class UNetBase(nn.Module):
     """
 
     use_spatial_transformer = False
+    transformer_depth: int | Sequence[int] = 1
+    transformer_depth_middle: int | None = None
     legacy = True
     disable_self_attentions: Sequence[bool] | None = None
     num_attention_blocks: Sequence[int] | None = None
@@ -102,7 +104,7 @@ class UNetBase(nn.Module):
     def _build_middle(self, channels: int) -> TimestepEmbedSequential:
         return TimestepEmbedSequential(
             self._residual(channels, channels),
-            self._attention(channels, self.num_heads, self.disable_middle_self_attn),
+            self._attention(channels, self.num_heads, self._middle_depth, self.disable_middle_self_attn),
             self._residual(channels, channels),
         )
 
@@ -138,9 +140,19 @@ class UNetBase(nn.Module):
         if 2**level not in self.attention_resolutions or (count is not None and index >= count):
             return []
         disabled = self.disable_self_attentions is not None and bool(self.disable_self_attentions[level])
-        return [self._attention(channels, heads, disabled)]
+        return [self._attention(channels, heads, self._depth_of(level), disabled)]
 
-    def _attention(self, channels: int, block_heads: int, disable_self_attn: bool = False) -> nn.Module:
+    def _depth_of(self, level: int) -> int:
+        """Return the number of transformer blocks in each spatial transformer of a level."""
+        depth = self.transformer_depth
+        return depth if isinstance(depth, int) else depth[level]
+
+    @property
+    def _middle_depth(self) -> int:
+        given = self.transformer_depth_middle
+        return self._depth_of(len(self.channel_mult) - 1) if given is None else given
+
+    def _attention(self, channels: int, block_heads: int, depth: int, disable_self_attn: bool = False) -> nn.Module:
         """Build the attention for `channels`, with `num_heads` heads, or with heads of `num_head_channels` if given.
 
         There is one exception: an `AttentionBlock` of a legacy model without `num_head_channels` has `block_heads`
@@ -153,7 +165,7 @@ class UNetBase(nn.Module):
                             f"change num_heads ({self.num_heads}) or num_head_channels ({self.num_head_channels})")
         if self.use_spatial_transformer:
             return SpatialTransformer(
-                channels, heads, channels // heads, self.transformer_depth, context_dim=self.context_dim,
+                channels, heads, channels // heads, depth, context_dim=self.context_dim,
                 disable_self_attn=disable_self_attn, use_linear=self.use_linear_in_transformer,
                 use_checkpoint=self.use_checkpoint,
             )

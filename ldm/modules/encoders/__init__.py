@@ -2,7 +2,8 @@
 
     prompts.py             the base class of text encoders: prompts, with or without learned words, to encodings
     clip.py                CLIP's text tower (Stable Diffusion 1.x)
-    openclip.py            OpenCLIP's text tower (Stable Diffusion 2.x)
+    openclip.py            OpenCLIP's text tower (Stable Diffusion 2.x, XL)
+    conditioner.py         several encoders side by side (Stable Diffusion XL); sizes.py encodes sizes
     bert.py                the text encoder of LDM text-to-image
     attribute_binding.py   a text tower that binds attributes to nouns, to train the bundled model
     clip_features.py       CLIP's features of whole texts and of images

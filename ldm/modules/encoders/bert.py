@@ -99,6 +99,10 @@ class BERTEmbedder(PromptEncoder):
     def token_table(self) -> Tensor:
         return self.transformer.token_emb.weight
 
+    @property
+    def word_parts(self) -> dict[str, int]:
+        return {"bert": self.token_table.shape[1]}
+
     def _special_tokens(self) -> tuple[int, int, int]:
         tokenizer = self.word_tokenizer
         return tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id

@@ -86,6 +86,10 @@ class FrozenCLIPEmbedder(ClipWords):
     def token_table(self) -> Tensor:
         return self.transformer.get_input_embeddings().weight
 
+    @property
+    def word_parts(self) -> dict[str, int]:
+        return {"clip_l": self.token_table.shape[1]}
+
     def _special_tokens(self) -> tuple[int, int, int]:
         end = self.tokenizer.eos_token_id
         return self.tokenizer.bos_token_id, end, end

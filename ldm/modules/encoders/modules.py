@@ -13,12 +13,15 @@ __all__ = ["TOKENIZER", "AbstractEncoder", "BERTEmbedder", "BERTTokenizer", "Cla
 
 # Imported on first use: importing open_clip takes a second, which other encoders save.
 __getattr__ = forward_names(__name__, {
+    "ConcatTimestepEmbedderND": "ldm.modules.encoders.sizes",
+    "GeneralConditioner": "ldm.modules.encoders.conditioner",
     "CLIPEmbeddingNoiseAugmentation": "ldm.modules.encoders.image_embedders",
     "ClipImageEmbedder": "ldm.modules.encoders.image_embedders",
     "FrozenCLIPT5Encoder": "ldm.modules.encoders.t5",
     "FrozenCLIPTextEmbedder": "ldm.modules.encoders.clip_features",
     "FrozenClipImageEmbedder": "ldm.modules.encoders.clip_features",
     "FrozenOpenCLIPEmbedder": "ldm.modules.encoders.openclip",
+    "FrozenOpenCLIPEmbedder2": "ldm.modules.encoders.openclip",
     "FrozenOpenCLIPImageEmbedder": "ldm.modules.encoders.image_embedders",
     "FrozenT5Embedder": "ldm.modules.encoders.t5",
 })

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import open_clip
 import torch
@@ -15,8 +17,11 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ldm.checkpoints.deferred_init import DeferredInit
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, brief_reason
+from ldm.common.paths import resolve_path
 from ldm.modules.encoders.clip import TOKENIZER, ClipWords
+from ldm.modules.encoders.prompts import EmbeddingManagerLike
+from ldm.util import to_device
 
 PADDING = 0  # OpenAI's tower pads with the end token instead
 
@@ -27,7 +32,7 @@ class FrozenOpenCLIPEmbedder(ClipWords):
     The tower is built without weights. A Stable Diffusion 2 checkpoint holds them, with keys `model.…`.
 
     Args:
-        arch: name of an architecture that `open_clip` knows.
+        arch: name of an architecture that `open_clip` knows, or a JSON file that describes one as `open_clip` does.
         version: the pretrained weights that the public models started from; ignored, kept for the public configs.
         device: ignored, kept for the public configs; the module moves with the model that contains it.
         max_length: number of tokens per prompt, start and end tokens included.
@@ -40,14 +45,16 @@ class FrozenOpenCLIPEmbedder(ClipWords):
 
     LAYERS = ("last", "penultimate")
     awaits_weights = True
+    _draws_vision_tower = True
 
     def __init__(self, arch: str = "ViT-H-14", version: str = "laion2b_s32b_b79k", device: str = "cuda",
                  max_length: int = 77, freeze: bool = True, layer: str = "last") -> None:
         super().__init__()
         if layer not in self.LAYERS:
-            raise UserError(f"FrozenOpenCLIPEmbedder: layer {layer!r} is unknown; "
+            raise UserError(f"{type(self).__name__}: layer {layer!r} is unknown; "
                             f"choose one of {', '.join(self.LAYERS)}")
-        _draw_vision_tower(arch)
+        if self._draws_vision_tower:
+            _draw_vision_tower(arch)
         self.model = text_tower(arch)
         if max_length > self.model.context_length:
             raise UserError(f"text encoder {arch} takes {self.model.context_length} tokens; "
@@ -69,6 +76,10 @@ class FrozenOpenCLIPEmbedder(ClipWords):
     def token_table(self) -> Tensor:
         return self.model.token_embedding.weight
 
+    @property
+    def word_parts(self) -> dict[str, int]:
+        return {"clip_h": self.token_table.shape[1]}
+
     def word_pieces_of(self, texts: Sequence[str]) -> list[list[int]]:
         return super().word_pieces_of([self._clean(text) for text in texts])
 
@@ -80,13 +91,84 @@ class FrozenOpenCLIPEmbedder(ClipWords):
         return self.encode_tokens(text)
 
     def encode_embedded(self, embedded: Tensor) -> Tensor:
-        length = embedded.shape[1]
-        x = embedded + self.model.positional_embedding[:length]
+        x = embedded + self.model.positional_embedding[:embedded.shape[1]]
+        return self.model.ln_final(self._apply_blocks(x, slice(None, self._block_count)))
+
+    @property
+    def _block_count(self) -> int:
+        """The number of blocks that the encoding takes."""
+        return len(self.model.transformer.resblocks) - self.layer_idx
+
+    def _apply_blocks(self, x: Tensor, which: slice) -> Tensor:
+        """Apply some of the tower's blocks to (B, N, d)."""
+        length = x.shape[1]
         causal_mask = self.model.attn_mask[:length, :length]
-        blocks = self.model.transformer.resblocks
-        for block in blocks[:len(blocks) - self.layer_idx]:
+        for block in self.model.transformer.resblocks[which]:
             x = block(x, attn_mask=causal_mask)
-        return self.model.ln_final(x)
+        return x
+
+
+class FrozenOpenCLIPEmbedder2(FrozenOpenCLIPEmbedder):
+    """Encode prompts by the text tower of an OpenCLIP, and each prompt as a whole: the second tower of SDXL.
+
+    The encoding has no final norm. The pooled encoding, (B, embed_dim), is that of the end token in the last layer,
+    through the final norm and the projection, as OpenCLIP compares it with images.
+
+    Args (in addition to those of `FrozenOpenCLIPEmbedder`):
+        always_return_pooled: whether a call returns both (encoding, pooled).
+        legacy: encode as `FrozenOpenCLIPEmbedder` does, through the final norm and without a pooled encoding.
+
+    Raises:
+        UserError: as `FrozenOpenCLIPEmbedder`; or both `always_return_pooled` and `legacy` are set.
+
+    Source: Stability-AI/generative-models, the class of this name.
+    """
+
+    _draws_vision_tower = False  # that of ViT-bigG-14 has 1.8 billion weights
+
+    def __init__(self, arch: str = "ViT-H-14", version: str = "laion2b_s32b_b79k", device: str = "cuda",
+                 max_length: int = 77, freeze: bool = True, layer: str = "last", always_return_pooled: bool = False,
+                 legacy: bool = True) -> None:
+        if always_return_pooled and legacy:
+            raise UserError("FrozenOpenCLIPEmbedder2: always_return_pooled needs legacy: false")
+        super().__init__(arch, version, device, max_length, freeze, layer)
+        self.return_pooled, self.legacy = always_return_pooled, legacy
+
+    @property
+    def has_pooled(self) -> bool:
+        return self.return_pooled
+
+    @property
+    def unread_keys(self) -> tuple[str, ...]:
+        return ("model.logit_scale",) if self.return_pooled else super().unread_keys
+
+    @property
+    def word_parts(self) -> dict[str, int]:
+        return {"clip_g": self.token_table.shape[1]}
+
+    def encode_embedded(self, embedded: Tensor) -> Tensor:
+        if self.legacy:
+            return super().encode_embedded(embedded)
+        x = embedded + self.model.positional_embedding[:embedded.shape[1]]
+        return self._apply_blocks(x, slice(None, self._block_count))
+
+    def _encode_with_pooled(self, embedded: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        encoding = self._encode_embedded(embedded, tokens)
+        if not self.return_pooled:
+            return encoding, None
+        last = self.model.ln_final(self._apply_blocks(encoding, slice(self._block_count, None)))
+        # The end token has the highest index in the vocabulary, but placeholders have higher ones.
+        is_end = (tokens == self.tokenizer.eos_token_id).int()
+        ends = to_device(is_end.argmax(1), last.device)
+        return encoding, last[torch.arange(len(last), device=last.device), ends] @ self.model.text_projection
+
+    def forward(self, text: Sequence[str] | str,
+                embedding_manager: EmbeddingManagerLike | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Encode prompts as `PromptEncoder.forward` does, and as a whole too if `always_return_pooled`."""
+        if not self.return_pooled:
+            return super().forward(text, embedding_manager)
+        tokens = self.tokenize([text] if isinstance(text, str) else text, truncate=True)
+        return self.encode_with_pooled(tokens)
 
 
 def _draw_vision_tower(arch: str) -> None:
@@ -95,7 +177,7 @@ def _draw_vision_tower(arch: str) -> None:
     Scripts of the LDM family set the seed before they build the model, so on the CPU these numbers decide the image.
     Where initialization is deferred, it is not needed, and nothing is drawn: the tower of ViT-H-14 takes four seconds.
     """
-    config = open_clip.get_model_config(arch)
+    config = _architecture(arch)
     if config is not None and not DeferredInit.active:
         _build_vision_tower(config["embed_dim"], config["vision_cfg"], bool(config.get("quick_gelu")))
 
@@ -106,7 +188,7 @@ def text_tower(arch: str) -> TextTransformer:
     Raises:
         UserError: if there is no such architecture, or its text tower is not CLIP's.
     """
-    config = open_clip.get_model_config(arch)
+    config = _architecture(arch)
     if config is None:
         similar = difflib.get_close_matches(arch, open_clip.list_models(), 3)
         raise UserError(f"arch {arch!r}: open_clip has no such architecture; "
@@ -118,6 +200,16 @@ def text_tower(arch: str) -> TextTransformer:
     tower = TextTransformer(output_dim=config["embed_dim"], act_layer=activation, **params)
     tower.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # unused here, but in checkpoints
     return tower
+
+
+def _architecture(arch: str) -> dict[str, Any] | None:
+    """Return the description of an architecture, by its name or from a JSON file; None if the name is unknown."""
+    if not arch.endswith(".json"):
+        return open_clip.get_model_config(arch)
+    try:
+        return json.loads(resolve_path(arch).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"arch {arch}: cannot be read ({brief_reason(error)}); give a JSON file of open_clip") from None
 
 
 def text_features(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ How a prompt reaches a layer
    the end of the vocabulary: the j-th placeholder is token V + j for a vocabulary of V word pieces.
 2. `PromptEncoder.encode_tokens` looks up the embedding of each token in `token_table`. Where the token is a
    placeholder, it takes the concept's learned vector instead.
-3. `PromptEncoder.encode_embedded`, the transformer of a subclass, turns embeddings into encodings e, (B, N, d).
+3. `PromptEncoder.encode_embedded`, the transformer of a subclass, turns embeddings into encodings e, (B, N, d). Models
+   that also read one vector per prompt call `encode_with_pooled`, which returns both.
 4. `ldm.modules.edit.Edit.context` computes what the edit needs of e: the gates and e_perp (Eq. 3 of Perfusion).
    The result is a `PromptContext`. Prompts without concepts skip this step, or become a `PromptContext.plain`.
 5. `ldm.models.diffusion.wrapper.DiffusionWrapper` passes the context to the U-Net
@@ -69,8 +70,9 @@ class OnDeviceOfWeights:
 class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
     """Base class of text encoders. Prompts may hold placeholders, words that the vocabulary does not have.
 
-    A subclass sets `tokenizer` and `max_length` and implements `token_table`, `encode_embedded`, `_special_tokens` and
-    `_whole_words`.
+    A subclass sets `tokenizer` and `max_length` and implements `token_table`, `word_parts`, `encode_embedded`,
+    `_special_tokens` and `_whole_words`. Callers use `vocabulary_size`, `embedding_width` and `embed_pieces` in place
+    of the table, because an encoder of several towers has several tables.
 
     Attributes:
         tokenizer: a tokenizer of `transformers`.
@@ -78,6 +80,8 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
         graphs: runs `encode_embedded` by CUDA graphs; None until `enable_fast_inference` is called.
         awaits_weights: whether the weights are random until a checkpoint is loaded, where the public encoder of this
             name downloads pretrained ones.
+        has_pooled: whether `encode_with_pooled` returns a pooled encoding.
+        zeroes_unconditional: whether zeros stand for the empty negative prompt, in place of its encoding.
 
     Example::
 
@@ -89,6 +93,8 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
     max_length: int
     graphs: GraphedEncoder | None = None
     awaits_weights = False
+    has_pooled = False
+    zeroes_unconditional = False
     _warned_of_truncation = False
 
     # What a subclass implements.
@@ -103,6 +109,11 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
         """The embedding of every word piece, (V, width)."""
         raise NotImplementedError
 
+    @property
+    def word_parts(self) -> dict[str, int]:
+        """Name of each tower's word vector in files -> its width, in the order in which vectors join them."""
+        raise NotImplementedError
+
     def encode_embedded(self, embedded: Tensor) -> Tensor:
         """Encode tokens whose embeddings are given: (B, N, width) to (B, N, d)."""
         raise NotImplementedError
@@ -114,6 +125,22 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
     def _whole_words(self) -> dict[str, int]:
         """Return the word pieces that are whole words, with their indices."""
         raise NotImplementedError
+
+    # The table of words, whatever it consists of.
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V, the number of word pieces. Placeholders have indices from V on."""
+        return len(self.token_table)
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of a word's vector, the sum over `word_parts`."""
+        return sum(self.word_parts.values())
+
+    def embed_pieces(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return the embeddings (n, embedding_width) of n word pieces."""
+        return self.token_table[indices]
 
     # Prompts to encodings.
 
@@ -133,10 +160,12 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
 
     def encode_managed(self, tokens: Tensor, embedding_manager: EmbeddingManagerLike | None = None) -> Tensor:
         """Encode tokens (B, N), after `embedding_manager` has replaced embeddings, to (B, N, d)."""
-        if embedding_manager is None:
-            return self.encode_tokens(tokens)
-        embedded = embedding_manager(to_device(tokens, self.token_table.device), self.embed_tokens(tokens))
-        return self._encode_embedded(embedded, tokens)
+        return self._encode_embedded(self.managed_embeddings(tokens, embedding_manager), tokens)
+
+    def managed_embeddings(self, tokens: Tensor, embedding_manager: EmbeddingManagerLike | None = None) -> Tensor:
+        """Return the embeddings (B, N, width) of tokens, after `embedding_manager` has replaced some."""
+        embedded = self.embed_tokens(tokens)
+        return embedded if embedding_manager is None else embedding_manager(to_device(tokens, self.device), embedded)
 
     def tokenize(self, prompts: Sequence[str | Sequence[str]], placeholders: Sequence[str] = (),
                  counts: Sequence[int] | None = None, truncate: bool = False) -> Tensor:
@@ -168,7 +197,7 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
         """Return the word pieces of each text, with the tokens of placeholders. Arguments as for `tokenize`."""
         # Give each placeholder its range of indices past the vocabulary.
         indices: list[range] = []
-        start = len(self.token_table)
+        start = self.vocabulary_size
         for count in counts or [1] * len(placeholders):
             indices.append(range(start, start + count))
             start += count
@@ -193,7 +222,7 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
         if len(pieces) <= room:
             return pieces
         shown = prompt if len(prompt) <= 80 else f"{prompt[:79]}…"
-        vectors = sum(piece >= len(self.token_table) for piece in pieces)
+        vectors = sum(piece >= self.vocabulary_size for piece in pieces)
         of_concepts = f" ({vectors} of them are vectors of placeholders)" if vectors > 1 else ""
         problem = f"the prompt {shown!r} has {len(pieces)} tokens{of_concepts}, but the text encoder takes {room}"
         if not truncate:
@@ -223,6 +252,24 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
         """
         return self._encode_embedded(self.embed_tokens(tokens, vectors), tokens)
 
+    def encode_with_pooled(self, tokens: Tensor, vectors: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Encode tokens as `encode_tokens` does, and each prompt as a whole.
+
+        Returns:
+            The encodings (B, N, d), and the pooled encoding (B, m); None for it if the encoder has none.
+        """
+        return self._encode_with_pooled(self.embed_tokens(tokens, vectors), tokens)
+
+    def encode_unconditional(self) -> tuple[Tensor, Tensor | None]:
+        """Return the encoding (1, N, d) and the pooled encoding of the empty negative prompt.
+
+        They are zeros if `zeroes_unconditional`, and those of the prompt "" otherwise.
+        """
+        encoding, pooled = self.encode_with_pooled(self.tokenize([""]))
+        if not self.zeroes_unconditional:
+            return encoding, pooled
+        return torch.zeros_like(encoding), None if pooled is None else torch.zeros_like(pooled)
+
     def embed_tokens(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Return the embeddings (B, N, width) of tokens. Arguments as for `encode_tokens`."""
         table, tokens = self.token_table, tokens.cpu()
@@ -238,6 +285,10 @@ class PromptEncoder(OnDeviceOfWeights, AbstractEncoder):
     def _encode_embedded(self, embedded: Tensor, tokens: Tensor) -> Tensor:
         """Encode embeddings (B, N, width) of these tokens (B, N), by CUDA graphs if they are enabled."""
         return (self.graphs or self.encode_embedded)(embedded)
+
+    def _encode_with_pooled(self, embedded: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode embeddings (B, N, width) of these tokens (B, N), and each prompt as a whole."""
+        return self._encode_embedded(embedded, tokens), None
 
     # Word pieces and the words that the encoder was trained on.
 
@@ -296,4 +347,4 @@ def word_vector(encoder: PromptEncoder, word: str) -> Tensor:
     if not pieces:
         raise UserError(f"the super-category {word!r} cannot be expressed in the text encoder's vocabulary; "
                         "give a plain word, such as \"teddy bear\"")
-    return encoder.token_table[pieces].mean(0, keepdim=True)
+    return encoder.embed_pieces(pieces).mean(0, keepdim=True)

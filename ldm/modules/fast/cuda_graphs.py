@@ -45,7 +45,7 @@ class GraphedUNet:
         if torch.is_grad_enabled():
             return self._call_with_gradient(x, timesteps, context)
         if not (isinstance(context, PromptContext) and context.cache):
-            return self.unet(x, timesteps, context=context)  # the prompts may not come again
+            return _call(self.unet, x, timesteps, context)  # the prompts may not come again
         if self.sampling_graph is None or not self.sampling_graph.fits(x, timesteps, context):
             self.sampling_graph = None  # frees its memory before the next one takes some
             self.sampling_graph = SamplingGraph(self.unet, x, timesteps)
@@ -55,7 +55,7 @@ class GraphedUNet:
         tensors, layout = flatten_context(context)
 
         def call_unet(x: Tensor, timesteps: Tensor, *tensors: Tensor) -> Tensor:
-            return self.unet(x, timesteps, context=layout.rebuild(tensors))
+            return _call(self.unet, x, timesteps, layout.rebuild(tensors))
 
         return self.training_graphs(call_unet, (x, timesteps, *tensors), layout)
 
@@ -95,6 +95,16 @@ class GraphedEncoder:
         return self.training_graphs(self.encode, (padded,))[:count]
 
 
+def vector_kwargs(context: Any) -> dict[str, Tensor]:
+    """Return the U-Net's keyword for the vector of a context, or nothing if it has none."""
+    vector = getattr(context, "vector", None)
+    return {} if vector is None else {"y": vector}
+
+
+def _call(unet: nn.Module, x: Tensor, timesteps: Tensor, context: Context) -> Tensor:
+    return unet(x, timesteps, context=context, **vector_kwargs(context))
+
+
 def has_dropout(network: nn.Module) -> bool:
     """Return whether a network has dropout with a rate above 0."""
     return any(isinstance(module, nn.Dropout) and module.p for module in network.modules())
@@ -122,12 +132,15 @@ class SamplingGraph:
         """Return whether the graph can run a step with these inputs."""
         same_shapes = all(new.shape == old.shape and new.dtype == old.dtype
                           for new, old in zip((x, timesteps), self.inputs, strict=True))
-        return same_shapes and (self.captured_context is None or context.shape == self.captured_context.shape)
+        if self.captured_context is None:
+            return same_shapes
+        same_vector = vector_kwargs(context).keys() == vector_kwargs(self.captured_context).keys()
+        return same_shapes and same_vector and context.shape == self.captured_context.shape
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: PromptContext) -> Tensor:
         # The first step of a sampling: compute keys and values, and give them to the graph if there is one.
         if context is not self.current_context:
-            output = self.unet(x, timesteps, context=context)
+            output = _call(self.unet, x, timesteps, context)
             self.current_context = context
             if self.captured_context is not None:
                 self.captured_context.copy_cached_from(context)
@@ -145,7 +158,7 @@ class SamplingGraph:
         """Capture the graph. If that fails for lack of memory, nothing changes, and a later sampling tries again."""
         captured_context, graph = context.clone_cached(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output = self.unet(*self.inputs, context=captured_context)
+            output = _call(self.unet, *self.inputs, captured_context)
         self.captured_context, self.graph, self.output = captured_context, graph, output
 
 
