@@ -37,9 +37,8 @@ class CombineTab:
 
     def refresh(self, chosen: list[str] | None) -> Any:
         """Return the concepts to choose from."""
-        choices = [(concept.title, str(concept.path)) for concept in self.concepts.listed()]
-        known = {path for _, path in choices}
-        return gr.Dropdown(choices=choices, value=[path for path in chosen or [] if path in known])
+        choices, value = self.concepts.choices(chosen)
+        return gr.Dropdown(choices=choices, value=value)
 
     @user_errors
     def words_of(self, chosen: list[str] | None) -> pd.DataFrame:

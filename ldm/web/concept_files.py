@@ -53,6 +53,19 @@ class ConceptFiles:
         files = sorted(self.folder.glob("*.safetensors")) if self.folder.is_dir() else []
         return found + [ListedConcept(path, path.name) for path in files]
 
+    def choices(self, chosen: Sequence[str] | None) -> tuple[list[tuple[str, str]], list[str]]:
+        """Return (title, path) of each file in the list, and those of the chosen paths that are still in it."""
+        choices = [(concept.title, str(concept.path)) for concept in self.listed()]
+        known = {path for _, path in choices}
+        return choices, [path for path in chosen or [] if path in known]
+
+    def photos_of(self, paths: Sequence[str]) -> Path | None:
+        """Return the folder of the photos that the first of these concepts was learned from, if the page has it."""
+        for run in self.queue.runs():
+            if paths and run.concept is not None and str(run.concept) == paths[0]:
+                return run.photos
+        return None
+
     def check(self, paths: Sequence[str]) -> list[Path]:
         """Return paths that are in the list.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import gradio as gr
 
 from ldm.web.combine_tab import CombineTab
+from ldm.web.compare_tab import CompareTab
 from ldm.web.concept_files import ConceptFiles
 from ldm.web.generate_tab import GenerateTab
 from ldm.web.site import Site
@@ -36,10 +37,13 @@ def build_page(site: Site) -> gr.Blocks:
             with gr.Tab("Combine") as combining:
                 combine = CombineTab(concepts)
                 combine.build()
+            with gr.Tab("Compare") as comparing:
+                compare = CompareTab(site, concepts)
+                compare.build(generate.paths)
         page.load(runs.refresh, [runs.chosen], runs.outputs, show_progress="hidden")
         page.load(generate.refresh, [generate.chosen], [generate.chosen], show_progress="hidden")
-        generating.select(generate.refresh, [generate.chosen], [generate.chosen], show_progress="hidden")
-        combining.select(combine.refresh, [combine.chosen], [combine.chosen], show_progress="hidden")
+        for tab, content in ((generating, generate), (combining, combine), (comparing, compare)):
+            tab.select(content.refresh, [content.chosen], [content.chosen], show_progress="hidden")
     return page
 
 

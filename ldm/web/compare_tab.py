@@ -1,0 +1,86 @@
+"""The tab "Compare": where images look at a word, and how similar they are to prompt and photos."""
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+import pandas as pd
+
+from ldm.common.errors import UserError
+from ldm.common.words import fold_word
+from ldm.inference.settings import GenerationSettings
+from ldm.web.concept_files import ConceptFiles
+from ldm.web.messages import user_errors
+from ldm.web.site import Site
+
+if TYPE_CHECKING:
+    from ldm.web.comparison import Comparison
+
+COLUMNS = ["image", "similar to the prompt", "similar to the photos"]
+
+
+class CompareTab:
+    """Builds the tab inside of an open `gr.Blocks`.
+
+    Args:
+        site: what all tabs share.
+        concepts: the concept files to choose from.
+    """
+
+    def __init__(self, site: Site, concepts: ConceptFiles) -> None:
+        self.site, self.concepts = site, concepts
+
+    @functools.cached_property
+    def comparison(self) -> Comparison:
+        """What compares; made at the first use, since the CLIPs' library takes seconds to load."""
+        from ldm.web.comparison import Comparison
+
+        return Comparison(self.site, self.concepts)
+
+    def build(self, paths: gr.State) -> None:
+        """Add the components and their events.
+
+        Args:
+            paths: the files of the gallery's images.
+        """
+        self.chosen = gr.Dropdown(label="Concepts", choices=[], multiselect=True, interactive=True)
+        gr.Markdown("### Where does the image look at a word?")
+        with gr.Row():
+            prompt = gr.Textbox(label="Prompt", placeholder="a photo of a <my-teddy> on the beach", scale=4)
+            word = gr.Textbox(label="Word", placeholder="<my-teddy>", scale=2)
+            seed = gr.Number(label="Seed", value=1, precision=0, minimum=0, scale=1)
+            steps = gr.Number(label="Steps", value=15, precision=0, minimum=3, scale=1)
+        look = gr.Button("Show attention", variant="primary")
+        maps = gr.Gallery(label="The image, and its attention to the word", columns=4, height=300,
+                          object_fit="contain")
+        gr.Markdown("### How similar are the images of the tab Generate?")
+        measure = gr.Button("Measure similarity")
+        table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Cosines of CLIP embeddings: higher is closer")
+        look.click(self.attention, [prompt, word, self.chosen, seed, steps], [maps], concurrency_id="pipeline",
+                   api_name="attention")
+        measure.click(self.similarities, [paths, self.chosen], [table], api_name="similarities")
+
+    def refresh(self, chosen: list[str] | None) -> Any:
+        """Return the concepts to choose from."""
+        choices, value = self.concepts.choices(chosen)
+        return gr.Dropdown(choices=choices, value=value)
+
+    @user_errors
+    def attention(self, prompt: str, word: str, chosen: list[str] | None, seed: float, steps: float) -> list[Any]:
+        """Return an image and its attention maps."""
+        settings = GenerationSettings(num_inference_steps=int(steps or 15))
+        return self.comparison.attention(prompt, word, chosen or [], int(seed or 0), settings)
+
+    @user_errors
+    def similarities(self, paths: list[str], chosen: list[str] | None) -> pd.DataFrame:
+        """Return a table of the gallery's images."""
+        if not paths:
+            raise UserError("no images yet; generate some first")
+        kinds = {fold_word(concept.placeholder): concept.super_category for concept in self.concepts.read(chosen or [])}
+        photos = self.concepts.photos_of(chosen or [])
+        rows = []
+        for similarity in self.comparison.similarities(paths, photos, kinds):
+            numbers = [None if value is None else round(value, 3) for value in (similarity.text, similarity.photos)]
+            rows.append((similarity.name, *numbers))
+        return pd.DataFrame(rows, columns=COLUMNS)
