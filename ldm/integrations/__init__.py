@@ -1,0 +1,4 @@
+"""Use concepts in other programs, each in a package of its own that imports its library only there.
+
+    diffusers/    `load_concepts(pipe, files)` for the pipelines of Hugging Face's diffusers
+"""
