@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints.early_checks import check_concept, check_model_files
+from ldm.checkpoints.early_checks import check_concept, check_lora, check_model_files
 from ldm.cli.parser import add_part_flags, float_in_range, int_in_range
 from ldm.common.errors import UserError
 from ldm.common.hub import check_clip_name, check_model_name
 from ldm.common.paths import PROJECT_ROOT, check_folder, expand_home, resolve_path
 from ldm.common.prompt_file import read_prompt_file
 from ldm.inference.requests import SEED_LIMIT
-from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, ModelSettings, SourceSettings
+from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, LoraFile, ModelSettings, SourceSettings
 from ldm.sampling.samplers import SAMPLERS, describe_samplers
 
 DEFAULT_CONFIG = "models/mini/config.yaml"
@@ -134,6 +134,14 @@ def add_amount_flags(parser: argparse.ArgumentParser) -> None:
                        help="images generated at a time; fewer take less memory (default: as --n_samples)")
     group.add_argument("--H", type=int_in_range(1), metavar="PIXELS", help="height (default: the model's)")
     group.add_argument("--W", type=int_in_range(1), metavar="PIXELS", help="width (default: the model's)")
+    pixels, least = ("HEIGHT", "WIDTH"), int_in_range(1)
+    group.add_argument("--original_size", nargs=2, type=least, metavar=pixels,
+                       help="for models that read sizes, such as Stable Diffusion XL: the size that a photo like the "
+                       "image had at first (default: --H and --W)")
+    group.add_argument("--crop_coords", nargs=2, type=int_in_range(0), metavar=("TOP", "LEFT"), help="likewise: how "
+                       "much a crop has cut off above and to the left (default: 0 0)")
+    group.add_argument("--target_size", nargs=2, type=least, metavar=pixels, help="likewise: size after the crop "
+                       "(default: --H and --W)")
 
 
 def add_model_flags(parser: argparse.ArgumentParser, outdir: str) -> None:
@@ -144,6 +152,8 @@ def add_model_flags(parser: argparse.ArgumentParser, outdir: str) -> None:
     group.add_argument("--ckpt", type=expand_home, metavar="FILE",
                        help=".safetensors, .ckpt or diffusers folder of the base model (default: the config's)")
     add_part_flags(group)
+    group.add_argument("--lora", nargs="+", action="extend", default=[], type=LoraFile.parse, metavar="FILE[:SCALE]",
+                       help="LoRAs to add to the weights, each with its scale (default: 1)")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ... (default: the fastest there is)")
     group.add_argument("--precision", choices=("full", "autocast"),
                        help="autocast: sample in 16 bits, full: in 32 (default: autocast on cuda, full elsewhere)")
@@ -175,6 +185,8 @@ def check_flags(options: argparse.Namespace) -> None:
     if options.negative_prompt and options.scale == 1:
         raise UserError("--negative_prompt acts through guidance, and --scale 1 is none; raise --scale")
     check_base_model(options)
+    for lora in options.lora:
+        check_lora(lora.path)
     for concept in options.concept:
         check_concept(concept)
     _check_inputs(options)
@@ -235,13 +247,14 @@ def generation_settings(options: argparse.Namespace) -> GenerationSettings:
         num_inference_steps=options.ddim_steps, guidance_scale=options.scale, sampler=options.sampler,
         eta=options.ddim_eta, height=flag("H"), width=flag("W"), bias=several("bias"),
         temperature=several("temperature"), global_locking=flag("global_locking", False),
-        all_layers=flag("all_layers", False), prompt_weights=not flag("no_prompt_weights", False))
+        all_layers=flag("all_layers", False), prompt_weights=not flag("no_prompt_weights", False),
+        original_size=several("original_size"), crop=several("crop_coords"), target_size=several("target_size"))
 
 
 def model_settings(options: argparse.Namespace) -> ModelSettings:
     """Return the settings of the base model from the flags of `add_model_flags`."""
     return ModelSettings(options.config, options.ckpt, options.device, options.precision, options.vae,
-                         options.text_encoder)
+                         options.text_encoder, tuple(options.lora))
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:

@@ -13,6 +13,7 @@ Modules:
     model_config.py   image sizes, default settings and helper models from a model's config
     encoding.py       encodes each distinct prompt once, under the concepts that it names
     notices.py        lines about what a run does unseen, and warnings of what the model does not know
+    size_conditions.py  sizes that models such as Stable Diffusion XL read besides the prompt
     source_image.py   the image that img2img and inpainting start from
     auto_bias.py      `bias="auto"`: finds a bias that balances the prompt and the concept
     precision.py      whether to sample in 16 bits

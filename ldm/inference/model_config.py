@@ -15,6 +15,7 @@ from ldm.common.errors import UserError, brief_reason
 from ldm.common.file_formats import check_config_file
 from ldm.common.paths import resolve_path
 from ldm.inference.settings import AUTO, GenerationSettings
+from ldm.inference.sgm_config import as_own_config
 from ldm.sampling.samplers import sampler_class
 from ldm.util import check_param_types
 
@@ -52,13 +53,15 @@ class InferenceDefaults:
 def read_model_config(path: str | Path) -> DictConfig:
     """Read a config that describes a model. A relative path may count from the project's root.
 
+    Configs of generative-models are translated, see `ldm.inference.sgm_config`.
+
     Raises:
-        UserError: the file is missing, is not YAML, or describes no model.
+        UserError: the file is missing, is not YAML, or describes no model or one that this project does not have.
     """
     config = _read_yaml(path)
     if not isinstance(config, DictConfig) or model_setting(config, "target") is None:
         raise UserError(f"{path}: describes no model (it has no model.target); name the base model's config")
-    return config
+    return as_own_config(config, path)
 
 
 def inference_defaults(config: DictConfig | None, checkpoint: str | Path | None = None) -> InferenceDefaults:
@@ -159,10 +162,29 @@ def complete_settings(settings: GenerationSettings, config: DictConfig | None, d
     scale = either(settings.guidance_scale, defaults.guidance_scale)
     eta = sampler_class(sampler).resolve_eta(settings.eta)
     _check_numbers(replace(settings, guidance_scale=scale))
+    _check_size_conditions(settings)
     if config is not None:
+        if settings.size_conditions and not describes_sizes(config):
+            raise UserError(f"{next(iter(settings.size_conditions))}: this model does not read sizes, as Stable "
+                            "Diffusion XL does; leave it out")
         check_steps(config, steps)
         latent_size(config, settings.height, settings.width)
     return replace(settings, sampler=sampler, num_inference_steps=steps, guidance_scale=scale, eta=eta)
+
+
+def describes_sizes(config: DictConfig) -> bool:
+    """Return whether the model that a config describes is conditioned on sizes."""
+    target = model_setting(config, "params.cond_stage_config.target")
+    return str(target).rpartition(".")[2] == "GeneralConditioner"
+
+
+def _check_size_conditions(settings: GenerationSettings) -> None:
+    """Raise UserError if a size that the model is conditioned on is not two numbers in its range."""
+    for name, value in settings.size_conditions.items():
+        least = 0 if name == "crop" else 1
+        if len(value) != 2 or not all(isinstance(number, int) and number >= least for number in value):
+            parts = "top and left" if name == "crop" else "height and width"
+            raise UserError(f"{name} {value!r} must be two whole numbers of pixels, {parts}, each {least} or more")
 
 
 def _check_numbers(settings: GenerationSettings) -> None:

@@ -30,6 +30,7 @@ from ldm.inference.encoding import (
     build_prompt_encoder,
     encode_prompts,
 )
+from ldm.inference.loras import add_loras
 from ldm.inference.model_config import (
     MODEL_CONFIG,
     InferenceDefaults,
@@ -43,7 +44,9 @@ from ldm.inference.model_config import (
 from ldm.inference.notices import tell_about_prompts, tell_about_strength, warn_about_photos, warn_about_size
 from ldm.inference.precision import sixteen_bit_type, uses_sixteen_bits
 from ldm.inference.requests import GenerationRequest, requests_for, seeds_for
-from ldm.inference.settings import AUTO, GenerationSettings
+from ldm.inference.settings import AUTO, GenerationSettings, LoraFile
+from ldm.inference.sgm_config import as_own_config
+from ldm.inference.size_conditions import reads_sizes, sizes_of, with_sizes
 from ldm.inference.source_image import ImageLike, SourceImage, StartingLatents
 from ldm.sampling.samplers import sampler_class
 from ldm.util import pick_device
@@ -141,18 +144,21 @@ class PerfusionPipeline:
     @classmethod
     def from_config(cls, config: str | Path | DictConfig, checkpoint: str | Path | None = None,
                     device: str | torch.device | None = None, precision: str | None = None,
-                    vae: str | Path | None = None, text_encoder: str | Path | None = None) -> PerfusionPipeline:
+                    vae: str | Path | None = None, text_encoder: str | Path | None = None,
+                    loras: Sequence[str | Path | LoraFile] = ()) -> PerfusionPipeline:
         """Load the model that a config describes, with the weights of `checkpoint` or of its own `ckpt_path`.
 
         Args:
             vae, text_encoder: file or folder to take the first stage or the text encoder from instead.
+            loras: LoRA files to add to the weights, such as "style.safetensors" or "style.safetensors:0.8".
 
         Raises:
-            UserError: the config, the weights or the device cannot be used.
+            UserError: the config, the weights, a LoRA or the device cannot be used.
         """
-        described = config if isinstance(config, DictConfig) else read_model_config(config)
+        described = as_own_config(config) if isinstance(config, DictConfig) else read_model_config(config)
         where = device if isinstance(device, torch.device) else pick_device(device)
         model = load_model(described, checkpoint, where, vae, text_encoder)
+        add_loras(model, loras)
         pipeline = cls(model, described, precision, accelerate=True)
         if checkpoint is not None:
             pipeline.checkpoint, pipeline.defaults = checkpoint, inference_defaults(described, checkpoint)
@@ -208,7 +214,8 @@ class PerfusionPipeline:
                  bias: float | str | Sequence[float | str | None] | Mapping[str, float | str] | None = None,
                  temperature: float | Sequence[float | None] | Mapping[str, float] | None = None,
                  global_locking: bool = False, all_layers: bool = False, prompt_weights: bool = True,
-                 image: ImageLike | None = None,
+                 original_size: tuple[int, int] | None = None, crop: tuple[int, int] | None = None,
+                 target_size: tuple[int, int] | None = None, image: ImageLike | None = None,
                  strength: float | None = None, mask_image: ImageLike | None = None, mask_border: int | None = None,
                  batch_size: int | None = None, progress: bool = False) -> PipelineOutput:
         """Generate images from prompts, in which placeholders stand for loaded concepts.
@@ -231,6 +238,7 @@ class PerfusionPipeline:
             global_locking: lock the keys of the whole prompt to the super-category.
             all_layers: use the learned target outputs of all layers.
             prompt_weights: weight words by "(word:1.3)", "((word))" and "[word]"; False: read these literally.
+            original_size, crop, target_size: of models that read sizes, see `GenerationSettings`.
             image: an image or a file to start from (img2img).
             strength: above 0 and up to 1; higher keeps less of `image`. None: 0.75, or 1 with a mask.
             mask_image: white where `image` is regenerated (inpainting).
@@ -247,7 +255,7 @@ class PerfusionPipeline:
         settings = self.complete(GenerationSettings(
             num_inference_steps, guidance_scale, sampler, eta, height, width,
             values_for_each(bias, self.concepts), values_for_each(temperature, self.concepts), global_locking,
-            all_layers, prompt_weights))
+            all_layers, prompt_weights, original_size, crop, target_size))
         settings = self.resolve_auto_bias(settings, prompts)
         source = self._source(image, strength, mask_image, mask_border, settings)
         images = self.generate(requests, settings, source=source, batch_size=batch_size, progress=progress)
@@ -318,6 +326,9 @@ class PerfusionPipeline:
         """Sample the scaled latents (B, C, h, w), float32, of B requests as one batch; `settings` are complete."""
         sampler = sampler_class(settings.sampler)(self.model)
         conditional, unconditional = encoded.for_requests(requests)
+        if reads_sizes(self.model):
+            sizes = sizes_of(settings, self.size_of(settings))
+            conditional, unconditional = (with_sizes(self.model, one, sizes) for one in (conditional, unconditional))
         options = {} if start is None else {
             "x0": start.latents.expand(len(requests), -1, -1, -1), "mask": start.mask, "strength": start.strength}
         with torch.autocast(self.device.type, sixteen_bit_type(self.device), enabled=self.autocast):
@@ -337,6 +348,8 @@ class PerfusionPipeline:
 
     def size_of(self, settings: GenerationSettings) -> tuple[int, int]:
         """Return (height, width) in pixels of images with these settings."""
+        if self.config is None and settings.height is None and settings.width is None:
+            return self.model.pixel_size
         return image_size(self._known_config(), self.latent_size(settings))
 
     # Concepts in prompts

@@ -1,9 +1,15 @@
 """The settings and options of generation, as plain values. Imports no torch."""
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
+
+from ldm.common.errors import UserError
+from ldm.common.paths import expand_home, resolve_path
 
 AUTO = "auto"  # a bias that `ldm.inference.auto_bias` chooses
 
@@ -25,6 +31,8 @@ class GenerationSettings:
         all_layers: use the learned target outputs of all layers, whatever the concepts' `used_layers` are.
         prompt_weights: whether "(word:1.3)", "((word))" and "[word]" in prompts weight words
             (`ldm.concepts.prompt_weights`); False: they are ordinary text.
+        original_size, crop, target_size: (height, width), (top, left) and (height, width) in pixels that models which
+            read sizes are conditioned on; None: the size of the images, and (0, 0).
     """
 
     num_inference_steps: int | None = None
@@ -38,6 +46,15 @@ class GenerationSettings:
     global_locking: bool = False
     all_layers: bool = False
     prompt_weights: bool = True
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+
+    @property
+    def size_conditions(self) -> dict[str, tuple[int, int]]:
+        """The sizes that were given."""
+        given = {"original_size": self.original_size, "crop": self.crop, "target_size": self.target_size}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def biases(self) -> tuple[float | str | None, ...] | None:
@@ -59,6 +76,44 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
+class LoraFile:
+    """A LoRA to add to the base model's weights.
+
+    Attributes:
+        path: its file, or a folder of PEFT or diffusers.
+        scale: how much of it to add; 1 is as it was trained, below 0 is its opposite.
+    """
+
+    path: str
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str | Path | LoraFile) -> LoraFile:
+        """Return the LoRA that "FILE" or "FILE:SCALE" names.
+
+        A colon in the name of a file or after the letter of a drive, as in `C:\\loras\\style.safetensors`, is no
+        scale.
+
+        Raises:
+            UserError: the scale is not finite, or no file can have that name.
+        """
+        if isinstance(text, LoraFile):
+            return text
+        whole = os.fspath(text)
+        name, colon, scale = whole.rpartition(":")
+        is_drive = len(name) == 1 and name.isalpha()
+        if not colon or not name or is_drive or resolve_path(whole).exists():
+            return cls(expand_home(whole))
+        try:
+            number = float(scale)
+        except ValueError:
+            return cls(expand_home(whole))
+        if not math.isfinite(number):
+            raise UserError(f"--lora {whole}: the scale must be a finite number, such as 0.8")
+        return cls(expand_home(name), number)
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """The base model, and how to load it.
 
@@ -68,6 +123,7 @@ class ModelSettings:
         device: such as "cuda:1"; None: the fastest there is.
         precision: "full", "autocast" (sample in 16 bits), or None: autocast on CUDA, full elsewhere.
         vae, text_encoder: file or folder to take the first stage or the text encoder from instead.
+        loras: added to the weights in this order.
     """
 
     config: str
@@ -76,6 +132,7 @@ class ModelSettings:
     precision: str | None = None
     vae: str | None = None
     text_encoder: str | None = None
+    loras: tuple[LoraFile, ...] = ()
 
 
 @dataclass(frozen=True)
