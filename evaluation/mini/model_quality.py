@@ -75,7 +75,7 @@ class BaseModelEvaluator:
     def pipeline(self) -> PerfusionPipeline:
         model = self.settings.model
         return PerfusionPipeline.from_config(self.config, model.checkpoint, self.device, model.precision,
-                                            model.vae, model.text_encoder)
+                                            model.vae, model.text_encoder, model.loras)
 
     @functools.cached_property
     def recognizer(self) -> SceneRecognizer:

@@ -136,7 +136,7 @@ def evaluate_concept(options: ClipEvalOptions) -> Evaluation:
     # Load the models.
     scorer = load_scorer(options.references, config, model.checkpoint, device, side, super_category)
     pipeline = PerfusionPipeline.from_config(config, model.checkpoint, device, model.precision, model.vae,
-                                             model.text_encoder)
+                                             model.text_encoder, model.loras)
 
     # Generate the images, and save them if asked to.
     seeds = options.samples.seeds

@@ -116,7 +116,7 @@ def prepare(options: ParetoOptions) -> tuple[list[Sweep], SweepRunner]:
     super_category = options.references.super_category or sources[0].concept.super_category
     scorer = load_scorer(options.references, config, model.checkpoint, device, side, super_category)
     pipeline = PerfusionPipeline.from_config(config, model.checkpoint, device, model.precision, model.vae,
-                                             model.text_encoder)
+                                             model.text_encoder, model.loras)
     sweeps = build_sweeps(sources, settings, options.biases, options.locks, options.temperatures,
                           options.guidance_scales)
     return sweeps, SweepRunner(pipeline, scorer, prompts, options.samples.seeds, side, super_category,

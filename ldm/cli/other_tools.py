@@ -55,6 +55,7 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
     ("bias beta zero_shot_bias", "model.params.bias= --bias"),
     ("temperature tau", "model.params.temperature= --temperature"),
     # generation
+    ("loras lora_path lora_paths lora_weights lora_weight lora_model lora_scale network_weights network_mul", "--lora"),
     ("num_inference_steps sampling_steps ddim_step inference_steps sample_steps n_inference_steps",
      "--ddim_steps --custom_steps"),
     ("guidance_scale cfg_scale cfg guidance unconditional_guidance_scale cfg_text", "--scale"),
@@ -85,8 +86,8 @@ _NOT_NEEDED = {  # flags that ask for what happens anyway, or for what this proj
     "TensorBoard files are always written to the log folder": "report_to wandb tensorboard log_with use_wandb",
     "the concept is always written as .safetensors": "save_as_full_pipeline save_model_as save_safetensors "
                                                      "safe_serialization",
-    "this project applies no LoRAs, only concepts that it has learned itself": "lora lora_path lora_weights lora_scale "
-                                                                               "lora_weight network_module",
+    "a concept is trained on the base model alone, and --lora of scripts/txt2img.py adds a LoRA to its images":
+        "lora network_module",
     "there is no filter to switch off": "disable_safety_checker skip_safety_checker no_nsfw nsfw",
     "no public library of 8-bit optimizers is used; a concept's optimizer takes kilobytes": "use_8bit_adam "
                                                                                            "use_8bit_optimizer",
@@ -105,15 +106,15 @@ def answer_for(flag: str, known: Mapping[str, str], takes_overrides: bool) -> st
         takes_overrides: whether the command takes overrides of its config.
     """
     name = _plain(flag)
-    for answer, names in _NOT_NEEDED.items():
-        if name in names.split():
-            return f"is a flag of other tools; leave it out, {answer}"
     for names, answers in _ANSWERS:
         if name in names.split():
             here = {known[one]: one for one in reversed(answers.split()) if one in known}
             overrides = [one for one in answers.split() if takes_overrides and "=" in one]
             if here or overrides:
                 return f"is a flag of other tools; here it is {_listed([*reversed(here.values()), *overrides])}"
+    for answer, names in _NOT_NEEDED.items():
+        if name in names.split():
+            return f"is a flag of other tools; leave it out, {answer}"
     return None
 
 

@@ -113,8 +113,8 @@ def _check_weights(concept: FinetunedConcept, unet_weights: Mapping[str, Tensor]
 def _check_loras(concept: FinetunedConcept, unet: nn.Module) -> None:
     """Raise UserError if the concept replaces weights that a LoRA has changed."""
     if concept.weights.keys() & getattr(unet, "lora_weights", frozenset()):
-        raise UserError(f"concept {concept.label} was learned {concept.summary}, which replaces weights that a LoRA has "
-                        "changed, so the two cannot be used together; leave one of them out")
+        raise UserError(f"concept {concept.label} was learned {concept.summary}, which replaces weights that a LoRA "
+                        "has changed, so the two cannot be used together; leave one of them out")
 
 
 def _like(weight: Tensor, original: Tensor) -> Tensor:

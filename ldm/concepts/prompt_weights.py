@@ -42,8 +42,10 @@ LITERALLY = " (--no_prompt_weights reads prompts literally)"
 MAX_LISTED = 12  # weighted words in a line of the log
 BRACKETS = "write brackets that belong to the text as \\( \\), or read all literally (--no_prompt_weights)"
 UNSUPPORTED = (  # pattern, what it is, what to do
-    (re.compile(r"<(?:lora|lyco|locon|hypernet|ti|embedding|wildcard)\s*:[^<>]*>", re.IGNORECASE),
-     "a tag of other tools that loads a file (LoRA, hypernetwork)", "leave it out; --concept loads concepts"),
+    (re.compile(r"<(?:lora|lyco|locon)\s*:[^<>]*>", re.IGNORECASE),
+     "a tag of other tools that loads a LoRA", "leave it out; --lora FILE:SCALE loads one"),
+    (re.compile(r"<(?:hypernet|ti|embedding|wildcard)\s*:[^<>]*>", re.IGNORECASE),
+     "a tag of other tools that loads a file (a hypernetwork, an embedding)", "leave it out; --concept loads concepts"),
     (re.compile(r"(?<!\w)embedding:\s*[\w.\\/<-]+", re.IGNORECASE),
      "ComfyUI's name of an embedding", "load it with --concept and write its placeholder"),
     (re.compile(r"(?<!\\)\[(?:[^\[\]|]|\\.)*\|(?:[^\[\]]|\\.)*(?<!\\)\]"),

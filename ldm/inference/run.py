@@ -91,6 +91,7 @@ class PreparedRun:
         return {**{name: value for name, value in settings.items() if value is not None}, "height": height,
                 "width": width, "config": model.config, "checkpoint": model.checkpoint,
                 **{part: path for part, path in (("vae", model.vae), ("text_encoder", model.text_encoder)) if path},
+                **({"loras": [asdict(lora) for lora in model.loras]} if model.loras else {}),
                 "concepts": concept_metadata(self.concepts)}
 
     def load_pipeline(self) -> PerfusionPipeline:
@@ -101,7 +102,7 @@ class PreparedRun:
         """
         model = self.options.model
         pipeline = PerfusionPipeline.from_config(self.config, model.checkpoint, self.device, model.precision,
-                                                 model.vae, model.text_encoder)
+                                                 model.vae, model.text_encoder, model.loras)
         pipeline.batch_size = self.options.batch_size
         pipeline.concepts = list(self.concepts)
         return pipeline
