@@ -17,7 +17,7 @@ from ldm.common.paths import PROJECT_ROOT, check_folder, expand_home, resolve_pa
 from ldm.common.prompt_file import read_prompt_file
 from ldm.inference.requests import SEED_LIMIT
 from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, LoraFile, ModelSettings, SourceSettings
-from ldm.sampling.samplers import SAMPLERS, describe_samplers
+from ldm.sampling.samplers import SAMPLERS, TIMESTEP_SPACINGS, describe_samplers, describe_spacings
 
 DEFAULT_CONFIG = "models/mini/config.yaml"
 ONE_OR_EACH = "one for all concepts, or one for each in the order of the files"
@@ -115,10 +115,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ddim_steps", "--steps", dest="ddim_steps", type=int_in_range(1), metavar="N",
                        help=f"sampling steps, of any sampler ({BY_MODEL} 50)")
     group.add_argument("--ddim_eta", type=float_in_range(0, 1), metavar="NUMBER",
-                       help="noise added in each step, from 0, none, to 1; for ddim (default: 0) and euler_a "
-                       "(default: 1)")
+                       help="noise added in each step, from 0, none, to 1; for ddim (default: 0), tcd (0.3), and "
+                       "euler_a, dpmpp_2m_sde, dpmpp_sde and lcm (1)")
     group.add_argument("--scale", type=float_in_range(0), metavar="NUMBER",
                        help=f"guidance: 1 is none, higher follows the prompt more closely ({BY_MODEL} 6)")
+    group.add_argument("--guidance_rescale", type=float_in_range(0, 1), metavar="NUMBER",
+                       help="take back the contrast that guidance adds, from 0, nothing, to 1, all; 0.7 is usual for "
+                       f"models with zero terminal SNR ({BY_MODEL} 0)")
+    group.add_argument("--timestep_spacing", choices=tuple(TIMESTEP_SPACINGS),
+                       help=f"where the sampling steps are: {describe_spacings()} ({BY_MODEL} the sampler's own)")
     group.add_argument("--seed", type=int_in_range(0, SEED_LIMIT), default=1, metavar="N",
                        help="seed of each prompt's first image; each further image adds 1 (default: 1)")
 
@@ -248,7 +253,8 @@ def generation_settings(options: argparse.Namespace) -> GenerationSettings:
         eta=options.ddim_eta, height=flag("H"), width=flag("W"), bias=several("bias"),
         temperature=several("temperature"), global_locking=flag("global_locking", False),
         all_layers=flag("all_layers", False), prompt_weights=not flag("no_prompt_weights", False),
-        original_size=several("original_size"), crop=several("crop_coords"), target_size=several("target_size"))
+        original_size=several("original_size"), crop=several("crop_coords"), target_size=several("target_size"),
+        timestep_spacing=options.timestep_spacing, guidance_rescale=options.guidance_rescale)
 
 
 def model_settings(options: argparse.Namespace) -> ModelSettings:

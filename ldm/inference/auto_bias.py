@@ -199,7 +199,8 @@ class BiasFinder:
     Args:
         pipeline: with any concepts loaded.
         clip: the CLIP.
-        settings: how images will be generated; the search replaces sampler, steps and size by faster ones.
+        settings: how images will be generated; the search replaces the size and, unless the steps are few already,
+            sampler and steps by faster ones.
         photos: images of the concept; None: likeness is measured against images generated with the lowest bias, of
             "a photo of" the concept.
     """
@@ -208,8 +209,11 @@ class BiasFinder:
                  photos: Sequence[Image.Image] | None = None) -> None:
         self.pipeline, self.clip, self.photos = pipeline, clip, photos
         self.side = min(pipeline.image_size)
-        self.settings = replace(settings.without_concept_settings(), height=None, width=None, sampler=SAMPLER,
-                                num_inference_steps=STEPS, eta=None)
+        self.settings = replace(settings.without_concept_settings(), height=None, width=None)
+        # Distilled models need their own sampler, and take few steps anyway.
+        if settings.num_inference_steps is None or settings.num_inference_steps > STEPS:
+            self.settings = replace(self.settings, sampler=SAMPLER, num_inference_steps=STEPS, eta=None,
+                                    timestep_spacing=None)
         self.biases = GLOBAL_BIASES if settings.global_locking else BIASES
         pipeline.complete(self.settings)
 

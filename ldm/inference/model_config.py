@@ -35,6 +35,9 @@ class InferenceDefaults:
         guidance_scale: guidance scale; 1 means no guidance.
         sampler: a name in `ldm.sampling.samplers.SAMPLERS`.
         num_inference_steps: number of sampling steps.
+        timestep_spacing: a name in `ldm.sampling.samplers.TIMESTEP_SPACINGS`, for samplers that know it; None: the
+            sampler's own.
+        guidance_rescale: 0..1, see `ldm.sampling.sampler.rescale_guidance`.
         evaluation_clip: folder or name of the CLIP that measures its images.
         segmenter: folder or hub name of a CLIPSeg that finds objects in its images.
         covariance: file of the covariance C of its text encoder; None: computed from default captions and cached.
@@ -48,6 +51,8 @@ class InferenceDefaults:
     segmenter: str | None = None
     covariance: str | None = None
     domain: str | None = None
+    timestep_spacing: str | None = None
+    guidance_rescale: float = 0.0
 
 
 def read_model_config(path: str | Path) -> DictConfig:
@@ -158,10 +163,17 @@ def complete_settings(settings: GenerationSettings, config: DictConfig | None, d
         return default if value is None else value
 
     sampler = either(settings.sampler, defaults.sampler)
+    method = sampler_class(sampler)
+    spacing = settings.timestep_spacing
+    if spacing is None and defaults.timestep_spacing in method.spacings:
+        spacing = defaults.timestep_spacing
+    rescale = either(settings.guidance_rescale, defaults.guidance_rescale)
     steps = either(settings.num_inference_steps, defaults.num_inference_steps)
     scale = either(settings.guidance_scale, defaults.guidance_scale)
-    eta = sampler_class(sampler).resolve_eta(settings.eta)
-    _check_numbers(replace(settings, guidance_scale=scale))
+    eta = method.resolve_eta(settings.eta)
+    method.check_spacing(spacing)
+    method.check_steps(steps)
+    _check_numbers(replace(settings, guidance_scale=scale, guidance_rescale=rescale))
     _check_size_conditions(settings)
     if config is not None:
         if settings.size_conditions and not describes_sizes(config):
@@ -169,7 +181,8 @@ def complete_settings(settings: GenerationSettings, config: DictConfig | None, d
                             "Diffusion XL does; leave it out")
         check_steps(config, steps)
         latent_size(config, settings.height, settings.width)
-    return replace(settings, sampler=sampler, num_inference_steps=steps, guidance_scale=scale, eta=eta)
+    return replace(settings, sampler=sampler, num_inference_steps=steps, guidance_scale=scale, eta=eta,
+                   timestep_spacing=spacing, guidance_rescale=rescale)
 
 
 def describes_sizes(config: DictConfig) -> bool:
@@ -188,9 +201,11 @@ def _check_size_conditions(settings: GenerationSettings) -> None:
 
 
 def _check_numbers(settings: GenerationSettings) -> None:
-    """Raise UserError if the guidance scale, a bias or a temperature is out of range."""
+    """Raise UserError if guidance, a bias or a temperature is out of range."""
     if not _is_finite(settings.guidance_scale) or settings.guidance_scale < 0:
         raise UserError(f"guidance_scale {settings.guidance_scale!r} must be a number of at least 0")
+    if not _is_finite(settings.guidance_rescale) or not 0 <= settings.guidance_rescale <= 1:
+        raise UserError(f"guidance_rescale {settings.guidance_rescale!r} must be a number from 0 to 1")
     for bias in settings.biases or ():
         if bias is not None and bias != AUTO and not _is_finite(bias):
             raise UserError(f"bias {bias!r} must be a number or {AUTO!r}")

@@ -215,7 +215,8 @@ class PerfusionPipeline:
                  temperature: float | Sequence[float | None] | Mapping[str, float] | None = None,
                  global_locking: bool = False, all_layers: bool = False, prompt_weights: bool = True,
                  original_size: tuple[int, int] | None = None, crop: tuple[int, int] | None = None,
-                 target_size: tuple[int, int] | None = None, image: ImageLike | None = None,
+                 target_size: tuple[int, int] | None = None, timestep_spacing: str | None = None,
+                 guidance_rescale: float | None = None, image: ImageLike | None = None,
                  strength: float | None = None, mask_image: ImageLike | None = None, mask_border: int | None = None,
                  batch_size: int | None = None, progress: bool = False) -> PipelineOutput:
         """Generate images from prompts, in which placeholders stand for loaded concepts.
@@ -239,6 +240,8 @@ class PerfusionPipeline:
             all_layers: use the learned target outputs of all layers.
             prompt_weights: weight words by "(word:1.3)", "((word))" and "[word]"; False: read these literally.
             original_size, crop, target_size: of models that read sizes, see `GenerationSettings`.
+            timestep_spacing: a name in `ldm.sampling.samplers.TIMESTEP_SPACINGS`; None: the sampler's own.
+            guidance_rescale: 0..1, for models with zero terminal SNR; None: the model's default.
             image: an image or a file to start from (img2img).
             strength: above 0 and up to 1; higher keeps less of `image`. None: 0.75, or 1 with a mask.
             mask_image: white where `image` is regenerated (inpainting).
@@ -255,7 +258,7 @@ class PerfusionPipeline:
         settings = self.complete(GenerationSettings(
             num_inference_steps, guidance_scale, sampler, eta, height, width,
             values_for_each(bias, self.concepts), values_for_each(temperature, self.concepts), global_locking,
-            all_layers, prompt_weights, original_size, crop, target_size))
+            all_layers, prompt_weights, original_size, crop, target_size, timestep_spacing, guidance_rescale))
         settings = self.resolve_auto_bias(settings, prompts)
         source = self._source(image, strength, mask_image, mask_border, settings)
         images = self.generate(requests, settings, source=source, batch_size=batch_size, progress=progress)
@@ -337,6 +340,7 @@ class PerfusionPipeline:
                 conditional, eta=settings.eta, verbose=progress, callback=callback,
                 generators=[Generator().manual_seed(request.seed) for request in requests],
                 unconditional_guidance_scale=settings.guidance_scale,
+                timestep_spacing=settings.timestep_spacing, guidance_rescale=settings.guidance_rescale,
                 unconditional_conditioning=None if settings.guidance_scale == 1 else unconditional, **options)
         return latents.float()
 

@@ -33,6 +33,8 @@ class GenerationSettings:
             (`ldm.concepts.prompt_weights`); False: they are ordinary text.
         original_size, crop, target_size: (height, width), (top, left) and (height, width) in pixels that models which
             read sizes are conditioned on; None: the size of the images, and (0, 0).
+        timestep_spacing: a name in `ldm.sampling.samplers.TIMESTEP_SPACINGS`.
+        guidance_rescale: 0..1, share of the standard deviation that guidance adds to an output to take back.
     """
 
     num_inference_steps: int | None = None
@@ -49,6 +51,8 @@ class GenerationSettings:
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    timestep_spacing: str | None = None
+    guidance_rescale: float | None = None
 
     @property
     def size_conditions(self) -> dict[str, tuple[int, int]]:

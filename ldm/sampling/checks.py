@@ -31,9 +31,11 @@ def check_noise(size: Size, eta: float, temperature: float, x_T: Tensor | None) 
 
 def check_guidance(
     batch_size: int, conditioning: Tensor | PromptContext | None, unconditional: Tensor | PromptContext | None,
-    scale: float,
+    scale: float, rescale: float = 0.0,
 ) -> None:
-    """Check both conditionings against each other and the batch size."""
+    """Check both conditionings against each other and the batch size, and how guidance is rescaled."""
+    if not 0 <= rescale <= 1:
+        raise UserError(f"guidance_rescale {rescale} must be between 0 (as it is) and 1")
     if conditioning is not None and conditioning.shape[0] != batch_size:
         raise UserError(f"conditioning for {conditioning.shape[0]} images, but batch_size is {batch_size}")
     if scale == 1:

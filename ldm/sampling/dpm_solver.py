@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.sampling.sampler import Denoiser, Sampler
 from ldm.sampling.schedule import Prediction, prediction_from_x0
-from ldm.sampling.time_grid import TimeGrid, half_log_snr, karras_grid
+from ldm.sampling.time_grid import SpacingRule, TimeGrid, half_log_snr, karras_grid
 
 
 def extrapolation_weight(grid: TimeGrid, i: int) -> float:
@@ -54,6 +54,7 @@ class DPMSolver(Sampler):
 
     label = "DPM-Solver++"
     supports_eta = False
+    spacing_rule = SpacingRule(intervals=True)
 
     def make_grid(self, steps: int) -> TimeGrid:
         """Return noise levels that are dense where little noise is left, since the last step is of first order."""
@@ -62,3 +63,14 @@ class DPMSolver(Sampler):
     def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
         """Predict with x_0 extrapolated from this and the previous step."""
         return multistep_predictor(denoise, grid)
+
+
+class DPMSolverSDE(DPMSolver):
+    """The same for the reverse SDE: each step adds noise, as much as DDIM does at eta 1, which is the default.
+
+    Source: the same paper, Sec. 6 ("SDE-DPM-Solver++(2M)").
+    """
+
+    label = "DPM-Solver++(2M) SDE"
+    supports_eta = True
+    default_eta = 1.0

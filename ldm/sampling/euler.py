@@ -7,7 +7,7 @@ step of DDIM with eta 0, and a step of ancestral Euler one with eta 1. What diff
 from __future__ import annotations
 
 from ldm.sampling.sampler import Sampler
-from ldm.sampling.time_grid import TimeGrid, karras_grid, trailing_grid
+from ldm.sampling.time_grid import SpacingRule, TimeGrid, karras_grid, trailing_grid
 
 
 class Euler(Sampler):
@@ -15,6 +15,7 @@ class Euler(Sampler):
 
     label = "Euler"
     supports_eta = False
+    spacing_rule = SpacingRule(fractional=True)
 
     def make_grid(self, steps: int) -> TimeGrid:
         """Return noise levels that are dense where little noise is left."""
@@ -26,6 +27,7 @@ class EulerAncestral(Sampler):
 
     label = "ancestral Euler"
     default_eta = 1.0
+    spacing_rule = SpacingRule(fractional=True)
 
     def make_grid(self, steps: int) -> TimeGrid:
         """Return evenly spaced timesteps that start at pure noise."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.sampling.sampler import Denoiser, Sampler
 from ldm.sampling.schedule import Prediction, add_noise, prediction_from_eps
-from ldm.sampling.time_grid import TimeGrid, karras_grid
+from ldm.sampling.time_grid import SpacingRule, TimeGrid, karras_grid
 
 
 def average_eps(denoise: Denoiser, grid: TimeGrid, start: Prediction, i: int) -> Tensor:
@@ -28,6 +28,7 @@ class Heun(Sampler):
 
     label = "Heun"
     supports_eta = False
+    spacing_rule = SpacingRule(fractional=True)
 
     def make_grid(self, steps: int) -> TimeGrid:
         """Return noise levels that are dense where little noise is left."""
@@ -38,7 +39,8 @@ class Heun(Sampler):
 
         def predict(x: Tensor, i: int) -> Prediction:
             start = denoise(x, i)
-            if i + 1 == len(grid):
+            # Euler's step to a clean image, and from pure noise, where eps says nothing about the image
+            if i + 1 == len(grid) or grid.alpha_bar[i] == 0:
                 return start
             # trapezoidal rule (Algorithm 1, line 10)
             return prediction_from_eps(x, average_eps(denoise, grid, start, i), grid.alpha_bar[i])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.sampling.heun import average_eps
 from ldm.sampling.sampler import Denoiser, Sampler
 from ldm.sampling.schedule import Prediction, prediction_from_eps
-from ldm.sampling.time_grid import TimeGrid, leading_grid
+from ldm.sampling.time_grid import SpacingRule, TimeGrid, leading_grid
 
 # Adams-Bashforth weights by the number of available estimates of eps, the newest first; order 4 is Eq. 12 of the paper.
 # The method assumes evenly spaced timesteps. If S does not divide the schedule, intervals differ by one timestep, which
@@ -36,6 +36,8 @@ class PLMS(Sampler):
 
     label = "PLMS"
     supports_eta = False
+    spacings = ("leading", "trailing", "linspace")  # it extrapolates over even timesteps
+    spacing_rule = SpacingRule(ends_clean=False)
 
     def make_grid(self, steps: int) -> TimeGrid:
         """Return the timesteps of latent diffusion's DDIM."""
@@ -49,8 +51,10 @@ class PLMS(Sampler):
             start = denoise(x, i)
             estimates.appendleft(start.eps)
             # The first step has no history and looks ahead instead. A grid of one step has no next timestep to look at
-            # and takes DDIM's step.
-            warm_up = i == 0 and len(grid) > 1
+            # and takes DDIM's step, and so does a start at pure noise, where eps says nothing about the image.
+            warm_up = i == 0 and len(grid) > 1 and grid.alpha_bar[i] > 0
+            if grid.alpha_bar[i] == 0:
+                return start
             eps = average_eps(denoise, grid, start, i) if warm_up else multistep_eps(list(estimates))
             return prediction_from_eps(x, eps, grid.alpha_bar[i])
 

@@ -2,7 +2,8 @@
 
 A sampler consists of a grid of noise levels and a predictor: the noise in x and the image behind it that hold for a
 whole step. All samplers then apply the same update, `ddim_update`, which is exact if those two stay constant over the
-step. Guidance is Ho & Salimans 2022, Eq. 6, with a scale of 1 + w, so that 1 means no guidance.
+step. Some add more noise in a step than DDIM does. Guidance is Ho & Salimans 2022, Eq. 6, with a scale of 1 + w, so
+that 1 means no guidance.
 """
 from __future__ import annotations
 
@@ -20,8 +21,16 @@ from ldm.common.errors import UserError
 from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules.util import ddim_sigma
 from ldm.sampling.checks import check_guidance, check_noise, check_original, latent_size
-from ldm.sampling.schedule import AlphaBar, Prediction, add_noise, check_parameterization, prediction_from_output
-from ldm.sampling.time_grid import TimeGrid
+from ldm.sampling.samplers import TIMESTEP_SPACINGS
+from ldm.sampling.schedule import (
+    AlphaBar,
+    Prediction,
+    add_noise,
+    check_parameterization,
+    check_terminal_snr,
+    prediction_from_output,
+)
+from ldm.sampling.time_grid import SpacingRule, TimeGrid, evenly_spaced_grid, karras_grid
 
 Conditioning = Tensor | PromptContext
 Denoiser = Callable[[Tensor, int], Prediction]  # (x, index on the grid) -> prediction
@@ -73,15 +82,31 @@ def guidance_batch(unconditional: Conditioning, conditional: Conditioning) -> Co
     return PromptContext.cat([PromptContext.plain(one) if isinstance(one, Tensor) else one for one in both])
 
 
+def rescale_guidance(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """Return a guided output (B, ...) moved towards one with the conditional output's standard deviation.
+
+    Args:
+        share: 0..1, how far; 0 changes nothing.
+
+    Source: Lin, Liu, Li & Yang 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", Eq. 15 and 16.
+    """
+    of_image = tuple(range(1, guided.ndim))
+    rescaled = guided * (conditional.std(of_image, keepdim=True) / guided.std(of_image, keepdim=True))
+    return torch.lerp(guided, rescaled, share)
+
+
 def guided_denoiser(
     model: DiffusionModel, grid: TimeGrid, conditioning: Conditioning | None, unconditional: Conditioning | None,
-    scale: float,
+    scale: float, rescale: float = 0.0,
 ) -> Denoiser:
     """Return the model's prediction with classifier-free guidance, as a function of x and an index on the grid.
 
     At scale 1 the unconditional output cancels and is not computed. The batch of both conditionings is built here,
     once, so that its cached keys and values serve all steps. The three parameterizations are affine in each other at a
     fixed x, so guiding the raw output guides each of them.
+
+    Args:
+        rescale: see `rescale_guidance`.
     """
     guided = scale != 1
     context = guidance_batch(unconditional, conditioning) if guided else conditioning
@@ -94,7 +119,10 @@ def guided_denoiser(
         output = model.apply_model(inputs, times, context).to(x.dtype)  # the network may run in 16 bits
         if guided:
             # Ho & Salimans, Eq. 6: unconditional + scale * (conditional - unconditional)
-            output = torch.lerp(*output.chunk(2), scale)
+            without, with_prompt = output.chunk(2)
+            output = torch.lerp(without, with_prompt, scale)
+            if rescale:
+                output = rescale_guidance(output, with_prompt, rescale)
         return prediction_from_output(model.parameterization, x, grid.alpha_bar[i], output)
 
     return denoise
@@ -121,11 +149,16 @@ def ddim_update(prediction: Prediction, alpha_bar_next: AlphaBar, sigma: AlphaBa
 
 def ddim_step(predict: Denoiser, grid: TimeGrid, eta: float, sample_noise: NoiseSource) -> Step:
     """Return the step of a grid that applies the DDIM update to what `predict` returns."""
+    levels = zip(grid.alpha_bar, grid.alpha_bar_next, strict=True)
+    return noisy_step(predict, grid, [float(ddim_sigma(*level, eta)) for level in levels], sample_noise)
+
+
+def noisy_step(predict: Denoiser, grid: TimeGrid, sigmas: Sequence[float], sample_noise: NoiseSource) -> Step:
+    """Return the same with the standard deviation of the noise that each step adds."""
 
     def step(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         prediction = predict(x, i)
-        sigma = float(ddim_sigma(grid.alpha_bar[i], grid.alpha_bar_next[i], eta))
-        return ddim_update(prediction, grid.alpha_bar_next[i], sigma, sample_noise), prediction.x0
+        return ddim_update(prediction, grid.alpha_bar_next[i], sigmas[i], sample_noise), prediction.x0
 
     return step
 
@@ -171,19 +204,54 @@ class Sampler(ABC):
         label: the method's name in messages.
         supports_eta: whether eta may be above 0.
         default_eta: the eta if none is given.
+        spacings: names in `TIMESTEP_SPACINGS` that may replace its own grid; none if its grid is part of the method.
+        spacing_rule: what it makes of evenly spaced timesteps.
+        max_steps: most steps that its own grid has; None: as many as the model has timesteps.
     """
 
     label: ClassVar[str]
     supports_eta: ClassVar[bool] = True
     default_eta: ClassVar[float] = 0.0
+    spacings: ClassVar[tuple[str, ...]] = tuple(TIMESTEP_SPACINGS)
+    spacing_rule: ClassVar[SpacingRule] = SpacingRule()
+    max_steps: ClassVar[int | None] = None
 
     def __init__(self, model: DiffusionModel) -> None:
         check_parameterization(model.parameterization)
+        check_terminal_snr(model.alphas_cumprod, model.parameterization)
         self.model = model
 
     @abstractmethod
     def make_grid(self, steps: int) -> TimeGrid:
-        """Return the noise levels of `steps` steps. Raise UserError if the schedule has fewer timesteps."""
+        """Return the sampler's own noise levels of `steps` steps.
+
+        Raises:
+            UserError: if the schedule has fewer timesteps.
+        """
+
+    def spaced_grid(self, steps: int, spacing: str | None = None) -> TimeGrid:
+        """Return the noise levels of `steps` steps with a given spacing.
+
+        Args:
+            spacing: a name in `TIMESTEP_SPACINGS`. None: the sampler's own; but on a schedule that ends in pure noise
+                "trailing", which starts there (Lin et al. 2023, Sec. 3.3).
+
+        Raises:
+            UserError: if the schedule has fewer timesteps, or the sampler cannot use that spacing.
+        """
+        self.check_spacing(spacing)
+        schedule = self.model.alphas_cumprod
+        if spacing is None and schedule[-1] == 0 and "trailing" in self.spacings:
+            spacing = "trailing"
+        if spacing is None:
+            return self.make_grid(steps)
+        if spacing == "karras":
+            return karras_grid(schedule, steps)
+        return evenly_spaced_grid(schedule, steps, spacing, self.spacing_rule)
+
+    def network_grid(self, grid: TimeGrid) -> TimeGrid:
+        """Return the levels at which the network is evaluated; those of `grid` come first."""
+        return grid
 
     def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
         """Return what predicts eps and x_0 for each step of the grid, called in order; by default `denoise` itself.
@@ -191,6 +259,26 @@ class Sampler(ABC):
         A predictor may remember earlier steps. Each run makes its own.
         """
         return denoise
+
+    def make_step(self, denoise: Denoiser, grid: TimeGrid, eta: float, sample_noise: NoiseSource) -> Step:
+        """Return the step of a run; by default the DDIM update of what the predictor returns."""
+        return ddim_step(self.make_predictor(denoise, grid), grid, eta, sample_noise)
+
+    @classmethod
+    def check_spacing(cls, spacing: str | None) -> None:
+        """Raise UserError if the sampler cannot use that spacing of timesteps."""
+        if spacing is None or spacing in cls.spacings:
+            return
+        if not cls.spacings:
+            raise UserError(f"{cls.label} has timesteps of its own; leave timestep_spacing out")
+        known = "cannot use" if spacing in TIMESTEP_SPACINGS else "does not know"
+        raise UserError(f"{cls.label} {known} timestep_spacing {spacing!r}; choose one of {', '.join(cls.spacings)}")
+
+    @classmethod
+    def check_steps(cls, steps: int) -> None:
+        """Raise UserError if the sampler itself, with any model, cannot take that many steps."""
+        if cls.max_steps is not None and steps > cls.max_steps:
+            raise UserError(f"{steps} sampling steps: {cls.label} takes 1 to {cls.max_steps}; 4 to 8 are usual")
 
     @classmethod
     def resolve_eta(cls, eta: float | None) -> float:
@@ -224,6 +312,8 @@ class Sampler(ABC):
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Conditioning | None = None,
         generators: Sequence[Generator] | None = None,
+        timestep_spacing: str | None = None,
+        guidance_rescale: float = 0.0,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Sample `batch_size` latents.
 
@@ -233,7 +323,7 @@ class Sampler(ABC):
             conditioning: (batch_size, N, d), encoded prompts; None for a model without conditioning.
             callback: called after each step with its index i, 0..S-1.
             img_callback: called after each step with the predicted x_0 (batch_size, C, H, W) and i.
-            eta: 0..1, the share of DDPM's noise that each step adds; None: 1 for ancestral Euler, else 0.
+            eta: 0..1, the share of DDPM's noise that each step adds; None: the sampler's default.
             mask: broadcasts to (batch_size, C, H, W); where it is 1, the latents follow `x0` and end there.
             x0: (batch_size, C, H, W), the latents to keep by `mask` or to start from by `strength`.
             strength: in (0, 1], the share of the S steps, the last ones, that are run (at least one). They start
@@ -245,6 +335,8 @@ class Sampler(ABC):
             unconditional_guidance_scale: 1 means no guidance.
             unconditional_conditioning: has the same shape as `conditioning`; required unless the scale is 1.
             generators: one per image, the sources of all noise of that image; None: the global one.
+            timestep_spacing: see `spaced_grid`.
+            guidance_rescale: 0..1, see `rescale_guidance`.
 
         Returns:
             The latents (batch_size, C, H, W), and {"x_inter", "pred_x0"}: latents and predicted x_0 at the start, after
@@ -253,13 +345,15 @@ class Sampler(ABC):
         Raises:
             UserError: if an argument is out of range or contradicts another one. Nothing has been computed then.
         """
-        grid = self.make_grid(S)
+        self.check_steps(S)
+        grid = self.spaced_grid(S, timestep_spacing)
         eta = self.resolve_eta(eta)
         if log_every_t < 1:
             raise UserError(f"log_every_t {log_every_t} must be 1 or more")
         size = latent_size(batch_size, shape)
         check_noise(size, eta, temperature, x_T)
-        check_guidance(batch_size, conditioning, unconditional_conditioning, unconditional_guidance_scale)
+        check_guidance(batch_size, conditioning, unconditional_conditioning, unconditional_guidance_scale,
+                       guidance_rescale)
         check_original(size, mask, x0, strength)
 
         # Start: pure noise, or x0 with the noise of the first of the last `strength` steps.
@@ -271,12 +365,11 @@ class Sampler(ABC):
             grid = grid.end(max(1, round(strength * S)))
             x = add_noise(Prediction(x, original), grid.alpha_bar[0])
 
-        # One step: the guided model, this sampler's predictor, the DDIM update, and inpainting if there is a mask.
+        # One step: the guided model, this sampler's predictor and update, and inpainting if there is a mask.
         denoise = guided_denoiser(
-            self.model, grid, conditioning, unconditional_conditioning, unconditional_guidance_scale
-        )
-        predict = self.make_predictor(denoise, grid)
-        step = ddim_step(predict, grid, eta, lambda: temperature * sample_noise())
+            self.model, self.network_grid(grid), conditioning, unconditional_conditioning,
+            unconditional_guidance_scale, guidance_rescale)
+        step = self.make_step(denoise, grid, eta, lambda: temperature * sample_noise())
         if mask is not None:
             step = inpainting_step(step, grid, original, mask.to(original), sample_noise)
 

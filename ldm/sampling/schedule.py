@@ -1,6 +1,7 @@
 """The noise schedule as named tensors, and conversions between what a network may predict: noise, image, velocity.
 
-Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (cosine schedule), Salimans & Ho 2022 (v-prediction).
+Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (cosine schedule), Salimans & Ho 2022 (v-prediction), Lin et al.
+2023 (zero terminal SNR).
 
 Legend, with alpha_bar the share of the image's variance that is left at timestep t:
     alphas_cumprod                  alpha_bar of all timesteps, the products of 1 - betas
@@ -54,6 +55,7 @@ def diffusion_buffers(
     cosine_s: float = 8e-3,
     given_betas: Sequence[float] | Tensor | None = None,
     v_posterior: float = 0.0,
+    zero_terminal_snr: bool = False,
 ) -> dict[str, Tensor]:
     """Return all tensors of the schedule by buffer name, each (timesteps,) in float32, computed in float64.
 
@@ -62,6 +64,8 @@ def diffusion_buffers(
         given_betas: betas in (0, 1) to use instead; their number replaces `timesteps`.
         v_posterior: 0..1, interpolates the variance of the reverse step between its lower bound, the posterior's
             variance, and its upper bound, beta (DDPM Sec. 3.2).
+        zero_terminal_snr: change the schedule so that it ends in pure noise, see `rescale_to_zero_terminal_snr`. The
+            last entries of sqrt_recip_alphas_cumprod and sqrt_recipm1_alphas_cumprod are infinite then.
 
     Raises:
         UserError: if there are fewer than two betas, one is outside (0, 1), or `v_posterior` is outside 0..1.
@@ -76,6 +80,8 @@ def diffusion_buffers(
     _check_betas(betas)
     if not 0 <= v_posterior <= 1:
         raise UserError(f"v_posterior {v_posterior} must be between 0 and 1")
+    if zero_terminal_snr:
+        betas = rescale_to_zero_terminal_snr(betas)
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     tensors = {
@@ -91,6 +97,29 @@ def diffusion_buffers(
 def _check_betas(betas: Tensor) -> None:
     if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
         raise UserError("the betas must be two or more numbers between 0 and 1; check the noise schedule's settings")
+
+
+def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Return betas (T,) of a schedule whose last alpha_bar is 0; the first one stays. The last beta is 1.
+
+    Source: Lin, Liu, Li & Yang 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", Algorithm 1.
+    """
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    # Shift the last sqrt(alpha_bar) to 0, then scale the first one back to what it was.
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alpha_bar = root**2
+    return 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+
+
+def check_terminal_snr(alpha_bar: Tensor, parameterization: str) -> None:
+    """Raise UserError if a network would have to predict noise (eps) where there is nothing else.
+
+    Args:
+        alpha_bar: of all timesteps, (T,).
+    """
+    if parameterization == "eps" and alpha_bar[-1] == 0:
+        raise UserError("zero_terminal_snr: the last timestep is pure noise, where eps says nothing about the image; "
+                        "use a model with parameterization: v")
 
 
 def marginal_tensors(alpha_bar: Tensor) -> dict[str, Tensor]:

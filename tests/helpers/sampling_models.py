@@ -24,14 +24,17 @@ class TinyModel(nn.Module):
         network: (x, t, cond) -> output.
         parameterization: what the output is: "eps", "v" or "x0".
         timesteps: of the noise schedule.
+        zero_terminal_snr: whether the schedule ends in pure noise.
 
     Attributes:
         calls: the arguments of all calls of `apply_model`.
     """
 
-    def __init__(self, network: Callable[..., Tensor], parameterization: str = "eps", timesteps: int = 1000) -> None:
+    def __init__(self, network: Callable[..., Tensor], parameterization: str = "eps", timesteps: int = 1000,
+                 zero_terminal_snr: bool = False) -> None:
         super().__init__()
-        for name, tensor in diffusion_buffers("linear", timesteps, 0.00085, 0.012).items():
+        buffers = diffusion_buffers("linear", timesteps, 0.00085, 0.012, zero_terminal_snr=zero_terminal_snr)
+        for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
         self.num_timesteps, self.parameterization, self.network = timesteps, parameterization, network
         self.calls: list[tuple[Tensor, Tensor, object]] = []
@@ -72,8 +75,8 @@ def convolution_network(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Ten
     return torch.tanh(F.conv2d(x, WEIGHT, padding=1) + clock + text)
 
 
-def gaussian_denoiser(mean: float | Tensor, std: float, parameterization: str = "eps", timesteps: int = 1000
-                      ) -> TinyModel:
+def gaussian_denoiser(mean: float | Tensor, std: float, parameterization: str = "eps", timesteps: int = 1000,
+                      zero_terminal_snr: bool = False) -> TinyModel:
     """Return the exact denoiser of independent pixels N(mean, std^2); with std 0, it always predicts `mean`."""
 
     def network(x: Tensor, t: Tensor, cond: object) -> Tensor:
@@ -83,5 +86,5 @@ def gaussian_denoiser(mean: float | Tensor, std: float, parameterization: str = 
         v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
         return {"eps": eps, "v": v, "x0": x0}[parameterization].float()
 
-    model = TinyModel(network, parameterization, timesteps)
+    model = TinyModel(network, parameterization, timesteps, zero_terminal_snr)
     return model

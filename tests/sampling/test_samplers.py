@@ -68,7 +68,7 @@ def test_a_denoiser_that_knows_its_image_reaches_it(name, kind):
         eps = (x - math.sqrt(grid.alpha_bar[0]) * known) / math.sqrt(1 - grid.alpha_bar[0])
         expected = add_noise(Prediction(eps, known), grid.alpha_bar_next[-1])
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=2e-4)
-    assert (got - known).abs().max() < (0.15 if name in ("ddim", "plms") else 2e-4)
+    assert (got - known).abs().max() < (0.15 if name in ("ddim", "plms", "tcd") else 2e-4)
 
 
 @EVERY
@@ -93,7 +93,7 @@ def test_samplers_follow_the_flow_of_a_gaussian(kind):
     for few, many in plain.values():
         assert 3 < few / many < 5
     assert distance_from_flow("ddim", kind, 400) < 0.02
-    for name in ("plms", "heun", "dpm"):
+    for name in ("plms", "heun", "dpm", "unipc"):
         few, many = (distance_from_flow(name, kind, steps) for steps in (25, 100))
         assert few < plain["ddim"][0] / 5 and many < 3e-3  # the last step, to a clean image, is of first order
 
@@ -195,7 +195,7 @@ def test_integer_timesteps_reach_the_network_as_integers(name):
     fractional = any(isinstance(time, float) for time in full_grid(name, 6).times)
     assert fractional or name not in ("dpm", "euler", "heun")
     assert {t.dtype for t in times} == ({torch.float32} if fractional else {torch.int64})
-    assert len(times) == {"plms": 7, "heun": 11}.get(name, 6)
+    assert len(times) == {"plms": 7, "heun": 11, "dpmpp_sde": 11}.get(name, 6)
 
 
 class TextLayer(nn.Module):
@@ -389,8 +389,9 @@ def test_the_default_eta():
         return sample("euler_a", TinyModel(convolution_network), x_T=start_noise(),
                       generators=[seeded_generator(1), seeded_generator(2)], **settings)
 
+    noisy = {"euler_a": 1.0, "dpmpp_2m_sde": 1.0, "dpmpp_sde": 1.0, "lcm": 1.0, "tcd": 0.3}
     for name, cls in SAMPLER_CLASSES.items():
-        assert cls.resolve_eta(None) == cls.default_eta == (1.0 if name == "euler_a" else 0.0)
+        assert cls.resolve_eta(None) == cls.default_eta == noisy.get(name, 0.0)
     assert torch.equal(ancestral(), ancestral(eta=1.0))
 
 

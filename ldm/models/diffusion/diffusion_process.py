@@ -35,10 +35,11 @@ class DiffusionProcess:
 
     def register_schedule(self, given_betas: Sequence[float] | Tensor | None = None, beta_schedule: str = "linear",
                           timesteps: int = 1000, linear_start: float = 1e-4, linear_end: float = 2e-2,
-                          cosine_s: float = 8e-3) -> None:
+                          cosine_s: float = 8e-3, zero_terminal_snr: bool = False) -> None:
         """Register the buffers of a noise schedule. For the arguments see `ldm.sampling.schedule.diffusion_buffers`."""
         buffers = schedule.diffusion_buffers(beta_schedule, timesteps, linear_start, linear_end, cosine_s, given_betas,
-                                             self.v_posterior)
+                                             self.v_posterior, zero_terminal_snr)
+        schedule.check_terminal_snr(buffers["alphas_cumprod"], self.parameterization)
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
         weights = schedule.lvlb_weights(buffers, self.parameterization)

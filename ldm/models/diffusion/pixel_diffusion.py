@@ -38,8 +38,8 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
 
     Args:
         unet_config: config of the network.
-        timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas, v_posterior: see
-            `ldm.sampling.schedule.diffusion_buffers`.
+        timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas, v_posterior, zero_terminal_snr: see
+            `ldm.sampling.schedule.diffusion_buffers`. A schedule that ends in pure noise needs "v" or "x0".
         loss_type: "l1" or "l2".
         ckpt_path: checkpoint of the initial weights. It must hold all parts of the model; those that a subclass adds
             may be missing.
@@ -78,7 +78,8 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
                  scheduler_config: Mapping[str, Any] | None = None, use_positional_encodings: bool = False,
                  learn_logvar: bool = False, logvar_init: float = 0.0, make_it_fit: bool = False,
                  ucg_training: Mapping[str, Mapping[str, Any]] | None = None, reset_ema: bool = False,
-                 reset_num_ema_updates: bool = False, timestep_shift: float = 1.0) -> None:
+                 reset_num_ema_updates: bool = False, timestep_shift: float = 1.0,
+                 zero_terminal_snr: bool = False) -> None:
         super().__init__()
         check_parameterization(parameterization)
         check_loss_type(loss_type)
@@ -115,7 +116,8 @@ class DDPM(AncestralSampling, LogsPixelDiffusion, LoadsInitialWeights, Resumable
             self.model_ema = LitEma(self.model)
         # The noise schedule
         self.register_schedule(given_betas=given_betas, beta_schedule=beta_schedule, timesteps=timesteps,
-                               linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s)
+                               linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s,
+                               **({"zero_terminal_snr": True} if zero_terminal_snr else {}))
         # The log-variance of each timestep's error
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         self.learn_logvar = learn_logvar

@@ -92,7 +92,10 @@ class PLMSSampler(StepwiseSampler):
         guidance = Guidance(unconditional_guidance_scale, unconditional_conditioning, score_corrector,
                             corrector_kwargs)
         how = Update(repeat_noise, quantize_denoised, temperature, noise_dropout, dynamic_threshold)
-        e_t = self._predict(x, c, t, level.alpha_bar, guidance).eps
+        prediction = self._predict(x, c, t, level.alpha_bar, guidance)
+        e_t = prediction.eps
+        if level.alpha_bar == 0:  # pure noise, where eps says nothing about the image: DDIM's step
+            return (*self._update(prediction, level, how), e_t)
         if old_eps:
             eps = multistep_eps([e_t, *reversed(old_eps[-REMEMBERED:])])
         else:
