@@ -52,6 +52,7 @@ class CachedLatents:
         moments: (M, 2, 2C, h, w), mean and log-variance of the posterior of each of M photos, plain and mirrored.
         weights: (M, 2, 1, h, w), the masks on the latent grid, plain and mirrored.
         sizes: (M, 2, 6), sizes and crops of the photos, plain and mirrored.
+        pixels_per_latent: side of the part of an image that a latent position stands for.
         first_photos: for each concept, the index of its first photo among the M.
 
     Raises:
@@ -63,6 +64,7 @@ class CachedLatents:
         counts = [len(dataset.images) for dataset in photos]
         self.first_photos = [sum(counts[:index]) for index in range(len(counts))]
         self.moments = torch.cat([_encode_photos(model, dataset) for dataset in photos])
+        self.pixels_per_latent = photos[0].size // self.moments.shape[-1]
         _check_latent_shape(model, self.moments.shape[2] // 2, *self.moments.shape[3:])
         masks = torch.stack([dataset.mask(photo) for dataset in photos for photo in range(len(dataset.images))])
         self.weights = self._masks_to_weights(masks, mask_border)
@@ -78,6 +80,10 @@ class CachedLatents:
         """Return the scaled latents of up to `count` of the first concept's photos, (B, C, h, w), without sampling."""
         last = self.first_photos[1] if len(self.first_photos) > 1 else len(self.moments)
         return self.scale_factor * self.moments[:min(count, last), 0].chunk(2, dim=1)[0]
+
+    def first_sizes(self, count: int) -> Tensor:
+        """Return the sizes (count, 6) of as many photos as `first_latents` returns."""
+        return self.sizes[:count, 0].to(self.moments.device)
 
     def batch(self, concept: int, items: Mapping[str, Any], generator: Generator, device: torch.device) -> LatentBatch:
         """Return latents, weights, sizes and captions of a batch of photos of one concept.
@@ -103,8 +109,9 @@ class CachedLatents:
 def _encode_photos(model: LatentDiffusion, dataset: ConceptPhotos) -> Tensor:
     """Return the posterior's moments of every photo, plain and mirrored: (M, 2, 2C, h, w)."""
     moments = []
+    device = next(model.first_stage_model.parameters(), model.betas).device
     for photo in dataset.images:
-        image = to_tensor(photo).to(model.device)
+        image = to_tensor(photo).to(device)
         with user_error_for(f"photos of {dataset.size} pixels (data.params.train.params.size) do not fit the first "
                             "stage"):
             posterior = model.first_stage_model.encode(torch.stack([image, image.flip(-1)]))

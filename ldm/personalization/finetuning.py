@@ -50,8 +50,8 @@ class FinetuningMethod(PersonalizationMethod):
         return [{"params": vectors, "lr": self.embedding_lr}] if vectors else []
 
     def prompt_context(self, prompts: list[str]) -> PromptContext:
-        _, encoding, rows = self.encode_distinct(prompts, [concept() for concept in self.concepts])
-        return PromptContext.plain(encoding[rows])
+        distinct = self.word_encoder.encode(prompts, [concept() for concept in self.concepts])
+        return PromptContext.plain(distinct.encoding, pooled=distinct.pooled).select(distinct.rows)
 
     def export_concept(self, index: int = 0) -> FinetunedConcept:
         """Return what has been learned so far. Its weights are the model's own, not copies of them."""

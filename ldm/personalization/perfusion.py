@@ -16,7 +16,9 @@ from torch import Tensor
 from ldm.common.errors import UserError
 from ldm.common.paths import resolve_path
 from ldm.concepts.concept import POOLED, SUPER_CATEGORY, Concept
+from ldm.concepts.model_spec import PREDICTION_TYPES, current_date
 from ldm.concepts.prompt_encoder import ConceptPromptEncoder
+from ldm.concepts.thumbnail import make_thumbnail
 from ldm.concepts.trainable_concept import LOCKINGS, TrainableConcept
 from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.templates import fill_template
@@ -38,7 +40,7 @@ class Perfusion(PersonalizationMethod):
     Args (beside those of `PersonalizationMethod`, whose segmenter makes the masks of the zero-shot mask loss):
         bias, temperature: beta and tau of the gate in training, and the concept's defaults for generation.
         inference_bias: the concept's default bias for generation; None: `bias`.
-        embedding_lr, value_lr: learning rates of the word embedding and of the target outputs. With an `embedding_lr` of
+        embedding_lr, value_lr: learning rates of the word embedding and of the target outputs. If `embedding_lr` is
             0, the word stays that of the super-category. All prompts are then encoded once, before training, and the
             text encoder leaves the device.
         locking: "local" (keys locked to the super-category) or "trained" (keys learned like values, an ablation).
@@ -54,6 +56,7 @@ class Perfusion(PersonalizationMethod):
         projection: "full" (the paper's Eq. 3) or "gated", see `ldm.modules.rank_one`; concepts keep it.
         target_input_decay: decay of the moving average i*, at least 0 and below 1.
         covariance: file of the text encoder's covariance C. None: computed once from default captions and cached.
+        thumbnail: store the first photo in the concept's file, as a small image that model browsers show.
 
     Raises:
         UserError: a param is unknown or out of range, or the covariance file is missing.
@@ -66,7 +69,7 @@ class Perfusion(PersonalizationMethod):
                  value_lr: float = 0.03, locking: str = "local", projection: str = "full",
                  target_input_decay: float = 0.99, covariance: str | None = None, inference_bias: float | None = None,
                  used_layers: str | Sequence[str] | None = None, trained_layers: str | Sequence[str] | None = None,
-                 pooled: str = "super_category", **personalization: Any) -> None:
+                 pooled: str = "super_category", thumbnail: bool = False, **personalization: Any) -> None:
         check_known(locking=(locking, LOCKINGS), projection=(projection, PROJECTIONS), pooled=(pooled, POOLED))
         check_positive(temperature=temperature, value_lr=value_lr)
         if embedding_lr < 0:
@@ -81,7 +84,7 @@ class Perfusion(PersonalizationMethod):
         self.inference_bias = bias if inference_bias is None else inference_bias
         self.embedding_lr, self.value_lr = embedding_lr, value_lr
         self.locking, self.projection = locking, projection
-        self.pooled = pooled
+        self.pooled, self.thumbnail = pooled, thumbnail
         self.trained_layers = find_layers("trained_layers", as_list(trained_layers or ()), self.text_layers)
         learned = self.trained_layers or list(self.text_layers)
         self.used_layers = find_layers("used_layers", as_list(used_layers or ()), learned)
@@ -144,6 +147,11 @@ class Perfusion(PersonalizationMethod):
         self.inverse_covariance()
         concept = TrainableConcept(embedding, super_input, self.text_layers, self.locking, self.trained_layers)
         concept.embedding.requires_grad_(self.embedding_lr > 0)
+        concept.origin = {
+            "resolution": f"{dataset.size}x{dataset.size}",
+            "prediction_type": PREDICTION_TYPES.get(self.parameterization, ""),
+            "thumbnail": make_thumbnail(dataset.images[0]) if self.thumbnail else "",
+        }
         return concept
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -217,7 +225,7 @@ class Perfusion(PersonalizationMethod):
             placeholder=self.placeholders[index], super_category=self.super_categories[index],
             bias=float(self.inference_bias), temperature=float(self.temperature), projection=self.projection,
             used_layers=self.used_layers, pooled=self.pooled, steps=int(self.global_step),
-            **self.base_model.stored)
+            date=current_date(), **self.base_model.stored)
 
     def sampling_encoder(self, concepts: Sequence[Concept]) -> ConceptPromptEncoder:
         return ConceptPromptEncoder(self.cond_stage_model, self.text_layers, concepts, self.inverse_covariance,

@@ -27,6 +27,7 @@ from ldm.data.contact_sheet import save_grid
 from ldm.data.images import from_tensor
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.encoders.prompts import PromptEncoder
+from ldm.modules.fast.sixteen_bits import MIXED_PRECISIONS
 from ldm.training.input_files import INPUTS, describe_inputs
 from ldm.training.run_record import describe_machine
 from ldm.util import has_trainable_parameters
@@ -208,13 +209,11 @@ class AccelerateFrozenUNet(pl.Callback):
     hundredth of what bfloat16 would, and takes a quarter of the time. CUDA graphs also replay the text encoder.
     """
 
-    DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
     def __init__(self) -> None:
         self.previous_precision: str | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        network, dtype = getattr(pl_module, "model", None), self.DTYPES.get(str(trainer.precision))
+        network, dtype = getattr(pl_module, "model", None), MIXED_PRECISIONS.get(str(trainer.precision))
         if dtype is None or pl_module.device.type != "cuda" or not isinstance(network, DiffusionWrapper):
             return
         averages_weights = getattr(pl_module, "use_ema", False)  # into copies of the weights as they were

@@ -13,6 +13,9 @@ from ldm.modules.attention import name_text_layers
 from ldm.util import has_trainable_parameters
 
 
+MIXED_PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names
+
+
 def to_sixteen_bits(unet: nn.Module, dtype: torch.dtype) -> None:
     """Convert the weights of a frozen U-Net to a 16-bit dtype, in place.
 
