@@ -119,6 +119,7 @@ class Hooks:
                 processors.uninstall(model, self)
             for guard in self._guards.values():
                 guard.remove()
+            self._guards.clear()
 
     def _wrap(self, pipe: DiffusionPipeline) -> None:
         """Put a function around the pipeline's `encode_prompt`, unless it is there."""

@@ -117,7 +117,7 @@ def check_processors(layers: dict[str, Attention], owner: object) -> None:
         if isinstance(processor, ConceptAttnProcessor) and processor.owner is owner:
             processor = processor.inner
         name = type(processor).__name__
-        if layer.fused_projections or "Fused" in name:
+        if "Fused" in name:
             raise UserError("concepts do not work with fused projections; call pipe.unfuse_qkv_projections()")
         if "IPAdapter" in name:
             raise UserError("concepts do not work beside an IP-Adapter; call pipe.unload_ip_adapter()")
@@ -141,6 +141,11 @@ def uninstall(model: nn.Module, owner: object) -> None:
     for module in model.modules():
         if isinstance(module, Attention) and _is_installed(module, owner):
             module.processor = module.processor.inner
+    # Those that `unfuse_qkv_projections` would put back.
+    kept = getattr(model, "original_attn_processors", None) or {}
+    for path, processor in kept.items():
+        if isinstance(processor, ConceptAttnProcessor) and processor.owner is owner:
+            kept[path] = processor.inner
 
 
 def _is_installed(layer: Attention, owner: object) -> bool:
