@@ -88,7 +88,7 @@ class PriorPreservation(FinetuningMethod):
     def make_concept(self, dataset: ConceptPhotos, super_category: str) -> TrainableWord:
         if self.prior_weight:
             prompts = [replace_word(super_category, SLOT, template) for template in dataset.prompts]
-            self._prior_encodings = self.cond_stage_model(prompts)
+            self._prior_prompts = self.plain_prompts(prompts)
             self._prior_latents = self._load_or_generate_prior(prompts)
         return super().make_concept(dataset, super_category)
 
@@ -123,7 +123,9 @@ class PriorPreservation(FinetuningMethod):
     def _generate_prior(self, indices: range) -> Tensor:
         """Return latents of the prior images with these indices. Each image has its own seed, its index."""
         context = self._prior_context(torch.tensor(indices))
-        empty = PromptContext.plain(self.cond_stage_model([""]).expand(len(indices), -1, -1))
+        encoding, pooled = self.cond_stage_model.encode_unconditional()
+        empty = PromptContext.plain(encoding, pooled=pooled).select([0] * len(indices))
+        empty = self.with_sizes(empty, self.sampling_sizes(len(indices)))
         generators = [Generator().manual_seed(index) for index in indices]
         latents = self.sample_latents(context, len(indices), self.prior_steps, self.prior_scale, empty,
                                       generators=generators)
@@ -131,7 +133,8 @@ class PriorPreservation(FinetuningMethod):
 
     def _prior_context(self, indices: Tensor) -> PromptContext:
         """Return the encoded prompts of the prior images with these indices."""
-        return PromptContext.plain(self._prior_encodings[(indices % len(self._prior_encodings)).to(self.device)])
+        prompts = self._prior_prompts.select((indices % self._prior_prompts.batch_size).to(self.device))
+        return self.with_sizes(prompts, self.sampling_sizes(len(indices)))
 
     # The loss
 

@@ -12,7 +12,6 @@ from torch import nn
 from ldm.modules.attention import name_text_layers
 from ldm.util import has_trainable_parameters
 
-
 MIXED_PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names
 
 
