@@ -20,7 +20,7 @@ from ldm.modules.fast.sixteen_bits import to_sixteen_bits
 from ldm.util import instantiate_from_config
 
 VECTOR = 6
-ROUNDING = 0.05  # relative error of bfloat16
+ROUNDING = 0.03  # relative error of bfloat16; a wrong vector changes the output by 0.07
 
 
 @pytest.fixture
