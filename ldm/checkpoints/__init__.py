@@ -3,8 +3,9 @@
     load.py               loads weights into models; start here
     read.py               reads files of any format, told by their content
     parts.py              finds U-Net, first stage and text encoder in a file, or takes them from another one
-    absent_parts.py       says which parts a file lacks
+    absent_parts.py       names parts and says which ones a file lacks
     averages.py           chooses between a network's weights and their moving averages
+    text_towers.py        brings one or two text encoders of any file under a model's names
     prediction.py         finds out what a network predicts (noise or v) from what its files say
     early_checks.py       checks a checkpoint before torch is imported
     header.py             reads names and shapes only; pickled_header.py does so for .ckpt files

@@ -17,7 +17,7 @@ from ldm.models.diffusion.ancestral_sampling import ConditionalAncestralSampling
 from ldm.models.diffusion.embedding_training import TrainsEmbeddings
 from ldm.models.diffusion.logged_images import CLASS_KEYS, LogsLatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import DDPM
-from ldm.models.diffusion.wrapper import Condition
+from ldm.models.diffusion.wrapper import Condition, as_context
 from ldm.models.first_stage_precision import run_first_stage
 from ldm.models.frozen import freeze
 from ldm.models.vq import VQModelInterface
@@ -121,8 +121,9 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
 
     def register_schedule(self, given_betas: Sequence[float] | Tensor | None = None, beta_schedule: str = "linear",
                           timesteps: int = 1000, linear_start: float = 1e-4, linear_end: float = 2e-2,
-                          cosine_s: float = 8e-3) -> None:
-        super().register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+                          cosine_s: float = 8e-3, zero_terminal_snr: bool = False) -> None:
+        super().register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s,
+                                  zero_terminal_snr)
         self.shorten_cond_schedule = self.num_timesteps_cond > 1
         if self.shorten_cond_schedule:
             self.make_cond_schedule()
@@ -207,8 +208,13 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
     @property
     def pixel_size(self) -> tuple[int, int]:
         """(height, width) of the images that latents of the model's own size decode to."""
-        height, width = self.latent_shape[1:]
-        return height * 2**self.num_downs, width * 2**self.num_downs
+        return self.pixels_of(self.latent_shape[1:])
+
+    def pixels_of(self, latent_size: Sequence[int]) -> tuple[int, int]:
+        """Return (height, width) of the images that latents of this height and width decode to."""
+        height, width = latent_size
+        factor = getattr(self.first_stage_model, "patch_size", 1) * 2**self.num_downs
+        return height * factor, width * factor
 
     @property
     def trains_condition(self) -> bool:
@@ -393,6 +399,7 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
                        unconditional: Condition = None, eta: float = 0.0,
                        generators: Sequence[torch.Generator] | None = None, verbose: bool = False) -> Tensor:
         """Return scaled latents (B, C, h, w). Arguments as for `sample_images`."""
+        cond, unconditional = as_context(cond), as_context(unconditional)
         latents, _ = DDIM(self).sample(
             steps, batch_size, self.latent_shape, cond, eta=eta, verbose=verbose, generators=generators,
             unconditional_guidance_scale=scale, unconditional_conditioning=unconditional)
