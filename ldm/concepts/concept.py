@@ -47,6 +47,16 @@ class NamedConcept:
         """The width d of the text encodings of its base model, or None if the concept does not show it."""
         raise NotImplementedError
 
+    @property
+    def word_vectors(self) -> Tensor:
+        """The embeddings of the tokens that the placeholder becomes, (k, width)."""
+        raise NotImplementedError
+
+    @property
+    def is_word(self) -> bool:
+        """Whether it is word vectors alone, which go together with concepts of any method."""
+        return False
+
     def fits_layers(self, layers: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether it can act on a U-Net.
 
@@ -101,8 +111,8 @@ class Concept(NamedConcept):
             (SDXL's). "super_category": the prompt with the super-category in the concept's place.
         steps: number of training steps.
         base: `base_fingerprint` of the base model it was trained on.
-        target_energy: ||i*||^2 under the C^-1 used in training, to detect another C^-1 in generation. None if unknown,
-            as in files of older versions.
+        target_energy: ||i*||^2 under the C^-1 used in training, to detect another C^-1 in generation where `dual` is
+            None. None if unknown, as in files of older versions.
         base_name, base_samples: `BaseModel.name` and `BaseModel.samples` of that base model. "" if unknown, as in files
             of older versions, or if `base` says enough.
         date: the day it was learned, "2026-01-31", or "" if unknown.
@@ -160,6 +170,10 @@ class Concept(NamedConcept):
     @property
     def context_width(self) -> int:
         return len(self.target_input)
+
+    @property
+    def word_vectors(self) -> Tensor:
+        return self.embedding
 
     def fits_layers(self, layers: Mapping[str, tuple[int, ...]]) -> bool:
         return all(layers.get(name) == shape for name, shape in self.base_shapes().items())

@@ -95,6 +95,14 @@ class FinetunedConcept(NamedConcept):
         """The width d of the encodings, of CLIP's and BERT's text towers also that of the word vectors."""
         return self.inputs.shape[1] if len(self.inputs) else self.vectors.shape[1]
 
+    @property
+    def word_vectors(self) -> Tensor:
+        return self.vectors
+
+    @property
+    def is_word(self) -> bool:
+        return not self.weights
+
     def fits_layers(self, layers: Mapping[str, tuple[int, ...]]) -> bool:
         by_weight = {f"{name}.{projection}.weight": shape for name, shape in layers.items()
                      for projection in ("to_k", "to_v")}

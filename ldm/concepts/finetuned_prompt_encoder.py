@@ -25,7 +25,7 @@ class FinetunedPromptEncoder:
     Args:
         encoder: the text encoder of the base model.
         unet: the U-Net of the base model.
-        concepts: one or more of one method, with different placeholders.
+        concepts: one or more of one method, with different placeholders, and words.
         base: the base model.
         inverse_covariance: returns C^-1 of the text encoder, (d, d); called only to merge weights.
 
@@ -50,9 +50,10 @@ class FinetunedPromptEncoder:
             check_base(concept, base)
             _check_weights(concept, unet_weights)
             _check_loras(concept, unet)
-        weights = self.concepts[0].weights
-        if weights and len(self.concepts) > 1:
-            weights = merge_weights(unet_weights, self.concepts, inverse_covariance())
+        with_weights = [concept for concept in self.concepts if not concept.is_word]
+        weights = with_weights[0].weights if with_weights else {}
+        if len(with_weights) > 1:
+            weights = merge_weights(unet_weights, with_weights, inverse_covariance())
         self.weights = {name: _like(weight, unet_weights[name]) for name, weight in weights.items()}
 
     def subset_for(self, texts: Sequence[str]) -> FinetunedPromptEncoder:

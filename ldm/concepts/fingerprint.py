@@ -160,6 +160,7 @@ def check_same_family(concept: NamedConcept, other: NamedConcept) -> None:
     relation = _compare(known_samples(concept), known_samples(other))
     of_one_base = concept.base == other.base or concept.fits_any_base or other.fits_any_base
     unrelated = not of_one_base and (relation is Relation.UNRELATED or concept.context_width != other.context_width)
+    unrelated |= concept.word_vectors.shape[1] != other.word_vectors.shape[1]
     if unrelated or not _fit_together(concept.base_shapes(), other.base_shapes()):
         raise UserError(f"{concept.label} was trained on {base_label(concept)}, but {other.label} on "
                         f"{base_label(other)}; only concepts of one base model can be used together")

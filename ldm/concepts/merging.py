@@ -19,6 +19,8 @@ from ldm.concepts.weight_merging import check_weights_merge
 def merge_concepts(concepts: Sequence[AnyConcept], placeholders: Sequence[str] | None = None) -> list[AnyConcept]:
     """Return concepts that can be used together, renamed as `rename_duplicates` does.
 
+    Words, such as embeddings of Textual Inversion, go together with concepts of any method.
+
     Args:
         concepts: concepts of one file or of several, in order.
         placeholders: see `rename_duplicates`.
@@ -26,8 +28,9 @@ def merge_concepts(concepts: Sequence[AnyConcept], placeholders: Sequence[str] |
     Raises:
         UserError: the concepts are of different methods or base models, or replace weights that cannot be merged.
     """
-    for concept in concepts[1:]:
-        first = concepts[0]
+    others = [concept for concept in concepts if not concept.is_word]
+    for concept in others[1:]:
+        first = others[0]
         if concept.method != first.method:
             raise UserError(f"{first.label} was learned by {first.method_label}, {concept.label} by "
                             f"{concept.method_label}; only concepts of one method can be used together")
@@ -59,10 +62,12 @@ def rename_duplicates(concepts: Sequence[AnyConcept], placeholders: Sequence[str
 
 def check_one_base(concepts: Sequence[AnyConcept]) -> None:
     """Raise UserError if concepts that are to be one file were taught on different fine-tunes."""
-    for concept in concepts:
-        if concept.base != concepts[0].base:
-            raise UserError(f"{concept.label} was taught on {base_label(concept)}, {concepts[0].label} on "
-                            f"{base_label(concepts[0])}; a file holds concepts of one base model, but txt2img takes "
+    of_some_base = [concept for concept in concepts if not concept.fits_any_base]
+    for concept in of_some_base[1:]:
+        first = of_some_base[0]
+        if concept.base != first.base:
+            raise UserError(f"{concept.label} was taught on {base_label(concept)}, {first.label} on "
+                            f"{base_label(first)}; a file holds concepts of one base model, but txt2img takes "
                             "several files")
 
 

@@ -1,4 +1,4 @@
-"""Encode prompts that contain Perfusion concepts, for a model that has never seen them."""
+"""Encode prompts that contain Perfusion concepts, and words beside them, for a model that has never seen them."""
 from __future__ import annotations
 
 import copy
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.concepts.concept import SUPER_CATEGORY, Concept
 from ldm.concepts.duals import add_duals
+from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.fingerprint import BaseModel, check_base
 from ldm.concepts.placeholders import check_distinct, find_placeholders
 from ldm.concepts.prompt_checks import check_width, warn_covariance_mismatch
@@ -28,7 +29,8 @@ class ConceptPromptEncoder:
     Args:
         encoder: the text encoder of the base model.
         text_layers: layer name -> cross-attention layer, from `ldm.modules.attention.name_text_layers`.
-        concepts: any number of them, with different placeholders; without concepts, prompts are encoded as usual.
+        concepts: any number of them, with different placeholders; without concepts, prompts are encoded as usual. Some
+            may be words alone, such as embeddings of Textual Inversion: they act by their vectors, without an edit.
         inverse_covariance: C^-1 of the text encoder, (d, d), or a function that returns it, for concepts from older
             files that do not store their dual. The function is called only if there is one, and after the concepts have
             been checked, since it may take long.
@@ -42,7 +44,7 @@ class ConceptPromptEncoder:
         ValueError: a concept has no dual, and there is no `inverse_covariance`.
     """
 
-    def __init__(self, encoder: PromptEncoder, text_layers: dict[str, TextLayer], concepts: Sequence[Concept],
+    def __init__(self, encoder: PromptEncoder, text_layers: dict[str, TextLayer], concepts: Sequence[AnyConcept],
                  inverse_covariance: Tensor | Callable[[], Tensor] | None = None, base: BaseModel | None = None
                  ) -> None:
         self.encoder = encoder
@@ -56,8 +58,19 @@ class ConceptPromptEncoder:
         base = base or BaseModel.of(text_layers)
         for concept in self.concepts:
             check_base(concept, base)
-            check_width(concept.label, concept.embedding, encoder.embedding_width)
-        self.concepts = add_duals(self.concepts, lambda: _given(inverse_covariance))
+            check_width(concept.label, concept.word_vectors, encoder.embedding_width)
+        with_duals = iter(add_duals(self.edited, lambda: _given(inverse_covariance)))
+        self.concepts = [concept if concept.is_word else next(with_duals) for concept in self.concepts]
+
+    @property
+    def edited(self) -> list[Concept]:
+        """The concepts that edit keys and values: all but words."""
+        return [concept for concept in self.concepts if not concept.is_word]
+
+    @property
+    def _counts(self) -> list[int] | None:
+        """The number of tokens of each placeholder; None: one each."""
+        return [len(concept.word_vectors) for concept in self.concepts] or None
 
     def subset_for(self, texts: Sequence[str]) -> ConceptPromptEncoder:
         """Return an encoder with only those concepts whose placeholders occur in at least one of the texts.
@@ -78,16 +91,16 @@ class ConceptPromptEncoder:
         return self._last_subset[1]
 
     def tokens(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Return the token ids of the prompts, (B, N); the placeholder of concept j has the id vocabulary size + j.
+        """Return the token ids of the prompts, (B, N); those of placeholders are past the vocabulary, in order.
 
         Raises:
             UserError: a prompt is too long.
         """
-        return self.encoder.tokenize(texts_of(prompts), self.placeholders)
+        return self.encoder.tokenize(texts_of(prompts), self.placeholders, self._counts)
 
     def token_weights(self, prompts: Sequence[Prompt]) -> Tensor | None:
         """Return the weights of the prompts' tokens, (B, N); None if all are 1."""
-        return token_weights(self.encoder, prompts, self.placeholders)
+        return token_weights(self.encoder, prompts, self.placeholders, self._counts)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt], biases: Sequence[float] | None = None,
@@ -111,38 +124,46 @@ class ConceptPromptEncoder:
             return PromptContext.plain(encoding, cache=True, pooled=pooled)
 
         # e: the encoding with the learned embedding v at each placeholder.
-        encoding = self.encoder.encode_tokens(tokens, self._vectors(locked=[False] * len(self.concepts)))
+        learned = self._vectors(lambda _: False)
+        if not self.edited:
+            encoding, pooled = self.encoder.encode_with_pooled(tokens, learned)
+            return PromptContext.plain(encoding, cache=True, pooled=pooled)
+        encoding = self.encoder.encode_tokens(tokens, learned)
 
         # For global locking, the same tokens with the super-category's embedding at each placeholder.
         super_encoding = None
         if global_locking:
-            super_encoding = self.encoder.encode_tokens(tokens, self._vectors(locked=[True] * len(self.concepts)))
+            super_encoding = self.encoder.encode_tokens(tokens, self._vectors(lambda _: True))
 
         # The pooled encoding reaches the U-Net outside of cross-attention, so each concept has its own choice there.
         pooled = None
         if self.encoder.has_pooled:
-            locked = [concept.pooled == SUPER_CATEGORY for concept in self.concepts]
-            pooled = self.encoder.encode_with_pooled(tokens, self._vectors(locked))[1]
+            vectors = self._vectors(lambda concept: concept.pooled == SUPER_CATEGORY)
+            pooled = self.encoder.encode_with_pooled(tokens, vectors)[1]
         return self._edited(encoding, super_encoding, pooled, biases, temperatures)
 
     @torch.no_grad()
     def encode_unconditional(self, global_locking: bool = False) -> PromptContext:
         """Encode the empty negative prompt, under the same edit; see `PromptEncoder.encode_unconditional`."""
         encoding, pooled = self.encoder.encode_unconditional()
-        if not self.concepts:
+        if not self.edited:
             return PromptContext.plain(encoding, cache=True, pooled=pooled)
         return self._edited(encoding, encoding if global_locking else None, pooled)
 
-    def _vectors(self, locked: Sequence[bool]) -> Tensor:
-        """Return the word vectors (J, width) of the concepts: the super-category's for those that are locked."""
-        vectors = [word_vector(self.encoder, concept.super_category) if is_locked else concept.embedding
-                   for concept, is_locked in zip(self.concepts, locked, strict=True)]
+    def _vectors(self, is_locked: Callable[[Concept], bool]) -> Tensor:
+        """Return the vectors of all words, in order: the super-category's for concepts that are locked.
+
+        Args:
+            is_locked: called with each concept that is no word alone.
+        """
+        vectors = [concept.word_vectors if concept.is_word or not is_locked(concept)
+                   else word_vector(self.encoder, concept.super_category) for concept in self.concepts]
         return torch.cat([vector.to(self.encoder.device) for vector in vectors])
 
     def _edited(self, encoding: Tensor, super_encoding: Tensor | None, pooled: Tensor | None,
                 biases: Sequence[float] | None = None, temperatures: Sequence[float] | None = None) -> PromptContext:
         """Compute the gates and e_perp of encodings, which no layer and no timestep changes."""
-        concepts = override_settings(self.concepts, biases, temperatures)
+        concepts = override_settings(self.edited, biases, temperatures)
         edit = replace(self._stacked_edit, **gate_settings(concepts, self.encoder.device))
         context = edit.context(encoding, super_encoding=super_encoding, cache=True)
         return replace(context, pooled=pooled)
@@ -150,8 +171,8 @@ class ConceptPromptEncoder:
     @functools.cached_property
     def _stacked_edit(self) -> Edit:
         """The edit of all concepts, on the device. Moving many concepts there takes as long as several steps."""
-        warn_covariance_mismatch(self.concepts)
-        return stack_concepts(self.concepts, self.text_layers)
+        warn_covariance_mismatch(self.edited)
+        return stack_concepts(self.edited, self.text_layers)
 
     def mask_concepts(self, context: PromptContext, texts: Sequence[str]) -> PromptContext:
         """Return the context with each prompt edited only by the concepts whose placeholders its text contains.
@@ -166,7 +187,7 @@ class ConceptPromptEncoder:
         acting = []
         for text in texts:
             used = find_placeholders([text], self.placeholders)
-            acting.append([index in used for index in range(len(self.concepts))])
+            acting.append([index in used for index, concept in enumerate(self.concepts) if not concept.is_word])
         if all(map(all, acting)):
             return context
         edit = self._stacked_edit

@@ -55,14 +55,19 @@ def values_for_each(values: Any, concepts: Sequence[AnyConcept]) -> Any:
 def _replace_setting(concepts: Sequence[AnyConcept], name: str, values: Sequence[object], flag: str
                      ) -> list[AnyConcept]:
     """Return copies of the concepts with attribute `name` set to the one value, or to one value each."""
-    for concept in concepts:
-        if isinstance(concept, FinetunedConcept):
-            raise UserError(f"{flag}: concept {concept.label} was learned {concept.summary} and has none; "
-                            "leave the flag out")
-    if len(values) not in (1, len(concepts)):
-        raise UserError(f"{len(values)} values of {name} for {len(concepts)} concepts; give one, or one each")
-    one_each = values if len(values) == len(concepts) else [values[0]] * len(concepts)
+    having = [concept for concept in concepts if not isinstance(concept, FinetunedConcept)]
+    without = next((concept for concept in concepts if isinstance(concept, FinetunedConcept)), None)
+    if without is not None and not (having and without.is_word):
+        raise UserError(f"{flag}: concept {without.label} was learned {without.summary} and has none; "
+                        "leave the flag out")
+    if len(values) == len(concepts) > len(having):  # None at the index of each word, which has no such setting
+        values = [value for concept, value in zip(concepts, values, strict=True)
+                  if concept in having or value is not None]
+    if len(values) not in (1, len(having)):
+        raise UserError(f"{len(values)} values of {name} for {len(having)} concepts; give one, or one each")
+    one_each = iter(values if len(values) == len(having) else [values[0]] * len(having))
     changed = []
-    for concept, value in zip(concepts, one_each, strict=True):
+    for concept in concepts:
+        value = next(one_each) if concept in having else None
         changed.append(concept if value is None else replace(concept, **{name: value}))
     return changed

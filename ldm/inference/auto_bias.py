@@ -145,7 +145,7 @@ def prompts_about(concept: Concept, concepts: Iterable[Concept], prompts: Iterab
 
 def find_biases(pipeline: ImagePipeline, settings: GenerationSettings, prompts: Sequence[str],
                 clip: str | None = None, photos: Sequence[Image.Image] | None = None) -> tuple[float | None, ...]:
-    """Return a bias for each loaded concept, with every "auto" in the settings replaced by a balanced one.
+    """Return a bias for each loaded concept that is no word alone, with every "auto" in the settings replaced by a balanced one.
 
     Args:
         pipeline: with the concepts loaded.
@@ -158,9 +158,12 @@ def find_biases(pipeline: ImagePipeline, settings: GenerationSettings, prompts: 
         UserError: no concept is loaded, photos were given and several biases are open, or there is no usable CLIP.
     """
     concepts = override_settings(pipeline.concepts, None, settings.temperatures, settings.all_layers)
-    if not concepts:
+    having = [concept for concept in concepts if not concept.is_word]
+    if not having:
         raise UserError("bias auto acts on learned concepts, and none is loaded; load one first")
-    biases = settings.biases_of(len(concepts))
+    biases = settings.biases_of(len(having))
+    if len(biases) == len(concepts):  # of a mapping, with None for words
+        biases = tuple(bias for concept, bias in zip(concepts, biases, strict=True) if concept in having)
     open_biases = biases.count(AUTO)
     if photos is not None and open_biases > 1:
         raise UserError(f"the photos can be of one concept only, and bias auto is asked for {open_biases}; leave the "
@@ -168,7 +171,7 @@ def find_biases(pipeline: ImagePipeline, settings: GenerationSettings, prompts: 
     name = clip_for(clip, pipeline.defaults, pipeline.checkpoint)
     finder = BiasFinder(pipeline, ClipEncoder.from_path(name, pipeline.device), settings, photos)
     return tuple(finder.find(concept, prompts_about(concept, concepts, prompts)).bias if bias == AUTO else bias
-                 for concept, bias in zip(concepts, biases, strict=True))
+                 for concept, bias in zip(having, biases, strict=True))
 
 
 def clip_for(name: str | None, defaults: InferenceDefaults, checkpoint: str | Path | None = None) -> str:

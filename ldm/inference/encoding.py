@@ -93,7 +93,7 @@ def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance:
 
     Args:
         model: a text-to-image model; it may be in training.
-        concepts: all of one method; none for the base model alone.
+        concepts: all of one method, except words; none for the base model alone.
         covariance: file of the text encoder's covariance C.
 
     Raises:
@@ -111,7 +111,7 @@ def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance:
 
     unet = model.model.diffusion_model
     text_layers = name_text_layers(unet)
-    if concepts and isinstance(concepts[0], FinetunedConcept):
+    if concepts and all(isinstance(concept, FinetunedConcept) for concept in concepts):
         return FinetunedPromptEncoder(encoder, unet, concepts, base_model_of(model), inverse_covariance)
     base = base_model_of(model) if concepts else None
     return ConceptPromptEncoder(encoder, text_layers, concepts, inverse_covariance, base)

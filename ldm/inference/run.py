@@ -32,6 +32,7 @@ from ldm.inference.model_config import (
     read_model_config,
     segmenter_of,
 )
+from ldm.inference.notices import tell_about_few_steps
 from ldm.inference.output_folder import OutputFolder
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest, requests_for
@@ -136,6 +137,9 @@ def prepare_run(options: GenerationOptions) -> PreparedRun:
     run = PreparedRun(options, config, concepts, settings.without_concept_settings(), device)
     check_prompts(run.texts, placeholders, settings.prompt_weights)
     _ = run.requests  # checks the negative prompts
+    checkpoint = options.model.checkpoint or model_setting(config, "params.ckpt_path")
+    loras = [lora.path for lora in options.model.loras]
+    tell_about_few_steps([*loras, checkpoint] if checkpoint else loras, settings)
     return _with_open_biases(run, settings) if biases and AUTO in biases else run
 
 
@@ -144,7 +148,7 @@ def _with_open_biases(run: PreparedRun, settings: GenerationSettings) -> Prepare
     from ldm.inference.auto_bias import STEPS, clip_for  # the CLIPs' library takes seconds to load
 
     options = run.options
-    each = settings.biases_of(len(run.concepts))
+    each = settings.biases_of(sum(not concept.is_word for concept in run.concepts))
     if options.photos is not None and each.count(AUTO) > 1:
         raise UserError(f"--photos {options.photos}: can be of one concept only, and --bias auto is for "
                         f"{each.count(AUTO)}; leave the photos out, or give numbers for the other biases")

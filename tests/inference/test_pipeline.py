@@ -416,9 +416,29 @@ def test_a_file_that_cannot_be_loaded_changes_nothing(
 
 
 def test_concepts_of_two_methods_cannot_be_combined(with_concepts: PerfusionPipeline) -> None:
-    with pytest.raises(UserError):
-        with_concepts.load_concepts(FinetunedConcept("textual-inversion", "<toy>", "mug", torch.zeros(1, WIDTH)))
+    weights = {"out.2.bias": torch.zeros(4)}
+    with pytest.raises(UserError, match="only concepts of one method can be used together"):
+        with_concepts.load_concepts(FinetunedConcept("dreambooth", "<toy>", "mug", torch.zeros(1, WIDTH), weights))
     assert len(with_concepts.concepts) == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": 0.3}, {"bias": {"<teddy>": 0.3}}, {"bias": [0.3, 0.4]},
+                                      {"global_locking": True}, {"prompt_weights": True}])
+def test_a_word_beside_concepts_is_as_the_plain_words_of_its_vectors(
+    with_concepts: PerfusionPipeline, settings: dict[str, Any]
+) -> None:
+    plain = generate(with_concepts, ["a <teddy> (on a red sofa:1.2) by a <mug>", "a red sofa"], **settings)
+    encoder = with_concepts.model.cond_stage_model
+    vectors = encoder.embed_pieces(encoder.word_pieces("red sofa")).detach()
+    with_concepts.load_concepts(FinetunedConcept("textual-inversion", "<toy>", "thing", vectors))
+    assert len(vectors) == 2
+    mixed = generate(with_concepts, ["a <teddy> (on a <toy>:1.2) by a <mug>", "a <toy>"], **settings)
+    assert max_difference(plain, mixed) <= ROUNDING
+    with pytest.raises(UserError, match="3 values of bias for 2 concepts"):
+        with_concepts(CAT, bias=[0.3, 0.4, 0.5])
+    with_concepts.unload_concepts("<teddy>", "<mug>")
+    alone = generate(with_concepts, ["a <toy>"], **{**QUICK, "num_inference_steps": 3})
+    assert max_difference(alone, plain[1:]) <= ROUNDING or settings.get("bias") or settings.get("global_locking")
 
 
 BOTH = "a <teddy> outside a <mug>"
