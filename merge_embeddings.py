@@ -11,6 +11,7 @@ from ldm.common.errors import UserError, one_line_errors
 from ldm.common.paths import expand_home, quote_command
 
 if TYPE_CHECKING:
+    from ldm.concepts.concept import Concept
     from ldm.concepts.finetuned_concept import AnyConcept
 
 EXAMPLE = """example:
@@ -44,6 +45,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "-sd", "--stable_diffusion", action="store_true",
         help="the .pt files are for Stable Diffusion (default: decided by the width of their vectors)",
     )
+    parser.add_argument(
+        "--covariance", type=expand_home, metavar="FILE",
+        help="covariance that concepts of older files were trained with; the combined file then needs none any more "
+        "(new concept files do not need this)",
+    )
+    parser.add_argument(
+        "--thumbnail", nargs="?", const="", type=expand_home, metavar="IMAGE",
+        help="store a small image for model browsers: this one, or by default those of the files side by side",
+    )
     return parser.parse_args(arguments)
 
 
@@ -56,13 +66,48 @@ def describe_concepts(before: Sequence[AnyConcept], after: Sequence[AnyConcept])
     return "\n".join(lines)
 
 
-def save_combined(path: Path, concepts: Sequence[AnyConcept]) -> None:
-    """Write the combined file without changing a number; raise UserError if that is not possible."""
+def save_combined(path: Path, concepts: Sequence[AnyConcept], image: str | None = None) -> None:
+    """Write the combined file without changing a number.
+
+    Args:
+        path: the file.
+        concepts: those that it will hold.
+        image: what `--thumbnail` was given: an image file, or "" for the concepts' thumbnails, or None for no image.
+
+    Raises:
+        UserError: that is not possible.
+    """
     if path.is_dir():
         raise UserError(f"--output_path {path}: is a folder; name a file, such as {path / 'concepts.safetensors'}")
+    from ldm.concepts.concept import Concept
+    from ldm.concepts.concept_file import save_perfusion_concepts
     from ldm.concepts.storage import save_concepts
 
-    save_concepts(path, concepts, precision=None)
+    if image is None:
+        save_concepts(path, concepts, precision=None)
+    elif isinstance(concepts[0], Concept):
+        save_perfusion_concepts(path, concepts, None, read_thumbnail_of(image, concepts))
+    else:
+        raise UserError(f"--thumbnail: only Perfusion's files hold one, and {concepts[0].label} was learned "
+                        f"{concepts[0].summary}; leave it out")
+
+
+def read_thumbnail_of(image: str, concepts: Sequence[Concept]) -> str:
+    """Return the thumbnail for a file: of an image file, or those of the concepts, side by side, if `image` is "".
+
+    Raises:
+        UserError: the file is no image, or no concept has a thumbnail.
+    """
+    from ldm.concepts.thumbnail import join_thumbnails, make_thumbnail
+    from ldm.data.images import read_image
+
+    if image:
+        return make_thumbnail(read_image(image))
+    joined = join_thumbnails([concept.thumbnail for concept in concepts if concept.thumbnail])
+    if not joined:
+        raise UserError("--thumbnail: none of the files has one; name an image, or train with "
+                        "model.params.thumbnail=true")
+    return joined
 
 
 def ask_for_word(word: str, fits: Callable[[str], bool]) -> str | None:
@@ -119,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         merge_public_files(options)
         return
     # Imported only now, since torch takes long to load and --help does not need it.
+    from ldm.concepts.concept import Concept
+    from ldm.concepts.duals import add_duals_of
     from ldm.concepts.merging import check_one_base, merge_concepts
     from ldm.concepts.storage import load_concepts
 
@@ -128,13 +175,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before += load_concepts(path)
     after = merge_concepts(before, options.placeholders)
     check_one_base(after)
+    if options.covariance and isinstance(after[0], Concept):
+        after = add_duals_of(options.covariance, after)
     output = Path(options.output_path)
     replaced = " (replaced)" if output.exists() else ""
-    save_combined(output, after)
+    save_combined(output, after, options.thumbnail)
 
     # Say what the file contains, and how to use it.
     print(f"{output}: {len(after)} concepts, {output.stat().st_size / 1000:.1f} KB{replaced}")
     print(describe_concepts(before, after))
+    older = [concept.placeholder for concept in after if isinstance(concept, Concept) and concept.dual is None]
+    if older:
+        print(f"From older files, which lack what the edit needs of the covariance: {', '.join(older)}. Images are the "
+              "same, but other programs cannot use them; give the covariance of their training with --covariance")
     prompt = " next to ".join(f"a {concept.placeholder}" for concept in after)
     print(f'Use it: python scripts/txt2img.py --concept {quote_command(output)} --prompt "a photo of {prompt}"')
 

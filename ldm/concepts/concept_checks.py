@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from ldm.concepts.concept import POOLED
-from ldm.concepts.duals import ENERGY_TOLERANCE
 from ldm.concepts.file_tensors import DUAL, find_invalid_numbers, split_by_index, tensors_under
 from ldm.concepts.placeholders import find_duplicate, is_placeholder
 from ldm.modules.rank_one import PROJECTIONS
@@ -36,6 +35,7 @@ OPTIONAL_TEXTS = ("base_name", "base_samples", "date", "resolution", "prediction
 MOST_NAME = 100  # characters of a placeholder in messages
 MOST_TEXT = {"base_samples": 20_000}  # characters of a setting; the samples of SDXL's 70 layers take 3,000
 MOST_TEXT_ELSEWHERE = 1_000
+DUAL_TOLERANCE = 1e-3  # relative; the product of the stored tensors is exact up to the order of its sum
 WORD_PART = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
@@ -158,13 +158,18 @@ def _dual_problem(settings: Mapping[str, object], tensors: Mapping[str, Tensor])
     if dual.shape != target_input.shape:
         return (f"its dual must be of the size of its target_input, {tuple(target_input.shape)}, not "
                 f"{tuple(dual.shape)}; copy or train it again")
-    energy = float(dual.double() @ target_input.double())
+    energy = dual_energy(tensors)
     expected = settings.get(ENERGY, energy)
-    if not (energy > 0 and abs(energy - expected) <= ENERGY_TOLERANCE * expected):
+    if not (energy > 0 and abs(energy - expected) <= DUAL_TOLERANCE * expected):
         known = f"{expected:.4g}" if ENERGY in settings else "above 0"
         return (f"its dual is that of another target_input: their product is {energy:.4g} and should be {known}; copy "
                 "or train it again")
     return None
+
+
+def dual_energy(tensors: Mapping[str, Tensor]) -> float:
+    """Return dual . i* of a concept's tensors in a file, in float64."""
+    return float(tensors[DUAL].double() @ tensors["target_input"].double())
 
 
 def _layers_problem(used_layers: Sequence[object], tensors: Mapping[str, Tensor]) -> str | None:

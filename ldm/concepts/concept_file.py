@@ -21,7 +21,9 @@ concept at index n of that list:
 In a file of one concept the word parts have no index: `clip_l` instead of `0.clip_l`. Such a file is also a valid
 embedding for programs that look for these names, such as ComfyUI. They read the word alone, without the edit.
 
-`n.dual` is the dual of `n.target_input` as training stores it, which is rounded to 16 bits first.
+`n.dual` is the dual of the i* of training, before it is rounded to 16 bits for the file: gates are those of training.
+"target_energy" is the product of both as stored: ||i*||^2 up to rounding, which shows that they belong together. In a
+file without the dual it is ||i*||^2 of training, to detect another C.
 
 Earlier formats still load, and are saved in this one. Format 3 has the word as `n.embedding`, and neither `dual` nor
 `pooled`; all layers have target outputs. Format 2 has no `used_layers` either: all layers are used. Format 1 has no
@@ -30,6 +32,7 @@ Earlier formats still load, and are saved in this one. Format 3 has the word as 
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,11 +41,11 @@ from torch import Tensor
 
 from ldm.common.errors import UserError
 from ldm.common.files import load_tensors, save_tensors
+from ldm.concepts import thumbnail as thumbnails
 from ldm.concepts.concept import SUPER_CATEGORY, Concept, usual_word_parts
-from ldm.concepts.concept_checks import ENERGY, LAYER_OUTPUTS, OPTIONAL_TEXTS, SETTINGS, find_problem
+from ldm.concepts.concept_checks import ENERGY, LAYER_OUTPUTS, OPTIONAL_TEXTS, SETTINGS, dual_energy, find_problem
 from ldm.concepts.file_tensors import DUAL, split_by_index, tensors_to_store, tensors_under
-from ldm.concepts.model_spec import THUMBNAIL_KEY, model_spec
-from ldm.concepts.thumbnail import check_thumbnail
+from ldm.concepts.model_spec import model_spec
 
 FORMAT_VERSION = 4
 METADATA_KEY = "perfusion"
@@ -55,7 +58,7 @@ ADDED_SETTINGS = (  # format that added it, name, earlier meaning
 
 
 def save_perfusion_concepts(
-    path: str | Path, concepts: Sequence[Concept], precision: torch.dtype | None = torch.float16
+    path: str | Path, concepts: Sequence[Concept], precision: torch.dtype | None = torch.float16, thumbnail: str = ""
 ) -> Path:
     """Write concepts to one file. The file is complete or not written at all.
 
@@ -64,17 +67,19 @@ def save_perfusion_concepts(
         concepts: at least one, all trained on the same base model.
         precision: dtype of the tensors, except duals. float16 keeps files small without a visible loss. None: float16
             if that changes no number, else float32, so that concepts loaded from files are saved bit for bit.
+        thumbnail: a small image of the file, see `ldm.concepts.thumbnail`; "": that of a single concept, or none.
 
     Raises:
         UserError: the file could not be loaded again, for example because training diverged.
     """
     tensors = tensors_to_store(concepts, precision)
-    settings = [_settings_of(concept) for concept in concepts]
+    by_index = split_by_index(tensors)
+    settings = [_settings_of(concept, by_index[str(index)]) for index, concept in enumerate(concepts)]
     _check_contents(path, settings, tensors)
     if len(concepts) == 1:  # a valid embedding for other programs
         tensors = {_without_index(name, concepts[0].word_parts): tensor for name, tensor in tensors.items()}
     header = {METADATA_KEY: {"format_version": FORMAT_VERSION, "concepts": settings}}
-    return save_tensors(path, tensors, header | model_spec(concepts, tensors))
+    return save_tensors(path, tensors, header | model_spec(concepts, tensors, thumbnail))
 
 
 def load_perfusion_concepts(path: str | Path) -> list[Concept]:
@@ -102,14 +107,18 @@ def load_perfusion_concepts(path: str | Path) -> list[Concept]:
     by_index = split_by_index(tensors)
     concepts = [_build_concept(path, values, by_index[str(index)]) for index, values in enumerate(settings)]
     if len(concepts) == 1:
-        concepts[0].thumbnail = check_thumbnail(path, metadata.get(THUMBNAIL_KEY, ""))
+        concepts[0].thumbnail = thumbnails.check_thumbnail(path, metadata.get(thumbnails.METADATA_KEY, ""))
     return concepts
 
 
-def _settings_of(concept: Concept) -> dict[str, object]:
+def _settings_of(concept: Concept, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """Return the settings of a concept in a file; `tensors` are those that will be stored of it."""
     settings = {name: getattr(concept, name) for name in SETTINGS} | {"word_parts": list(concept.word_parts)}
-    if concept.target_energy is not None:
-        settings[ENERGY] = concept.target_energy
+    energy = concept.target_energy
+    if energy is not None and concept.dual is not None:
+        energy = dual_energy(tensors)
+    if energy is not None and math.isfinite(energy):  # otherwise the check of the tensors says what is wrong
+        settings[ENERGY] = energy
     return settings | {name: getattr(concept, name) for name in OPTIONAL_TEXTS if getattr(concept, name)}
 
 

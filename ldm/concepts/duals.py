@@ -3,12 +3,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept
-from ldm.modules.rank_one import dual_vectors
+from ldm.modules.covariance import load_covariance
+from ldm.modules.rank_one import dual_vectors, invert_covariance
 
 ENERGY_TOLERANCE = 0.02  # relative to ||i*||^2; 16-bit files change that of the mini model's concepts by at most 0.003
 
@@ -29,6 +32,26 @@ def add_duals(concepts: Sequence[Concept], inverse_covariance: Callable[[], Tens
         for index, dual in zip(missing, dual_vectors(target_inputs.float(), inverse).cpu(), strict=True):
             completed[index] = replace(concepts[index], dual=dual)
     return completed
+
+
+def add_duals_of(path: str | Path, concepts: Sequence[Concept]) -> list[Concept]:
+    """Return the concepts, copies with the dual under a file's covariance in place of those that have none.
+
+    Raises:
+        UserError: the file holds no covariance, or not the one that a concept was trained with.
+    """
+    covariance = load_covariance(path)
+    missing = [concept for concept in concepts if concept.dual is None]
+    for concept in missing:
+        if concept.context_width != len(covariance):
+            raise UserError(f"--covariance {path}: is of encodings of {len(covariance)} numbers, those of "
+                            f"{concept.label} have {concept.context_width}; give the covariance of its base model")
+    added = add_duals(missing, lambda: invert_covariance(covariance))
+    for concept, energy in energy_mismatches(added):
+        raise UserError(f"--covariance {path}: is not the one that {concept.label} was trained with (||i*||^2 was "
+                        f"{concept.target_energy:.4g} and would be {energy:.4g}); give that of its training run")
+    completed = iter(added)
+    return [next(completed) if concept.dual is None else concept for concept in concepts]
 
 
 def energy_mismatches(concepts: Sequence[Concept]) -> Iterator[tuple[Concept, float]]:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from ldm.common.files import load_metadata
+
 log = logging.getLogger(__name__)
 
+METADATA_KEY = "modelspec.thumbnail"
 PREFIX = "data:image/jpeg;base64,"
 MOST_BYTES = 8192  # of the data URI
 SIDES, QUALITIES = (256, 192, 160, 128, 96, 64, 32), (85, 75, 65)  # tried in this order
-JPEG_START = b"\xff\xd8\xff"
 
 
 def make_thumbnail(image: Image.Image) -> str:
@@ -41,6 +43,16 @@ def read_thumbnail(thumbnail: str) -> Image.Image:
     image = Image.open(io.BytesIO(_jpeg_of(thumbnail)), formats=["JPEG"])
     image.load()
     return image.convert("RGB")
+
+
+def thumbnail_of(path: str | Path) -> Image.Image | None:
+    """Return the thumbnail that a safetensors file holds, or None.
+
+    Raises:
+        UserError: it is no safetensors file.
+    """
+    thumbnail = check_thumbnail(path, load_metadata(path).get(METADATA_KEY, ""))
+    return read_thumbnail(thumbnail) if thumbnail else None
 
 
 def join_thumbnails(thumbnails: Sequence[str]) -> str:

@@ -29,6 +29,9 @@ class TrainableConcept(nn.Module):
         trained_layers: names of the layers whose target outputs are trained; empty: all. The others keep those of the
             super-category, W_V i_super and W_K i_super.
 
+    Attributes:
+        origin: texts that describe what the concept is learned from, by attribute of `Concept`, such as "resolution".
+
     Raises:
         ValueError: the locking is unknown.
     """
@@ -41,6 +44,7 @@ class TrainableConcept(nn.Module):
         super_input = super_input.detach().float()
         keys = locked_keys(text_layers, super_input[None])
         values = project_inputs(text_layers, super_input[None], "to_v")
+        self.origin: dict[str, str] = {}
         self.layer_names = [name for name in text_layers if not trained_layers or name in trained_layers]
 
         # Trained: v and o*_V, and o*_K if keys are not locked.
@@ -113,23 +117,21 @@ class TrainableConcept(nn.Module):
     def to_concept(self, inverse_covariance: Tensor, **settings: object) -> Concept:
         """Return a copy of the concept as a value.
 
-        i* is rounded to 16 bits, as files store it, so that the dual is that of the i* in the file.
-
         Args:
             inverse_covariance: C^-1, (d, d), used in training.
             settings: the attributes of `Concept` that are not tensors.
         """
-        target_input = self.target_input.half().float()
-        dual = dual_vectors(target_input[None], inverse_covariance)[0]
-        energy = float(target_input @ dual)
+        dual = dual_vectors(self.target_input[None], inverse_covariance)[0]
+        energy = float(self.target_input.to(dual.dtype) @ dual)
         return Concept(
             embedding=self.embedding.detach().clone(),
-            target_input=target_input,
+            target_input=self.target_input.clone(),
             dual=dual,
             target_energy=energy if math.isfinite(energy) else None,  # not finite: training diverged, saving will raise
             super_input=self.super_input.clone(),
             target_outputs_v=self._copy_outputs(self.target_outputs_v),
             target_outputs_k={} if self.target_outputs_k is None else self._copy_outputs(self.target_outputs_k),
+            **self.origin,
             **settings,
         )
 

@@ -132,9 +132,12 @@ def energy(target_inputs: Tensor, duals: Tensor) -> Tensor:
         (J,), at least float32.
 
     Raises:
-        ValueError: (on the CPU only) an energy is not above 0, because i* is zero or not finite, or because the dual
-            belongs to something else.
+        ValueError: the shapes differ; or (on the CPU only) an energy is not above 0, because i* is zero or not finite,
+            or because the dual belongs to something else.
     """
+    if duals.shape != target_inputs.shape:
+        raise ValueError(f"duals must have the shape of target_inputs, {tuple(target_inputs.shape)}, not "
+                         f"{tuple(duals.shape)}")
     energies = (target_inputs.to(duals.dtype) * duals).sum(-1)
     if has_nonpositive(energies):
         raise ValueError(f"the energy of every target input must be above 0, not {energies.tolist()}")

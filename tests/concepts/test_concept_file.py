@@ -79,8 +79,8 @@ def test_earlier_formats_load_and_are_saved_in_this_one(
 
 def test_optional_settings_are_stored_if_they_are_known(tmp_path: Path) -> None:
     known = make_concept("<a>", date="2026-01-31", resolution="512x512", prediction_type="v", base_name="dreamer")
-    known.target_energy = float(known.dual @ known.target_input)
-    path = save_perfusion_concepts(tmp_path / "both.safetensors", [known, make_concept("<b>", seed=9)], None)
+    known.target_energy = float(known.dual.double() @ known.target_input.double())
+    path = save_perfusion_concepts(tmp_path / "both.safetensors", [known, make_concept("<b>", 9, dual=None)], None)
     loaded = load_perfusion_concepts(path)
     assert_same_concept(loaded[0], known)
     assert loaded[1].target_energy is None and not loaded[1].date

@@ -28,7 +28,7 @@ def test_checkpoints_contain_what_is_trained(locking: str, tables: str) -> None:
 def test_target_outputs_start_at_those_of_the_super_category(locking: str) -> None:
     text_layers, super_input = make_layers(), torch.randn(4)
     concept = TrainableConcept(torch.randn(1, 3), super_input, text_layers, locking)
-    edit = concept.edit(0.75, 0.1)
+    edit = concept.edit(0.75, 0.1, torch.eye(4))
     for name, layer in text_layers.items():
         torch.testing.assert_close(edit.target_outputs_v[name], layer.to_v(super_input)[None])
         torch.testing.assert_close(edit.target_outputs_k[name], layer.to_k(super_input)[None])

@@ -51,8 +51,8 @@ class UNetInputs:
             return PromptContext.plain(self.encoding, cache)
         one = torch.ones(1, device=self.x.device)
         keys = {name: value.detach() / 2 for name, value in self.values.items()}
-        edit = Edit(self.target_input, 0.5 * one, 0.3 * one, self.values, keys, ("gated",))
-        return edit.context(self.encoding, torch.eye(WIDTH, device=self.x.device), cache=cache)
+        edit = Edit(self.target_input, self.target_input, 0.5 * one, 0.3 * one, self.values, keys, ("gated",))
+        return edit.context(self.encoding, cache=cache)
 
     def take_gradients(self) -> list[Tensor]:
         """Return the accumulated gradients of `trainable`, and clear all gradients."""

@@ -181,9 +181,9 @@ def concept_gradients(recompute: bool) -> list[torch.Tensor]:
     target = encoding.detach()[0, 3][None]
     keys = locked_keys(layers, target)
     values = {name: layer.to_v(target).requires_grad_() for name, layer in layers.items()}
-    edit = Edit(target, torch.tensor([0.75]), torch.tensor([0.1]), values, keys)
+    edit = Edit(target, target, torch.tensor([0.75]), torch.tensor([0.1]), values, keys)
     latent, times, _ = batch()
-    unet(latent, times, edit.context(encoding, torch.eye(12))).square().sum().backward()
+    unet(latent, times, edit.context(encoding)).square().sum().backward()
     assert all(p.grad is None for p in unet.parameters())
     return [encoding.grad, *(value.grad for value in values.values())]
 
@@ -213,8 +213,8 @@ def predicted_under_a_concept(unet: UNetModel, cache: bool) -> tuple[torch.Tenso
     latent, times, encoding = batch()
     target = encoding[0, 3][None]
     values = {name: layer.to_v(target).requires_grad_() for name, layer in layers.items()}
-    edit = Edit(target, torch.tensor([0.75]), torch.tensor([0.1]), values, locked_keys(layers, target / 2))
-    context = edit.context(encoding.requires_grad_(), torch.eye(12), cache=cache)
+    edit = Edit(target, target, torch.tensor([0.75]), torch.tensor([0.1]), values, locked_keys(layers, target / 2))
+    context = edit.context(encoding.requires_grad_(), cache=cache)
     predicted = unet(latent, times, context)
     return predicted.detach(), list(torch.autograd.grad(predicted.square().sum(), [encoding, *values.values()]))
 

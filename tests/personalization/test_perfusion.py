@@ -1,6 +1,7 @@
 """Perfusion's training: where parameters start, what a step computes, and what the concept file keeps."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,7 +121,7 @@ def test_the_first_step_moves_encodings_along_the_concept_only(folder: Path) -> 
         assert torch.allclose(context.encoding, plain, atol=1e-5)
         dual = inverse.double() @ target.double()
         exact = plain.double() @ dual / (target.double() @ dual)
-        assert torch.allclose(similarity(plain, target[None], inverse)[..., 0].double(), exact, atol=1e-4)
+        assert torch.allclose(similarity(plain, target[None], dual[None].float())[..., 0].double(), exact, atol=1e-4)
         moved = plain + (gate(exact, 0.75, 0.1) - exact)[..., None].float() * target
         x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 700])
         expected, got = model.apply_model(x, t, moved), model.apply_model(x, t, context)
@@ -393,11 +394,15 @@ def test_a_concept_keeps_its_energy_under_the_covariance_of_training(
     assert model.export_concept().target_energy == pytest.approx(float(target @ inverse @ target), rel=1e-4)
     saved = save_perfusion_concepts(tmp_path / "concept.safetensors", [model.export_concept()])
     (loaded,) = load_perfusion_concepts(saved)
-    build_prompt_encoder(unprepared(folder).eval(), [loaded]).encode(batch()["caption"])
-    assert not caplog.messages
+    torch.testing.assert_close(loaded.dual.double(), inverse @ target, rtol=1e-5, atol=1e-4)
+    # Another covariance changes only concepts of older files, which do not have their dual.
     elsewhere = unprepared(folder).eval()
     elsewhere._inverse_covariance = 2 * inverse.float()
-    build_prompt_encoder(elsewhere, [loaded]).encode(batch()["caption"])
+    here = build_prompt_encoder(unprepared(folder).eval(), [loaded]).encode(batch()["caption"])
+    there = build_prompt_encoder(elsewhere, [loaded]).encode(batch()["caption"])
+    assert torch.equal(here.projected, there.projected) and torch.equal(here.gates, there.gates)
+    assert not caplog.messages
+    build_prompt_encoder(elsewhere, [replace(loaded, dual=None)]).encode(batch()["caption"])
     (line,) = caplog.messages
     assert f"concept {WORD} ({loaded.source}) was trained with another covariance" in line
     model.concepts[0].target_input.fill_(torch.nan)
