@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 import sdxl
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ldm.checkpoints.diffusers_names import projected_clip_tensors, unet_tensors, vae_tensors
+from ldm.checkpoints.diffusers_names import clip_tensors, projected_clip_tensors, unet_tensors, vae_tensors
 from ldm.checkpoints.early_checks import check_checkpoint
 from ldm.checkpoints.load import load_weights
 from ldm.checkpoints.read import read_state_dict
 from ldm.common.errors import UserError
+from ldm.common.paths import PROJECT_ROOT
 from ldm.inference.pipeline import PerfusionPipeline
+from ldm.util import instantiate_from_config
 
 pytestmark = pytest.mark.slow
 Tensors = dict[str, Tensor]
@@ -72,14 +76,6 @@ def warnings_of_ours(caplog: pytest.LogCaptureFixture) -> list[str]:
 # One file
 
 
-def halved(state: Tensors) -> Tensors:
-    return {key: value.half() for key, value in state.items()}
-
-
-def shortened(state: Tensors) -> Tensors:
-    return {key: value.to(torch.bfloat16) for key, value in state.items()}
-
-
 def with_buffers(state: Tensors) -> Tensors:
     """Add what files of several programs also hold."""
     buffers = {f"{FIRST}transformer.text_model.embeddings.position_ids": torch.arange(24)[None],
@@ -113,16 +109,17 @@ def with_names_of_transformers(state: Tensors) -> Tensors:
     """Keep the names of `transformers` in the second tower, too, in a file without `text_model.` in the first."""
     theirs = sdxl.second_tower(state).state_dict()
     others = {key.replace("text_model.", ""): value for key, value in state.items() if not key.startswith(SECOND)}
-    return {**others, **{f"{SECOND}transformer.{key}": value for key, value in theirs.items()}}
+    return {**others, **{f"{SECOND}transformer.{key}": value.to(torch.float16) for key, value in theirs.items()}}
 
 
 @pytest.mark.parametrize(("store", "dtype"), [
-    (dict, torch.float32), (halved, torch.float16), (shortened, torch.bfloat16), (with_buffers, torch.float32),
-    (without_logit_scale, torch.float32), (with_averages, torch.float32), (of_conversion_script, torch.float32),
-    (with_names_of_transformers, torch.float32)])
+    (dict, torch.float32), (dict, torch.float16), (dict, torch.bfloat16), (dict, torch.float8_e4m3fn),
+    (with_buffers, torch.float32), (without_logit_scale, torch.float16), (with_averages, torch.float32),
+    (of_conversion_script, torch.float32), (with_names_of_transformers, torch.float16)])
 def test_one_file(files: Any, tmp_path: Path, caplog: Any, store: Callable[[Tensors], Tensors], dtype: torch.dtype
                   ) -> None:
-    save_file(store(files.state), tmp_path / "x.safetensors")
+    stored = store({key: value.to(dtype) for key, value in files.state.items()})
+    save_file(stored, tmp_path / "x.safetensors")
     check_loads(files, tmp_path / "x.safetensors", dtype)
     marked = store is with_buffers  # the model predicts eps, and the marks say v
     assert bool(warnings_of_ours(caplog)) == marked
@@ -188,6 +185,34 @@ def test_diffusers_reads_our_names(files: Any) -> None:
 
 def with_start(tensors: Tensors, start: str) -> Tensors:
     return {start + key: value for key, value in tensors.items()}
+
+
+def test_every_key_of_the_real_size() -> None:
+    """The names of diffusers' own networks, of the real size and without weights, become exactly ours."""
+    with torch.device("meta"):
+        config = OmegaConf.load(PROJECT_ROOT / "configs" / "stable-diffusion" / "sd_xl_base.yaml")
+        ours = sdxl.public_state(instantiate_from_config(config.model))
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048,
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816)
+        vae = AutoencoderKL(
+            latent_channels=4, layers_per_block=2, block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+        clip_l = CLIPTextModel(CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+        clip_g = CLIPTextModelWithProjection(CLIPTextConfig(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+            projection_dim=1280))
+        theirs = {**with_start(unet_tensors(unet.state_dict()), UNET),
+                  **with_start(vae_tensors(vae.state_dict()), STAGE),
+                  **with_start(clip_tensors(clip_l.state_dict()), FIRST),
+                  **with_start(projected_clip_tensors(clip_g.state_dict()), SECOND)}
+    expected = {key: value.shape for key, value in ours.items() if key != LOGIT_SCALE}
+    assert {key: value.shape for key, value in theirs.items()} == expected
 
 
 def test_images_do_not_depend_on_the_layout(files: Any) -> None:
