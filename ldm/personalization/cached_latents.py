@@ -52,7 +52,6 @@ class CachedLatents:
         moments: (M, 2, 2C, h, w), mean and log-variance of the posterior of each of M photos, plain and mirrored.
         weights: (M, 2, 1, h, w), the masks on the latent grid, plain and mirrored.
         sizes: (M, 2, 6), sizes and crops of the photos, plain and mirrored.
-        pixels_per_latent: side of the part of an image that a latent position stands for.
         first_photos: for each concept, the index of its first photo among the M.
 
     Raises:
@@ -64,7 +63,6 @@ class CachedLatents:
         counts = [len(dataset.images) for dataset in photos]
         self.first_photos = [sum(counts[:index]) for index in range(len(counts))]
         self.moments = torch.cat([_encode_photos(model, dataset) for dataset in photos])
-        self.pixels_per_latent = photos[0].size // self.moments.shape[-1]
         _check_latent_shape(model, self.moments.shape[2] // 2, *self.moments.shape[3:])
         masks = torch.stack([dataset.mask(photo) for dataset in photos for photo in range(len(dataset.images))])
         self.weights = self._masks_to_weights(masks, mask_border)

@@ -11,7 +11,6 @@ from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.templates import fill_template
 from ldm.models.diffusion.latent_diffusion import LatentDiffusion
 from ldm.modules.context import PromptContext
-from ldm.personalization.cached_latents import CachedLatents
 from ldm.personalization.distinct_prompts import WordEncoder, encode_exactly
 
 
@@ -20,11 +19,9 @@ class ModelWithWords(LatentDiffusion):
 
     Attributes:
         placeholders: the words; subclasses set them.
-        cached_latents: the encoded photos; None before they are encoded.
     """
 
     placeholders: list[str]
-    cached_latents: CachedLatents | None
 
     @property
     def word_encoder(self) -> WordEncoder:
@@ -64,9 +61,9 @@ class ModelWithWords(LatentDiffusion):
     def with_sizes(self, context: PromptContext, sizes: Tensor) -> PromptContext:
         """Return B prompts with the sizes and crops (B, 6) of their images, if the model reads them."""
         encoder = self.cond_stage_model
-        return encoder.add_sizes(context, sizes) if encoder.has_pooled else context
+        return encoder.add_sizes(context, sizes) if hasattr(encoder, "add_sizes") else context
 
     def sampling_sizes(self, count: int) -> Tensor:
         """Return the sizes of generated images, which are not cropped, (count, 6)."""
-        sides = [self.cached_latents.pixels_per_latent * side for side in self.latent_shape[1:]]
-        return torch.tensor([[*sides, 0, 0, *sides]] * count, dtype=torch.float32, device=self.device)
+        size = self.pixel_size
+        return torch.tensor([[*size, 0, 0, *size]] * count, dtype=torch.float32, device=self.device)
