@@ -23,6 +23,8 @@ from ldm.inference.output_folder import OutputFolder
 from ldm.inference.settings import ModelSettings
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.wrapper import Condition
+from ldm.modules.encoders.conditioner import GeneralConditioner
 from ldm.util import pick_device
 
 
@@ -95,15 +97,25 @@ def sample_prompts(options: PromptSampling) -> OutputFolder:
 def _sample_batch(model: Any, sampler: DDIMSampler, prompts: Sequence[str], options: PromptSampling,
                   start: Tensor | None) -> Tensor:
     """Return the images (B, 3, H, W) of B prompts, in about [-1, 1]."""
-    unconditional = None
-    if options.scale != 1:
-        unconditional = model.get_learned_conditioning([""] * len(prompts))
+    conditional, unconditional = _conditions(model, prompts, options)
     latents, _ = sampler.sample(
         S=options.ddim_steps, batch_size=len(prompts), shape=options.shape, verbose=False,
-        conditioning=model.get_learned_conditioning(list(prompts)), eta=options.ddim_eta,
+        conditioning=conditional, eta=options.ddim_eta,
         unconditional_guidance_scale=options.scale, unconditional_conditioning=unconditional,
         x_T=None if start is None else start[:len(prompts)])
     return model.decode_first_stage(latents)
+
+
+def _conditions(model: Any, prompts: Sequence[str], options: PromptSampling) -> tuple[Condition, Condition]:
+    """Return the conditions of B prompts and, for guidance, of as many empty ones (None if there is no guidance)."""
+    encoder, is_guided = model.cond_stage_model, options.scale != 1
+    if not isinstance(encoder, GeneralConditioner):
+        unconditional = model.get_learned_conditioning([""] * len(prompts)) if is_guided else None
+        return model.get_learned_conditioning(list(prompts)), unconditional
+    # Such a model also reads the size of the images.
+    size = model.pixels_of(options.shape[1:])
+    conditional = encoder.condition(list(prompts), size, model.embedding_manager)
+    return conditional, encoder.unconditional_condition(len(prompts), None, size) if is_guided else None
 
 
 def _write(folder: OutputFolder, prompts: Sequence[str], images: Tensor, options: PromptSampling) -> None:

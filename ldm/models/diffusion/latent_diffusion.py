@@ -213,7 +213,8 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
     def pixels_of(self, latent_size: Sequence[int]) -> tuple[int, int]:
         """Return (height, width) of the images that latents of this height and width decode to."""
         height, width = latent_size
-        factor = getattr(self.first_stage_model, "patch_size", 1) * 2**self.num_downs
+        encoder = getattr(self.first_stage_model, "encoder", None)
+        factor = getattr(encoder, "patch_size", 1) * 2**self.num_downs
         return height * factor, width * factor
 
     @property

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,6 +107,16 @@ def concat_contexts(contexts: Sequence[Tensor | PromptContext]) -> Tensor | Prom
     if any(isinstance(context, PromptContext) for context in contexts):
         raise ValueError("a PromptContext cannot be concatenated with other contexts along the tokens")
     return torch.cat(list(contexts), dim=1)
+
+
+def as_context(condition: Condition) -> Condition:
+    """Return encodings and their vector as one `PromptContext`, and any other condition as it is."""
+    if not isinstance(condition, Mapping) or condition.keys() != {"c_crossattn", "c_adm"}:
+        return condition
+    context = concat_contexts(condition["c_crossattn"])
+    if isinstance(context, Tensor):
+        context = PromptContext.plain(context)
+    return replace(context, vector=condition["c_adm"])
 
 
 def as_model_kwargs(condition: Condition, conditioning_key: str | None) -> Mapping[str, Any]:
