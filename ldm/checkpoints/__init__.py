@@ -14,6 +14,7 @@
     wrappings.py          finds weights within nested dictionaries and prefixes
     pickled.py            reads .ckpt files
     diffusers_folder.py   reads diffusers folders; diffusers_names.py converts the names of weights
+    weight_files.py       finds the files of a network in such a folder
     packed_tables.py      packs and unpacks word tables
     deferred_init.py      builds models without random initialization
 """

@@ -36,10 +36,11 @@ def absence_message(absent: Iterable[str], alone: bool) -> str:
         alone: whether the file holds the U-Net only.
     """
     absent = list(absent)
-    parts = " and no ".join(PART_NAMES[prefix] for prefix in absent)
+    *first, last = [f"no {PART_NAMES[prefix]}" for prefix in absent]
+    parts = f"{', '.join(first)} and {last}" if first else last
     flags = " and ".join(_remedies(absent))
     what = "holds the U-Net alone, " if alone else "holds "
-    return f"{what}no {parts}; take what is missing from another file with {flags}, or give a whole model's checkpoint"
+    return f"{what}{parts}; take what is missing from another file with {flags}, or give a whole model's checkpoint"
 
 
 def _remedies(absent: list[str]) -> list[str]:

@@ -1,10 +1,9 @@
 """Read a folder that `diffusers` wrote, with each network in a subfolder, whole or in shards, as one checkpoint."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from ldm.checkpoints.diffusers_names import (
     vae_tensors,
 )
 from ldm.checkpoints.other_kinds import UNSUPPORTED
+from ldm.checkpoints.weight_files import STEMS, weight_files
 from ldm.common.errors import UserError
 
 
@@ -42,10 +42,6 @@ NETWORKS = {  # by subfolder
     "bert": Network(TEXT_ENCODER, bert_tensors),
 }
 SECOND_ENCODER, SIZE_EMBEDDING = "text_encoder_2", f"{UNET}label_emb."  # what only Stable Diffusion XL has
-# Names of weight files. Exports to other frameworks in the same folder have other names.
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-VARIANTS = ("", ".fp32", ".bf16", ".fp16", ".non_ema")  # in order of preference: averaged weights first
-SUFFIXES = (".safetensors", ".bin")
 Read = Callable[[Path], dict[str, Tensor]]
 
 
@@ -65,14 +61,14 @@ def read_folder(folder: Path, read: Read) -> dict[str, Tensor]:
     if (folder / "transformer").is_dir():
         raise UserError(f"{folder}: is a diffusion transformer (Stable Diffusion 3, Flux or similar); {UNSUPPORTED}")
     subfolders = {name: folder / name for name in NETWORKS if (folder / name).is_dir()}
-    if any(map(_weight_files, subfolders.values())):
+    if any(map(weight_files, subfolders.values())):
         tensors: dict[str, Tensor] = {}
         for name, subfolder in subfolders.items():
             network = NETWORKS[name]
             for key, tensor in network.rename(_read_weights(subfolder, read)).items():
                 tensors[network.prefix + key] = tensor
         return _as_first_of_two(tensors) if _is_xl(subfolders, tensors) else tensors
-    if _weight_files(folder):
+    if weight_files(folder):
         return under_own_names(_read_weights(folder, read))
     files = sorted(path.name for path in folder.iterdir() if path.suffix in (".ckpt", ".safetensors"))
     remedy = f"name a file in it, such as {folder / files[0]}" if files else "name a checkpoint"
@@ -100,48 +96,7 @@ def under_own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_weights(folder: Path, read: Read) -> dict[str, Tensor]:
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if not files:
         raise UserError(f"{folder}: holds no weights ({STEMS[0]}.safetensors or the like); copy or download it again")
     return {key: tensor for file in files for key, tensor in read(file).items()}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files of the best set of weights in a network's folder, or none."""
-    for variant in VARIANTS:
-        for suffix in SUFFIXES:
-            for stem in STEMS:
-                single = folder / f"{stem}{variant}{suffix}"
-                if single.is_file():
-                    return [single]
-                for index in (f"{stem}{suffix}.index{variant}.json", f"{stem}{variant}{suffix}.index.json"):
-                    if (folder / index).is_file():
-                        return _shards(folder / index)
-    return []
-
-
-def _shards(index: Path) -> list[Path]:
-    """Return the files that an index lists.
-
-    Raises:
-        UserError: if it is not an index, or lists files outside its folder or missing ones.
-    """
-    shard_of_key = _read_json(index).get("weight_map")
-    names = sorted(set(map(str, shard_of_key.values()))) if isinstance(shard_of_key, dict) else []
-    if not names or any(Path(name).name != name or not name.endswith(SUFFIXES) for name in names):
-        raise UserError(f"{index}: no index of weights in this folder; copy or download it again")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise UserError(f"{index}: {missing[0]} is missing ({len(missing)} of {len(names)} files are); "
-                        "copy or download the folder again")
-    return [index.parent / name for name in names]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not readable as JSON; copy or download it again")
-    return content

@@ -12,7 +12,9 @@ from ldm.checkpoints.absent_parts import CLIP_G, CLIP_L, FIRST_STAGE, TEXT_ENCOD
 from ldm.checkpoints.families import context_width, identify_family
 from ldm.checkpoints.header import Header, read_header
 from ldm.checkpoints.other_kinds import RUN, Family, Role, describe_unusable, identify_pickled
+from ldm.checkpoints.weight_files import weight_files
 from ldm.common.errors import UserError
+from ldm.common.file_formats import read_beginning
 from ldm.common.paths import listed_paths, resolve_path
 
 OWN_METADATA = {"perfusion", "personalization"}  # keys of the formats of `ldm.concepts.storage`
@@ -24,6 +26,7 @@ NO_CONCEPT = {  # what to do with a file that is no concept
     Role.RUN: "give the concept file of its log folder, or continue the run with main.py --resume",
     Role.OTHER: "give a file that training has written",
 }
+PNG, IMAGE_EMBEDDING = b"\x89PNG", "sd-ti-embedding"  # the latter is the name of a text in the image
 NO_LORA = {  # what to do with a file that is no LoRA
     Role.BASE: "give it with --ckpt",
     Role.EMBEDDING: "give it with --concept",
@@ -54,6 +57,8 @@ def identify_header(header: Header) -> Family | None:
 def check_concept(path: str | Path) -> None:
     """Raise UserError if a file is missing or is known to hold no concept. The message says what it is."""
     path = resolve_path(path)
+    if holds_image_embedding(path):
+        return
     header = read_header(path)
     if header is None or OWN_METADATA & header.metadata.keys():
         return
@@ -63,6 +68,12 @@ def check_concept(path: str | Path) -> None:
         family = RUN
     if family is not None and family.role in NO_CONCEPT:
         raise UserError(f"{path}: is {family.name}, not a concept; {NO_CONCEPT[family.role]}")
+
+
+def holds_image_embedding(path: Path) -> bool:
+    """Return whether a file is an image in which AUTOMATIC1111's web UI has stored an embedding."""
+    header = read_beginning(path) if path.is_file() else b""
+    return header.startswith(PNG) and IMAGE_EMBEDDING.encode() in header
 
 
 def check_lora(path: str | Path) -> None:
@@ -99,9 +110,7 @@ def check_checkpoint(flag: str, path: str | Path, config: Mapping[str, Any] | No
     found = resolve_path(path)
     if not found.exists():
         raise UserError(f"{flag} {path}: no such file or folder")
-    if found.is_dir():
-        return
-    header = read_header(found)
+    header = _read_folder_header(found) if found.is_dir() else read_header(found)
     family = None if header is None else identify_header(header)
     if header is None or family is None:
         return
@@ -116,7 +125,17 @@ def check_checkpoint(flag: str, path: str | Path, config: Mapping[str, Any] | No
     if expected is not None and width is not None and expected != width:
         raise UserError(f"{flag} {path}: does not fit this config, whose text encodings have {expected} numbers; it "
                         f"looks like {family.name}: {family.advice}")
-    _check_parts(flag, path, params, header)
+    if not found.is_dir():
+        _check_parts(flag, path, params, header)
+
+
+def _read_folder_header(folder: Path) -> Header | None:
+    """Return what the U-Net's files in a folder of diffusers hold, or None if there are none or one is damaged."""
+    headers = [read_header(file) for file in weight_files(folder / "unet")]
+    known = [header for header in headers if header is not None]
+    if not headers or len(known) < len(headers):
+        return None
+    return Header({key: shape for header in known for key, shape in header.shapes.items()})
 
 
 def check_model_files(flag: str, checkpoint: str | Path | None, config: Mapping[str, Any],

@@ -45,7 +45,8 @@ WHOLE_MODEL = "give a whole model's checkpoint"
 EMBEDDING_WIDTHS = (768, 1024, 1280)
 EMBEDDING = Family("a Textual Inversion embedding", f"give it with --concept, and here {NEEDS_BASE[5:]}",
                    Role.EMBEDDING)
-XL_EMBEDDING = Family("a Textual Inversion embedding for Stable Diffusion XL", UNSUPPORTED, Role.ADDITION)
+XL_EMBEDDING = Family("a Textual Inversion embedding for Stable Diffusion XL", EMBEDDING.advice, Role.EMBEDDING)
+XL_WORDS = ({"clip_l", "clip_g"}, {"text_encoders_0", "text_encoders_1"})  # tensors of such embeddings
 RUN = Family("a run's checkpoint, which holds what was learned but no base model", "continue the run with main.py "
              f"--resume, or give the concept file of its log folder with --concept; here {NEEDS_BASE[5:]}", Role.RUN)
 HYPERNETWORK = Family("a hypernetwork", NOT_APPLIED, Role.ADDITION)
@@ -64,7 +65,7 @@ def _both(*patterns: str) -> Matches:
 
 def _is_embedding(shapes: Shapes) -> bool:
     """Return whether there are a few word vectors and nothing else."""
-    named = set(shapes) in ({"emb_params"}, {"string_to_param.*"})
+    named = set(shapes) in ({"emb_params"}, {"string_to_param.*"}, {"clip_l"}, {"clip_h"})
     words = all(re.fullmatch(r"<[^>]+>(_\d+)?", key) for key in shapes)
     few = 0 < len(shapes) <= 4 and all(len(shape) in (1, 2) and shape[-1] in EMBEDDING_WIDTHS
                                        for shape in shapes.values())
@@ -88,7 +89,7 @@ ADDITIONS: tuple[tuple[Matches, Family], ...] = (
      Family("a ControlNet", NOT_APPLIED, Role.ADDITION)),
     (_some(r"^(adapter\.)?body\.\d+\.(resnets\.\d+\.)?(block1|block2|in_conv)\."),
      Family("a T2I-Adapter", NOT_APPLIED, Role.ADDITION)),
-    (lambda shapes: set(shapes) == {"clip_l", "clip_g"}, XL_EMBEDDING),
+    (lambda shapes: set(shapes) in XL_WORDS, XL_EMBEDDING),
     (_is_embedding, EMBEDDING),
 )
 TRANSFORMERS: tuple[tuple[Matches, Family], ...] = (  # models that denoise without a U-Net

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import tiny_models
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ KINDS: dict[str, tuple[Tensors, str, Role]] = {
     "a1111": ({"emb_params": torch.zeros(2, 768)}, "Textual Inversion embedding", Role.EMBEDDING),
     "diffusers word": ({"<cat-toy>": torch.zeros(1, 768)}, "Textual Inversion embedding", Role.EMBEDDING),
     "SDXL word": ({"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)}, "for Stable Diffusion XL",
-                  Role.ADDITION),
+                  Role.EMBEDDING),
     "our concept": (zeros("0.embedding", "0.target_input", "0.super_input"), "concept of this project", Role.CONCEPT),
     "our run": (zeros("concepts.0.embedding"), "run's checkpoint", Role.RUN),
 }
@@ -109,6 +110,29 @@ def test_pickled_kinds_are_named(tmp_path: Path, content: Any, name: str) -> Non
     assert name in identify_file(tmp_path / "x.safetensors").name
     with pytest.raises(UserError, match=f"is .*{name}, not a base model"):
         check_checkpoint("--ckpt", tmp_path / "x.safetensors")
+
+
+CONFIGS = {768: "v1-inference", 1024: "v2-inference", 2048: "sd_xl_base"}
+
+
+@pytest.mark.parametrize("own", CONFIGS)
+@pytest.mark.parametrize("other", CONFIGS)
+def test_the_config_of_another_family_is_refused_with_the_right_one(tmp_path: Path, own: int, other: int) -> None:
+    config = yaml.safe_load((PROJECT_ROOT / "configs" / "stable-diffusion" / f"{CONFIGS[other]}.yaml").read_text())
+    file, folder = tmp_path / "x.safetensors", tmp_path / "folder"
+    parts = ("first_stage_model.x", "cond_stage_model.x", "conditioner.embedders.0.x", "conditioner.embedders.1.x")
+    save_file({**unet(own), **zeros(*parts)}, file)
+    (folder / "unet").mkdir(parents=True)
+    save_file({"conv_in.weight": torch.zeros(320, 4, 3, 3),
+               "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.zeros(640, own)},
+              folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    for path in (file, folder):
+        if own == other:
+            check_checkpoint("--ckpt", path, config)
+            continue
+        with pytest.raises(UserError, match=f"have {other} numbers; it looks like .*{CONFIGS[own]}.yaml") as refused:
+            check_checkpoint("--ckpt", path, config)
+        assert "\n" not in str(refused.value)
 
 
 def test_words_of_other_tools_are_concepts(tmp_path: Path) -> None:

@@ -72,6 +72,18 @@ def test_a_base_of_another_family_is_refused_by_name() -> None:
         check_base(make_concept(), sd)
 
 
+def test_concepts_of_stable_diffusion_1_and_xl_exclude_each_other() -> None:
+    bases = {"v1-5, Stable Diffusion 1.x": BaseModel("1" * 64, "v1-5", layers={"input_blocks.1.1.attn2": (320, 768)}),
+             "xl, Stable Diffusion XL": BaseModel("2" * 64, "xl", layers={"input_blocks.4.1.attn2": (640, 2048)})}
+    for (own, base), (other, another) in (tuple(bases.items()), tuple(bases.items())[::-1]):
+        (layer, (inner, width)), = base.layers.items()
+        concept = Concept("<x>", "cat", torch.ones(1, width), torch.ones(width), torch.ones(width),
+                          {layer: torch.ones(inner)}, base=base.fingerprint, base_name=base.name)
+        check_base(concept, base)
+        with pytest.raises(UserError, match=f"<x>.*trained on {own}.*and the loaded model is {other}.*another model"):
+            check_base(concept, another)
+
+
 def test_an_unrelated_base_of_the_same_shapes_is_refused() -> None:
     with pytest.raises(UserError, match="<bear>.*is another model"):
         check_base(taught_on(loaded()), BaseModel.of(make_text_layers(seed=1)))
