@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
@@ -20,7 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ldm.concepts.concept import Concept
+from ldm.concepts.fingerprint import base_fingerprint
+from ldm.modules.attention import name_text_layers
 from ldm.modules.encoders.clip import TOKENIZER
+from ldm.modules.encoders.prompts import word_vector
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +82,29 @@ def public_state(model: Any) -> dict[str, Tensor]:
     """Return the weights as in a public file: U-Net, towers and first stage, without the noise schedule."""
     parts = ("model.diffusion_model.", "first_stage_model.", "conditioner.")
     return {key: value.contiguous() for key, value in model.state_dict().items() if key.startswith(parts)}
+
+
+def small_concept(model: Any, placeholder: str = "<toy>", super_category: str = "bear", seed: int = 0,
+                  **settings: Any) -> Concept:
+    """Return a concept for a model of `small_config`: a word near its super-category, with values of its own."""
+    encoder, layers = model.cond_stage_model, name_text_layers(model.model.diffusion_model)
+    generator = torch.Generator().manual_seed(seed)
+
+    def near(tensor: Tensor, scale: float) -> Tensor:
+        return (tensor + scale * tensor.std() * torch.randn(tensor.shape, generator=generator)).detach()
+
+    super_word = word_vector(encoder, super_category)
+    embedding = near(super_word, 0.5)
+    tokens = encoder.tokenize(["a photo of a <it>"], ["<it>"])
+    at_word = (tokens[0] >= encoder.vocabulary_size).nonzero()[0, 0]
+    target_input, super_input = (encoder.encode_tokens(tokens, word)[0, at_word].detach()
+                                 for word in (embedding, super_word))
+    values = {name: near(layer.to_v.weight @ target_input, 1.0) for name, layer in layers.items()}
+    spread = torch.linspace(0.5, 2.0, len(target_input))  # C^-1, diagonal
+    return Concept(placeholder=placeholder, super_category=super_category, embedding=embedding,
+                   target_input=target_input, super_input=super_input, target_outputs_v=values,
+                   dual=spread * target_input, word_parts=encoder.word_parts, steps=1,
+                   base=base_fingerprint(layers), **settings)
 
 
 def as_diffusers(model: Any) -> StableDiffusionXLPipeline:

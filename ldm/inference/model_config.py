@@ -195,7 +195,8 @@ def _check_size_conditions(settings: GenerationSettings) -> None:
     """Raise UserError if a size that the model is conditioned on is not two numbers in its range."""
     for name, value in settings.size_conditions.items():
         least = 0 if name == "crop" else 1
-        if len(value) != 2 or not all(isinstance(number, int) and number >= least for number in value):
+        is_pair = isinstance(value, tuple | list) and len(value) == 2
+        if not is_pair or not all(isinstance(number, int) and number >= least for number in value):
             parts = "top and left" if name == "crop" else "height and width"
             raise UserError(f"{name} {value!r} must be two whole numbers of pixels, {parts}, each {least} or more")
 
