@@ -20,7 +20,8 @@ EXAMPLE = """example:
 Then use both in one image:
   python scripts/txt2img.py --concept both.safetensors --prompt "a photo of a <teddy> next to a <mug>"
 
-Files of Textual Inversion's public code, here for Stable Diffusion:
+Embeddings of Textual Inversion go with concepts as words alone. With each other they also combine to a .pt file of
+Textual Inversion's public code, here for Stable Diffusion:
   python merge_embeddings.py --manager_ckpts teddy.pt mug.pt --output_path both.pt -sd
 """
 CONCEPT_FILE = ".safetensors"
@@ -127,14 +128,6 @@ def merge_public_files(options: argparse.Namespace) -> None:
     """Combine files of Textual Inversion's public code, and print the placeholders with their files."""
     from ldm.concepts import word_merging
 
-    concepts = [path for path in options.manager_ckpts if is_concept_file(path)]
-    words = [path for path in options.manager_ckpts if not is_concept_file(path)]
-    if concepts:
-        raise UserError(f"{words[0]}: is a Textual Inversion embedding, {concepts[0]} a concept file; files of a kind "
-                        "combine with each other only")
-    if Path(options.output_path).suffix == CONCEPT_FILE:
-        raise UserError(f"--output_path {options.output_path}: Textual Inversion embeddings combine with each other "
-                        "only, to another one; call it .pt")
     loaded = word_merging.load_words(options.manager_ckpts)
     words = [word for word, _ in loaded]
     tokenizer = word_merging.tokenizer_for(words, options.stable_diffusion)
@@ -160,7 +153,7 @@ def is_concept_file(path: str) -> bool:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    if not all(map(is_concept_file, options.manager_ckpts)):
+    if not any(map(is_concept_file, options.manager_ckpts)) and Path(options.output_path).suffix != CONCEPT_FILE:
         merge_public_files(options)
         return
     # Imported only now, since torch takes long to load and --help does not need it.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 import merge_embeddings
@@ -15,6 +16,7 @@ from ldm.common.paths import quote_command
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
 from ldm.concepts.embedding_file import load_learned_words, save_learned_words
+from ldm.concepts.storage import load_concepts
 from ldm.modules.encoders.modules import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,14 +126,35 @@ def test_public_files_take_any_words_by_flag(
     assert [(word.word, word.token) for word in load_learned_words(output)] == [("<a>", 49408), ("<b>", 49409)]
 
 
-def test_public_files_and_concept_files_do_not_mix(
+def test_public_files_and_concept_files_combine_to_concept_files(
     files: tuple[Path, Path], public_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str]
 ) -> None:
+    word = save_learned_words(tmp_path / "style.pt", {}, {"<style>": torch.arange(8.0).view(2, 4) / 3})
+    both = tmp_path / "both.safetensors"
+    merge(monkeypatch, "--manager_ckpts", word, *files, "--output_path", both)
+    assert f"{both}: 3 concepts" in capsys.readouterr().out
+    *concepts, style = load_concepts(both)
+    assert [concept.placeholder for concept in concepts] == ["<pet>", "<pet-2>"]
+    assert torch.equal(concepts[0].embedding, load_perfusion_concepts(files[0])[0].embedding)
+    assert (style.placeholder, style.method) == ("<style>", "textual-inversion") and style.fits_any_base
+    assert torch.equal(style.vectors, load_learned_words(word)[0].vectors)
+    merge(monkeypatch, "--manager_ckpts", both, "--output_path", both, "--placeholders", "<a>", "<b>", "<c>")
+    assert [concept.placeholder for concept in load_concepts(both)] == ["<a>", "<b>", "<c>"]
+    merge(monkeypatch, "--manager_ckpts", *public_files, "--output_path", tmp_path / "words.safetensors")
+    assert [concept.placeholder for concept in load_concepts(tmp_path / "words.safetensors")] == ["*", "*-2"]
+
+
+def test_files_that_do_not_combine(
+    files: tuple[Path, Path], public_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide_of_two = tmp_path / "two.safetensors"
+    save_file({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, wide_of_two)
     wide = save_learned_words(tmp_path / "wide.pt", {"*": torch.tensor(1)}, {"*": torch.zeros(1, 9)})
     for inputs, name, words, message in (
-        ((files[0], public_files[0]), "c.pt", (), "combine with each other only"),
-        (public_files, "c.safetensors", (), "combine with each other only"),
+        ((files[0], public_files[0]), "c.safetensors", (), "only concepts of one base model can be used together"),
+        ((wide_of_two, wide_of_two), "c.pt", (), "has vectors for two text encoders"),
         ((public_files[0], wide), "c.pt", (), "have width 9, those of"),
         (public_files, "c.pt", ("--placeholders", "<a>"), "give 2 different words"),
     ):

@@ -21,6 +21,9 @@ concept at index n of that list:
 In a file of one concept the word parts have no index: `clip_l` instead of `0.clip_l`. Such a file is also a valid
 embedding for programs that look for these names, such as ComfyUI. They read the word alone, without the edit.
 
+Words beside the concepts, such as embeddings of Textual Inversion, are stored as `ldm.concepts.finetuned_concept_file`
+says, with `word.` before the names of tensors.
+
 `n.dual` is the dual of the i* of training, before it is rounded to 16 bits for the file: gates are those of training.
 "target_energy" is the product of both as stored: ||i*||^2 up to rounding, which shows that they belong together. In a
 file without the dual it is ||i*||^2 of training, to detect another C.
@@ -44,7 +47,9 @@ from ldm.common.files import load_tensors, save_tensors
 from ldm.concepts import thumbnail as thumbnails
 from ldm.concepts.concept import SUPER_CATEGORY, Concept, usual_word_parts
 from ldm.concepts.concept_checks import ENERGY, LAYER_OUTPUTS, OPTIONAL_TEXTS, SETTINGS, dual_energy, find_problem
-from ldm.concepts.file_tensors import DUAL, split_by_index, tensors_to_store, tensors_under
+from ldm.concepts.file_tensors import DUAL, WORD, split_by_index, tensors_to_store, tensors_under
+from ldm.concepts.finetuned_concept import FinetunedConcept
+from ldm.concepts.finetuned_concept_file import finetuned_contents
 from ldm.concepts.model_spec import model_spec
 
 FORMAT_VERSION = 4
@@ -58,7 +63,8 @@ ADDED_SETTINGS = (  # format that added it, name, earlier meaning
 
 
 def save_perfusion_concepts(
-    path: str | Path, concepts: Sequence[Concept], precision: torch.dtype | None = torch.float16, thumbnail: str = ""
+    path: str | Path, concepts: Sequence[Concept], precision: torch.dtype | None = torch.float16, thumbnail: str = "",
+    words: Sequence[FinetunedConcept] = (),
 ) -> Path:
     """Write concepts to one file. The file is complete or not written at all.
 
@@ -68,6 +74,7 @@ def save_perfusion_concepts(
         precision: dtype of the tensors, except duals. float16 keeps files small without a visible loss. None: float16
             if that changes no number, else float32, so that concepts loaded from files are saved bit for bit.
         thumbnail: a small image of the file, see `ldm.concepts.thumbnail`; "": that of a single concept, or none.
+        words: words to store beside them.
 
     Raises:
         UserError: the file could not be loaded again, for example because training diverged.
@@ -79,6 +86,10 @@ def save_perfusion_concepts(
     if len(concepts) == 1:  # a valid embedding for other programs
         tensors = {_without_index(name, concepts[0].word_parts): tensor for name, tensor in tensors.items()}
     header = {METADATA_KEY: {"format_version": FORMAT_VERSION, "concepts": settings}}
+    if words:
+        word_tensors, word_header = finetuned_contents(path, words, precision)
+        tensors |= {WORD + name: tensor for name, tensor in word_tensors.items()}
+        header |= word_header
     return save_tensors(path, tensors, header | model_spec(concepts, tensors, thumbnail))
 
 
@@ -102,6 +113,7 @@ def load_perfusion_concepts(path: str | Path) -> list[Concept]:
     if not isinstance(settings, list):
         raise UserError(f"{path}: damaged, it lists no concepts; copy or train it again")
 
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(WORD)}
     settings, tensors = _upgrade(version, settings, tensors)
     _check_contents(path, settings, tensors)
     by_index = split_by_index(tensors)

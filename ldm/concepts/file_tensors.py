@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.concepts.concept import NamedConcept
 
 DUAL = "dual"  # C^-1 i* of a `Concept`; C^-1 is ill-conditioned, so 16 bits are too few
+WORD = "word."  # before the names of tensors of words, in a file of Perfusion's concepts
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # smaller ones support no arithmetic
 
 

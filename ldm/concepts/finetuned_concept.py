@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ldm.concepts.concept import Concept, NamedConcept
+from ldm.concepts.concept import Concept, NamedConcept, usual_word_parts
 
 METHOD_SLUG = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
 # Readable names of the methods whose files do not store one. New methods store theirs: do not add them here.
@@ -52,6 +52,7 @@ class FinetunedConcept(NamedConcept):
         steps: number of training steps.
         base: `base_fingerprint` of the base model it was trained on.
         base_name, base_samples: `BaseModel.name` and `BaseModel.samples` of that base model, or "".
+        word_parts: as in `Concept`; not stored.
         source: the file it was loaded from, for messages; not stored.
         method_name: readable name of the method, such as "Textual Inversion"; "" uses a name made from `method`.
 
@@ -72,8 +73,11 @@ class FinetunedConcept(NamedConcept):
     method_name: str = ""
     base_name: str = ""
     base_samples: str = ""
+    word_parts: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.word_parts:
+            self.word_parts = usual_word_parts(self.vectors.shape[-1])
         if not is_method_slug(self.method):
             raise ValueError(f"method {self.method!r} must be lower-case words joined by hyphens, such as my-method")
         if not is_method_name(self.method_name):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ldm.common.errors import UserError
 from ldm.common.files import load_tensors, save_tensors
-from ldm.concepts.file_tensors import find_invalid_numbers, split_by_index, tensors_to_store, tensors_under
+from ldm.concepts.file_tensors import WORD, find_invalid_numbers, split_by_index, tensors_to_store, tensors_under
 from ldm.concepts.finetuned_concept import BUILT_IN_NAMES, FinetunedConcept, is_method_name, is_method_slug
 from ldm.concepts.placeholders import is_placeholder
 
@@ -46,9 +46,16 @@ def save_finetuned_concepts(path: str | Path, concepts: Sequence[FinetunedConcep
     Raises:
         UserError: the training of a concept diverged.
     """
+    return save_tensors(path, *finetuned_contents(path, concepts, precision))
+
+
+def finetuned_contents(path: str | Path, concepts: Sequence[FinetunedConcept], precision: torch.dtype | None
+                       ) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Return the tensors and the metadata of a file, checked. Arguments as for `save_finetuned_concepts`."""
     tensors = tensors_to_store(concepts, precision)
     _check_numbers(path, tensors)
-    method, method_name = concepts[0].method, concepts[0].method_name
+    first = next((concept for concept in concepts if not concept.is_word), concepts[0])
+    method, method_name = first.method, first.method_name
     header: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         "method": method,
@@ -57,7 +64,7 @@ def save_finetuned_concepts(path: str | Path, concepts: Sequence[FinetunedConcep
     # Files of the built-in methods stay as they were before files had names.
     if method_name and method_name != BUILT_IN_NAMES.get(method):
         header["method_name"] = method_name
-    return save_tensors(path, tensors, {METADATA_KEY: header})
+    return tensors, {METADATA_KEY: header}
 
 
 def _settings_of(concept: FinetunedConcept) -> dict[str, object]:
@@ -73,6 +80,8 @@ def load_finetuned_concepts(path: str | Path) -> list[FinetunedConcept]:
             its contents are incomplete, inconsistent or not finite.
     """
     tensors, metadata = load_tensors(path)
+    words = tensors_under(WORD, tensors)
+    tensors = words or tensors
 
     # Read the header.
     header = metadata.get(METADATA_KEY)

@@ -31,6 +31,9 @@ def load_words(paths: Sequence[str | Path]) -> list[tuple[LearnedWord, Path]]:
     words = [(word, Path(path)) for path in paths for word in load_learned_words(path)]
     width = words[0][0].vectors.shape[1]
     for word, path in words:
+        if len(word.word_parts) > 1:
+            raise UserError(f"{path}: has vectors for two text encoders, which this format cannot hold; call the "
+                            "output .safetensors")
         if word.vectors.shape[1] != width:
             raise UserError(f"{path}: its vectors have width {word.vectors.shape[1]}, those of {words[0][1]} {width}; "
                             "only files of one text encoder can be combined")

@@ -1,6 +1,8 @@
 """Files of Textual Inversion's public code, written and read with torch alone."""
 from __future__ import annotations
 
+import base64
+import json
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.common.errors import UserError
@@ -69,6 +74,76 @@ def test_public_files_are_concepts_for_any_base(tmp_path: Path) -> None:
     layers = {"attn2": (320, 768)}
     with pytest.raises(UserError, match="was trained on .*another model"):
         check_base(replace(first, weights={"attn2.to_k.weight": torch.zeros(1)}), BaseModel("0" * 64, layers=layers))
+
+
+# Files of other tools
+
+L, G, H = torch.full((2, 768), 0.1), torch.full((2, 1280), 0.2), torch.full((1, 1024), 0.3)
+WEB_UI = {"string_to_token": {"*": 265}, "string_to_param": {"*": L}, "name": "x", "step": 3, "sd_checkpoint": None,
+          "sd_checkpoint_name": None}
+
+
+@pytest.mark.parametrize(("content", "vectors", "parts"), [
+    ({"clip_l": L, "clip_g": G}, torch.cat([L, G], 1), {"clip_l": 768, "clip_g": 1280}),
+    ({"text_encoders_1": G, "text_encoders_0": L}, torch.cat([L, G], 1), {"clip_l": 768, "clip_g": 1280}),
+    ({"clip_l": L}, L, {"clip_l": 768}),
+    ({"clip_h": H}, H, {"clip_h": 1024}),
+    ({"emb_params": L}, L, {"clip_l": 768}),
+    (WEB_UI, L, {"clip_l": 768}),
+])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_words_that_are_called_as_their_file(
+    content: dict[str, Any], vectors: Tensor, parts: dict[str, int], suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"my style{suffix}"
+    if suffix == ".pt" and "emb_params" not in content:
+        torch.save(content, path)
+    else:
+        path = path.with_suffix(".safetensors")
+        save_file(content if content is not WEB_UI else {"string_to_param.*": L}, path)
+    (word,) = load_concepts(path)
+    assert word.placeholder == "<my-style>" and torch.equal(word.vectors, vectors) and word.word_parts == parts
+
+
+def test_second_file_of_diffusers_is_for_the_second_text_encoder(tmp_path: Path) -> None:
+    save_file({"<cat>": L}, tmp_path / "learned_embeds.safetensors")
+    (alone,) = load_concepts(tmp_path / "learned_embeds.safetensors")
+    save_file({"<cat>": G}, tmp_path / "learned_embeds_2.safetensors")
+    (both,) = load_concepts(tmp_path / "learned_embeds.safetensors")
+    assert torch.equal(alone.vectors, L) and torch.equal(both.vectors, torch.cat([L, G], 1))
+    assert both.placeholder == "<cat>" and both.word_parts == {"clip_l": 768, "clip_g": 1280}
+    save_file({"<dog>": G}, tmp_path / "learned_embeds_2.safetensors")
+    assert torch.equal(load_concepts(tmp_path / "learned_embeds.safetensors")[0].vectors, L)
+
+
+def test_images_of_the_web_ui(tmp_path: Path) -> None:
+    path = tmp_path / "cat.png"
+
+    def write(text: str) -> None:
+        info = PngInfo()
+        info.add_text("sd-ti-embedding", text)
+        Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+
+    content = {**WEB_UI, "string_to_param": {"*": {"TORCHTENSOR": L.tolist()}}}
+    write(base64.b64encode(json.dumps(content).encode()).decode())
+    (word,) = load_concepts(path)
+    assert word.placeholder == "<cat>" and torch.equal(word.vectors, L)
+    for damaged in (b"", b"!!", base64.b64encode(b"{"), base64.b64encode(b'{"a": {"TORCHTENSOR": "x"}}')):
+        write(damaged.decode())
+        with pytest.raises(UserError, match="whose embedding cannot be read"):
+            load_concepts(path)
+    write(base64.b64encode(b"[1]").decode())
+    with pytest.raises(UserError, match="not written by Textual Inversion"):
+        load_concepts(path)
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(UserError, match="is an image"):
+        load_concepts(path)
+
+
+def test_two_text_encoders_need_as_many_vectors(tmp_path: Path) -> None:
+    save_file({"clip_l": L, "clip_g": G[:1]}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"different numbers of vectors .*\(clip_l 2, clip_g 1\)"):
+        load_concepts(tmp_path / "x.safetensors")
 
 
 class Hostile:
