@@ -1,23 +1,26 @@
-"""Small models as pipelines of diffusers with the same weights, concepts for them, and the images of our own sampler."""
+"""Small models as pipelines of diffusers with the same weights, their concepts, and images of our own sampler."""
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from helpers.oracles import diffusers_unet_state
-from helpers.oracles_vae import diffusers_vae_state
-from torch import Generator, Tensor
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Generator, Tensor, nn
 from transformers import CLIPTokenizer
 
+from helpers.oracles import diffusers_unet_state
+from helpers.oracles_vae import diffusers_vae_state
 from ldm.concepts.concept import Concept
-from ldm.concepts.fingerprint import base_fingerprint
+from ldm.concepts.fingerprint import BaseModel
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.settings import GenerationSettings
+from ldm.inference.size_conditions import sizes_of, with_sizes
 from ldm.modules.attention import name_text_layers
+from ldm.modules.context import PromptContext
 from ldm.modules.encoders.clip import TOKENIZER
 from ldm.modules.rank_one import dual_vectors, invert_covariance
 
@@ -75,27 +78,119 @@ def make_concept(model: Any, placeholder: str, super_category: str, seed: int, *
         target_outputs_v={name: torch.randn(len(layer.to_v.weight), generator=generator)
                           for name, layer in layers.items()},
         dual=dual_vectors(target_input[None], inverse)[0].cpu(),
-        base=base_fingerprint(layers),
+        **BaseModel.of(layers).stored,
         **{"bias": 0.5, "temperature": 0.2, **settings})
 
 
-def noise(seeds: Sequence[int], model: Any) -> Tensor:
+def noise(seeds: Sequence[int]) -> Tensor:
     """Return the starting noise of images with these seeds, as our samplers draw it."""
-    shape = model.channels, 8, 8
-    return torch.cat([torch.randn(1, *shape, generator=Generator().manual_seed(seed)) for seed in seeds])
+    return torch.cat([torch.randn(1, 4, 8, 8, generator=Generator().manual_seed(seed)) for seed in seeds])
 
 
-def own_images(model: Any, requests: Sequence[GenerationRequest], concepts: Sequence[Concept],
-               global_locking: bool = False, guidance_scale: float = 3.0, start: Any = None) -> Tensor:
-    """Return the images (B, 3, H, W) of our own sampler, in 0..1."""
-    pipeline = PerfusionPipeline(model)
-    texts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
-    encoded = pipeline.encode(texts, concepts, global_locking, prompt_weights=False)
-    settings = GenerationSettings(STEPS, guidance_scale, "ddim", 0.0)
-    latents = pipeline.latents(encoded, requests, settings, start)
-    with torch.no_grad():
-        return (model.decode_first_stage(latents) / 2 + 0.5).clamp(0, 1)
+class OwnSampler:
+    """Images by this project, of a model and its concepts.
+
+    Args:
+        model: a `LatentDiffusion`.
+        config: its config; needed for SDXL.
+    """
+
+    def __init__(self, model: Any, concepts: Sequence[Concept], config: Any = None) -> None:
+        self.pipeline, self.concepts = PerfusionPipeline(model, config), list(concepts)
+        size = {} if config is None else {"height": 16, "width": 16}
+        self.settings = self.pipeline.complete(GenerationSettings(STEPS, 3.0, "ddim", 0.0, **size))
+
+    def images(self, requests: Sequence[GenerationRequest], global_locking: bool = False, start: Any = None,
+               **settings: Any) -> Tensor:
+        """Return (B, 3, H, W) in 0..1."""
+        latents = self.pipeline.latents(self._encoded(requests, global_locking), requests,
+                                        replace(self.settings, **settings), start)
+        with torch.no_grad():
+            return (self.pipeline.model.decode_first_stage(latents) / 2 + 0.5).clamp(0, 1)
+
+    def contexts(self, requests: Sequence[GenerationRequest], global_locking: bool = False
+                 ) -> tuple[PromptContext, PromptContext]:
+        """Return the prompts and the negative prompts."""
+        contexts = self._encoded(requests, global_locking).for_requests(requests)
+        if self.pipeline.config is None:
+            return contexts
+        sizes = sizes_of(self.settings, (16, 16))
+        return tuple(with_sizes(self.pipeline.model, context, sizes) for context in contexts)
+
+    def _encoded(self, requests: Sequence[GenerationRequest], global_locking: bool) -> Any:
+        texts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
+        return self.pipeline.encode(texts, self.concepts, global_locking, prompt_weights=False)
 
 
-def tokenizer_folder() -> Path:
-    return Path(TOKENIZER)
+@dataclass
+class Family:
+    """A base model in both libraries.
+
+    Attributes:
+        own: our sampler, with both concepts.
+        pipe: text to image of diffusers, without concepts.
+        concepts: <teddy> and <pot>.
+    """
+
+    own: OwnSampler
+    pipe: DiffusionPipeline
+    concepts: list[Concept]
+
+    def images(self, prompt: Any, *, seeds: tuple[int, ...] = (0,), pipe: Any = None, **settings: Any) -> Tensor:
+        """Return images (B, 3, H, W) of diffusers, in 0..1."""
+        pipe = pipe or self.pipe
+        defaults = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "pt", "height": 16, "width": 16,
+                    "latents": noise(seeds).to(pipe.vae.dtype)}
+        return pipe(prompt, **{**defaults, **settings}).images
+
+
+def requests_of(*pairs: tuple[str, str], seeds: tuple[int, ...] = (0,)) -> list[GenerationRequest]:
+    """Return requests for (prompt, negative prompt), each with all of its seeds in turn."""
+    each = len(seeds) // len(pairs)
+    return [GenerationRequest(prompt, seeds[index * each + number], negative)
+            for index, (prompt, negative) in enumerate(pairs) for number in range(each)]
+
+
+@contextmanager
+def own_unet(pipe: Any, own: OwnSampler, requests: Sequence[GenerationRequest], global_locking: bool = False
+             ) -> Iterator[dict[str, Tensor]]:
+    """Let a pipeline of diffusers call our U-Net with our prompts, whatever embeddings it passes.
+
+    Yields:
+        The embeddings to pass to the pipeline, which only a ControlNet reads.
+    """
+    prompts, negatives = own.contexts(requests, global_locking)
+    model = own.pipeline.model
+    unet = model.model.diffusion_model
+
+    def forward(sample: Tensor, t: Tensor, **kwargs: Any) -> tuple[Tensor]:
+        context = PromptContext.cat([negatives, prompts]) if len(sample) > len(requests) else prompts
+        with residuals_added(unet, kwargs.get("down_block_additional_residuals"),
+                             kwargs.get("mid_block_additional_residual")):
+            return (model.apply_model(sample, t.expand(len(sample)), context),)
+
+    pipe.unet.forward = forward
+    embeds = {"prompt_embeds": prompts.encoding, "negative_prompt_embeds": negatives.encoding}
+    if prompts.pooled is not None:
+        embeds |= {"pooled_prompt_embeds": prompts.pooled, "negative_pooled_prompt_embeds": negatives.pooled}
+    try:
+        yield embeds
+    finally:
+        del pipe.unet.forward
+
+
+@contextmanager
+def residuals_added(unet: nn.Module, down: Sequence[Tensor] | None, middle: Tensor | None) -> Iterator[None]:
+    """Add a ControlNet's residuals to the skip connections and to the middle block of our U-Net."""
+    def add_to_skip(residual: Tensor) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            below, skip = inputs[0].split([inputs[0].shape[1] - residual.shape[1], residual.shape[1]], 1)
+            return torch.cat([below, skip + residual], 1), *inputs[1:]
+        return hook
+
+    with ExitStack() as hooks:
+        for block, residual in zip(unet.output_blocks, reversed(down or ()), strict=False):
+            hooks.callback(block.register_forward_pre_hook(add_to_skip(residual)).remove)
+        if middle is not None:
+            hooks.callback(unet.middle_block.register_forward_hook(lambda *call: call[-1] + middle).remove)
+        yield
