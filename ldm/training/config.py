@@ -15,6 +15,7 @@ from ldm.common.file_formats import check_config_file
 from ldm.common.library_errors import OWN_PACKAGES
 from ldm.common.paths import resolve_path, user_path
 from ldm.inference.model_config import inference_defaults
+from ldm.inference.sgm_config import is_sgm_config
 from ldm.training.options import DEFAULT_SEED, NO_MASKS, SEED_LIMIT, TrainingOptions
 from ldm.training.public_options import apply_public_options, flatten_checkpoint_settings, use_gpus
 from ldm.util import get_obj_from_str, known_params
@@ -85,7 +86,11 @@ def _read_file(path: str) -> DictConfig:
     if not found.exists():
         raise UserError(f"--base {path}: no such file")
     check_config_file(found)
-    return _with_current_keys(_parse(path, lambda: OmegaConf.load(found)))
+    config = _with_current_keys(_parse(path, lambda: OmegaConf.load(found)))
+    if is_sgm_config(config):
+        raise UserError(f"--base {path}: is a config of generative-models; to train a concept on Stable Diffusion XL use "
+                        "configs/perfusion-sd-xl.yaml")
+    return config
 
 
 def _with_current_keys(config: DictConfig) -> DictConfig:

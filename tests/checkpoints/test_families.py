@@ -41,6 +41,7 @@ PUBLIC = {
     "configs/stable-diffusion/v1-inference.yaml": "Stable Diffusion 1.x (context 768)",
     "configs/stable-diffusion/v2-inference.yaml": "Stable Diffusion 2.x (context 1024)",
     "configs/stable-diffusion/v2-inference-v.yaml": "Stable Diffusion 2.x (context 1024)",
+    "configs/stable-diffusion/sd_xl_base.yaml": "Stable Diffusion XL (context 2048)",
     "configs/latent-diffusion/txt2img-1p4B-eval.yaml": "LDM text-to-image 1.4B (context 1280)",
     "configs/latent-diffusion/cin256-v2.yaml": "a class-conditional latent diffusion model (context 512)",
     "configs/latent-diffusion/celebahq-ldm-vq-4.yaml": "a latent diffusion model without cross-attention",

@@ -35,6 +35,13 @@ def test_files_that_are_not_configs_raise_a_user_error(tmp_path: Path, content: 
     assert "\n" not in str(error.value)
 
 
+def test_configs_of_generative_models_are_refused_with_ours(tmp_path: Path) -> None:
+    path = tmp_path / "sd_xl_base.yaml"
+    path.write_text("model: {target: sgm.models.diffusion.DiffusionEngine, params: {}}")
+    with pytest.raises(UserError, match="--base .*sd_xl_base.yaml: .*use configs/perfusion-sd-xl.yaml"):
+        read("--base", str(path))
+
+
 @pytest.mark.parametrize(("second", "override"), [
     ("{}", "model.params.used_layers.0=x"), ("{}", "data.params.train.params.templates.0=a"),
     ("{lightning: [1]}", "a=1"), ("{1: 2}", "a=1")])
