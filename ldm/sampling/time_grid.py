@@ -18,6 +18,7 @@ from ldm.common.errors import UserError
 
 KARRAS_RHO = 7.0
 SIGMA_MAX = 80.0  # Karras et al. 2022, Table 1
+TINY = 1e-300  # keeps the logarithm of an alpha_bar of 0 finite
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,10 @@ def time_uniform_grid(schedule: Tensor, steps: int) -> TimeGrid:
     _check_steps(steps, total)
     times = torch.linspace(1, 1 / total, steps + 1, dtype=torch.float32)
     known_times = np.arange(1, total + 1) / total
-    with np.errstate(divide="ignore"):  # alpha_bar may be 0 at the end
-        known_logs = np.log(_to_numpy(schedule))
+    known_logs = np.log(np.maximum(_to_numpy(schedule), TINY))
     levels = np.exp(np.interp(times.double().numpy(), known_times, known_logs))
+    if schedule[-1] == 0:
+        levels[0] = 0.0
     return _make_grid(((times - 1 / total) * 1000)[:-1].tolist(), levels[:-1], float(levels[-1]))
 
 

@@ -138,7 +138,7 @@ def test_ancestral_euler_without_its_noise_is_euler(steps):
     torch.testing.assert_close(ours("euler_a", "eps", steps, x_T=x, eta=0.0), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLER_CLASSES if name != "plms"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "plms"])
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.8])
 def test_img2img_start(name, strength):
     """As diffusers' image-to-image pipelines start. PNDM is left out: its steps start elsewhere."""

@@ -4,7 +4,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
+from helpers.sampling_models import SAMPLER_CLASSES, TinyModel, convolution_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,3 +111,70 @@ def test_the_last_steps_of_a_grid():
 def test_impossible_numbers_of_steps_are_refused(spacing, steps):
     with pytest.raises(UserError, match="1 to 1000"):
         spacing(torch.clone(SCHEDULE), steps)
+
+
+# Spacings by diffusers' names
+
+COUNTS = [*range(2, 51), 60, 75, 90, 100, 125, 200, 250, 333, 400, 500, 501]
+TIES = {48, 96, 112}  # see `evenly_spaced_grid`: rounding errors of arange decide whether .5 is rounded up
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(("name", "cls"), [
+    ("ddim", DDIMScheduler), ("plms", PNDMScheduler), ("euler", EulerDiscreteScheduler),
+    ("heun", HeunDiscreteScheduler), ("dpm", DPMSolverMultistepScheduler),
+    ("dpmpp_2m_sde", DPMSolverMultistepScheduler),
+    ("unipc", UniPCMultistepScheduler)])
+def test_evenly_spaced_timesteps_are_those_of_diffusers(name, cls, spacing):
+    options = {"skip_prk_steps": True} if cls is PNDMScheduler else {}
+    scheduler = cls(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                    timestep_spacing=spacing, **options)
+    sampler = SAMPLER_CLASSES[name](TinyModel(convolution_network))
+    for steps in COUNTS:
+        scheduler.set_timesteps(steps)
+        grid = sampler.spaced_grid(steps, spacing)
+        times = scheduler.timesteps.tolist()
+        if cls is PNDMScheduler:  # its first step looks ahead and starts again
+            times = [*times[:1], *times[2:]]
+        elif cls is HeunDiscreteScheduler:
+            times = [*times[:1], *times[1::2]]
+        ours = np.float32(grid.times).tolist() if name in ("euler", "heun") else list(grid.times)
+        if spacing == "trailing" and steps in TIES:
+            np.testing.assert_allclose(ours, times, atol=1)
+        else:
+            assert ours == times, steps
+        if hasattr(scheduler, "sigmas") and cls is not HeunDiscreteScheduler and steps not in TIES:
+            sigmas = np.sqrt((1 - np.array(grid.alpha_bar)) / np.array(grid.alpha_bar))
+            np.testing.assert_allclose(sigmas, scheduler.sigmas[:-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "cls"), [("lcm", LCMScheduler), ("tcd", TCDScheduler)])
+def test_timesteps_of_consistency_models_are_those_of_diffusers(name, cls):
+    scheduler, sampler = cls(), SAMPLER_CLASSES[name](TinyModel(convolution_network))
+    for steps in range(1, 51):
+        scheduler.set_timesteps(steps)
+        assert list(sampler.make_grid(steps).times) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("rule", [grids.SpacingRule(), grids.SpacingRule(intervals=True),
+                                  grids.SpacingRule(fractional=True, ends_clean=False)], ids=["s", "intervals", "ddim"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("timesteps", [20, 1000])
+def test_every_spacing_gives_a_valid_grid_up_to_all_timesteps(spacing, rule, timesteps):
+    schedule = diffusion_buffers("linear", timesteps, 0.00085, 0.012)["alphas_cumprod"]
+    for steps in {1, 2, 3, 19, 20, timesteps // 2 + 1, timesteps - 1, timesteps}:
+        grid = grids.evenly_spaced_grid(schedule, steps, spacing, rule)
+        check(grid, steps, timesteps)
+        assert grid.alpha_bar_next[-1] == (1 if rule.ends_clean or grid.times[-1] == 0 else schedule[0])
+    with pytest.raises(UserError, match=f"1 to {timesteps}"):
+        grids.evenly_spaced_grid(schedule, timesteps + 1, spacing, rule)
+
+
+def test_middles_of_steps_lie_halfway_in_lambda():
+    grid = grids.karras_grid(SCHEDULE, 5)
+    levels = grids.with_midpoints(grid, SCHEDULE)
+    assert len(levels) == 9 and levels.times[:5] == grid.times
+    for i in range(4):
+        start, end = grids.half_log_snr(grid.alpha_bar[i]), grids.half_log_snr(grid.alpha_bar_next[i])
+        assert grids.half_log_snr(levels.alpha_bar[5 + i]) == pytest.approx((start + end) / 2)
+        assert grid.times[i + 1] < levels.times[5 + i] < grid.times[i]
