@@ -30,6 +30,7 @@ TRAINER_OPTIONS = ("accelerator", "devices", "max_steps", "precision")
 OPTION_KEYS = {  # option: the keys of the config that it sets, if they are there
     "data_root": ("data.params.train.params.data_root", "data.params.validation.params.data_root"),
     "super_category": ("model.params.super_category",),
+    "init_embedding": ("model.params.init_embedding",),
     "placeholder": ("model.params.placeholder",),
     "masks": ("data.params.train.params.mask_root",),
     "crop": ("data.params.train.params.crop",),
@@ -88,8 +89,8 @@ def _read_file(path: str) -> DictConfig:
     check_config_file(found)
     config = _with_current_keys(_parse(path, lambda: OmegaConf.load(found)))
     if is_sgm_config(config):
-        raise UserError(f"--base {path}: is a config of generative-models; to train a concept on Stable Diffusion XL use "
-                        "configs/perfusion-sd-xl.yaml")
+        raise UserError(f"--base {path}: is a config of generative-models; to train a concept on Stable Diffusion XL "
+                        "use configs/perfusion-sd-xl.yaml")
     return config
 
 
