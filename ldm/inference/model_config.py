@@ -16,7 +16,7 @@ from ldm.common.file_formats import check_config_file
 from ldm.common.paths import resolve_path
 from ldm.inference.settings import AUTO, GenerationSettings
 from ldm.inference.sgm_config import as_own_config
-from ldm.sampling.samplers import sampler_class
+from ldm.sampling.samplers import TIMESTEP_SPACINGS, sampler_class
 from ldm.util import check_param_types
 
 # Defaults of UNetModel, Encoder and DDPM for what a config leaves out.
@@ -165,6 +165,9 @@ def complete_settings(settings: GenerationSettings, config: DictConfig | None, d
     sampler = either(settings.sampler, defaults.sampler)
     method = sampler_class(sampler)
     spacing = settings.timestep_spacing
+    if defaults.timestep_spacing not in (None, *TIMESTEP_SPACINGS):
+        raise UserError(f"config section inference: timestep_spacing {defaults.timestep_spacing!r} is unknown; choose "
+                        f"one of {', '.join(TIMESTEP_SPACINGS)}")
     if spacing is None and defaults.timestep_spacing in method.spacings:
         spacing = defaults.timestep_spacing
     rescale = either(settings.guidance_rescale, defaults.guidance_rescale)

@@ -184,16 +184,30 @@ def test_the_segmenter_is_the_trained_ones_the_models_or_the_public_one() -> Non
 
 def test_settings_that_are_left_open_come_from_the_model_and_the_sampler() -> None:
     defaults = InferenceDefaults(2.0, "euler_a", 7)
-    assert complete_settings(GenerationSettings(), config(), defaults) == GenerationSettings(7, 2.0, "euler_a", 1)
-    given = GenerationSettings(9, 0.0, "ddim", 0.5, bias=0.3)
+    filled_in = GenerationSettings(7, 2.0, "euler_a", 1, guidance_rescale=0.0)
+    assert complete_settings(GenerationSettings(), config(), defaults) == filled_in
+    given = GenerationSettings(9, 0.0, "ddim", 0.5, bias=0.3, timestep_spacing="trailing", guidance_rescale=0.7)
     assert complete_settings(given, config(), defaults) == given
+
+
+def test_the_models_spacing_is_for_samplers_that_know_it() -> None:
+    defaults = InferenceDefaults(1.0, "euler", 4, timestep_spacing="trailing", guidance_rescale=0.5)
+    for sampler, spacing in ((None, "trailing"), ("dpm", "trailing"), ("lcm", None)):
+        settings = complete_settings(GenerationSettings(sampler=sampler), config(), defaults)
+        assert (settings.timestep_spacing, settings.guidance_rescale) == (spacing, 0.5)
+    with pytest.raises(UserError, match="section inference: timestep_spacing 'even' is unknown; choose one of leading"):
+        complete_settings(GenerationSettings(), config(), InferenceDefaults(timestep_spacing="even"))
 
 
 @pytest.mark.parametrize(("settings", "message"), [
     (GenerationSettings(num_inference_steps=0), "0 sampling steps"),
     (GenerationSettings(sampler="ddpm"), "sampler 'ddpm' is unknown; choose one of ddim"),
     (GenerationSettings(sampler="dpm", eta=0.5), "adds no noise, so eta must be 0"),
-    (GenerationSettings(eta=2.0), "eta 2 must be between 0"), (GenerationSettings(width=3), "width 3: this model")])
+    (GenerationSettings(eta=2.0), "eta 2 must be between 0"), (GenerationSettings(width=3), "width 3: this model"),
+    (GenerationSettings(sampler="lcm", timestep_spacing="trailing"), "LCM has timesteps of its own"),
+    (GenerationSettings(sampler="lcm", num_inference_steps=51), "51 sampling steps: LCM takes 1 to 50"),
+    (GenerationSettings(timestep_spacing="even"), "does not know timestep_spacing 'even'"),
+    (GenerationSettings(guidance_rescale=2), "guidance_rescale 2 must be a number from 0 to 1")])
 def test_settings_are_checked_before_any_weights_are_loaded(settings: GenerationSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         complete_settings(settings, config(timesteps=10), InferenceDefaults(num_inference_steps=5))

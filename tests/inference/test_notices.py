@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm.inference.model_config import inference_defaults, read_model_config
-from ldm.inference.notices import tell_about_strength, warn_about_photos, warn_about_size
+from ldm.inference.notices import tell_about_few_steps, tell_about_strength, warn_about_photos, warn_about_size
 from ldm.inference.settings import GenerationSettings
 
 MINI = "models/mini/config.yaml"
@@ -53,3 +57,50 @@ def test_photos_get_a_warning_on_models_of_drawings_only(caplog: pytest.LogCaptu
 
 def test_training_finds_the_bundled_models_domain() -> None:
     assert inference_defaults(read_model_config("configs/perfusion.yaml")).domain == "a small world of drawings"
+
+
+@pytest.mark.parametrize(("file", "advice"), [
+    ("sdxl_lightning_4step.safetensors", "Lightning model; .* --sampler euler --timestep_spacing trailing --steps 4 "),
+    ("juggernautXL_v9Lightning.ckpt", "Lightning model; .* --steps 4 --scale 1 is usual"),
+    ("Hyper-SDXL-8steps-lora.safetensors", "Hyper-SD model; .* --sampler ddim --timestep_spacing trailing --steps 8 "),
+    ("Hyper-SDXL-1step-lora.safetensors", "one-step Hyper-SD model; .* --sampler tcd --steps 1 "),
+    ("Hyper-SD15-12steps-CFG-lora.safetensors", "Hyper-SD CFG model; .* --steps 12 --scale 5 "),
+    ("lcm-lora-sdv1-5/pytorch_lora_weights.safetensors", None), ("lcm-lora-sdxl", "LCM model; .* --sampler lcm "),
+    ("sd_xl_turbo_1.0_fp16.safetensors", "Turbo model; .* --sampler euler_a --steps 4 "),
+    ("hyperrealistic_v3.safetensors", None), ("v1-5-pruned-emaonly.safetensors", None), ("12stepslcmodel.ckpt", None)])
+def test_distilled_models_are_told_by_their_names(
+    file: str, advice: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tell_about_few_steps(["base.safetensors", file], GenerationSettings(50, 6.0, "ddim"))
+    assert bool(caplog.messages) == (advice is not None)
+    if advice is not None:
+        assert re.search(f"{re.escape(file)}: by its name, a {advice}", caplog.messages[0])
+
+
+def test_distilled_models_are_told_by_their_titles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, file, {"modelspec.title": "My SDXL Turbo"})
+    caplog.set_level(logging.INFO)
+    tell_about_few_steps([file], GenerationSettings(20, 6.0, "dpm"))
+    assert "a Turbo model" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(("file", "settings"), [
+    ("sdxl_lightning_4step.safetensors", GenerationSettings(4, 1.0, "euler", timestep_spacing="trailing")),
+    ("sd_xl_turbo_1.0.safetensors", GenerationSettings(1, 1.0, "euler_a")),
+    ("lcm-lora.safetensors", GenerationSettings(6, 1.5, "lcm"))])
+def test_settings_that_suit_a_distilled_model_are_no_news(
+    file: str, settings: GenerationSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tell_about_few_steps([file], settings)
+    assert not caplog.messages
+
+
+def test_settings_that_ignore_the_prompt_or_the_noise_get_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tell_about_few_steps([], GenerationSettings(20, 0.0, "euler"))
+    tell_about_few_steps([], GenerationSettings(1, 1.0, "ddim"))
+    tell_about_few_steps([], GenerationSettings(1, 1.0, "ddim", timestep_spacing="trailing"))
+    unprompted, noisy = caplog.messages
+    assert "guidance 0 leaves out the prompt" in unprompted and "--timestep_spacing trailing" in noisy
