@@ -68,6 +68,9 @@ def _add_concept_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init_word", dest="super_category", nargs="+", metavar="WORDS",
                         help='what kind of subject it is: its super-category, such as "teddy bear"; of several '
                         "subjects one for all, or one each")
+    parser.add_argument("--init_embedding", nargs="+", type=expand_home, metavar="FILE",
+                        help="embedding or concept file whose word the training starts from, in place of the "
+                        "super-category's; of several subjects one for all, or one each")
     parser.add_argument("--placeholder", "--placeholder_string", nargs="+", metavar="WORD", help="its own word in "
                         'prompts, such as "<my-teddy>"; of several subjects one each (default: the names of their '
                         "folders)")

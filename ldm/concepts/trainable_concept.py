@@ -61,6 +61,18 @@ class TrainableConcept(nn.Module):
         self.register_buffer("target_input", super_input.clone())
         self.register_buffer("start", self.embedding.detach().clone(), persistent=False)
 
+    @torch.no_grad()
+    def start_at(self, embedding: Tensor, target_input: Tensor) -> None:
+        """Start at another word than the super-category's.
+
+        Args:
+            embedding: v, (1, width).
+            target_input: i*, (d,), the encoding at the concept's position with that word, averaged over the prompts.
+        """
+        self.embedding.copy_(embedding)
+        self.start.copy_(embedding)
+        self.target_input.copy_(target_input)
+
     def values(self) -> list[nn.Parameter]:
         """Return every target output that is trained."""
         return [*self.target_outputs_v, *(self.target_outputs_k or ())]

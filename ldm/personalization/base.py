@@ -46,6 +46,7 @@ from ldm.personalization.concept_names import (
     file_names_for,
     super_category_of_each,
 )
+from ldm.personalization.initial_words import read_initial_words
 from ldm.personalization.photo_masks import log_summary, make_missing_masks
 from ldm.personalization.prediction_check import check_prediction
 from ldm.personalization.training_prompts import ModelWithWords
@@ -72,6 +73,8 @@ class PersonalizationMethod(ModelWithWords):
             run repeats them.
         preserve_embedding_norm: whether the trained word vectors keep the norms at which they start. Rising norms are
             the usual fault of learned words; the log shows them (`train/embedding_norm`, relative to the start).
+        init_embedding: file of an embedding or a concept whose vectors the trained word starts from, in place of the
+            super-category's embedding. Several concepts: one for all, or one each.
 
     Attributes:
         method: short name in files and folders, such as "perfusion"; subclasses set it.
@@ -81,6 +84,7 @@ class PersonalizationMethod(ModelWithWords):
         placeholders, super_categories, names: the words of each concept, and its name in files.
         base_model: identifies the base model before training; None before `setup`.
         cached_latents: the encoded photos; None before `setup`.
+        initial_words: the vectors (k, width) that the word of each concept starts from; None: its super-category's.
         groups: number of batches in which every concept occurs once; 1 unless `concepts_per_batch` limits a batch.
 
     Raises:
@@ -92,7 +96,8 @@ class PersonalizationMethod(ModelWithWords):
 
     def __init__(self, super_category: str | Sequence[str] | None = None,
                  placeholder: str | Sequence[str] = "<concept>", segmenter: str | None = None, mask_border: float = 0.0,
-                 seed: int | None = None, preserve_embedding_norm: bool = False, **latent_diffusion: Any) -> None:
+                 seed: int | None = None, preserve_embedding_norm: bool = False,
+                 init_embedding: str | Sequence[str] | None = None, **latent_diffusion: Any) -> None:
         placeholders = as_list(placeholder)
         check_distinct_placeholders(placeholders)
         super_categories = super_category_of_each(as_list(super_category or ""), placeholders)
@@ -114,6 +119,8 @@ class PersonalizationMethod(ModelWithWords):
         self.load_initial_weights()
         self.requires_grad_(False)
         self.text_layers = name_text_layers(self.model.diffusion_model)
+        self.initial_words = read_initial_words(as_list(init_embedding or ()), len(placeholders),
+                                                self.cond_stage_model.embedding_width)
 
     @property
     def max_devices(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.common.errors import UserError
 from ldm.concepts.finetuned_concept import FinetunedConcept
 from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
 from ldm.concepts.trainable_word import TrainableWord
@@ -41,7 +42,11 @@ class FinetuningMethod(PersonalizationMethod):
         raise NotImplementedError
 
     def make_concept(self, dataset: ConceptPhotos, super_category: str) -> TrainableWord:
-        word = TrainableWord(*self.initial_vectors(super_category)).to(self.device)
+        learned, fixed = self.initial_vectors(super_category)
+        given = self.initial_words[len(self.concepts)]
+        if given is not None and not len(learned):
+            raise UserError(f"init_embedding: {self.method_name} trains no word vectors; leave it out")
+        word = TrainableWord(learned if given is None else given.to(learned), fixed).to(self.device)
         self._training_tokens = self.training_tokens(dataset, len(word()))
         return word
 

@@ -30,6 +30,7 @@ from ldm.personalization.base import PersonalizationMethod
 from ldm.personalization.checks import check_known, check_positive
 from ldm.personalization.concept_names import as_list
 from ldm.personalization.distinct_prompts import DistinctPrompts, FixedPrompts
+from ldm.personalization.initial_words import mean_vector
 from ldm.personalization.layer_names import find_layers
 from ldm.util import to_device
 
@@ -72,6 +73,9 @@ class Perfusion(PersonalizationMethod):
                  pooled: str = "super_category", thumbnail: bool = False, **personalization: Any) -> None:
         check_known(locking=(locking, LOCKINGS), projection=(projection, PROJECTIONS), pooled=(pooled, POOLED))
         check_positive(temperature=temperature, value_lr=value_lr)
+        if not embedding_lr and personalization.get("init_embedding"):
+            raise UserError("init_embedding: with an embedding_lr of 0 the word stays that of the super-category; "
+                            "leave one of them out")
         if embedding_lr < 0:
             raise UserError(f"embedding_lr {embedding_lr} must not be below 0")
         if not 0 <= target_input_decay < 1:
@@ -134,8 +138,9 @@ class Perfusion(PersonalizationMethod):
 
     def make_concept(self, dataset: ConceptPhotos, super_category: str) -> TrainableConcept:
         encoder = self.cond_stage_model
-        # v starts at the super-category's word embedding.
+        # v starts at the super-category's word embedding, or at a given one.
         embedding = word_vector(encoder, super_category).to(self.device)
+        given = self.initial_words[len(self.concepts)]
         # i* starts at i_super, the super-category's encoding averaged over all training prompts.
         tokens = self.training_tokens(dataset)
         if self.embedding_lr:
@@ -146,6 +151,9 @@ class Perfusion(PersonalizationMethod):
         super_input = encoding[self.concept_positions(tokens)].mean(0)
         self.inverse_covariance()
         concept = TrainableConcept(embedding, super_input, self.text_layers, self.locking, self.trained_layers)
+        if given is not None:
+            start = mean_vector(given).to(embedding)
+            concept.start_at(start, encoder.encode_tokens(tokens, start)[self.concept_positions(tokens)].mean(0))
         concept.embedding.requires_grad_(self.embedding_lr > 0)
         concept.origin = {
             "resolution": f"{dataset.size}x{dataset.size}",
@@ -161,12 +169,13 @@ class Perfusion(PersonalizationMethod):
 
     def encode_words(self, prompts: Sequence[str]) -> DistinctPrompts:
         """Encode prompts with the concepts' current words; the pooled encoding as `pooled` says."""
+        vectors = [concept.embedding for concept in self.concepts]
+        if self._fixed_prompts is None:
+            return self.word_encoder.encode(prompts, vectors)
+        fixed = self._fixed_prompts.encode(prompts, self.device)
         if not self.embedding_lr:
-            return self._fixed_prompts.encode(prompts, self.device)
-        distinct = self.word_encoder.encode(prompts, [concept.embedding for concept in self.concepts])
-        if distinct.pooled is None or self.pooled != SUPER_CATEGORY:
-            return distinct
-        return replace(distinct, pooled=self._fixed_prompts.encode(prompts, self.device).pooled)
+            return fixed
+        return replace(self.word_encoder.encode(prompts, vectors, with_pooled=False), pooled=fixed.pooled)
 
     def training_context(self, prompts: list[str]) -> PromptContext:
         return self.prompt_context(prompts, update_target_inputs=True)

@@ -36,6 +36,8 @@ def check_files(options: TrainingOptions) -> None:
         check_resume_file(options.resume)
     if options.embedding_manager_ckpt:
         check_concept(options.embedding_manager_ckpt)
+    for path in options.init_embedding or ():
+        check_concept(path)
     config = _merged_model(options)
     if not options.resume:
         check_model_files("--actual_resume", options.checkpoint, config, options.vae, options.text_encoder)

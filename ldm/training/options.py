@@ -28,6 +28,7 @@ class TrainingOptions:
         seed: the random seed, from 0 to `SEED_LIMIT` - 1.
         data_root: folders of photos, one for each concept.
         super_category: what kind of subject each concept is, or one for all of them (--init_word).
+        init_embedding: embedding or concept files whose words the concepts start from (--init_embedding).
         placeholder: the word of each concept in prompts. Several concepts without one are named after their folders.
         masks: folders of masks, one for each concept, or "none".
         crop: "subject" or "center", the part of each photo to train on.
@@ -59,6 +60,7 @@ class TrainingOptions:
     seed: int | None = None
     data_root: tuple[str, ...] | None = None
     super_category: tuple[str, ...] | None = None
+    init_embedding: tuple[str, ...] | None = None
     placeholder: tuple[str, ...] | None = None
     masks: tuple[str, ...] | None = None
     crop: str | None = None
