@@ -13,7 +13,6 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
-    UniPCMultistepScheduler,
 )
 from helpers.diffusers_pipelines import DDIM, Family, OwnSampler, own_unet, requests_of
 from peft import LoraConfig
@@ -96,7 +95,7 @@ def test_callbacks_may_change_embeddings(family: Family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler,
-                                       HeunDiscreteScheduler, LCMScheduler, UniPCMultistepScheduler])
+                                       HeunDiscreteScheduler, LCMScheduler])
 def test_schedulers(family: Family, scheduler: Any):
     family.pipe.scheduler = scheduler.from_config(family.pipe.scheduler.config)
     with own_unet(family.pipe, family.own, requests_of((TWO, ""))) as embeds:
@@ -108,11 +107,10 @@ def test_schedulers(family: Family, scheduler: Any):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits(family: Family, dtype: torch.dtype, caplog: pytest.LogCaptureFixture):
+def test_sixteen_bits(family: Family, caplog: pytest.LogCaptureFixture):
     """Rounding is all that changes, and the rounded model is the same base."""
     expected = expected_images(family)
-    pipe = copy.deepcopy(family.pipe).to(dtype)
+    pipe = copy.deepcopy(family.pipe).to(torch.bfloat16)
     load_concepts(pipe, family.concepts)
     got = family.images(TWO, pipe=pipe).float()
     assert (got - expected).abs().mean() < 0.02 < (expected - family.images(PLAIN)).abs().mean()
@@ -131,9 +129,9 @@ def test_attention_slicing(family: Family, first: str):
 
 
 @pytest.mark.slow
-def test_compiled_block(family: Family):
+def test_compiled_layer(family: Family):
     """Without a break of the graph. (The whole U-Net compiles too, in ten seconds.)"""
-    block = family.pipe.unet.mid_block
+    block = family.pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
     try:
         assert_same_in_order(family, "feature", lambda _: block.compile(backend="eager", fullgraph=True))
         unload_concepts(family.pipe)

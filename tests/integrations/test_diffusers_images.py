@@ -67,7 +67,6 @@ def test_without_guidance(family: Family):
     torch.testing.assert_close(got, family.own.images(requests_of((TWO, "")), guidance_scale=1.0), **CLOSE)
 
 
-@BOTH
 @pytest.mark.slow
 def test_settings_and_kinds_of_concepts(family: Family):
     """Settings for one call, layers that a concept does not use, trained keys, and the gated projection."""
@@ -106,9 +105,8 @@ def test_image_to_image(family: Family):
     unload_concepts(pipe)
 
 
-@BOTH
 @pytest.mark.slow
-@pytest.mark.parametrize("global_locking", [False, True])
+@pytest.mark.parametrize(("family", "global_locking"), [("sd1", False), ("xl", True)], indirect=["family"])
 def test_inpainting(family: Family, global_locking: bool):
     pipe = AutoPipelineForInpainting.from_pipe(family.pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -118,9 +116,9 @@ def test_inpainting(family: Family, global_locking: bool):
     assert_same_with_our_unet(family, pipe, settings, global_locking)
 
 
-@BOTH
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"guess_mode": True}, {"nets": 2}], ids=str)
+@pytest.mark.parametrize(("family", "settings"), [
+    ("sd1", {}), ("sd1", {"guess_mode": True}), ("sd1", {"nets": 2}), ("xl", {})], indirect=["family"], ids=str)
 def test_controlnet(family: Family, settings: dict[str, Any]):
     count = settings.get("nets", 1)
     nets = [controlnet(family.pipe, seed) for seed in range(count)]

@@ -73,11 +73,11 @@ def test_older_files_need_the_covariance(family: Family, tmp_path: Any):
     from ldm.modules.rank_one import dual_vectors, invert_covariance
 
     concept, root = replace(family.concepts[0], dual=None), torch.randn(16, 16)
-    file = save_covariance(tmp_path / "c.safetensors", root @ root.mT, source="test", captions=1, tokens="all",
-                           encoder="unknown")
+    file = tmp_path / "c.safetensors"
+    save_covariance(file, root @ root.mT, source="test", captions=1, tokens="all", encoder="unknown")
     with pytest.raises(UserError, match="covariance=FILE"):
         load_concepts(family.pipe, concept)
-    loaded = load_concepts(family.pipe, concept, covariance=tmp_path / "c.safetensors" if file is None else file)
+    loaded = load_concepts(family.pipe, concept, covariance=file)
     expected = dual_vectors(concept.target_input[None], invert_covariance(root @ root.mT))[0]
     torch.testing.assert_close(loaded.concepts[0].dual, expected)
 
@@ -184,12 +184,12 @@ def fused(pipe: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["concepts", "feature"])
-@pytest.mark.parametrize(("feature", "message"), [
-    (ip_adapter, "do not work beside an IP-Adapter; call pipe.unload_ip_adapter"),
-    (custom_diffusion, "processor CustomDiffusionAttnProcessor2_0 of layer down_blocks.*set_default_attn_processor"),
-    (fused, "do not work with fused projections; call pipe.unfuse_qkv_projections"),
-])
+@pytest.mark.parametrize(("feature", "message", "first"), [
+    (ip_adapter, "do not work beside an IP-Adapter; call pipe.unload_ip_adapter", "feature"),
+    (ip_adapter, "do not work beside an IP-Adapter; call pipe.unload_ip_adapter", "concepts"),
+    (custom_diffusion, "CustomDiffusionAttnProcessor2_0 of layer down_blocks.*set_default_attn_processor", "concepts"),
+    (fused, "do not work with fused projections; call pipe.unfuse_qkv_projections", "concepts"),
+], ids=["ip-first", "ip", "custom-diffusion", "fused"])
 def test_other_processors_are_refused(family: Family, feature: Callable[[Any], None], message: str, first: str):
     """Before and after loading, and also for a prompt without a concept, since loading promised that images stay."""
     pipe = copy.deepcopy(family.pipe)
