@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli.parser import Parser  # noqa: E402
+from ldm.common.atomic_write import write_atomically  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
-from ldm.common.paths import user_path  # noqa: E402
+from ldm.common.paths import check_file, user_path  # noqa: E402
 
 if TYPE_CHECKING:
     from ldm.concepts.concept import Concept
@@ -42,10 +43,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> DescribeOptions:
     parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", type=user_path, metavar="FILE", help="concept files of any method")
     parser.add_argument("--thumbnail", type=user_path, metavar="FILE",
-                        help="write the small image that the file holds to this file, such as thumbnail.jpg")
+                        help="write the small JPEG image that the file holds to this file, such as thumbnail.jpg")
     options = parser.parse_args(arguments)
-    if options.thumbnail is not None and len(options.files) > 1:
-        raise UserError(f"--thumbnail: {len(options.files)} files; give one")
+    if options.thumbnail is not None:
+        check_file("--thumbnail", options.thumbnail)
+        if len(options.files) > 1:
+            raise UserError(f"--thumbnail: {len(options.files)} files; give one")
     return DescribeOptions(options.files, options.thumbnail)
 
 
@@ -99,15 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     # Imported only now, since torch takes long to load and --help does not need it.
     from ldm.concepts.storage import load_concepts
-    from ldm.concepts.thumbnail import thumbnail_of
+    from ldm.concepts.thumbnail import jpeg_of, stored_thumbnail
 
     for path in options.files:
         print(describe_file(path, load_concepts(path)))
     if options.thumbnail is not None:
-        image = thumbnail_of(options.files[0])
-        if image is None:
+        thumbnail = stored_thumbnail(options.files[0])
+        if not thumbnail:
             raise UserError(f"{options.files[0]}: holds no thumbnail")
-        image.save(options.thumbnail)
+        write_atomically(options.thumbnail, lambda temporary: temporary.write_bytes(jpeg_of(thumbnail)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
@@ -17,6 +18,8 @@ from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
 from ldm.concepts.embedding_file import load_learned_words, save_learned_words
 from ldm.concepts.storage import load_concepts
+from ldm.concepts.thumbnail import read_thumbnail, stored_thumbnail
+from ldm.modules.covariance import save_covariance
 from ldm.modules.encoders.modules import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +93,39 @@ def test_errors_are_one_line(
         assert errors.count("\n") == 1
     assert not output.exists()
     assert foreign.read_bytes() == before
+
+
+def test_an_older_file_gets_its_dual_from_a_covariance_and_merges_without(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files are as older ones: without duals."""
+    covariance = save_covariance(tmp_path / "c.safetensors", 2 * torch.eye(6), source="", captions=1, tokens="",
+                                 encoder="")
+    newer, output = tmp_path / "newer.safetensors", tmp_path / "both.safetensors"
+    merge(monkeypatch, "--manager_ckpts", files[0], "--output_path", newer, "--covariance", covariance)
+    assert "From older files" not in capsys.readouterr().out
+    (upgraded,) = load_perfusion_concepts(newer)
+    torch.testing.assert_close(upgraded.dual, upgraded.target_input / 2 / (1 + 1e-4))
+    merge(monkeypatch, "--manager_ckpts", newer, files[1], "--output_path", output)
+    assert "From older files, which lack" in (printed := capsys.readouterr().out) and ": <pet-2>." in printed
+    first, second = load_perfusion_concepts(output)
+    assert torch.equal(first.dual, upgraded.dual) and second.dual is None
+
+
+def test_a_merged_file_may_have_a_thumbnail(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    output = tmp_path / "out.safetensors"
+    for path in files:
+        merge(monkeypatch, "--manager_ckpts", path, "--output_path", path, "--thumbnail", tmp_path / "red.png")
+    merge(monkeypatch, "--manager_ckpts", *files, "--output_path", output, "--thumbnail")
+    assert read_thumbnail(stored_thumbnail(output)).size == (128, 64)
+    merge(monkeypatch, "--manager_ckpts", *files, "--output_path", output)
+    assert stored_thumbnail(output) == ""
+    with pytest.raises(SystemExit):
+        merge(monkeypatch, "--manager_ckpts", output, "--output_path", output, "--thumbnail")
+    assert "none of the files has one; name an image" in capsys.readouterr().err
 
 
 @pytest.fixture

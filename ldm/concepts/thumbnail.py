@@ -40,19 +40,18 @@ def make_thumbnail(image: Image.Image) -> str:
 
 def read_thumbnail(thumbnail: str) -> Image.Image:
     """Return the image of a thumbnail."""
-    image = Image.open(io.BytesIO(_jpeg_of(thumbnail)), formats=["JPEG"])
+    image = Image.open(io.BytesIO(jpeg_of(thumbnail)), formats=["JPEG"])
     image.load()
     return image.convert("RGB")
 
 
-def thumbnail_of(path: str | Path) -> Image.Image | None:
-    """Return the thumbnail that a safetensors file holds, or None.
+def stored_thumbnail(path: str | Path) -> str:
+    """Return the thumbnail that a safetensors file holds, or "".
 
     Raises:
         UserError: it is no safetensors file.
     """
-    thumbnail = check_thumbnail(path, load_metadata(path).get(METADATA_KEY, ""))
-    return read_thumbnail(thumbnail) if thumbnail else None
+    return check_thumbnail(path, load_metadata(path).get(METADATA_KEY, ""))
 
 
 def join_thumbnails(thumbnails: Sequence[str]) -> str:
@@ -91,7 +90,8 @@ def _is_thumbnail(text: str) -> bool:
     return True
 
 
-def _jpeg_of(thumbnail: str) -> bytes:
+def jpeg_of(thumbnail: str) -> bytes:
+    """Return the bytes of a thumbnail's JPEG file. Raises ValueError if they are damaged."""
     try:
         return base64.b64decode(thumbnail.removeprefix(PREFIX), validate=True)
     except binascii.Error as error:

@@ -41,8 +41,28 @@ def test_unused_layers_have_the_values_of_the_super_category() -> None:
     assert some.summary.endswith(", 1 of 2 layers") and "layers" not in every.summary
 
 
+def test_layers_without_target_outputs_have_those_of_the_super_category() -> None:
+    """Concepts with unequal sets of layers act together."""
+    layers = make_text_layers()
+    first, middle = make_concept("<a>", trained_keys=True), make_concept("<b>", seed=9)
+    for concept, layer in ((first, MIDDLE), (middle, FIRST)):
+        concept.target_outputs_v.pop(layer)
+        concept.target_outputs_k.pop(layer, None)
+    edit = stack_concepts([first, middle], layers)
+    for name, weights in layers.items():
+        for index, concept in enumerate((first, middle)):
+            plain = weights.to_v.weight.detach() @ concept.super_input
+            expected = concept.target_outputs_v.get(name, plain)
+            torch.testing.assert_close(edit.target_outputs_v[name][index], expected)
+            locked = weights.to_k.weight.detach() @ concept.super_input
+            torch.testing.assert_close(edit.target_outputs_k[name][index], concept.target_outputs_k.get(name, locked))
+
+
 def test_a_concept_with_other_layers_than_the_model_is_refused() -> None:
     layers = make_text_layers()
     layers.pop(MIDDLE)
     with pytest.raises(UserError, match="<bear>.*middle_block.1.attn2"):
         stack_concepts([make_concept()], layers)
+    wider = make_concept(target_input=randn(7), super_input=randn(7), dual=randn(7))
+    with pytest.raises(UserError, match="<bear>.*input_blocks.1.1.attn2"):
+        stack_concepts([wider], make_text_layers())

@@ -20,15 +20,14 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def make_concept(placeholder: str = "<bear>", seed: int = 0, trained_keys: bool = False, **settings: object) -> Concept:
     outputs = {name: randn(p, seed=seed + 3) for name, p in INNER_WIDTHS.items()}
+    vectors = {"embedding": randn(1, 4, seed=seed), "target_input": randn(WIDTH, seed=seed + 1),
+               "super_input": randn(WIDTH, seed=seed + 2), "dual": DUAL_SCALE * randn(WIDTH, seed=seed + 1)}
     return Concept(
         placeholder=placeholder,
         super_category=str(settings.pop("super_category", "teddy bear")),
-        target_input=randn(WIDTH, seed=seed + 1),
-        super_input=randn(WIDTH, seed=seed + 2),
         target_outputs_v=outputs,
         target_outputs_k={name: -output for name, output in outputs.items()} if trained_keys else {},
-        **{"steps": 7, "base": "f" * 64, "embedding": randn(1, 4, seed=seed),
-           "dual": DUAL_SCALE * randn(WIDTH, seed=seed + 1), **settings},
+        **{**vectors, "steps": 7, "base": "f" * 64, **settings},
     )
 
 

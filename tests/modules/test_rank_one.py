@@ -231,10 +231,33 @@ def test_nearly_parallel_target_inputs(case: tuple[Tensor, ...], difference: flo
         torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-4)
 
 
+def test_concepts_under_different_covariances_keep_their_own_inner_products(case: tuple[Tensor, ...]) -> None:
+    """Closed form in float64: e_perp = e - I^T G^+ D e. No concept is left in it, although G is not symmetric."""
+    encoding, inverse, _, _ = case
+    targets = randn(3, WIDTH, seed=4)
+    other = invert_covariance(make_covariance(seed=55) + 2 * torch.eye(WIDTH))
+    duals = torch.cat([dual_vectors(targets[:2], inverse), dual_vectors(targets[2:], other)])
+    e, i, d = (x.double() for x in (encoding, targets, duals))
+    gram = d @ i.T
+    assert (gram - gram.T).abs().max() > 0.1
+    expected = e - e @ d.T @ torch.linalg.inv(gram).T @ i
+    found = project_out(encoding, concept_basis(targets, duals))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert similarity(found, targets, duals).abs().max() < 1e-4
+    # The same direction under both counts once.
+    twice = concept_basis(targets[:1].repeat(2, 1), torch.cat([duals[:1], dual_vectors(targets[:1], other)]))
+    assert len(twice.vectors) == 1
+
+
 @pytest.mark.parametrize("targets", [torch.zeros(1, WIDTH), torch.full((1, WIDTH), torch.nan)])
 def test_a_target_input_without_energy_is_refused(inverse: Tensor, targets: Tensor) -> None:
     with pytest.raises(ValueError, match="energy"):
         scores_of(torch.ones(1, 1, WIDTH), targets, inverse)
+
+
+def test_duals_of_another_shape_are_refused(inverse: Tensor) -> None:
+    with pytest.raises(ValueError, match="duals must have the shape"):
+        similarity(torch.ones(1, 1, WIDTH), torch.ones(1, WIDTH), inverse)
 
 
 # Properties
