@@ -10,7 +10,7 @@ from helpers import tiny_models
 from helpers.oracles import randomize
 from torch import Tensor, nn
 
-from ldm.inference.encoding import EncodedPrompts
+from ldm.inference.encoding import UNCONDITIONAL, EncodedPrompts
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.settings import GenerationSettings
@@ -20,7 +20,7 @@ from ldm.modules.context import PromptContext
 from ldm.sampling.samplers import SAMPLERS
 
 LATENTS = (8, 8)
-EVALUATIONS = {"plms": 5, "heun": 7}  # of the U-Net in four steps; other samplers need four
+EVALUATIONS = {"plms": 5, "heun": 7, "dpmpp_sde": 7}  # of the U-Net in four steps; other samplers need four
 
 
 def test_probabilities_are_the_weights_of_the_fused_attention() -> None:
@@ -112,7 +112,8 @@ def sample(pipeline: PerfusionPipeline, requests: list[GenerationRequest], setti
     """Sample latents, with `weights` in place of those of the U-Net."""
     encoding = pipeline.model.cond_stage_model([PROMPT, ""])
     context = PromptContext.plain(encoding, cache=True, weights=weights)
-    return pipeline.latents(EncodedPrompts(context, {PROMPT: 0, "": 1}), requests, pipeline.complete(settings))
+    encoded = EncodedPrompts(context, {PROMPT: 0, UNCONDITIONAL: 1})
+    return pipeline.latents(encoded, requests, pipeline.complete(settings))
 
 
 def mean_maps(pipeline: PerfusionPipeline, requests: list[GenerationRequest], words: Tensor, **weights: Tensor
