@@ -321,3 +321,39 @@ def test_locked_keys_come_from_the_super_category(layers: dict[str, SimpleNamesp
     for name, layer in layers.items():
         torch.testing.assert_close(keys[name], inputs.detach() @ layer.to_k.weight.detach().T)
         assert not keys[name].requires_grad
+
+
+# What a prompt has as a whole
+
+
+def whole_prompts(seed: int, count: int = 2) -> PromptContext:
+    plain = PromptContext.plain(randn(count, TOKENS, WIDTH, seed=seed), pooled=randn(count, 3, seed=seed))
+    return replace(plain, vector=randn(count, 5, seed=seed))
+
+
+def test_pooled_and_vector_follow_their_prompts() -> None:
+    one, other = whole_prompts(1), whole_prompts(2)
+    joined = PromptContext.cat([one, other])
+    assert torch.equal(joined.vector, torch.cat([one.vector, other.vector]))
+    assert torch.equal(joined.pooled[2:], other.pooled) and torch.equal(one.repeat(3).vector[4:], one.vector)
+    chosen = joined.select([3, 0])
+    assert torch.equal(chosen.vector, torch.stack([other.vector[1], one.vector[0]]))
+    assert torch.equal(chosen.pooled, torch.stack([other.pooled[1], one.pooled[0]]))
+    moved = joined.to(torch.float64)
+    assert moved.vector.dtype == moved.pooled.dtype == torch.float64
+    weighted = joined.scale_tokens(torch.full((4, TOKENS), 2.0))
+    assert torch.equal(weighted.projected, 2 * joined.projected)
+    assert torch.equal(weighted.vector, joined.vector) and torch.equal(weighted.pooled, joined.pooled)
+
+
+@pytest.mark.parametrize("name", ["pooled", "vector"])
+def test_prompts_with_and_without_a_vector_are_not_joined(name: str) -> None:
+    with pytest.raises(ValueError, match=f"some of these prompts have a {name}, others have none"):
+        PromptContext.cat([whole_prompts(1), replace(whole_prompts(2), **{name: None})])
+
+
+def test_copies_for_graphs_have_a_vector_of_their_own() -> None:
+    one, other = whole_prompts(1), whole_prompts(2)
+    copied = one.clone_cached()
+    copied.copy_cached_from(other)
+    assert torch.equal(copied.vector, other.vector) and torch.equal(one.vector, whole_prompts(1).vector)

@@ -379,3 +379,20 @@ def test_impossible_pools_are_refused() -> None:
         EncoderUNetModel(**ENCODER, pool="max")
     with pytest.raises(UserError, match="num_head_channels"):
         EncoderUNetModel(**{**ENCODER, "num_head_channels": -1}, pool="attention")
+
+
+def test_each_level_may_have_its_own_number_of_blocks() -> None:
+    depths = {**TEXT, "transformer_depth": [1, 3]}
+
+    def count_blocks(config: dict[str, object]) -> dict[str, int]:
+        with torch.device("meta"):
+            unet = UNetModel(**config)
+        return {name: len(module.transformer_blocks) for name, module in unet.named_modules()
+                if isinstance(module, SpatialTransformer)}
+
+    expected = {"input_blocks.1.1": 1, "input_blocks.3.1": 3, "middle_block.1": 3, "output_blocks.0.1": 3,
+                "output_blocks.1.1": 3, "output_blocks.2.1": 1, "output_blocks.3.1": 1}
+    assert count_blocks(depths) == expected
+    assert count_blocks({**depths, "transformer_depth_middle": 2}) == {**expected, "middle_block.1": 2}
+    with pytest.raises(UserError, match="transformer_depth has 3 entries, channel_mult 2; give one per level"):
+        count_blocks({**depths, "transformer_depth": [1, 2, 3]})
