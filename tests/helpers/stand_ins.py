@@ -14,7 +14,7 @@ from helpers import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, WORDS, LENGTH = 16, 49408, 20
-SEGMENT_CLASSES = 5
+SEGMENT_CLASSES, FEATURES = 5, 8
 
 
 def model_section(config: str) -> dict[str, Any]:
@@ -48,6 +48,8 @@ def stand_in(config: str, folder: Path, **params: Any) -> dict[str, Any]:
     stage["ddconfig"] |= {"ch": 32, "num_res_blocks": 1, "resolution": image_side(section)}
     if "n_embed" in stage:
         stage["n_embed"] = 12
+    if "adm_in_channels" in unet:
+        unet |= {"context_dim": 2 * WIDTH, "adm_in_channels": WIDTH + 6 * FEATURES, "transformer_depth": 1}
     if isinstance(given["cond_stage_config"], dict):
         given["cond_stage_config"]["params"] = _small_encoder(given["cond_stage_config"], folder)
     given.update(params)
@@ -67,7 +69,18 @@ def _small_encoder(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "BERTEmbedder": {"n_embed": WIDTH, "n_layer": 1}, "ClassEmbedder": {"embed_dim": WIDTH},
         "SpatialRescaler": {"in_channels": SEGMENT_CLASSES},
     }
-    return {**(config.get("params") or {}), **changes[config["target"].rpartition(".")[2]]}
+    name, params = config["target"].rpartition(".")[2], config.get("params") or {}
+    return _small_embedders(params, changes) if name == "GeneralConditioner" else {**params, **changes[name]}
+
+
+def _small_embedders(params: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the params of Stable Diffusion XL's encoders with two small towers and few features per size."""
+    first, second, *sizes = params["emb_models"]
+    first["params"] |= {**changes["FrozenCLIPEmbedder"], "layer_idx": 1}
+    second["params"] |= {**changes["FrozenOpenCLIPEmbedder"], "max_length": first["params"]["max_length"]}
+    for embedder in sizes:
+        embedder["params"]["outdim"] = FEATURES
+    return params
 
 
 def batch_for(section: dict[str, Any]) -> dict[str, Any]:
