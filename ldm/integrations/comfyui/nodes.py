@@ -23,8 +23,9 @@ TEMPERATURE = {"default": OWN, "min": OWN, "max": 2.0, "step": 0.01, "round": 0.
 BIAS_TOOLTIP = ("Threshold of the gate: lower gives more of the concept, higher more of the prompt. Usual are 0.4 to "
                 "0.75. -1: each concept's own.")
 TEMPERATURE_TOOLTIP = "Softness of the gate; usual are 0.1 to 0.15. -1: each concept's own."
-LOCK_TOOLTIP = ("Where keys, which decide on the layout, come from. local: for a concept's word, from its super-category. "
-                "global: for the whole prompt, from the same prompt with super-categories; use a bias of 0.4 to 0.6.")
+LOCK_TOOLTIP = ("Where keys, which decide on the layout, come from. local: for the word of a concept, from its "
+                "super-category. global: for the whole prompt, from the prompt with super-categories; use a bias of "
+                "0.4 to 0.6.")
 
 
 class LoadPerfusionConcept:

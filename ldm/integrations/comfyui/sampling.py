@@ -73,9 +73,9 @@ def share_concepts(conds: Sequence[dict[str, Any]], concepts: Sequence[Concept])
             raise PerfusionError(layout.wrong_width(cond[CONTEXT]))
         if [concept.identity for concept in cond.get(ENTRY, concepts)] != identities:
             raise PerfusionError(f"the prompt was encoded with other concepts than the model has; {RELINK}")
-        if cond.get(CONTROL_CONTEXT) is not None or cond[CONTEXT].shape[-1] == layout.packed_width:
-            given = cond.get(CONTROL_CONTEXT)
-            cond[CONTROL_CONTEXT] = layout.encoding(cond[CONTEXT] if given is None else given)
+        # ControlNets would read what the U-Net reads, which may be packed soon.
+        given = cond.get(CONTROL_CONTEXT)
+        cond[CONTROL_CONTEXT] = layout.encoding(cond[CONTEXT] if given is None else given)
     settings = _settings_of(conds, concepts, layout)
     for cond in conds:
         cond[CONTEXT] = _edited(cond[CONTEXT], cond.get(ENTRY, settings.concepts), settings, layout)

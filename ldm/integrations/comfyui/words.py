@@ -41,12 +41,13 @@ def markers(tokenizer: Any, text: str, count: int) -> dict[str, int]:
         count: how many words are needed.
     """
     folded, found = text.casefold(), {}
-    for piece, token in sorted(tokenizer.get_vocab().items(), key=lambda item: -item[1]):
+    for token in range(len(tokenizer) - 1, -1, -1):
+        if len(found) == count:
+            break
+        piece = tokenizer.convert_ids_to_tokens(token)
         word = piece.removesuffix(WORD_END)
         if word == piece or len(word) < MIN_LETTERS or not (word.isascii() and word.isalpha()) or word in folded:
             continue
-        if len(found) == count:
-            break
         if tokenizer(word)["input_ids"][1:-1] == [token]:
             found[word] = token
     if len(found) < count:
