@@ -35,7 +35,6 @@ from ldm.data.templates import fill_template
 from ldm.models.optimization import can_use_fused_optimizer, optimizer_and_schedule
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import PromptContext
-from ldm.modules.fast.sixteen_bits import MIXED_PRECISIONS, to_sixteen_bits
 from ldm.personalization.cached_latents import CachedLatents
 from ldm.personalization.checks import check_datasets, check_words
 from ldm.personalization.concept_gradients import DropOverflows, back_off, clip_norm_of_each
@@ -48,6 +47,7 @@ from ldm.personalization.concept_names import (
 )
 from ldm.personalization.initial_words import read_initial_words
 from ldm.personalization.photo_masks import log_summary, make_missing_masks
+from ldm.personalization.placement import is_large, store_in_sixteen_bits
 from ldm.personalization.prediction_check import check_prediction
 from ldm.personalization.training_prompts import ModelWithWords
 from ldm.util import to_device
@@ -123,6 +123,11 @@ class PersonalizationMethod(ModelWithWords):
                                                 self.cond_stage_model.embedding_width)
 
     @property
+    def is_large(self) -> bool:
+        """Whether the U-Net in 32 bits takes so much memory that it must not be on the device beside other work."""
+        return is_large(self.model)
+
+    @property
     def max_devices(self) -> int:
         """The number of concepts: each device learns its own share of them."""
         return len(self.placeholders)
@@ -177,7 +182,9 @@ class PersonalizationMethod(ModelWithWords):
         self.cached_latents = CachedLatents(self, photos, self.mask_border)
         self.prepare_prompts(photos, device)
         # Lightning moves the model only after this method, too late for what follows.
-        dtype = self._store_unet_in_sixteen_bits(device)
+        dtype = None
+        if not self.trained_unet_weights():
+            dtype = store_in_sixteen_bits(self.model.diffusion_model, str(self.trainer.precision), device)
         self.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             self._check_prediction(photos)
@@ -226,18 +233,6 @@ class PersonalizationMethod(ModelWithWords):
 
     def prepare_prompts(self, photos: Sequence[ConceptPhotos], device: torch.device) -> None:
         """Encode what can be encoded before the U-Net is on the device; nothing by default."""
-
-    def _store_unet_in_sixteen_bits(self, device: torch.device) -> torch.dtype | None:
-        """Convert the U-Net if training will do so anyway, before it takes twice the memory of the device.
-
-        Returns:
-            The dtype; None if the U-Net keeps its own.
-        """
-        dtype = MIXED_PRECISIONS.get(str(self.trainer.precision)) if device.type == "cuda" else None
-        if dtype is None or self.trained_unet_weights():
-            return None
-        to_sixteen_bits(self.model.diffusion_model, dtype)
-        return dtype
 
     def _check_prediction(self, photos: Sequence[ConceptPhotos]) -> None:
         latents = self.cached_latents.first_latents(PHOTOS_TO_CHECK).to(self.device)

@@ -50,15 +50,17 @@ class WordEncoder:
         tokens = self.encoder.tokenize(list(rows), self.placeholders, counts)
         return list(rows), tokens, torch.tensor([rows[prompt] for prompt in prompts])
 
-    def encode(self, prompts: Sequence[str], vectors: Sequence[Tensor]) -> DistinctPrompts:
+    def encode(self, prompts: Sequence[str], vectors: Sequence[Tensor], with_pooled: bool = True) -> DistinctPrompts:
         """Encode a batch; gradients reach the vectors.
 
         Args:
             prompts: B prompts.
             vectors: the word vectors (n, width) of each placeholder.
+            with_pooled: whether to compute the pooled encodings, if the text encoder has any.
         """
         _, tokens, rows = self.distinct(prompts, [len(own) for own in vectors])
-        return DistinctPrompts(tokens, *encode_exactly(self.encoder, tokens, torch.cat(list(vectors))), rows)
+        encoding, pooled = encode_exactly(self.encoder, tokens, torch.cat(list(vectors)), with_pooled)
+        return DistinctPrompts(tokens, encoding, pooled, rows)
 
 
 class FixedPrompts:
@@ -88,8 +90,10 @@ class FixedPrompts:
         return DistinctPrompts(tokens, to_device(torch.stack(encodings), device), pooled, rows)
 
 
-def encode_exactly(encoder: PromptEncoder, tokens: Tensor, vectors: Tensor | None = None
+def encode_exactly(encoder: PromptEncoder, tokens: Tensor, vectors: Tensor | None = None, with_pooled: bool = True
                    ) -> tuple[Tensor, Tensor | None]:
     """Return what `encode_with_pooled` does, in 32 bits: C^-1 would magnify what half precision rounds off."""
     with torch.autocast(encoder.device.type, enabled=False):
-        return encoder.encode_with_pooled(tokens, vectors)
+        if with_pooled:
+            return encoder.encode_with_pooled(tokens, vectors)
+        return encoder.encode_tokens(tokens, vectors), None

@@ -150,8 +150,9 @@ def _build(config: DictConfig, trainer: pl.Trainer) -> tuple[pl.LightningDataMod
         allowed = "one device" if max_devices == 1 else f"at most {max_devices} devices, one for each concept"
         raise UserError(f"{config.model.target} is trained on {allowed}; "
                         f"leave out --devices {config.lightning.trainer.devices}")
-    device = trainer.strategy.root_device if trainer.num_devices == 1 else None  # there, weights are rearranged sooner
-    return data, model.to(device, memory_format=torch.channels_last)
+    # On the device, weights are rearranged sooner. Large models move there in parts, when they are prepared.
+    moves_now = trainer.num_devices == 1 and not getattr(model, "is_large", False)
+    return data, model.to(trainer.strategy.root_device if moves_now else None, memory_format=torch.channels_last)
 
 
 def _concept_photos(data: pl.LightningDataModule) -> list[ConceptPhotos]:

@@ -20,6 +20,7 @@ from ldm.modules.attention import name_text_layers
 from ldm.modules.covariance import encoder_fingerprint, save_covariance
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.fast.sixteen_bits import to_sixteen_bits
+from ldm.personalization import base, placement
 from ldm.personalization.base import PersonalizationMethod
 from ldm.personalization.layer_names import find_layers
 from ldm.util import instantiate_from_config
@@ -247,15 +248,27 @@ def test_a_run_keeps_the_norms(folder: Path, tmp_path: Path) -> None:
 # Memory
 
 
+def test_a_large_frozen_unet_is_converted_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "to_sixteen_bits", lambda network, dtype: None)
+
+    def stored(precision: str, device: str) -> torch.dtype | None:
+        return placement.store_in_sixteen_bits(torch.nn.Linear(2, 2), precision, torch.device(device))
+
+    assert stored("bf16-mixed", "cuda") is None  # small
+    monkeypatch.setattr(placement, "LARGE", 5)
+    assert stored("bf16-mixed", "cuda") is torch.bfloat16 and stored("16-mixed", "cuda") is torch.float16
+    assert stored("32-true", "cuda") is stored("bf16-mixed", "cpu") is None
+
+
 @pytest.mark.slow
 def test_weights_of_sixteen_bits_from_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU with mixed precision: the U-Net is converted before it is moved, its text projections are not."""
-    def convert(model: PersonalizationMethod, device: torch.device) -> torch.dtype:
-        to_sixteen_bits(model.model.diffusion_model, torch.bfloat16)
+    def convert(unet: torch.nn.Module, precision: str, device: torch.device) -> torch.dtype:
+        to_sixteen_bits(unet, torch.bfloat16)
         return torch.bfloat16
 
     exact = prepared(folder, seed=1)
-    monkeypatch.setattr(PersonalizationMethod, "_store_unet_in_sixteen_bits", convert)
+    monkeypatch.setattr(base, "store_in_sixteen_bits", convert)
     model = prepared(folder, seed=1)
     assert model.base_model == exact.base_model
     for one, other in zip(model.concepts[0].values(), exact.concepts[0].values(), strict=True):
