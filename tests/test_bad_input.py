@@ -131,7 +131,7 @@ def _concepts(folder: Path) -> None:
         save_perfusion_concepts(folder / f"{name}.concept", [concept])
     save_perfusion_concepts(folder / "concept.safetensors", [good])
     tensors, metadata = load_tensors(folder / "good.concept")
-    metadata["perfusion"]["format_version"] = 4
+    metadata["perfusion"]["format_version"] = 5
     save_tensors(folder / "newer.concept", tensors, metadata)
     half_of(folder / "cut.concept", folder / "good.concept")
     (folder / "void.concept").write_bytes(b"")

@@ -8,7 +8,9 @@ What a concept is:
 
 Files:
     storage.py                  `load_concepts` and `save_concepts`, for files of any method; start here
-    concept_file.py             the file format of Perfusion's concepts, and its checks
+    concept_file.py             the file format of Perfusion's concepts; concept_checks.py checks its contents
+    duals.py                    what concepts of older files lack: C^-1 i*
+    model_spec.py               metadata for people and model browsers; thumbnail.py makes the small image in it
     finetuned_concept_file.py   the file format of other methods' concepts
     file_tensors.py             what both formats share
     embedding_file.py           the file format of Textual Inversion's public code

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
 from ldm.concepts.concept import Concept
@@ -24,7 +24,7 @@ PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}  # by what a diffusion model of 
 OTHER_ARCHITECTURE = "latent-diffusion"
 ADAPTER = "perfusion"
 ALONE = " As a plain embedding, it is the word alone, without the edit."
-HEADER_BYTES = 8  # of the length of a safetensors file's header
+MOST_DESCRIBED = 8  # concepts; of more, the names say enough
 
 
 def model_spec(concepts: Sequence[Concept], tensors: Mapping[str, Tensor], thumbnail: str = "") -> dict[str, str]:
@@ -42,7 +42,7 @@ def model_spec(concepts: Sequence[Concept], tensors: Mapping[str, Tensor], thumb
         "architecture": f"{_architecture(first)}/{ADAPTER}",
         "implementation": IMPLEMENTATION,
         "title": f"Perfusion concept{'s' if len(concepts) > 1 else ''} {words}",
-        "description": "; ".join(describe_concept(concept) for concept in concepts),
+        "description": "; ".join(describe_concept(concept) for concept in concepts[:MOST_DESCRIBED]),
         "trigger_phrase": words,
         "tags": ", ".join(dict.fromkeys(concept.super_category for concept in concepts)),
         "usage_hint": f"Use {words} in prompts." + (ALONE if len(concepts) == 1 else ""),
@@ -69,10 +69,11 @@ def describe_concept(concept: Concept) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the tensors' bytes in a safetensors file, which its metadata does not change."""
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    header = int.from_bytes(content[:HEADER_BYTES], "little")
-    return hashlib.sha256(content[HEADER_BYTES + header:]).hexdigest()
+    """Return the SHA-256 of the tensors' bytes in a safetensors file, in its order: wider numbers first, then names."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _architecture(concept: Concept) -> str:

@@ -38,17 +38,16 @@ from scripts.benchmarks.device import synchronize
 from scripts.benchmarks.random_models import (
     meta_text_layers,
     random_concept,
-    random_covariance,
     random_inference_model,
     random_photos,
     read_config,
-    text_width,
 )
 
 CONCEPTS = (2, 100, 1000)
 # Public models: config, width of a word embedding, goal of the file size in KB.
-FILES = {"Stable Diffusion 1.5": ("configs/perfusion-sd-v1.yaml", 768, Goal(35)),
-         "Stable Diffusion 2.x": ("configs/perfusion-sd-v2.yaml", 1024, Goal(40))}
+FILES = {"Stable Diffusion 1.5": ("configs/perfusion-sd-v1.yaml", 768, Goal(40)),
+         "Stable Diffusion 2.x": ("configs/perfusion-sd-v2.yaml", 1024, Goal(40)),
+         "Stable Diffusion XL": ("configs/perfusion-sd-xl.yaml", 2048, Goal(210))}
 CAPTIONS, QUICK_CAPTIONS = 100_000, 2_000
 PHOTOS, QUICK_PHOTOS = 1_000, 20
 # The public CLIPSeg's preprocessing.
@@ -82,7 +81,6 @@ def measure_merging(settings: BenchmarkSettings, model: Any) -> Iterator[Benchma
     folder = settings.folder / "concepts"
     files = [save_perfusion_concepts(folder / f"{index}.safetensors", [random_concept(layers, word_width, base, index)])
              for index in range(max(CONCEPTS))]
-    inverse = invert_covariance(random_covariance(text_width(layers)))
 
     for count in CONCEPTS:
         merged = folder / f"merged_{count}.safetensors"
@@ -95,7 +93,7 @@ def measure_merging(settings: BenchmarkSettings, model: Any) -> Iterator[Benchma
         reading = time_calls(lambda path=merged: load_perfusion_concepts(path), settings.rounds)
         yield median_row(f"reading {count:,} concepts from one file", reading, "s")
 
-        encoder = ConceptPromptEncoder(model.cond_stage_model, layers, load_perfusion_concepts(merged), inverse)
+        encoder = ConceptPromptEncoder(model.cond_stage_model, layers, load_perfusion_concepts(merged))
 
         def encode(encoder: ConceptPromptEncoder = encoder) -> None:
             encoder.encode([f"a photo of a {encoder.placeholders[-1]}", ""])

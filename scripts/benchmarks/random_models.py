@@ -114,4 +114,5 @@ def random_concept(text_layers: Mapping[str, TextLayer], word_width: int, base: 
     embedding = random_tensor(1, word_width)
     target_input, super_input = random_tensor(width), random_tensor(width)
     return Concept(placeholder=f"<subject-{index}>", super_category="teddy bear", embedding=embedding,
-                   target_input=target_input, super_input=super_input, target_outputs_v=values, steps=400, base=base)
+                   target_input=target_input, super_input=super_input, target_outputs_v=values, steps=400, base=base,
+                   dual=target_input)  # C is the identity
