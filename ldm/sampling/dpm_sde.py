@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.modules.diffusionmodules.util import ddim_sigma
 from ldm.sampling.sampler import Denoiser, NoiseSource, Sampler, Step, ddim_update
-from ldm.sampling.schedule import prediction_from_x0
+from ldm.sampling.schedule import PURE_NOISE, prediction_from_x0
 from ldm.sampling.time_grid import SpacingRule, TimeGrid, karras_grid, with_midpoints
 
 
@@ -38,7 +38,7 @@ class SingleStepSDE(Sampler):
             start, following = grid.alpha_bar[i], grid.alpha_bar_next[i]
             prediction = denoise(x, i)
             noise = sample_noise() if eta else None
-            if start > 0 and i + 1 < len(grid):
+            if start > PURE_NOISE and i + 1 < len(grid):
                 middle = len(grid) + i
                 level = levels.alpha_bar[middle]
                 half = ddim_update(prediction, level, float(ddim_sigma(start, level, eta)), lambda: noise)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ldm.sampling.sampler import Denoiser, Sampler
-from ldm.sampling.schedule import Prediction, add_noise, prediction_from_eps
+from ldm.sampling.schedule import PURE_NOISE, Prediction, add_noise, prediction_from_eps
 from ldm.sampling.time_grid import SpacingRule, TimeGrid, karras_grid
 
 
@@ -40,7 +40,7 @@ class Heun(Sampler):
         def predict(x: Tensor, i: int) -> Prediction:
             start = denoise(x, i)
             # Euler's step to a clean image, and from pure noise, where eps says nothing about the image
-            if i + 1 == len(grid) or grid.alpha_bar[i] == 0:
+            if i + 1 == len(grid) or grid.alpha_bar[i] < PURE_NOISE:
                 return start
             # trapezoidal rule (Algorithm 1, line 10)
             return prediction_from_eps(x, average_eps(denoise, grid, start, i), grid.alpha_bar[i])

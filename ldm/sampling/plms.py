@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.sampling.heun import average_eps
 from ldm.sampling.sampler import Denoiser, Sampler
-from ldm.sampling.schedule import Prediction, prediction_from_eps
+from ldm.sampling.schedule import PURE_NOISE, Prediction, prediction_from_eps
 from ldm.sampling.time_grid import SpacingRule, TimeGrid, leading_grid
 
 # Adams-Bashforth weights by the number of available estimates of eps, the newest first; order 4 is Eq. 12 of the paper.
@@ -52,8 +52,8 @@ class PLMS(Sampler):
             estimates.appendleft(start.eps)
             # The first step has no history and looks ahead instead. A grid of one step has no next timestep to look at
             # and takes DDIM's step, and so does a start at pure noise, where eps says nothing about the image.
-            warm_up = i == 0 and len(grid) > 1 and grid.alpha_bar[i] > 0
-            if grid.alpha_bar[i] == 0:
+            warm_up = i == 0 and len(grid) > 1
+            if grid.alpha_bar[i] < PURE_NOISE:
                 return start
             eps = average_eps(denoise, grid, start, i) if warm_up else multistep_eps(list(estimates))
             return prediction_from_eps(x, eps, grid.alpha_bar[i])

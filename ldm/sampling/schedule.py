@@ -21,6 +21,7 @@ from ldm.common.errors import UserError
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
 
 PARAMETERIZATIONS = ("eps", "v", "x0")
+PURE_NOISE = 1e-6  # an alpha_bar below which eps says next to nothing about the image; the cosine schedule ends below
 AlphaBar = float | Tensor  # in [0, 1]; a tensor broadcasts to (B, ...)
 
 

@@ -21,6 +21,7 @@ from ldm.common.errors import UserError
 from ldm.modules.context import PromptContext
 from ldm.sampling.sampler import rescale_guidance
 from ldm.sampling.samplers import TIMESTEP_SPACINGS
+from ldm.sampling.schedule import diffusion_buffers
 
 EVERY = pytest.mark.parametrize("name", SAMPLER_CLASSES)
 
@@ -120,3 +121,14 @@ def test_guidance_1_evaluates_one_half_of_the_batch_with_all_parts_of_the_condit
             2, 2, SHAPE, context(1), verbose=False, unconditional_guidance_scale=scale,
             unconditional_conditioning=context(2))
         assert set(seen) == {(rows, rows, rows, (rows, 8))}
+
+
+@pytest.mark.parametrize("name", ["plms", "heun", "dpm", "unipc", "euler"])
+def test_trailing_steps_stay_accurate_on_schedules_that_end_in_almost_pure_noise(name):
+    """Directions (eps) at the noisy end of the cosine schedule say nothing, and must not be extrapolated."""
+    model = gaussian_denoiser(0.8, 0.5, "v")
+    for key, tensor in diffusion_buffers("cosine", 1000).items():
+        setattr(model, key, tensor)
+    x = start_noise()
+    got, _ = SAMPLER_CLASSES[name](model).sample(25, 2, SHAPE, verbose=False, x_T=x, timestep_spacing="trailing")
+    assert (got - (0.8 + 0.5 * x)).abs().max() < 0.2
