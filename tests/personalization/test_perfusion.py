@@ -24,8 +24,10 @@ from torch import Tensor
 from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
+from ldm.concepts.model_spec import current_date
 from ldm.concepts.settings import override_settings
 from ldm.concepts.storage import read_concepts
+from ldm.concepts.thumbnail import read_thumbnail
 from ldm.inference.encoding import build_prompt_encoder
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
@@ -479,6 +481,10 @@ def test_a_run_saves_its_concept(folder: Path, tmp_path: Path) -> None:
     model = fit(folder, tmp_path, 2)
     (concept,) = load_perfusion_concepts(tmp_path / "concept.safetensors")
     assert concept.steps == 2 and concept.placeholder == WORD and concept.base
+    assert (concept.resolution, concept.prediction_type) == ("16x16", "epsilon") and concept.date == current_date()
+    assert concept.word_parts == model.cond_stage_model.word_parts and concept.dual is not None
+    assert read_thumbnail(prepared(folder, thumbnail=True).export_concept().thumbnail).size == (16, 16)
+    assert not concept.thumbnail
     assert torch.equal(concept.embedding, model.export_concept().embedding.half().float())
 
 
