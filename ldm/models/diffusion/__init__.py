@@ -2,6 +2,7 @@
 
     latent_diffusion.py   `LatentDiffusion`; pixel_diffusion.py has its base class `DDPM`, diffusion on images
     objectives.py         the training objective and its weights; the loss of a concept is in `ldm.personalization.base`
+    pixel_sizes.py        sizes in pixels of models of latents
     wrapper.py            wraps the U-Net, and routes each kind of conditioning to it
     ddpm.py               public path of the models; perfusion.py is that of `Perfusion`
     ddim.py, plms.py, dpm_solver/    the family's samplers; they reproduce the original's images

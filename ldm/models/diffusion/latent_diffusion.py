@@ -17,6 +17,7 @@ from ldm.models.diffusion.ancestral_sampling import ConditionalAncestralSampling
 from ldm.models.diffusion.embedding_training import TrainsEmbeddings
 from ldm.models.diffusion.logged_images import CLASS_KEYS, LogsLatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import DDPM
+from ldm.models.diffusion.pixel_sizes import KnowsPixelSizes
 from ldm.models.diffusion.wrapper import Condition, as_context
 from ldm.models.first_stage_precision import run_first_stage
 from ldm.models.frozen import freeze
@@ -35,7 +36,7 @@ IS_FIRST_STAGE, IS_UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__" 
 UNENCODED_KEYS = ("coordinates_bbox",)  # conditions that are tensors, but no images
 
 
-class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatentDiffusion, DDPM):
+class LatentDiffusion(KnowsPixelSizes, TrainsEmbeddings, ConditionalAncestralSampling, LogsLatentDiffusion, DDPM):
     """A diffusion model on the latents of a frozen first stage, conditioned on the output of a second module.
 
     Args (in addition to those of `DDPM`):
@@ -204,18 +205,6 @@ class LatentDiffusion(TrainsEmbeddings, ConditionalAncestralSampling, LogsLatent
         return self.differentiable_decode_first_stage(z, predict_cids, force_not_quantize)
 
     # Conditions
-
-    @property
-    def pixel_size(self) -> tuple[int, int]:
-        """(height, width) of the images that latents of the model's own size decode to."""
-        return self.pixels_of(self.latent_shape[1:])
-
-    def pixels_of(self, latent_size: Sequence[int]) -> tuple[int, int]:
-        """Return (height, width) of the images that latents of this height and width decode to."""
-        height, width = latent_size
-        encoder = getattr(self.first_stage_model, "encoder", None)
-        factor = getattr(encoder, "patch_size", 1) * 2**self.num_downs
-        return height * factor, width * factor
 
     @property
     def trains_condition(self) -> bool:
