@@ -41,12 +41,11 @@ from ldm.data.mini.scenes import (
 )
 from ldm.data.mini.styles import STYLES
 from ldm.data.mini.world import COLORS, KIND_NAMES, PATTERNS, sprite_sets
+from ldm.modules.color_shares import color_shares
 
 UNSEEN_BACKGROUNDS = tuple(name for name in BACKGROUND_NAMES if name not in PHOTO_BACKGROUNDS)
 PROTOTYPE_SEED, CEILING_SEED = 1, 2
 RIDGE = 0.1  # of the within-class covariance, in units of its mean eigenvalue: generated images differ from scenes
-LEVELS = 4  # per color channel of a histogram
-SOFTNESS = 0.3  # in units of [-1, 1]: a color counts for the neighboring levels, too
 BORDER = 8  # an eighth of the image on every side shows the background
 # Names of the ceilings.
 SPRITES = {True: "concepts", False: "trained sprites in their appearances,"}  # by `ExampleSubject.held_out`
@@ -163,12 +162,7 @@ def color_histogram(images: Tensor) -> Tensor:
     """
     height, width = images.shape[-2:]
     middle = images[..., height // BORDER:height - height // BORDER, width // BORDER:width - width // BORDER]
-    pixels = F.avg_pool2d(middle, 2).flatten(2)
-    # Share out each channel of each pixel among the levels, then multiply the channels.
-    levels = torch.linspace(-1, 1, LEVELS, device=images.device)
-    weights = (-(pixels[..., None] - levels) ** 2 / (2 * SOFTNESS**2)).softmax(-1)
-    histogram = torch.einsum("npr,npg,npb->nrgb", *weights.unbind(1)).flatten(1) / pixels.shape[-1]
-    return histogram.sqrt()
+    return color_shares(F.avg_pool2d(middle, 2).flatten(2))
 
 
 class Prototypes:
