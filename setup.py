@@ -38,6 +38,7 @@ setup(
         "einops",  # a dependency of that package, which does not declare it
     ],
     extras_require={
+        "diffusers": ["diffusers>=0.35", "accelerate"],  # concepts in its pipelines; it loads models by accelerate
         "evaluation": ["matplotlib"],
         "benchmark": ["diffusers>=0.35", "peft"],
         "web": ["gradio>=6", "psutil"],  # the page; psutil finds the process of a run again

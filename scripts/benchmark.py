@@ -27,6 +27,7 @@ PARTS = {
     "training_step": "a training step: time, memory, share of the matrix rate; also of diffusers and peft",
     "whole_concept": "a whole concept by main.py, the first image, and start-up",
     "sampling": "sampling with 0, 1, 2, 8 and 32 concepts loaded",
+    "diffusers_step": "a step in diffusers with concepts in the prompt and without",
     "many_concepts": "several concepts trained in one run, and used in one batch",
     "parts": "concept files, merging, the covariance of many captions, masks of many photos",
     "mini": "the README's commands on the bundled model",

@@ -112,6 +112,30 @@ def test_a_pipeline_with_concepts_is_not_kept_alive(family: Family):
     unload_concepts(family.pipe)
 
 
+@pytest.mark.slow
+def test_a_pipeline_with_concepts_is_not_copied(family: Family):
+    load_concepts(family.pipe, family.concepts)
+    with pytest.raises(UserError, match="cannot be copied or pickled; call unload_concepts first"):
+        copy.deepcopy(family.pipe)
+
+
+@pytest.mark.slow
+def test_a_method_that_the_pipeline_itself_had_stays(family: Family):
+    original = type(family.pipe).encode_prompt
+    calls = []
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(family.pipe, *args, **kwargs)
+
+    family.pipe.encode_prompt = encode_prompt
+    load_concepts(family.pipe, family.concepts)
+    family.pipe.encode_prompt(TWO, "cpu", 1, True)
+    assert len(calls) == 1
+    unload_concepts(family.pipe)
+    assert family.pipe.__dict__.pop("encode_prompt") is encode_prompt
+
+
 def test_words_of_no_concept_are_told_once(family: Family, caplog: pytest.LogCaptureFixture):
     load_concepts(family.pipe, family.concepts)
     for _ in range(2):

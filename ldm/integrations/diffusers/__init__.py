@@ -21,7 +21,13 @@ Modules:
     processors.py       attention processors that apply the edit
     base_model.py       recognizes the base model, and names its layers
 """
-from ldm.integrations.diffusers.loaded_concepts import LoadedConcepts
-from ldm.integrations.diffusers.pipelines import load_concepts, unload_concepts
+import importlib.util
+
+if importlib.util.find_spec("diffusers") is None:
+    raise ImportError("ldm.integrations.diffusers needs diffusers, which is not installed: "
+                      "pip install -e \".[diffusers]\"")
+
+from ldm.integrations.diffusers.loaded_concepts import LoadedConcepts  # noqa: E402
+from ldm.integrations.diffusers.pipelines import load_concepts, unload_concepts  # noqa: E402
 
 __all__ = ["LoadedConcepts", "load_concepts", "unload_concepts"]

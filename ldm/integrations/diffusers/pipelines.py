@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline
@@ -126,18 +127,7 @@ class Hooks:
         self._pipelines.add(pipe)
         if _hooks_of(pipe) is not None:
             return
-        reference, original = weakref.ref(pipe), pipe.encode_prompt
-        # A bound method would keep the pipeline alive.
-        unbound = getattr(type(pipe), "encode_prompt") if "encode_prompt" not in pipe.__dict__ else None  # noqa: B009
-
-        @functools.wraps(original)
-        def encode_prompt(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            current = reference()
-            return self._encode(current, original if unbound is None else unbound.__get__(current), args, kwargs)
-
-        encode_prompt.hooks = self
-        encode_prompt.replaced = pipe.__dict__.get("encode_prompt")
-        pipe.encode_prompt = encode_prompt
+        pipe.encode_prompt = EditedEncodePrompt(self, pipe)
 
     def _prepare(self, pipe: DiffusionPipeline) -> None:
         """Install what is missing: models may have been exchanged, and other calls replace processors."""
@@ -154,8 +144,8 @@ class Hooks:
                 hook = functools.partial(self._refuse_unedited, tower.tokenizer)
                 self._guards[encoder] = encoder.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def _encode(self, pipe: DiffusionPipeline, original: Callable[..., Any], args: Sequence[Any],
-                kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def encode(self, pipe: DiffusionPipeline, original: Callable[..., Any], args: Sequence[Any],
+               kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Do what `pipe.encode_prompt` does, under the edit of the concepts."""
         self._prepare(pipe)
         self.loaded.move_outputs(torch.device(pipe._execution_device), pipe.unet.dtype)
@@ -192,6 +182,30 @@ class Hooks:
                 self._told.add(fold_word(word))
                 log.warning("warning: %s is not the word of a loaded concept; loaded are %s", word,
                             ", ".join(self.loaded.placeholders))
+
+
+class EditedEncodePrompt:
+    """What takes the place of a pipeline's `encode_prompt`. It does not keep the pipeline alive.
+
+    Attributes:
+        hooks: what installed it.
+        replaced: what the pipeline itself, not its class, had under this name; None: nothing.
+    """
+
+    def __init__(self, hooks: Hooks, pipe: DiffusionPipeline) -> None:
+        functools.update_wrapper(self, type(pipe).encode_prompt)
+        self.hooks, self.replaced = hooks, pipe.__dict__.get("encode_prompt")
+        self._pipe = weakref.ref(pipe)
+        self.__signature__ = inspect.signature(pipe.encode_prompt)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        pipe = self._pipe()
+        original = self.replaced or functools.partial(type(pipe).encode_prompt, pipe)
+        return self.hooks.encode(pipe, original, args, kwargs)
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError("a pipeline with concepts cannot be copied or pickled; call unload_concepts first, and load "
+                        "the concepts into the copy")
 
 
 def _hooks_of(pipe: DiffusionPipeline) -> Hooks | None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from ldm.common.errors import UserError
@@ -152,7 +153,9 @@ class _Encodings:
             positions = []
             for tower, name in zip(self.towers, (first_name, second_name), strict=False):
                 texts = self.call.texts(name) or self.call.texts(first_name)
-                prompts = [pipe.maybe_convert_prompt(self._with_carriers(text), tower.tokenizer) for text in texts]
+                prompts = [self._with_carriers(text) for text in texts]
+                if isinstance(pipe, TextualInversionLoaderMixin):  # its words may take several tokens
+                    prompts = [pipe.maybe_convert_prompt(prompt, tower.tokenizer) for prompt in prompts]
                 positions.append(words.find_carriers(tower, prompts, tokens))
             if any(other != positions[0] for other in positions):
                 raise UserError(f"{first_name} and {second_name} must name the same concepts at the same positions; "
@@ -172,8 +175,8 @@ def _take_packed(call: EncodeCall, settings: Settings, width: int) -> dict[int, 
             continue
         expected = packed_width(width, len(settings.concepts))
         if packed.shape[-1] != expected or bool((packed[..., -1] != settings.tag).any()):
-            raise UserError(f"{name} were encoded for another model, or before concepts were loaded or unloaded; encode "
-                            "them again with pipe.encode_prompt")
+            raise UserError(f"{name} were encoded for another model, or before concepts were loaded or unloaded; "
+                            "encode them again with pipe.encode_prompt")
         given[index] = packed
         call.bound.arguments[name] = Rows.unpack(packed, width).encoding
     return given
@@ -184,7 +187,7 @@ def _acting(call: EncodeCall, given: dict[int, Tensor], placeholders: Sequence[s
     acting = torch.zeros(call.batch_size, len(placeholders), dtype=torch.bool)
     for name in (name for names in PROMPT_TEXTS for name in names):
         texts = call.texts(name)
-        for row, text in enumerate(texts if len(texts) > 1 else texts * call.batch_size):
+        for row, text in enumerate(texts[:len(acting)] if len(texts) > 1 else texts * len(acting)):
             acting[row, sorted(find_placeholders([text], placeholders))] = True
     for packed in given.values():
         count = len(placeholders)

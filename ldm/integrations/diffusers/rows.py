@@ -1,7 +1,7 @@
 """The edit of a prompt on the last axis of its embeddings: the form in which it travels through a pipeline.
 
-Pipelines of diffusers repeat, concatenate, halve and move the rows of `prompt_embeds` (B, N, d), but never look at their
-last axis. So a prompt under the edit is a wider row, and everything that happens to rows happens to its edit as well:
+Pipelines of diffusers repeat, concatenate, halve and move the rows of `prompt_embeds` (B, N, d), but never look at
+their last axis. So a prompt under the edit is a wider row, and everything that happens to rows happens to its edit:
 
     [e | e_perp | key input | value gates | key gates | acting | tag]
 
