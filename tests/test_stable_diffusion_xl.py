@@ -139,8 +139,11 @@ def test_the_first_stage_equals_diffusers(model: Any, theirs: StableDiffusionXLP
 
 
 @pytest.mark.parametrize(("scale", "negative", "height", "sizes"), [
-    (5.0, "", None, {}), (5.0, "blurry", 24, {}), (1.0, "", None, {}),
-    (3.0, "", None, {"original_size": (64, 48), "crop": (2, 3), "target_size": (16, 32)}),
+    (5.0, "", None, {}),
+    pytest.param(5.0, "blurry", 24, {}, marks=pytest.mark.slow),
+    pytest.param(1.0, "", None, {}, marks=pytest.mark.slow),
+    pytest.param(3.0, "", None, {"original_size": (64, 48), "crop": (2, 3), "target_size": (16, 32)},
+                 marks=pytest.mark.slow),
 ])
 def test_a_run_equals_diffusers(pipeline: PerfusionPipeline, theirs: StableDiffusionXLPipeline, scale: float,
                                 negative: str, height: int | None, sizes: dict[str, tuple[int, int]]) -> None:

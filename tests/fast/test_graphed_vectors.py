@@ -85,6 +85,7 @@ def test_a_vector_given_on_its_own_needs_no_context(wrapper: DiffusionWrapper) -
     assert relative_error(weighted, expected) > ROUNDING
 
 
+@pytest.mark.slow
 def test_both_towers_run_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pooled encoding continues from what the graph returns, and both get the same gradients as without graphs."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", graph_stand_ins.make_graphed_callables)

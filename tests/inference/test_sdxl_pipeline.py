@@ -43,6 +43,7 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
+@pytest.mark.slow
 def test_a_word_is_one_learned_word_of_each_tower_in_diffusers(model: Any, concepts: list[Concept]) -> None:
     """Textual Inversion there adds a row to each table; a concept whose pooled vector sees it must encode the same."""
     theirs, concept = sdxl.as_diffusers(model), concepts[0]

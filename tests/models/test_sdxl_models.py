@@ -29,6 +29,7 @@ def noise(*seeds: int) -> torch.Tensor:
     return torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+@pytest.mark.slow
 def test_the_encoder_has_two_names_and_is_one_module(model: Any) -> None:
     copied = copy.deepcopy(model)
     for one in (model, copied):
@@ -85,6 +86,7 @@ def test_sizes_come_from_the_batch_or_from_the_model(model: Any) -> None:
         model.get_learned_conditioning({"txt": [PROMPT], "target_size_as_tuple": torch.zeros(3, 2)})
 
 
+@pytest.mark.slow
 def test_a_training_step_and_logged_images_read_sizes(model: Any) -> None:
     model = copy.deepcopy(model)
     seen = []
@@ -101,6 +103,7 @@ def test_a_training_step_and_logged_images_read_sizes(model: Any) -> None:
     assert images["samples_cfg_scale_3.00"].shape == (1, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_averages_hold_no_second_encoder() -> None:
     model = sdxl.small_model(use_ema=True)
     assert not any("conditioner" in key for key in model.model_ema.state_dict())
@@ -120,6 +123,7 @@ def test_a_vector_is_required(model: Any) -> None:
 # The first stage, which overflows in float16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_first_stage_that_overflows_runs_in_float32(model: Any, autocast: bool, caplog: pytest.LogCaptureFixture
                                                       ) -> None:
@@ -153,6 +157,7 @@ def test_the_first_stage_stays_out_of_autocast(model: Any) -> None:
         assert torch.equal(model.encode_first_stage(images).mean, expected[1])
 
 
+@pytest.mark.slow
 def test_a_first_stage_made_for_float16_stays_there(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = copy.deepcopy(model)
     expected = model.decode_first_stage(noise(1))

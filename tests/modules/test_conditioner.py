@@ -112,6 +112,7 @@ def test_a_batch_is_encoded_by_all_embedders(encoder: GeneralConditioner) -> Non
         "crossattn"])
 
 
+@pytest.mark.slow
 def test_outputs_are_dropped_at_their_rate_but_not_for_guidance(own: GeneralConditioner) -> None:
     own.embedders[0].ucg_rate = own.embedders[2].ucg_rate = 1.0
     batch = {"txt": PROMPTS, **dict.fromkeys(("crop_coords_top_left", "target_size_as_tuple"), SIZES[:, :2]),
@@ -131,6 +132,7 @@ def test_the_empty_negative_prompt_is_zero_and_the_empty_prompt_is_not(encoder: 
     assert all(part.any() for part in encoder.encode_with_pooled(encoder.tokenize([""])))
 
 
+@pytest.mark.slow
 def test_only_trainable_embedders_train() -> None:
     encoder = instantiate_from_config(config(_0={"is_trainable": True})).train()
     trained = {name.split(".")[1] for name, parameter in encoder.named_parameters() if parameter.requires_grad}
@@ -147,6 +149,7 @@ def test_a_call_of_the_second_tower_returns_what_its_params_ask_for(encoder: Gen
     assert not legacy.has_pooled and legacy.encode_with_pooled(legacy.tokenize(PROMPTS))[1] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "message"), [
     ({"_0": {"input_key": None, "input_keys": ["a"]}}, "emb_models.0. needs an input_key or input_keys"),
     ({"_1": {"ucg": 0.1}}, "emb_models.1. has an unknown key ucg; it may have .*ucg_rate"),
