@@ -124,6 +124,7 @@ def test_a_vector_is_required(model: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_first_stage_that_overflows_runs_in_float32(model: Any, autocast: bool, caplog: pytest.LogCaptureFixture
                                                       ) -> None:
