@@ -37,6 +37,7 @@ from ldm.modules.covariance import load_covariance
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.rank_one import gate, invert_covariance, similarity
 from ldm.personalization.concept_names import as_list
+from ldm.personalization.layer_names import find_layers
 from ldm.personalization.perfusion import Perfusion
 from ldm.util import instantiate_from_config
 
@@ -380,10 +381,10 @@ def test_unused_layers_are_trained_but_not_sampled_with(folder: Path, tmp_path: 
 def test_used_layers_match_whole_parts_of_names(prefixes: str | list[str], used: list[str]) -> None:
     names = [f"{block}.1.attn2" for block in ("input_blocks.1", "output_blocks.1", "output_blocks.10",
                                               "output_blocks.11")]
-    assert Perfusion._find_layers(SimpleNamespace(text_layers=names), as_list(prefixes)) == used
-    without = SimpleNamespace(text_layers=[name for name in names if name not in used])
+    assert find_layers("used_layers", as_list(prefixes), names) == used
+    without = [name for name in names if name not in used]
     with pytest.raises(UserError, match="no layer that reads text is called"):
-        Perfusion._find_layers(without, as_list(prefixes))
+        find_layers("used_layers", as_list(prefixes), without)
 
 
 @pytest.mark.slow
