@@ -37,6 +37,8 @@ MOVED_TARGETS = {
 }
 NO_MODULE = ("__is_first_stage__", "__is_unconditional__")  # in place of a config, as latent diffusion writes it
 SECTION_KEYS = ("target", "params")
+# Keys of an entry of `emb_models`, the embedders of a GeneralConditioner
+EMBEDDER_KEYS = (*SECTION_KEYS, "input_key", "input_keys", "is_trainable", "ucg_rate", "legacy_ucg_value")
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 

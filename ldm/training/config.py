@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.common.annotations import matches_type
 from ldm.common.errors import UserError, brief_reason
 from ldm.common.file_formats import check_config_file
+from ldm.common.instantiate import EMBEDDER_KEYS
 from ldm.common.library_errors import OWN_PACKAGES
 from ldm.common.paths import resolve_path, user_path
 from ldm.inference.model_config import inference_defaults
@@ -245,22 +246,27 @@ def _check_sections(config: DictConfig) -> None:
     _check_parts(OmegaConf.to_container(config, resolve=False))
 
 
-def _check_parts(section: Any) -> None:
-    """Raise UserError if a part of the config that names an own class has other keys than a part can have."""
+def _check_parts(section: Any, keys: Sequence[str] = PART_KEYS) -> None:
+    """Raise UserError if a part of the config that names an own class has other keys than a part can have.
+
+    Args:
+        section: a part, or what holds parts.
+        keys: those that the part can have.
+    """
     if isinstance(section, list):
         for item in section:
-            _check_parts(item)
+            _check_parts(item, keys)
     if not isinstance(section, dict):
         return
     if "target" in section:
         if str(section["target"]).partition(".")[0] not in CHECKED_PACKAGES:
             return
-        unknown = sorted(set(map(str, section)) - {*PART_KEYS})
+        unknown = sorted(set(map(str, section)) - {*keys})
         if unknown:
             raise UserError(f"config section of {section['target']}: unknown key {', '.join(unknown)}; "
-                            "it has a target and params")
-    for item in section.values():
-        _check_parts(item)
+                            f"it has {'a target and params' if keys is PART_KEYS else ', '.join(keys)}")
+    for name, item in section.items():
+        _check_parts(item, EMBEDDER_KEYS if name == "emb_models" else PART_KEYS)
 
 
 def _check_values(config: DictConfig) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from ldm.cli.training import parse_training_options
 from ldm.common.errors import UserError
 from ldm.training.config import read_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(*arguments: str) -> object:
@@ -126,3 +129,13 @@ def test_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     expected = read("--base", "configs/perfusion.yaml")
     monkeypatch.chdir(tmp_path)
     assert read("--base", "configs/perfusion.yaml") == expected
+
+
+def test_embedders_have_keys_of_their_own(tmp_path: Path) -> None:
+    config = OmegaConf.load(ROOT / "configs" / "perfusion-sd-xl.yaml")
+    config.model.params.cond_stage_config.params.emb_models[0].input_keyy = "txt"
+    OmegaConf.save(config, tmp_path / "wrong.yaml")
+    subject = ("--data_root", "photos", "--init_word", "teddy bear")
+    assert read_config(parse_training_options(["--base", str(ROOT / "configs" / "perfusion-sd-xl.yaml"), *subject]))
+    with pytest.raises(UserError, match=r"FrozenCLIPEmbedder: unknown key input_keyy; it has target, params, input_key"):
+        read_config(parse_training_options(["--base", str(tmp_path / "wrong.yaml"), *subject]))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.common.errors import UserError
+from ldm.common.instantiate import EMBEDDER_KEYS
 from ldm.modules.context import PromptContext
 from ldm.modules.encoders.prompts import EmbeddingManagerLike, PromptEncoder
 from ldm.modules.encoders.sizes import SIZE_COLUMNS, ConcatTimestepEmbedderND, default_sizes, sizes_of_batch
@@ -24,7 +25,6 @@ from ldm.util import has_trainable_parameters, instantiate_from_config
 
 KINDS = {2: "vector", 3: "crossattn", 4: "concat"}  # number of dimensions of an output -> its name
 JOINED_AXES = {"vector": 1, "crossattn": 2, "concat": 1}
-OWN_KEYS = ("target", "params", "input_key", "input_keys", "is_trainable", "ucg_rate", "legacy_ucg_value")
 
 
 class GeneralConditioner(PromptEncoder):
@@ -250,7 +250,8 @@ class GeneralConditioner(PromptEncoder):
             values = batch[embedder.input_key]
             if embedder.legacy_ucg_value is not None:
                 dropped = np.random.random(len(values)) < embedder.ucg_rate
-                values = [embedder.legacy_ucg_value if drop else value for value, drop in zip(values, dropped, strict=True)]
+                values = [embedder.legacy_ucg_value if drop else value
+                          for value, drop in zip(values, dropped, strict=True)]
             if not isinstance(embedder, PromptEncoder):
                 return embedder(values.to(self.device) if isinstance(values, Tensor) else values)
             tokens = self.tokenize([values] if isinstance(values, str) else values, truncate=True)
@@ -287,10 +288,10 @@ class GeneralConditioner(PromptEncoder):
 
 def _embedder(number: int, config: Mapping[str, Any]) -> Any:
     """Build one embedder, with the settings of its entry as attributes."""
-    unknown = sorted(set(config) - set(OWN_KEYS))
+    unknown = sorted(set(config) - set(EMBEDDER_KEYS))
     if unknown:
         raise UserError(f"GeneralConditioner: emb_models[{number}] has an unknown key {', '.join(unknown)}; "
-                        f"it may have {', '.join(OWN_KEYS)}")
+                        f"it may have {', '.join(EMBEDDER_KEYS)}")
     if ("input_key" in config) == ("input_keys" in config):
         raise UserError(f"GeneralConditioner: emb_models[{number}] needs an input_key or input_keys: what it reads in "
                         "a batch, such as txt")
