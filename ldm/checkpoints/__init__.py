@@ -11,6 +11,7 @@
     header.py             reads names and shapes only; pickled_header.py does so for .ckpt files
     families.py           identifies the model that weights belong to, and the config that fits
     other_kinds.py        identifies files that are no base model: LoRAs, embeddings, ControlNets, ...
+    lora_file.py          reads LoRAs; lora_names.py finds their layers, lora_merging.py adds them to weights
     wrappings.py          finds weights within nested dictionaries and prefixes
     pickled.py            reads .ckpt files
     diffusers_folder.py   reads diffusers folders; diffusers_names.py converts the names of weights

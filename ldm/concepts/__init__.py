@@ -13,7 +13,9 @@ Files:
     model_spec.py               metadata for people and model browsers; thumbnail.py makes the small image in it
     finetuned_concept_file.py   the file format of other methods' concepts
     file_tensors.py             what both formats share
-    embedding_file.py           the file format of Textual Inversion's public code
+    embedding_file.py           the files of Textual Inversion's public code, A1111, diffusers and ComfyUI
+    image_embedding.py          embeddings within PNG images
+    word_export.py              writes the word of a concept for other tools
 
 Several concepts:
     merging.py                  makes concepts usable together: one method, one base model, distinct placeholders

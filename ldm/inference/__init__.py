@@ -12,6 +12,7 @@ Modules:
     requests.py       one request for each image: prompt, negative prompt, seed
     model_config.py   image sizes, default settings and helper models from a model's config
     sgm_config.py     translates configs of Stability AI's generative-models
+    loras.py          adds LoRAs of other tools to a model's weights
     encoding.py       encodes each distinct prompt once, under the concepts that it names
     notices.py        lines about what a run does unseen, and warnings of what the model does not know
     size_conditions.py  sizes that models such as Stable Diffusion XL read besides the prompt

@@ -5,6 +5,7 @@
     concept_gradients.py    gradients of several concepts in one run, kept apart
     concept_names.py        placeholders, super-categories and file names of a run's concepts
     checks.py               checks on params
+    initial_words.py        words that start from embedding files
     prediction_check.py     checks on the photos that the base model predicts what its config says
     perfusion.py            Perfusion: a word embedding and one value vector per cross-attention layer
     finetuning.py           base class of the methods that Perfusion is compared with

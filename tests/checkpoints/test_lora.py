@@ -130,6 +130,7 @@ def test_kohya_file_equals_diffusers(models: Models, tmp_path: Path) -> None:
                 before_of(models), 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"to_q": 7}}])
 def test_peft_file_equals_diffusers(models: Models, tmp_path: Path, changes: dict[str, Any]) -> None:
     config = LoraConfig(r=3, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0", "conv1"],
@@ -147,6 +148,7 @@ def test_peft_file_equals_diffusers(models: Models, tmp_path: Path, changes: dic
     check_equal(models.fused_here(tmp_path, 1.0), models.fused_by_diffusers(str(tmp_path), 1.0), before_of(models), 15)
 
 
+@pytest.mark.slow
 def test_attention_processors_of_earlier_diffusers(models: Models, tmp_path: Path) -> None:
     tensors = {}
     for seed, (name, weight) in enumerate(layers_of(models.their_unet, ["to_q", "to_out.0"]).items()):
@@ -188,6 +190,7 @@ def id_of(weight: Tensor) -> tuple[float, ...]:
     return tuple(weight.detach().flatten()[:3].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [LoHaConfig, LoKrConfig])
 def test_lycoris_equals_peft(models: Models, tmp_path: Path, make: Callable[..., Any]) -> None:
     config = make(r=3, alpha=2, target_modules=["to_q", "conv1"], init_weights=False)
@@ -332,6 +335,7 @@ def test_loras_that_do_not_fit(models: Models, tmp_path: Path, tensors: dict[str
         models.fused_here(tmp_path / "bad.safetensors", 1.0)
 
 
+@pytest.mark.slow
 def test_folder_of_peft_has_its_alpha(models: Models, tmp_path: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["attn2.to_k"], init_lora_weights=False)
     theirs = get_peft_model(copy.deepcopy(models.their_unet), config)

@@ -43,6 +43,7 @@ def prepared(folder: Path, target: str, **params: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dog.pt", "two.safetensors"])
 def test_perfusion_starts_at_the_given_word(folder: Path, name: str) -> None:
     covariance = {"covariance": str(folder / "covariance.safetensors")}
@@ -60,6 +61,7 @@ def test_perfusion_starts_at_the_given_word(folder: Path, name: str) -> None:
         assert torch.equal(output, other)
 
 
+@pytest.mark.slow
 def test_other_methods_take_all_vectors(folder: Path) -> None:
     model = prepared(folder, "textual_inversion.TextualInversion", init_embedding="two.safetensors")
     encoder = model.cond_stage_model

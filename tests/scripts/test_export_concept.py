@@ -73,6 +73,7 @@ def embedding_of(pipe: Any, text: str, second: str = "") -> Tensor:
     return encoder.get_input_embeddings()(tokens["input_ids"])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_diffusers_loads_the_word_of_two_text_encoders(count: int, tmp_path: Path) -> None:
     vectors = torch.randn(count, 40)
@@ -87,6 +88,7 @@ def test_diffusers_loads_the_word_of_two_text_encoders(count: int, tmp_path: Pat
     assert torch.equal(load_concepts(first)[0].vectors, vectors)  # and back, from both files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["diffusers", "a1111"])
 def test_diffusers_loads_words_of_one_text_encoder(tool: str, tmp_path: Path) -> None:
     vectors = torch.randn(2, 16)
