@@ -34,6 +34,7 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
+@pytest.mark.slow
 def test_without_guidance_the_edit_alone_acts_and_the_network_sees_each_image_once(
     pipeline: PerfusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,6 +56,7 @@ def test_one_step_starts_from_an_image(pipeline: PerfusionPipeline) -> None:
         assert output.settings.num_inference_steps == settings["num_inference_steps"]
 
 
+@pytest.mark.slow
 def test_rescaled_guidance_and_the_spacing_reach_the_sampler(pipeline: PerfusionPipeline) -> None:
     common = {"seed": 1, "num_inference_steps": 3, "guidance_scale": 5.0}
     plain, rescaled, trailing = (pixels(pipeline(PROMPT, **common, **changes).images) for changes in (

@@ -31,7 +31,7 @@ def spacings_of(name: str) -> list[str | None]:
 
 
 @EVERY
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (2, 4))])
 def test_few_steps_work_from_noise_from_an_image_and_around_a_mask(name, steps):
     known, mask = start_noise(seed=3), torch.zeros(1, 1, 6, 6)
     mask[..., :3] = 1
