@@ -150,6 +150,17 @@ def test_an_unknown_choice_is_refused(folder: Path) -> None:
         unprepared(folder, trained_layers=SMALL_PROFILE, used_layers="output_blocks.2")
 
 
+@pytest.mark.slow
+def test_the_fingerprint_of_two_encoders() -> None:
+    one, other = (sdxl.small_model().cond_stage_model for _ in range(2))
+    before = encoder_fingerprint(one)
+    with torch.no_grad():
+        one.embedders[1].model.logit_scale.fill_(3.0)  # which some files lack, and no encoding reads
+    assert encoder_fingerprint(one) == before
+    other.embedders[0].layer_idx = 1
+    assert encoder_fingerprint(other) != before
+
+
 # The word stays
 
 

@@ -137,5 +137,5 @@ def test_embedders_have_keys_of_their_own(tmp_path: Path) -> None:
     OmegaConf.save(config, tmp_path / "wrong.yaml")
     subject = ("--data_root", "photos", "--init_word", "teddy bear")
     assert read_config(parse_training_options(["--base", str(ROOT / "configs" / "perfusion-sd-xl.yaml"), *subject]))
-    with pytest.raises(UserError, match=r"FrozenCLIPEmbedder: unknown key input_keyy; it has target, params, input_key"):
+    with pytest.raises(UserError, match=r"unknown key input_keyy; it has target, params, input_key, input_keys"):
         read_config(parse_training_options(["--base", str(tmp_path / "wrong.yaml"), *subject]))
