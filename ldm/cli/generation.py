@@ -17,7 +17,8 @@ from ldm.common.paths import PROJECT_ROOT, check_folder, expand_home, resolve_pa
 from ldm.common.prompt_file import read_prompt_file
 from ldm.inference.requests import SEED_LIMIT
 from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, LoraFile, ModelSettings, SourceSettings
-from ldm.sampling.samplers import SAMPLERS, TIMESTEP_SPACINGS, describe_samplers, describe_spacings
+from ldm.sampling.samplers import SAMPLERS, describe_samplers
+from ldm.sampling.spacings import TIMESTEP_SPACINGS, describe_spacings
 
 DEFAULT_CONFIG = "models/mini/config.yaml"
 ONE_OR_EACH = "one for all concepts, or one for each in the order of the files"

@@ -16,7 +16,8 @@ from ldm.common.file_formats import check_config_file
 from ldm.common.paths import resolve_path
 from ldm.inference.settings import AUTO, GenerationSettings
 from ldm.inference.sgm_config import as_own_config
-from ldm.sampling.samplers import TIMESTEP_SPACINGS, sampler_class
+from ldm.sampling.samplers import sampler_class
+from ldm.sampling.spacings import TIMESTEP_SPACINGS
 from ldm.util import check_param_types
 
 # Defaults of UNetModel, Encoder and DDPM for what a config leaves out.
@@ -35,7 +36,7 @@ class InferenceDefaults:
         guidance_scale: guidance scale; 1 means no guidance.
         sampler: a name in `ldm.sampling.samplers.SAMPLERS`.
         num_inference_steps: number of sampling steps.
-        timestep_spacing: a name in `ldm.sampling.samplers.TIMESTEP_SPACINGS`, for samplers that know it; None: the
+        timestep_spacing: a name in `ldm.sampling.spacings.TIMESTEP_SPACINGS`, for samplers that know it; None: the
             sampler's own.
         guidance_rescale: 0..1, see `ldm.sampling.sampler.rescale_guidance`.
         evaluation_clip: folder or name of the CLIP that measures its images.

@@ -240,7 +240,7 @@ class PerfusionPipeline:
             all_layers: use the learned target outputs of all layers.
             prompt_weights: weight words by "(word:1.3)", "((word))" and "[word]"; False: read these literally.
             original_size, crop, target_size: of models that read sizes, see `GenerationSettings`.
-            timestep_spacing: a name in `ldm.sampling.samplers.TIMESTEP_SPACINGS`; None: the sampler's own.
+            timestep_spacing: a name in `ldm.sampling.spacings.TIMESTEP_SPACINGS`; None: the sampler's own.
             guidance_rescale: 0..1, for models with zero terminal SNR; None: the model's default.
             image: an image or a file to start from (img2img).
             strength: above 0 and up to 1; higher keeps less of `image`. None: 0.75, or 1 with a mask.

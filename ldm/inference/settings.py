@@ -33,7 +33,7 @@ class GenerationSettings:
             (`ldm.concepts.prompt_weights`); False: they are ordinary text.
         original_size, crop, target_size: (height, width), (top, left) and (height, width) in pixels that models which
             read sizes are conditioned on; None: the size of the images, and (0, 0).
-        timestep_spacing: a name in `ldm.sampling.samplers.TIMESTEP_SPACINGS`.
+        timestep_spacing: a name in `ldm.sampling.spacings.TIMESTEP_SPACINGS`.
         guidance_rescale: 0..1, share of the standard deviation that guidance adds to an output to take back.
     """
 

@@ -1,6 +1,6 @@
 """From noise to latents: the noise schedule, the samplers and the loop over their steps.
 
-    samplers.py           the tables of samplers and of spacings; start here to add one
+    samplers.py           the table of samplers; start here to add one. spacings.py has that of spacings of timesteps
     sampler.py            the base class of samplers, the DDIM update, and the loop over the steps
     schedule.py           the noise schedule, and conversions between noise, image and velocity
     time_grid.py          the noise levels that samplers visit

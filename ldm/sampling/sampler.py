@@ -21,7 +21,6 @@ from ldm.common.errors import UserError
 from ldm.modules.context import PromptContext
 from ldm.modules.diffusionmodules.util import ddim_sigma
 from ldm.sampling.checks import check_guidance, check_noise, check_original, latent_size
-from ldm.sampling.samplers import TIMESTEP_SPACINGS
 from ldm.sampling.schedule import (
     AlphaBar,
     Prediction,
@@ -30,6 +29,7 @@ from ldm.sampling.schedule import (
     check_terminal_snr,
     prediction_from_output,
 )
+from ldm.sampling.spacings import TIMESTEP_SPACINGS
 from ldm.sampling.time_grid import SpacingRule, TimeGrid, evenly_spaced_grid, karras_grid
 
 Conditioning = Tensor | PromptContext

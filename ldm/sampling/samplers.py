@@ -1,4 +1,4 @@
-"""The table of samplers, and that of spacings. To add a sampler, write its file in this folder and add a line here.
+"""The table of samplers. To add one, write its file in this folder and add a line here.
 
 Command lines, their help, tests and docs read this table. Importing it loads no torch, so `--help` is fast.
 """
@@ -38,12 +38,6 @@ SAMPLERS = {  # the name that command lines use -> entry
     "lcm": SamplerEntry("consistency.LCM", "for latent consistency models, 2 to 8 steps"),
     "tcd": SamplerEntry("consistency.TCD", "for trajectory consistency models and Hyper-SD, 1 to 8 steps"),
 }
-TIMESTEP_SPACINGS = {  # name -> description, for help texts
-    "leading": "multiples of one number, from the clean end",
-    "trailing": "the same from the noisy end, which distilled models need",
-    "linspace": "from end to end",
-    "karras": "noise levels of Karras et al., dense where little noise is left",
-}
 
 
 def sampler_class(name: str) -> type[Sampler]:
@@ -61,8 +55,3 @@ def sampler_class(name: str) -> type[Sampler]:
 def describe_samplers() -> str:
     """Return the names and descriptions of all samplers, for help texts."""
     return "; ".join(f"{name}: {entry.description}" for name, entry in SAMPLERS.items())
-
-
-def describe_spacings() -> str:
-    """Return the names and descriptions of all spacings of timesteps, for help texts."""
-    return "; ".join(f"{name}: {description}" for name, description in TIMESTEP_SPACINGS.items())

@@ -20,8 +20,8 @@ from torch import Tensor
 from ldm.common.errors import UserError
 from ldm.modules.context import PromptContext
 from ldm.sampling.sampler import rescale_guidance
-from ldm.sampling.samplers import TIMESTEP_SPACINGS
 from ldm.sampling.schedule import diffusion_buffers
+from ldm.sampling.spacings import TIMESTEP_SPACINGS
 
 EVERY = pytest.mark.parametrize("name", SAMPLER_CLASSES)
 
