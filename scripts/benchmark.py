@@ -3,6 +3,7 @@
     python scripts/benchmark.py              everything, on a model of Stable Diffusion 1.5's shape
     python scripts/benchmark.py --quick      the same with smaller images and fewer of everything, for a laptop
     python scripts/benchmark.py training_step sampling --shape mini
+    python scripts/benchmark.py --shape sdxl     a training step of Stable Diffusion XL's shape; needs a GPU
 
 Weights are random and of the real shapes, so nothing is downloaded. Methods that are compared run in turns.
 """
@@ -23,8 +24,10 @@ from ldm.cli.parser import Parser, int_in_range  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors, set_log_level  # noqa: E402
 from ldm.common.paths import check_folder, expand_home  # noqa: E402
 
+SDXL, SDXL_PART = "sdxl", "sdxl_step"  # a shape, and the only part that measures it
 PARTS = {
     "training_step": "a training step: time, memory, share of the matrix rate; also of diffusers and peft",
+    SDXL_PART: "a training step of Stable Diffusion XL at 512, 768 and 1024 pixels, beside peft; with --shape sdxl",
     "whole_concept": "a whole concept by main.py, the first image, and start-up",
     "sampling": "sampling with 0, 1, 2, 8 and 32 concepts loaded",
     "diffusers_step": "a step in diffusers with concepts in the prompt and without",
@@ -39,10 +42,11 @@ ROUNDS, QUICK_ROUNDS = 5, 3
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     listed = "\n".join(f"  {name:<15} {description}" for name, description in PARTS.items())
     parser = Parser(f"{__doc__}\nparts:\n{listed}")
-    parser.add_argument("parts", nargs="*", metavar="PART", default=list(PARTS), help="what to measure (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (default: all of the shape)")
     parser.add_argument("--quick", action="store_true", help="smaller images, fewer of everything; rows say how many")
-    parser.add_argument("--shape", choices=("sd", "mini"), default="sd",
-                        help="shape of the model: Stable Diffusion 1.5's, or the bundled one's (default: %(default)s)")
+    parser.add_argument("--shape", choices=("sd", SDXL, "mini"), default="sd",
+                        help="shape of the model: Stable Diffusion 1.5's or XL's, or the bundled one's "
+                             "(default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest one available)")
     parser.add_argument("--compile", action="store_true", help="torch.compile blocks of the U-Net (on CUDA)")
     parser.add_argument("--rounds", type=int_in_range(1), metavar="N",
@@ -54,6 +58,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         parser.error(f"there is no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    own = [part for part in PARTS if (part == SDXL_PART) == (options.shape == SDXL)]
+    options.parts = options.parts or own
+    for part in options.parts:
+        if part not in own:
+            parser.error(f"--shape {options.shape} has no part {part}; it has {', '.join(own)}")
     check_folder("--outdir", Path(options.outdir))
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     return options

@@ -19,6 +19,7 @@ from scripts.benchmarks.device import compute_dtype, mixed_precision
 from scripts.benchmarks.random_models import fill_zero_parameters
 
 TIMESTEPS = 1000
+SIZE_FEATURES, SIZE_COUNT = 256, 6  # features of each of the numbers that SDXL is told of an image's size
 LORA_RANK = 4
 MAX_GRADIENT_NORM = 1.0
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -39,7 +40,14 @@ def unet_settings(params: Mapping[str, Any]) -> dict[str, Any]:
         heads = [params["num_heads"]] * len(widths)
     else:
         heads = [width // params["num_head_channels"] for width in widths]
+    vector = {}
+    if params.get("num_classes") == "sequential":  # Stable Diffusion XL
+        vector = {"addition_embed_type": "text_time", "addition_time_embed_dim": SIZE_FEATURES,
+                  "projection_class_embeddings_input_dim": params["adm_in_channels"]}
+    depth = params["transformer_depth"]
     return {
+        **vector,
+        "transformer_layers_per_block": depth if isinstance(depth, int) else tuple(depth),
         "in_channels": params["in_channels"],
         "out_channels": params["out_channels"],
         "block_out_channels": tuple(widths),

@@ -50,6 +50,8 @@ class ModelShape:
 
 SHAPES = {
     "sd": ModelShape("sd", "configs/perfusion-sd-v1.yaml", "configs/stable-diffusion/v1-inference.yaml", 512, 256),
+    "sdxl": ModelShape("sdxl", "configs/perfusion-sd-xl.yaml", "configs/stable-diffusion/sd_xl_base.yaml", 1024, 512,
+                       batches=(1, 4), has_goals=False),
     "mini": ModelShape("mini", "configs/perfusion.yaml", "configs/perfusion.yaml", 64, 64, quick_steps=25,
                        quick_batches=(1, 16), max_images_per_pass=64, checkpoint="models/mini/model.safetensors",
                        segmenter="models/mini/segmenter", has_goals=False),

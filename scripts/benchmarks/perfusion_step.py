@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ldm.data.concept_photos import ConceptPhotos
-from ldm.modules.fast.cuda_graphs import GraphedEncoder, GraphedUNet
+from ldm.modules.context import PromptContext
+from ldm.modules.fast.cuda_graphs import GraphedEncoder, GraphedUNet, vector_kwargs
 from ldm.training.callbacks import AccelerateFrozenUNet
 from scripts.benchmarks.common import BenchmarkSettings
 from scripts.benchmarks.device import compute_dtype, mixed_precision
@@ -84,11 +86,14 @@ class PerfusionStep:
             graphed: whether to run by CUDA graphs. They are captured in the first step and belong to this variant.
         """
         encoder = self.model.cond_stage_model
+        towers = getattr(encoder, "towers", [encoder])
         unet_graphs = GraphedUNet(self.unet) if graphed else None
-        encoder_graphs = GraphedEncoder(encoder.encode_embedded) if graphed else None
+        encoder_graphs = [GraphedEncoder(tower.encode_embedded) if graphed else None for tower in towers]
 
         def step(batch: Mapping[str, Any]) -> None:
-            self.model.model.graphs, encoder.graphs = unet_graphs, encoder_graphs
+            self.model.model.graphs = unet_graphs
+            for tower, graphs in zip(towers, encoder_graphs, strict=True):
+                tower.graphs = graphs
             if recompute:
                 set_recomputation(self.unet, True)
             self.step(batch)
@@ -121,23 +126,31 @@ class FrozenUNet:
         model = perfusion.model
         self.latent_shape = (model.channels, *model.cached_latents.moments.shape[-2:])
         self.context_shape = (model.cond_stage_model.max_length, text_width(model.text_layers))
+        self.vector_width = getattr(self.unet, "adm_in_channels", None)
         self.memory_holders = [self.unet]
 
-    def batch(self, size: int) -> dict[str, Tensor]:
+    def batch(self, size: int) -> dict[str, Any]:
         """Return random latents, timesteps, encodings, and a gradient of the output."""
         x, gradient = (torch.randn(size, *self.latent_shape, device=self.device) for _ in range(2))
+        encoding = torch.randn(size, *self.context_shape, device=self.device, requires_grad=True)
+        context = encoding
+        if self.vector_width:
+            vector = torch.randn(size, self.vector_width, device=self.device)
+            context = replace(PromptContext.plain(encoding), vector=vector)
         return {"x": x, "timesteps": torch.randint(1000, (size,), device=self.device), "gradient": gradient,
-                "context": torch.randn(size, *self.context_shape, device=self.device, requires_grad=True)}
+                "context": context, "encoding": encoding}
 
-    def make_step(self, graphed: bool) -> Callable[[Mapping[str, Tensor]], None]:
+    def make_step(self, graphed: bool) -> Callable[[Mapping[str, Any]], None]:
         """Return a step that runs by CUDA graphs, or by the U-Net itself."""
         unet = GraphedUNet(self.unet) if graphed else self.unet
 
-        def step(batch: Mapping[str, Tensor]) -> None:
+        def step(batch: Mapping[str, Any]) -> None:
+            context = batch["context"]
+            vector = {} if graphed else vector_kwargs(context)
             with mixed_precision(self.device):
-                predicted = unet(batch["x"], batch["timesteps"], context=batch["context"])
+                predicted = unet(batch["x"], batch["timesteps"], context=context, **vector)
             predicted.backward(batch["gradient"].to(predicted.dtype))
-            batch["context"].grad = None
+            batch["encoding"].grad = None
 
         return step
 

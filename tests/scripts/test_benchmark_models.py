@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sdxl
 import torch
 from helpers import tiny_models
 from omegaconf import OmegaConf
@@ -19,7 +20,7 @@ from ldm.modules.covariance import encoder_fingerprint, load_covariance
 from ldm.modules.segmentation import ZeroShotSegmenter
 from ldm.training.config import read_config
 from ldm.util import count_params, instantiate_from_config
-from scripts.benchmarks import baselines, device, many_concepts, parts, sampling, training_step
+from scripts.benchmarks import baselines, device, many_concepts, parts, sampling, sdxl_step, training_step
 from scripts.benchmarks.clock import StepClock
 from scripts.benchmarks.common import BenchmarkSettings, ModelShape
 from scripts.benchmarks.device import memory_of
@@ -54,7 +55,8 @@ def build_components(perfusion: PerfusionStep, settings: BenchmarkSettings) -> b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["perfusion.yaml", "perfusion-sd-v1.yaml", "perfusion-sd-v2.yaml"])
+@pytest.mark.parametrize("config", ["perfusion.yaml", "perfusion-sd-v1.yaml", "perfusion-sd-v2.yaml",
+                                    "perfusion-sd-xl.yaml"])
 def test_unet_of_diffusers_has_the_same_size(config: str) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -191,3 +193,21 @@ def test_main_accepts_the_training_commands(shape: str, concepts: int, tmp_path:
     clock.on_train_end()
     times = read_clock(settings, "run")
     assert 0 < times["ready"] <= times["starts"][0]
+
+
+@pytest.mark.slow
+def test_steps_of_an_sdxl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "SIZE_FEATURES", sdxl.FEATURES)
+    config = OmegaConf.load(PROJECT / "configs" / "perfusion-sd-xl.yaml")
+    small = sdxl.small_config().model.params
+    for name in ("image_size", "unet_config", "first_stage_config", "cond_stage_config"):
+        config.model.params[name] = small[name]
+    config.model.params.super_category = "cat"
+    config.data.params.train.params.data_root = "photos"
+    OmegaConf.save(config, tmp_path / "train.yaml")
+    shape = ModelShape("small", str(tmp_path / "train.yaml"), "", sdxl.SIDE, sdxl.SIDE, has_goals=False)
+    settings = BenchmarkSettings(torch.device("cpu"), tmp_path / "made", shape, rounds=1, quick=True)
+    rows = {row.name: row.value for row in sdxl_step.measure(settings)}
+    names = ("Perfusion", "Perfusion, a word that stays", "the frozen U-Net alone", "peft's LoRA, rank 4, no encoders")
+    for name in names:
+        assert rows[f"step of {name}, batch 1, 16 px"] > 0
