@@ -55,6 +55,9 @@ class SubjectFeatures(nn.Module):
         tower: image tower of an `open_clip` CLIP, a residual network or a transformer; it is not trained.
         mean, std: how the tower expects its images in [0, 1] to be normalized.
         size: side of the images that the tower takes.
+
+    Attributes:
+        width: F, the number of features.
     """
 
     def __init__(self, tower: nn.Module, mean: Sequence[float], std: Sequence[float], size: int) -> None:
@@ -63,6 +66,8 @@ class SubjectFeatures(nn.Module):
         self.size = size
         self.register_buffer("mean", torch.tensor(tuple(mean))[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(tuple(std))[:, None, None], persistent=False)
+        side = torch.zeros(1, 1, size, size)
+        self.width = self(side.expand(-1, 3, -1, -1), side).shape[1]
 
     @torch.no_grad()
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
