@@ -32,10 +32,11 @@ LOWER_BIAS = Method(f"training bias {LOWER_TRAINING_BIAS:g}",
 TEXTUAL_INVERSION = Method("Textual Inversion", "configs/baselines/textual-inversion.yaml", combinable=True)
 FOUR_VECTORS = Method("Textual Inversion, 4 vectors", "configs/baselines/textual-inversion.yaml",
                       ("model.params.vectors_per_word=4",))
+CELEB_BASIS = Method("Celeb Basis", "configs/baselines/celeb-basis.yaml", combinable=True)
 CUSTOM_DIFFUSION = Method("Custom Diffusion", "configs/baselines/custom-diffusion.yaml", combinable=True,
                           stores_weights=True)
 DREAMBOOTH = Method("DreamBooth", "configs/baselines/dreambooth.yaml", stores_weights=True)
-BASELINES = (TEXTUAL_INVERSION, FOUR_VECTORS, CUSTOM_DIFFUSION, DREAMBOOTH)
+BASELINES = (TEXTUAL_INVERSION, FOUR_VECTORS, CELEB_BASIS, CUSTOM_DIFFUSION, DREAMBOOTH)
 
 
 def select_methods(names: Sequence[str] | None) -> tuple[Method, ...]:

@@ -10,6 +10,7 @@
     perfusion.py            Perfusion: a word embedding and one value vector per cross-attention layer
     finetuning.py           base class of the methods that Perfusion is compared with
     textual_inversion.py    Textual Inversion: one word
+    celeb_basis.py          Celeb Basis: a word in the span of known ones
     prior_preservation.py   base class of the methods that train the U-Net: photos beside images of the super-category
     custom_diffusion.py     Custom Diffusion: W_K and W_V of cross-attention, and a modifier
     dreambooth.py           DreamBooth: the whole U-Net

@@ -54,7 +54,7 @@ def test_a_method_without_a_config_for_public_models_uses_its_only_one(tmp_path:
 
 
 def test_names_are_unique() -> None:
-    assert len({method.key for method in METHODS}) == len(METHODS) == 11
+    assert len({method.key for method in METHODS}) == len(METHODS) == 12
     for study in ALL.values():
         assert len({variant.name for variant in study.variants}) == len(study.variants)
         assert len({curve.name for curve in study.curves}) == len(study.curves)
@@ -86,7 +86,7 @@ def test_curves_of_target_outputs_depend_on_perfusions_config(
     inputs = StudyInputs((0.4, 0.9), (0.4, 0.9), (0.5,), projection=projection, has_used_layers=has_used_layers)
     built = build_studies(inputs)
     values = built["values"]
-    assert [curve.name for curve in values.curves[:-3]] == names
+    assert [curve.name for curve in values.curves[:-4]] == names
     assert [method for method in values.methods if method.has_bias] == methods
     with_bias = [variant.all_layers for variant in built["two_concepts"].variants if variant.method.has_bias]
     assert with_bias == [False, True][:1 + has_used_layers]
