@@ -1,12 +1,15 @@
-"""A model of each family, its concepts, and its pipeline of diffusers, in which each test loads concepts anew."""
+"""A model of each family with concepts, its pipeline of diffusers, and the ComfyUI nodes; each test loads concepts anew."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import sdxl
 from diffusers import DDIMScheduler
 from helpers import tiny_models
+from helpers.comfyui_nodes import LoadedNodes, folder_paths
 from helpers.diffusers_pipelines import DDIM, Family, OwnSampler, make_concept, stable_diffusion
 
 from ldm.integrations.diffusers import unload_concepts
@@ -36,3 +39,16 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     family = request.getfixturevalue(getattr(request, "param", "sd1"))
     yield family
     unload_concepts(family.pipe)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which the ComfyUI nodes look for concepts."""
+    monkeypatch.setitem(sys.modules, "folder_paths", folder_paths(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def comfy(sd1: Family, files: Path) -> LoadedNodes:
+    """The ComfyUI nodes with both concepts of sd1."""
+    return LoadedNodes(sd1, files)
