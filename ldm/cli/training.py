@@ -87,7 +87,8 @@ def _add_concept_flags(parser: argparse.ArgumentParser) -> None:
 def _add_trainer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accelerator", help="cpu, gpu or mps (default: the best there is)")
     parser.add_argument("--devices", help="how many, or which ones")
-    parser.add_argument("--max_steps", type=int_in_range(1), help="training steps")
+    parser.add_argument("--max_steps", type=int_in_range(0), help="training steps; 0, with an encoder: "
+                        "only predict the concept")
     parser.add_argument("--precision", help="arithmetic, as Lightning names it: 32-true, bf16-mixed, 16-mixed")
 
 

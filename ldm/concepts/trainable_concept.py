@@ -73,6 +73,13 @@ class TrainableConcept(nn.Module):
         self.start.copy_(embedding)
         self.target_input.copy_(target_input)
 
+    @torch.no_grad()
+    def start_values_at(self, encoding: Tensor, text_layers: Mapping[str, TextLayer]) -> None:
+        """Start o*_V of the trained layers at W_V times an encoding (d,), in place of W_V i_super."""
+        values = project_inputs(text_layers, encoding[None], "to_v")
+        for name, output in self._by_layer(self.target_outputs_v).items():
+            output.copy_(values[name])
+
     def values(self) -> list[nn.Parameter]:
         """Return every target output that is trained."""
         return [*self.target_outputs_v, *(self.target_outputs_k or ())]

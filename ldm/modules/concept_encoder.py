@@ -16,15 +16,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ldm.common.atomic_write import write_atomically
-from ldm.common.errors import UserError
+from ldm.common.errors import UserError, brief_reason
 from ldm.common.files import load_tensors, save_tensors
+from ldm.modules.encoders.prompts import PromptEncoder
+from ldm.modules.noun_encodings import told_moves
 from ldm.modules.subject_features import SubjectFeatures, cut_out
+from ldm.util import check_param_names, check_param_types
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "concept-encoder"
@@ -63,24 +67,46 @@ class ConceptHead(nn.Module):
         return self.layers(torch.cat([normalized, super_inputs], 1))
 
 
+@dataclass(frozen=True)
+class EncoderSettings:
+    """The settings of an encoder, as its config.json has them.
+
+    Attributes:
+        tower: the CLIP whose image tower gives the features: a folder, or a name of open_clip.
+        base: fingerprint of the base model whose encodings the head predicts moves of.
+        templates: sentences with one `{}` each, that i_super is averaged over.
+        looks: words of looks, of which the log names the nearest; "" stands for the usual look of a kind.
+        strength: default factor of Delta.
+        bias, temperature, projection, used_layers: settings of the concepts that are made without training.
+    """
+
+    tower: str
+    base: str = ""
+    templates: Sequence[str] = ("a photo of a {}",)
+    looks: Sequence[str] = ()
+    strength: float = 1.0
+    bias: float = 0.75
+    temperature: float = 0.1
+    projection: str = "full"
+    used_layers: Sequence[str] = ()
+
+
 class ConceptEncoder(nn.Module):
     """Photos of a subject with masks, and i_super -> Delta.
 
     Args:
         features: computes the features of cut-outs.
         head: predicts Delta from them.
-        base: fingerprint of the base model whose encodings the head was trained on.
-        strength: default factor of Delta in concepts.
+        settings: see there.
     """
 
-    def __init__(self, features: SubjectFeatures, head: ConceptHead, base: str = "", strength: float = 1.0) -> None:
+    def __init__(self, features: SubjectFeatures, head: ConceptHead, settings: EncoderSettings) -> None:
         super().__init__()
-        self.features, self.head = features, head.eval().requires_grad_(False)
-        self.base, self.strength = base, strength
+        self.features, self.head, self.settings = features, head.eval().requires_grad_(False), settings
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor], masks: Sequence[Tensor], super_input: Tensor) -> Tensor:
-        """Return Delta, (d,): the mean of what each photo says.
+        """Return Delta, (d,): the mean of what each photo says. Photos without the subject do not count.
 
         Args:
             images: of each photo, (3, H, W) in [-1, 1].
@@ -93,56 +119,71 @@ class ConceptEncoder(nn.Module):
         pairs = [cut_out(image, mask, self.features.size) for image, mask in zip(images, masks, strict=True)]
         found = [pair for pair in pairs if pair is not None]
         if not found:
-            raise UserError("the encoder finds the subject in no photo; paint masks (--masks), or train without it "
-                            "(model.params.encoder=null)")
-        device = super_input.device
+            raise UserError("the encoder needs masks of the subject, and no photo has one: paint them (--masks FOLDER) "
+                            "or give other words (--init_word)")
+        device = self.features.mean.device
         features = self.features(torch.stack([image for image, _ in found]).to(device),
                                  torch.stack([mask for _, mask in found]).to(device))
-        return self.head(features, super_input.expand(len(features), -1)).mean(0)
+        inputs = super_input.to(device).float().expand(len(features), -1)
+        return self.head(features, inputs).mean(0).to(super_input.device)
 
-    def save(self, folder: str | Path, settings: Mapping[str, object]) -> None:
-        """Write the head (float16) and the settings of the encoder; the tower is named in them, not stored.
-
-        Args:
-            folder: created if it is missing.
-            settings: further keys of config.json, `tower` among them.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.half() for name, value in self.head.state_dict().items()}
-        save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-        config = {"model_type": MODEL_TYPE, "base": self.base, "strength": self.strength, "head": self.head.config,
-                  **settings}
-        write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+    def nearest_look(self, text_encoder: PromptEncoder, noun: str, move: Tensor) -> str | None:
+        """Return the words of the look whose move in the encoding of a noun is nearest to one (d,); None: no looks."""
+        looks = self.settings.looks
+        if not looks:
+            return None
+        told = told_moves(text_encoder, [noun] * len(looks), looks).to(move)
+        return looks[int((told - move).norm(dim=1).argmin())]
 
 
-def read_encoder_config(folder: str | Path) -> dict[str, object]:
-    """Return the settings of an encoder's folder.
+def save_encoder(folder: str | Path, head: ConceptHead, settings: EncoderSettings,
+                 metadata: Mapping[str, str] | None = None) -> None:
+    """Write a head (float16) and the settings of its encoder. The tower is named in them, not stored.
+
+    Args:
+        folder: created if it is missing.
+        head: the head.
+        settings: the settings.
+        metadata: texts in the header of the weights.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.half() for name, value in head.state_dict().items()}
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt", **(metadata or {})})
+    config = {"model_type": MODEL_TYPE, "head": head.config, **asdict(settings)}
+    write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+
+
+def load_encoder(folder: str | Path) -> tuple[ConceptHead, EncoderSettings]:
+    """Load the head of an encoder's folder, and the settings.
 
     Raises:
-        UserError: it is none.
+        UserError: the folder holds no encoder, or its weights are missing, cut off or of another shape.
     """
+    shape, settings = _read_config(folder)
     try:
-        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-        raise UserError(f"encoder {folder}: holds no concept encoder; give a folder such as models/mini/encoder, or "
-                        "null")
-    return config
-
-
-def load_head(folder: str | Path, config: Mapping[str, object]) -> ConceptHead:
-    """Load the head of an encoder's folder.
-
-    Raises:
-        UserError: its weights are missing, cut off or of another shape.
-    """
-    try:
-        head = ConceptHead(**config["head"])
+        head = ConceptHead(**shape)
         tensors, _ = load_tensors(Path(folder) / WEIGHTS)
         head.load_state_dict({name: value.float() for name, value in tensors.items()})
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (TypeError, RuntimeError, OverflowError) as error:
+        reason = brief_reason(error)
         raise UserError(f"encoder {folder}: its weights do not fit its {CONFIG} ({reason}); copy it again") from None
-    return head
+    return head, settings
+
+
+def _read_config(folder: str | Path) -> tuple[dict[str, int], EncoderSettings]:
+    """Return the shape of the head, and the settings."""
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or config.pop("model_type", None) != MODEL_TYPE:
+        raise UserError(f"encoder {folder}: holds no concept encoder; give a folder such as models/mini/encoder, or "
+                        "leave it out")
+    shape = config.pop("head", None)
+    check_param_names(f"encoder {path}", EncoderSettings, config)
+    check_param_types(f"encoder {path}", EncoderSettings, config)
+    if not isinstance(shape, dict) or "tower" not in config:
+        raise UserError(f"encoder {path}: names no {'tower' if isinstance(shape, dict) else 'head'}; copy it again")
+    return shape, EncoderSettings(**config)

@@ -22,6 +22,8 @@ from ldm.concepts.thumbnail import make_thumbnail
 from ldm.concepts.trainable_concept import LOCKINGS, TrainableConcept
 from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.templates import fill_template
+from ldm.models.concept_encoder import encode_photos, load_concept_encoder
+from ldm.modules.concept_encoder import load_encoder
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, load_covariance_for
 from ldm.modules.encoders.prompts import word_vector
@@ -57,10 +59,13 @@ class Perfusion(PersonalizationMethod):
         projection: "full" (the paper's Eq. 3) or "gated", see `ldm.modules.rank_one`; concepts keep it.
         target_input_decay: decay of the moving average i*, at least 0 and below 1.
         covariance: file of the text encoder's covariance C. None: computed once from default captions and cached.
+        encoder: folder of a concept encoder. It predicts from the photos where o*_V starts. None: o*_V starts at the
+            super-category's output W_V i_super.
+        encoder_strength: how far from there; None: the encoder's own.
         thumbnail: store the first photo in the concept's file, as a small image that model browsers show.
 
     Raises:
-        UserError: a param is unknown or out of range, or the covariance file is missing.
+        UserError: a param is unknown or out of range, the covariance file is missing, or the encoder is none.
     """
 
     method = "perfusion"
@@ -70,7 +75,8 @@ class Perfusion(PersonalizationMethod):
                  value_lr: float = 0.03, locking: str = "local", projection: str = "full",
                  target_input_decay: float = 0.99, covariance: str | None = None, inference_bias: float | None = None,
                  used_layers: str | Sequence[str] | None = None, trained_layers: str | Sequence[str] | None = None,
-                 pooled: str = "super_category", thumbnail: bool = False, **personalization: Any) -> None:
+                 pooled: str = "super_category", thumbnail: bool = False, encoder: str | None = None,
+                 encoder_strength: float | None = None, **personalization: Any) -> None:
         check_known(locking=(locking, LOCKINGS), projection=(projection, PROJECTIONS), pooled=(pooled, POOLED))
         check_positive(temperature=temperature, value_lr=value_lr)
         if not embedding_lr and personalization.get("init_embedding"):
@@ -83,7 +89,12 @@ class Perfusion(PersonalizationMethod):
         if covariance is not None and not resolve_path(covariance).is_file():  # before the weights, which take longer
             raise UserError(f"covariance {covariance}: no such file; compute it with scripts/compute_covariance.py, "
                             "or set null")
+        if encoder_strength is not None:
+            check_positive(encoder_strength=encoder_strength)
+        if encoder is not None:
+            load_encoder(resolve_path(encoder))  # likewise
         super().__init__(**personalization)
+        self.encoder, self.encoder_strength = encoder, encoder_strength
         self.bias, self.temperature = bias, temperature
         self.inference_bias = bias if inference_bias is None else inference_bias
         self.embedding_lr, self.value_lr = embedding_lr, value_lr
@@ -161,6 +172,20 @@ class Perfusion(PersonalizationMethod):
             "thumbnail": make_thumbnail(dataset.images[0]) if self.thumbnail else "",
         }
         return concept
+
+    def setup(self, stage: str | None = None) -> None:
+        is_prepared = len(self.concepts) > 0
+        super().setup(stage)
+        if self.encoder is not None and len(self.concepts) and not is_prepared:
+            self._start_from_photos(self.encoder)
+
+    def _start_from_photos(self, folder: str) -> None:
+        """Start o*_V of each concept where the encoder predicts it: W_V (i_super + strength Delta)."""
+        encoder = load_concept_encoder(folder, self.device, self.base_model.fingerprint)
+        strength = encoder.settings.strength if self.encoder_strength is None else self.encoder_strength
+        for concept, photos, category in zip(self.concepts, self.photos(), self.super_categories, strict=True):
+            move = encode_photos(encoder, photos, self.cond_stage_model, category, concept.super_input)
+            concept.start_values_at(concept.super_input + strength * move, self.text_layers)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         embeddings = {"params": [concept.embedding for concept in self.concepts], "lr": self.embedding_lr}

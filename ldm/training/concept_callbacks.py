@@ -35,6 +35,8 @@ SHEET = "before_during_after.png"
 class ConceptSaver(pl.Callback):
     """Write `concept.safetensors` into the log folder when training ends, is interrupted or finds the disk full.
 
+    In a run of no steps, whose concepts an encoder predicts, when it starts.
+
     Several concepts get one file each, by their own names: `teddy.safetensors` for `<teddy>`. If the training of some
     diverged, the others are saved; the end of the run then raises a UserError that names those that are not.
 
@@ -46,6 +48,11 @@ class ConceptSaver(pl.Callback):
         self.precision = getattr(torch, precision)
         self.paths: list[Path] = []
         self.refusals: list[str] = []
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
+        if trainer.max_steps == 0:
+            self._save(trainer, model)
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
@@ -138,6 +145,13 @@ class BeforeDuringAfter(pl.Callback):
         return 0 < step < trainer.max_steps and step % interval == 0 and step != self.last_step
 
     @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
+        if trainer.max_steps == 0:  # Lightning then skips the training, with its start and end
+            self.on_train_start(trainer, model)
+            self._preview("from the photos", trainer, model)
+            self._log_files(trainer, model)
+
+    @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
         for index, dataset in enumerate(model.photos()):
             self._add_row(index, "photos", dataset.images, trainer, model)
@@ -159,6 +173,9 @@ class BeforeDuringAfter(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
         title = "after" if trainer.global_step >= trainer.max_steps else f"stopped at step {trainer.global_step}"
         self._preview(title, trainer, model, with_concepts=trainer.global_step > 0)
+        self._log_files(trainer, model)
+
+    def _log_files(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
         for index in range(len(model.concepts)):
             log.info("previews: %s", self._folder(index, trainer, model) / SHEET)
 

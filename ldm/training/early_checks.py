@@ -107,7 +107,9 @@ def check_inputs(config: DictConfig) -> None:
             _check_folders("--masks", section.get("params", {}).get("mask_root"))
     model = plain["model"].get("params") or {}
     train = (plain["data"].get("params", {}).get("train") or {}).get("params") or {}
-    segmenter, covariance = model.get("segmenter"), model.get("covariance")
+    segmenter, covariance, encoder = model.get("segmenter"), model.get("covariance"), model.get("encoder")
+    if isinstance(encoder, str) and not resolve_path(encoder).is_dir():
+        raise UserError(f"encoder {encoder}: no such folder; give one such as models/mini/encoder, or set null")
     if isinstance(segmenter, str) and not train.get("mask_root"):
         check_model_name("segmenter", segmenter, "give a folder with a CLIPSeg model, masks of your own (--masks), or "
                          "--masks none")

@@ -41,6 +41,9 @@ def make_trainer(config: DictConfig, logdir: Path, now: str) -> pl.Trainer:
                 "num_sanity_val_steps": 0, "benchmark": True, "log_every_n_steps": 10}
     settings |= OmegaConf.to_container(lightning.trainer, resolve=True)
     _check_settings("lightning.trainer", pl.Trainer, settings)
+    if settings.get("max_steps") == 0 and not OmegaConf.select(config, "model.params.encoder"):
+        raise UserError("lightning.trainer: max_steps 0 trains nothing; give 1 or more, or an encoder that predicts "
+                        "the concept (configs/perfusion-fast.yaml)")
     saved_config = OmegaConf.create({name: config[name] for name in MODEL_SECTIONS if name in config})
     setup = SetupCallback(None, now, logdir, ckptdir=logdir / "checkpoints", cfgdir=logdir / "configs",
                           config=saved_config, lightning_config=lightning)
@@ -89,9 +92,8 @@ def _check_settings(name: str, target: type, settings: Mapping[str, Any]) -> Non
     """Raise UserError for settings that the target does not have, or that are out of range."""
     check_param_names(name, target, settings)
     check_param_types(name, target, settings)
-    for key in ("max_steps", "accumulate_grad_batches"):
-        if settings.get(key) == 0:
-            raise UserError(f"{name}: {key} 0 trains nothing; give 1 or more")
+    if settings.get("accumulate_grad_batches") == 0:
+        raise UserError(f"{name}: accumulate_grad_batches 0 trains nothing; give 1 or more")
 
 
 @contextlib.contextmanager
