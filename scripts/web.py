@@ -28,6 +28,7 @@ EXAMPLES = """examples:
 DEFAULT_BASE = "configs/perfusion.yaml"
 LOCAL, ANY = "127.0.0.1", "0.0.0.0"
 USER = "perfusion"
+EVENTS_AT_A_TIME = 4  # of each kind; those that generate take turns
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.auth is not None and not all(options.auth.partition(":")[::2]):
         raise UserError("--auth: give a user and a password, such as --auth me:secret")
     check_folder("--runs", Path(options.runs))
+    options.config = options.config or (flags.DEFAULT_CONFIG if options.base == DEFAULT_BASE else options.base)
+    flags.check_base_model(options)
     return options
 
 
@@ -87,22 +90,25 @@ def set_environment(runs: Path) -> None:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    if find_spec("gradio") is None:
-        raise UserError('the page needs gradio; pip install -e ".[web]"')
+    if find_spec("gradio") is None or find_spec("psutil") is None:
+        raise UserError('the page needs more packages; pip install -e ".[web]"')
     runs = user_path(options.runs).resolve()
     set_environment(runs)
-    config = options.config or (flags.DEFAULT_CONFIG if options.base == DEFAULT_BASE else options.base)
     from ldm.web.page import build_page, launch_options
     from ldm.web.site import Site, SiteSettings
 
-    model = ModelSettings(config, options.ckpt, options.device, options.precision, options.vae, options.text_encoder)
+    model = ModelSettings(options.config, options.ckpt, options.device, options.precision, options.vae,
+                          options.text_encoder)
     site = Site(SiteSettings(runs, options.base, model))
-    site.warm_up()
-    site.queue.serve()
     page = build_page(site)
-    _, address, _ = page.queue(default_concurrency_limit=4).launch(
-        server_name=ANY if options.listen else LOCAL, server_port=options.port or None, auth=credentials(options),
-        inbrowser=options.inbrowser, prevent_thread_lock=True, **{**launch_options(site), "share": options.share})
+    try:
+        _, address, _ = page.queue(default_concurrency_limit=EVENTS_AT_A_TIME).launch(
+            server_name=ANY if options.listen else LOCAL, server_port=options.port or None, share=options.share,
+            auth=credentials(options), inbrowser=options.inbrowser, prevent_thread_lock=True, **launch_options(site))
+    except OSError:
+        raise UserError(f"port {options.port} is in use; choose another one with --port, or --port 0") from None
+    site.queue.serve()
+    site.warm_up()
     print(f"the page is at {address}", flush=True)
     page.block_thread()
 

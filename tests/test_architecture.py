@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER = re.compile(r"`([\w/]+\.py):(\d+)` `(\w+)`")
 ROOMS = (  # from top to bottom; a room imports only from those below it
-    ("main", "merge_embeddings", "scripts"), ("evaluation",), ("ldm.cli",), ("ldm.training",), ("ldm.inference",),
+    ("main", "merge_embeddings", "scripts"), ("evaluation",), ("ldm.web",), ("ldm.cli",), ("ldm.training",),
+    ("ldm.inference", "ldm.integrations"),
     ("ldm.personalization",), ("ldm.models",), ("ldm.concepts",), ("ldm.sampling",), ("ldm.modules",),
     ("ldm.checkpoints",), ("ldm.data",), ("ldm.util", "ldm.lr_scheduler"), ("ldm.common",))
 

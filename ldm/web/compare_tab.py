@@ -5,18 +5,24 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-import pandas as pd
 
 from ldm.common.errors import UserError
 from ldm.common.words import fold_word
 from ldm.inference.settings import GenerationSettings
+from ldm.web.choice import choice
 from ldm.web.concept_files import ConceptFiles
+from ldm.web.events import OWN
+from ldm.web.generate_form import LARGEST_SEED, MOST_STEPS
 from ldm.web.messages import user_errors
+from ldm.web.numbers import whole_number_in
 from ldm.web.site import Site
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ldm.web.comparison import Comparison
 
+FEWEST_STEPS = 3  # one for each part of the sampling
 COLUMNS = ["image", "similar to the prompt", "similar to the photos"]
 
 
@@ -44,7 +50,7 @@ class CompareTab:
         Args:
             paths: the files of the gallery's images.
         """
-        self.chosen = gr.Dropdown(label="Concepts", choices=[], multiselect=True, interactive=True)
+        self.chosen = choice(label="Concepts", multiselect=True)
         gr.Markdown("### Where does the image look at a word?")
         with gr.Row():
             prompt = gr.Textbox(label="Prompt", placeholder="a photo of a <my-teddy> on the beach", scale=4)
@@ -52,29 +58,32 @@ class CompareTab:
             seed = gr.Number(label="Seed", value=1, precision=0, minimum=0, scale=1)
             steps = gr.Number(label="Steps", value=15, precision=0, minimum=3, scale=1)
         look = gr.Button("Show attention", variant="primary")
-        maps = gr.Gallery(label="The image, and its attention to the word", columns=4, height=300,
-                          object_fit="contain")
+        gr.Markdown("The image, and its attention to the word in early, middle and late steps.")
+        maps = gr.Gallery(label="Attention", show_label=False, columns=4, height=300, object_fit="contain",
+                          elem_id="attention")
         gr.Markdown("### How similar are the images of the tab Generate?")
         measure = gr.Button("Measure similarity")
         table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Cosines of CLIP embeddings: higher is closer")
         look.click(self.attention, [prompt, word, self.chosen, seed, steps], [maps], concurrency_id="pipeline",
-                   api_name="attention")
-        measure.click(self.similarities, [paths, self.chosen], [table], api_name="similarities")
+                   concurrency_limit=1, **OWN)
+        measure.click(self.similarities, [paths, self.chosen], [table], **OWN)
 
     def refresh(self, chosen: list[str] | None) -> Any:
         """Return the concepts to choose from."""
-        choices, value = self.concepts.choices(chosen)
-        return gr.Dropdown(choices=choices, value=value)
+        return self.concepts.dropdown(chosen)
 
     @user_errors
     def attention(self, prompt: str, word: str, chosen: list[str] | None, seed: float, steps: float) -> list[Any]:
         """Return an image and its attention maps."""
-        settings = GenerationSettings(num_inference_steps=int(steps or 15))
-        return self.comparison.attention(prompt, word, chosen or [], int(seed or 0), settings)
+        settings = GenerationSettings(num_inference_steps=whole_number_in("steps", steps, FEWEST_STEPS, MOST_STEPS))
+        return self.comparison.attention(prompt, word, chosen or [], whole_number_in("seed", seed, 0, LARGEST_SEED),
+                                         settings)
 
     @user_errors
     def similarities(self, paths: list[str], chosen: list[str] | None) -> pd.DataFrame:
         """Return a table of the gallery's images."""
+        import pandas as pd
+
         if not paths:
             raise UserError("no images yet; generate some first")
         kinds = {fold_word(concept.placeholder): concept.super_category for concept in self.concepts.read(chosen or [])}

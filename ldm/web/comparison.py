@@ -65,7 +65,9 @@ class Comparison:
         if not word.strip():
             raise UserError("which word? Give one of the prompt's, or a concept's")
         loaded = self.concepts.read(files)
-        with self.site.pipeline() as pipeline:
+        with self.site.pipeline() as shared:
+            # The accelerated U-Net of a pipeline that has generated on a GPU has no layers that could be recorded.
+            pipeline = shared if shared.accelerate else self.site.load_pipeline()
             pipeline.unload_concepts()
             pipeline.load_concepts(*loaded)
             settings = pipeline.complete(settings)
@@ -73,13 +75,13 @@ class Comparison:
                 raise UserError(f"{settings.num_inference_steps} steps: give {len(STEP_GROUPS)} or more")
             encoder = pipeline.prompt_encoder(pipeline.concepts)
             tokens = word_positions(encoder, parse_prompt(prompt, encoder.placeholders), word.strip())
-            unet, accelerates = pipeline.model.model.diffusion_model, pipeline.accelerate
-            pipeline.accelerate = False  # the accelerated U-Net has no layers that could be recorded
+            unet = pipeline.model.model.diffusion_model
+            pipeline.accelerate = False
             try:
                 with record_attention(unet, tokens[None], pipeline.latent_size(settings)) as maps:
                     image = next(iter(pipeline.generate([GenerationRequest(prompt, seed)], settings)))
             finally:
-                pipeline.accelerate = accelerates
+                pipeline.accelerate = True
         shown = [(image, f"seed {seed}")]
         for index, title in enumerate(STEP_GROUPS):
             shown.append((overlay(image, mean_map(maps, index)), title))

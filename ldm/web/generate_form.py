@@ -12,6 +12,7 @@ from ldm.inference.requests import RANDOM_SEED_LIMIT
 from ldm.inference.settings import AUTO, GenerationSettings
 from ldm.sampling.samplers import SAMPLERS
 from ldm.sampling.spacings import TIMESTEP_SPACINGS
+from ldm.web.choice import choice
 from ldm.web.numbers import number_in, whole_number_in
 
 OWN_BIAS, SET_BIAS, AUTO_BIAS = "as trained", "by the slider", "find a balance (slow)"
@@ -112,8 +113,8 @@ class GenerateForm:
         Args:
             defaults: the model's own settings.
         """
-        with gr.Row(equal_height=True):
-            chosen = gr.Dropdown(label="Concepts", choices=[], multiselect=True, interactive=True, scale=4,
+        with gr.Row(elem_classes="beside"):
+            chosen = choice(label="Concepts", multiselect=True, scale=4,
                                  min_width=NARROW)
             upload = gr.UploadButton("Add a file", size="sm", file_types=[".safetensors", ".bin", ".pt"], scale=1,
                                      min_width=100)

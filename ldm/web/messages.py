@@ -2,17 +2,19 @@
 from __future__ import annotations
 
 import functools
+import html
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec
 
 import gradio as gr
 
-from ldm.common.errors import UserError, is_out_of_memory
+from ldm.common.errors import MemoryShortage, UserError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 MEMORY = "not enough memory; make fewer or smaller images at a time"
+SECONDS = 15  # that a message stays
 
 
 def user_errors(function: Callable[P, Any]) -> Callable[P, Any]:
@@ -29,12 +31,21 @@ def user_errors(function: Callable[P, Any]) -> Callable[P, Any]:
 
 
 def as_message(error: Exception) -> gr.Error:
-    """Return the message for an exception."""
+    """Return the message for an exception. Browsers show messages as HTML, so all texts are escaped."""
     if isinstance(error, gr.Error):
         return error
+    if isinstance(error, MemoryShortage | MemoryError) or is_out_of_memory(error):
+        return _message(MEMORY)
     if isinstance(error, UserError):
-        return gr.Error(" ".join(str(error).split()), duration=15, print_exception=False)
-    if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
-        return gr.Error(MEMORY, duration=15, print_exception=False)
-    log.exception("the page could not do this")
-    return gr.Error(f"something went wrong ({type(error).__name__}); the terminal says more", print_exception=False)
+        return _message(str(error))
+    log.error("the page could not do this", exc_info=error)
+    return _message(f"something went wrong ({type(error).__name__}); the terminal says more")
+
+
+def as_html(lines: Iterable[str]) -> str:
+    """Return lines of text as HTML."""
+    return "<br>".join(html.escape(line) for line in lines)
+
+
+def _message(text: str) -> gr.Error:
+    return gr.Error(html.escape(" ".join(text.split()), quote=False), duration=SECONDS, print_exception=False)

@@ -1,7 +1,6 @@
 """Show what training will see of a run's photos, before it starts: crops, masks, and what is left out."""
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from ldm.modules.segmentation import mask_overlay
 from ldm.personalization.photo_masks import make_missing_masks
 from ldm.web.run_folder import RunFolder
 
-LEFT_OUT, SEGMENTED = "left_out", "segmented"
+SEGMENTED = "segmented"
 EDITED_SIDE = 768  # longest side of a photo in the mask editor
 MASK_COLOR = (255, 64, 160)
 HALF = 128
@@ -58,17 +57,24 @@ class PhotoReview:
     def review(self, run: RunFolder, super_category: str, crop: str = "subject") -> list[ReviewedPhoto]:
         """Return the photos in use, then those that are left out.
 
+        Args:
+            run: the run; it may have no photos yet.
+            super_category: what the segmenter looks for; "": photos without painted masks have none.
+            crop: "subject" or "center".
+
         Raises:
             UserError: there is no usable photo, or the segmenter cannot be loaded.
         """
+        left_out = [ReviewedPhoto(path.name, _thumbnail(path), "you left it out")
+                    for path in sorted(run.left_out.glob("*"))]
+        if not any(run.photos.iterdir()):
+            return left_out
         dataset = self._dataset(run, super_category, crop)
         reviewed = [ReviewedPhoto(photo.path.name, mask_overlay(image, dataset.mask(index)))
                     for index, (photo, image) in enumerate(zip(dataset.photos, dataset.images, strict=True))]
         for name, reason in dataset.left_out.items():
             reviewed.append(ReviewedPhoto(name, _thumbnail(run.photos / name), reason))
-        for path in sorted((run.path / LEFT_OUT).glob("*")):
-            reviewed.append(ReviewedPhoto(path.name, _thumbnail(path), "you left it out"))
-        return reviewed
+        return reviewed + left_out
 
     def _dataset(self, run: RunFolder, super_category: str, crop: str) -> ConceptPhotos:
         dataset = ConceptPhotos(run.photos, self.size, crop=crop)
@@ -76,7 +82,7 @@ class PhotoReview:
             painted = run.masks / f"{photo.path.name}.png"
             if painted.is_file():
                 photo.mask, photo.mask_source = read_painted_mask(painted, photo.image), "painted"
-        if self.segmenter is not None:
+        if self.segmenter is not None and super_category:
             make_missing_masks([dataset], [super_category], self.segmenter, run.path / SEGMENTED, self.device)
         return dataset
 
@@ -127,16 +133,6 @@ class PhotoReview:
             if photo.path.name == name:
                 return photo
         raise UserError(f"{name}: is not in use; choose another photo")
-
-
-def leave_out(run: RunFolder, name: str) -> None:
-    """Move a photo out of training, or back if it was moved out."""
-    used, unused = run.photos / Path(name).name, run.path / LEFT_OUT / Path(name).name
-    source, target = (used, unused) if used.is_file() else (unused, used)
-    if not source.is_file():
-        raise UserError(f"{name}: this photo is gone; choose another one")
-    target.parent.mkdir(exist_ok=True)
-    shutil.move(source, target)
 
 
 def _as_gray(mask: Image.Image) -> Image.Image:

@@ -2,7 +2,9 @@
 
     run.json       `RunSettings`
     photos/        the accepted photos
+    left_out/      photos that the user left out
     masks/         painted masks, one for each photo; absent: the segmenter makes them
+    form.json      what the form said, before there is a run.json
     queued         the time from which the run waits for its turn
     process.json   process id, start time and command of the training process
     stopped        the user asked it to stop
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from functools import partial
@@ -21,7 +24,7 @@ from pathlib import Path
 from ldm.common.atomic_write import write_atomically
 from ldm.common.errors import UserError
 
-SETTINGS, PHOTOS, MASKS, QUEUED = "run.json", "photos", "masks", "queued"
+SETTINGS, PHOTOS, LEFT_OUT, MASKS, QUEUED = "run.json", "photos", "left_out", "masks", "queued"
 PROCESS, STOPPED, LOG, TRAINING = "process.json", "stopped", "log.txt", "training"
 CONCEPT, PROGRESS = "concept.safetensors", "progress.jsonl"
 LONGEST_TITLE = 60
@@ -92,8 +95,26 @@ class RunFolder:
         return self.path / MASKS
 
     @property
+    def left_out(self) -> Path:
+        return self.path / LEFT_OUT
+
+    @property
     def log_file(self) -> Path:
         return self.path / LOG
+
+    def toggle_photo(self, name: str) -> None:
+        """Move a photo out of training, or back if it was moved out.
+
+        Raises:
+            UserError: there is no such photo.
+        """
+        plain = Path(name).name
+        used, unused = self.photos / plain, self.left_out / plain
+        source, target = (used, unused) if used.is_file() else (unused, used)
+        if not source.is_file():
+            raise UserError(f"{plain}: this photo is gone; choose another one")
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(source, target)
 
     # Settings
 
@@ -144,20 +165,23 @@ class RunFolder:
 
     # State
 
-    def write_process(self, pid: int, started: float, command: list[str]) -> None:
+    def write_process(self, pid: int | None, started: float, command: list[str]) -> None:
         """Store which process trains this run.
 
         Args:
+            pid: its id; None: it is about to start, 0: it could not be started.
             started: the process's own start time; another process may get the same id later.
+            command: what it runs.
         """
         _write_json(self.path / PROCESS, {"pid": pid, "started": started, "command": command})
 
     def read_process(self) -> dict[str, object] | None:
         """Return what `write_process` stored, or None."""
         try:
-            return json.loads((self.path / PROCESS).read_text(encoding="utf-8"))
+            stored = json.loads((self.path / PROCESS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return stored if isinstance(stored, dict) else None
 
     @property
     def queued_since(self) -> float | None:

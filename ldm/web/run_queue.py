@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT, quote_command
-from ldm.web.run_folder import LOG, MASKS, PHOTOS, QUEUED, STOPPED, TRAINING, RunFolder, RunSettings, RunState
+from ldm.web.run_folder import LOG, MASKS, PHOTOS, QUEUED, SETTINGS, STOPPED, TRAINING, RunFolder, RunSettings, RunState
 from ldm.web.run_progress import read_progress
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,10 @@ class RunQueue:
         """Return all runs, newest first."""
         folders = [path for path in self.root.iterdir() if path.is_dir() and SAFE_NAME.fullmatch(path.name)]
         return [RunFolder(path) for path in sorted(folders, key=lambda path: path.name, reverse=True)]
+
+    def prepared_runs(self) -> list[RunFolder]:
+        """Return the runs that have settings, newest first: all but drafts."""
+        return [run for run in self.runs() if (run.path / SETTINGS).exists()]
 
     def run(self, name: str) -> RunFolder:
         """Return the run of that name.
@@ -119,11 +123,11 @@ class RunQueue:
         """Start the run that has waited longest, if none is training; return it."""
         try:
             with FileLock(self.root / LOCK, timeout=0):  # another page may serve the same folder
-                runs = self.runs()
-                if any(self.process_of(run) is not None for run in runs):
-                    return None
-                waiting = [run for run in runs if run.queued_since is not None]
-                if not waiting:
+                running = [run for run in self.runs() if self.process_of(run) is not None]
+                for run in running:  # the page may have been killed just after the start
+                    (run.path / QUEUED).unlink(missing_ok=True)
+                waiting = [run for run in self.runs() if run.queued_since is not None and not _is_finished(run)]
+                if running or not waiting:
                     return None
                 chosen = min(waiting, key=lambda run: run.queued_since or 0.0)
                 self._start(chosen)
@@ -147,25 +151,30 @@ class RunQueue:
                 log.warning("a run could not be started: %s", error)
 
     def _start(self, run: RunFolder) -> None:
-        (run.path / QUEUED).unlink(missing_ok=True)
+        """Start the training of a run. If the page is killed in between, the run waits still, or is found again."""
         try:
             command = training_command(run)
         except UserError as error:
             run.log_file.write_text(f"error: {error}\n", encoding="utf-8")
             run.write_process(0, 0.0, [])
+            (run.path / QUEUED).unlink(missing_ok=True)
             return
+        run.write_process(None, 0.0, command)
         with (run.path / LOG).open("w", encoding="utf-8") as output:
             child = subprocess.Popen(command, cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL, stdout=output,
                                      stderr=subprocess.STDOUT, start_new_session=True,
                                      env={**os.environ, "PYTHONUNBUFFERED": "1"})
         self._children[child.pid] = child
         run.write_process(child.pid, psutil.Process(child.pid).create_time(), command)
+        (run.path / QUEUED).unlink(missing_ok=True)
 
     def process_of(self, run: RunFolder) -> psutil.Process | None:
         """Return the live process that trains a run, or None."""
         stored = run.read_process()
-        if not stored or not stored.get("pid"):
+        if not stored or stored.get("pid") == 0:
             return None
+        if stored.get("pid") is None:
+            return find_process(stored.get("command"))
         child = self._children.get(stored["pid"])
         if child is not None and child.poll() is not None:  # reaps it
             return None
@@ -175,6 +184,21 @@ class RunQueue:
             return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
         except (psutil.Error, TypeError, ValueError):
             return None
+
+
+def _is_finished(run: RunFolder) -> bool:
+    progress = read_progress(run)
+    return run.concept is not None and progress.step >= progress.steps
+
+
+def find_process(command: object) -> psutil.Process | None:
+    """Return the live process that runs a command, or None."""
+    if not command:
+        return None
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["cmdline"] == command and process.info["status"] != psutil.STATUS_ZOMBIE:
+            return process
+    return None
 
 
 def training_command(run: RunFolder) -> list[str]:
