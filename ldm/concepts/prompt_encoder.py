@@ -121,13 +121,13 @@ class ConceptPromptEncoder:
         tokens = self.tokens(prompts)
         if not self.concepts:
             encoding, pooled = self.encoder.encode_with_pooled(tokens)
-            return PromptContext.plain(encoding, cache=True, pooled=pooled)
+            return PromptContext.plain(encoding, cache=True, pooled=pooled).to(self.device)
 
         # e: the encoding with the learned embedding v at each placeholder.
         learned = self._vectors(lambda _: False)
         if not self.edited:
             encoding, pooled = self.encoder.encode_with_pooled(tokens, learned)
-            return PromptContext.plain(encoding, cache=True, pooled=pooled)
+            return PromptContext.plain(encoding, cache=True, pooled=pooled).to(self.device)
         encoding = self.encoder.encode_tokens(tokens, learned)
 
         # For global locking, the same tokens with the super-category's embedding at each placeholder.
@@ -147,7 +147,7 @@ class ConceptPromptEncoder:
         """Encode the empty negative prompt, under the same edit; see `PromptEncoder.encode_unconditional`."""
         encoding, pooled = self.encoder.encode_unconditional()
         if not self.edited:
-            return PromptContext.plain(encoding, cache=True, pooled=pooled)
+            return PromptContext.plain(encoding, cache=True, pooled=pooled).to(self.device)
         return self._edited(encoding, encoding if global_locking else None, pooled)
 
     def _vectors(self, is_locked: Callable[[Concept], bool]) -> Tensor:
@@ -164,9 +164,15 @@ class ConceptPromptEncoder:
                 biases: Sequence[float] | None = None, temperatures: Sequence[float] | None = None) -> PromptContext:
         """Compute the gates and e_perp of encodings, which no layer and no timestep changes."""
         concepts = override_settings(self.edited, biases, temperatures)
-        edit = replace(self._stacked_edit, **gate_settings(concepts, self.encoder.device))
-        context = edit.context(encoding, super_encoding=super_encoding, cache=True)
-        return replace(context, pooled=pooled)
+        edit = replace(self._stacked_edit, **gate_settings(concepts, self.device))
+        super_encoding = None if super_encoding is None else super_encoding.to(self.device)
+        context = edit.context(encoding.to(self.device), super_encoding=super_encoding, cache=True)
+        return replace(context, pooled=None if pooled is None else pooled.to(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are. The text encoder may be elsewhere, such as on the CPU to save memory."""
+        return next(iter(self.text_layers.values())).to_k.weight.device
 
     @functools.cached_property
     def _stacked_edit(self) -> Edit:
