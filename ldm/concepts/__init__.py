@@ -26,6 +26,7 @@ Several concepts:
 Training:
     trainable_concept.py        the parameters of a Perfusion concept
     trainable_word.py           the word vectors of other methods
+    word_norms.py               norms of word vectors in training
     embedding_manager.py        Textual Inversion as the original LDM configs run it
     embedding_insertion.py      puts learned vectors in the place of tokens
 

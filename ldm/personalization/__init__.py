@@ -1,8 +1,13 @@
 """Methods that learn concepts from a few photos each.
 
     base.py                 what a method is: the parts that each one defines, and the training step that all share
-    cached_latents.py       photos -> latents, masks -> loss weights, captions: what the loss reads
+    training_prompts.py     prompts with the words of concepts, and the sizes of images
+    distinct_prompts.py     each distinct prompt of a batch encoded once, and those that never change once per run
+    cached_latents.py       photos -> latents, masks -> loss weights, sizes, captions: what the loss reads
+    placement.py            large models on the device, part by part
     concept_gradients.py    gradients of several concepts in one run, kept apart
+    concept_means.py        means of the losses of several concepts
+    layer_names.py          cross-attention layers chosen by their names
     concept_names.py        placeholders, super-categories and file names of a run's concepts
     checks.py               checks on params
     initial_words.py        words that start from embedding files
