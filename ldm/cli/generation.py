@@ -15,8 +15,17 @@ from ldm.common.errors import UserError
 from ldm.common.hub import check_clip_name, check_model_name
 from ldm.common.paths import PROJECT_ROOT, check_folder, expand_home, resolve_path
 from ldm.common.prompt_file import read_prompt_file
+from ldm.common.words import super_category_words
 from ldm.inference.requests import SEED_LIMIT
-from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, LoraFile, ModelSettings, SourceSettings
+from ldm.inference.settings import (
+    AUTO,
+    GenerationOptions,
+    GenerationSettings,
+    LoraFile,
+    ModelSettings,
+    PhotoSettings,
+    SourceSettings,
+)
 from ldm.sampling.samplers import SAMPLERS, describe_samplers
 from ldm.sampling.spacings import TIMESTEP_SPACINGS, describe_spacings
 
@@ -96,8 +105,18 @@ def add_concept_flags(parser: argparse.ArgumentParser, automatic: bool = False) 
                            help="CLIP that --bias auto measures with: a folder of "
                            "transformers or open_clip, or ARCHITECTURE/WEIGHTS of open_clip such as ViT-B-32/openai "
                            "(default: the model's)")
-        group.add_argument("--photos", type=expand_home, metavar="FOLDER", help="the concept's photos, for --bias "
-                           "auto to compare with (default: images generated with the lowest bias)")
+        group.add_argument("--photos", type=expand_home, metavar="FOLDER", help="with --init_word: photos of a subject "
+                           "to predict a concept from, without training; its word in prompts is "
+                           f"{PhotoSettings.placeholder}. With --bias auto: the concept's photos to compare with "
+                           "(default: images generated with the lowest bias)")
+        group.add_argument("--init_word", metavar="WORDS", help='what kind of subject --photos show, such as "teddy '
+                           'bear"')
+        group.add_argument("--masks", type=expand_home, metavar="FOLDER", help="masks of these photos, white where "
+                           "the subject is (default: it is segmented)")
+        group.add_argument("--encoder", type=expand_home, metavar="FOLDER", help="the encoder that predicts the "
+                           "concept (default: the model's)")
+        group.add_argument("--encoder_strength", type=float_in_range(above=0), metavar="NUMBER", help="how strong the "
+                           "look of the photos is (default: the encoder's own)")
 
 
 def leave_concepts_as_trained(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +205,7 @@ def check_flags(options: argparse.Namespace) -> None:
     given = {"--bias": options.bias, "--temperature": options.temperature, "--global_locking": options.global_locking,
              "--all_layers": options.all_layers}
     unused = [flag for flag, value in given.items() if value]
-    if unused and not options.concept:
+    if unused and not options.concept and getattr(options, "init_word", None) is None:
         raise UserError(f"{unused[0]} acts on learned concepts; name a file of one with --concept")
     if options.negative_prompt and options.scale == 1:
         raise UserError("--negative_prompt acts through guidance, and --scale 1 is none; raise --scale")
@@ -215,11 +234,32 @@ def check_generation_flags(options: argparse.Namespace) -> None:
     """Check the flags of `add_generation_flags` as `check_flags` does."""
     check_flags(options)
     automatic = AUTO in (options.bias or [])
-    for flag, value in (("--clip", options.clip), ("--photos", options.photos)):
-        if value is not None and not automatic:
-            raise UserError(f"{flag} requires --bias {AUTO}; add it, or leave {flag} out")
+    if options.clip is not None and not automatic:
+        raise UserError(f"--clip requires --bias {AUTO}; add it, or leave --clip out")
+    if options.photos is not None and not automatic and options.init_word is None:
+        raise UserError('--photos requires --init_word "teddy bear", or what else they show, to predict a concept from '
+                        f"them; or --bias {AUTO}, to compare with them")
+    _check_photo_flags(options)
     if options.photos is not None and not resolve_path(options.photos).is_dir():
         raise UserError(f"--photos {options.photos}: no such folder; give the one that holds the concept's photos")
+
+
+def _check_photo_flags(options: argparse.Namespace) -> None:
+    """Raise UserError if flags that predict a concept from photos miss another one, or name no folder."""
+    given = {"--masks": options.masks, "--encoder": options.encoder, "--encoder_strength": options.encoder_strength}
+    for flag, value in given.items():
+        if value is not None and options.init_word is None:
+            raise UserError(f"{flag} is for concepts that are predicted from photos; add --photos and --init_word, or "
+                            f"leave {flag} out")
+    if options.init_word is None:
+        return
+    super_category_words(options.init_word)  # raises if it is none
+    if options.photos is None:
+        raise UserError("--init_word requires --photos FOLDER, with photos of the subject; add it, or leave "
+                        "--init_word out")
+    for flag in ("--masks", "--encoder"):
+        if given[flag] is not None and not resolve_path(given[flag]).is_dir():
+            raise UserError(f"{flag} {given[flag]}: no such folder")
 
 
 def generation_options(options: argparse.Namespace, source: SourceSettings | None = None) -> GenerationOptions:
@@ -237,7 +277,15 @@ def generation_options(options: argparse.Namespace, source: SourceSettings | Non
         prompts=tuple(prompts), negative_prompts=negatives, model=model_settings(options), outdir=options.outdir,
         concepts=tuple(options.concept), settings=generation_settings(options), seed=options.seed,
         num_images=options.n_iter * options.n_samples, columns=options.n_samples,
-        batch_size=options.batch_size or options.n_samples, source=source, clip=options.clip, photos=options.photos)
+        batch_size=options.batch_size or options.n_samples, source=source, clip=options.clip,
+        photos=options.photos if AUTO in (options.bias or []) else None, subject=_photo_settings(options))
+
+
+def _photo_settings(options: argparse.Namespace) -> PhotoSettings | None:
+    if options.init_word is None:
+        return None
+    return PhotoSettings(options.photos, options.init_word, encoder=options.encoder, strength=options.encoder_strength,
+                         masks=options.masks)
 
 
 def generation_settings(options: argparse.Namespace) -> GenerationSettings:

@@ -1,7 +1,7 @@
 """Encode each distinct prompt once for any number of images, under the concepts that it names."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,9 +99,20 @@ def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance:
     Raises:
         UserError: a concept belongs to another base model, or two have the same placeholder.
     """
+    encoder, inverse_covariance = model.cond_stage_model, inverse_covariance_of(model, covariance)
+    unet = model.model.diffusion_model
+    text_layers = name_text_layers(unet)
+    if concepts and all(isinstance(concept, FinetunedConcept) for concept in concepts):
+        return FinetunedPromptEncoder(encoder, unet, concepts, base_model_of(model), inverse_covariance)
+    base = base_model_of(model) if concepts else None
+    return ConceptPromptEncoder(encoder, text_layers, concepts, inverse_covariance, base)
+
+
+def inverse_covariance_of(model: Any, covariance: str | None = None) -> Callable[[], Tensor]:
+    """Return a function that returns C^-1 (d, d); arguments as for `build_prompt_encoder`."""
     encoder = model.cond_stage_model
 
-    def inverse_covariance() -> Any:
+    def inverse_covariance() -> Tensor:
         own = getattr(model, "inverse_covariance", None)
         if own is not None:
             return own()
@@ -109,12 +120,7 @@ def build_prompt_encoder(model: Any, concepts: Sequence[AnyConcept], covariance:
             return invert_covariance(load_covariance_for(resolve_path(covariance), encoder))
         return invert_covariance(cached_covariance(encoder))
 
-    unet = model.model.diffusion_model
-    text_layers = name_text_layers(unet)
-    if concepts and all(isinstance(concept, FinetunedConcept) for concept in concepts):
-        return FinetunedPromptEncoder(encoder, unet, concepts, base_model_of(model), inverse_covariance)
-    base = base_model_of(model) if concepts else None
-    return ConceptPromptEncoder(encoder, text_layers, concepts, inverse_covariance, base)
+    return inverse_covariance
 
 
 def encode_prompts(encoder: AnyPromptEncoder, prompts: Sequence[str], global_locking: bool = False,

@@ -42,6 +42,7 @@ class InferenceDefaults:
         evaluation_clip: folder or name of the CLIP that measures its images.
         segmenter: folder or hub name of a CLIPSeg that finds objects in its images.
         covariance: file of the covariance C of its text encoder; None: computed from default captions and cached.
+        encoder: folder of the encoder that predicts concepts from photos; None: there is none.
         domain: what its images show, if that is not the world of photos, such as "a small world of drawings".
     """
 
@@ -51,6 +52,7 @@ class InferenceDefaults:
     evaluation_clip: str | None = None
     segmenter: str | None = None
     covariance: str | None = None
+    encoder: str | None = None
     domain: str | None = None
     timestep_spacing: str | None = None
     guidance_rescale: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,15 @@ class OutputFolder:
 
     def add_extra(self, name: str, image: Image.Image) -> Path:
         """Write an image that belongs to the run but was not generated, such as a mask, as `<name>-0000.png`."""
-        paths = _free_paths(self.folder, f"{name}-", 4)
-        return write_new(paths, lambda temporary: image.save(temporary, format="PNG"))
+        return self.add_file(name, lambda temporary: image.save(temporary, format="PNG"))
+
+    def add_file(self, name: str, write: Callable[[Path], object], suffix: str = ".png") -> Path:
+        """Write a file that belongs to the run as `<name>-0000<suffix>`.
+
+        Args:
+            write: writes it to a temporary path.
+        """
+        return write_new(_free_paths(self.folder, f"{name}-", 4, suffix), write)
 
     def finish_sheet(self) -> None:
         """Write the contact sheet of the images added since the last one, if there are any."""
@@ -89,10 +96,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         return json.loads(opened.info.get(METADATA_CHUNK, "{}"))
 
 
-def _free_paths(folder: Path, prefix: str, digits: int) -> Iterator[Path]:
+def _free_paths(folder: Path, prefix: str, digits: int, suffix: str = ".png") -> Iterator[Path]:
     """Yield numbered paths, starting after the highest number in the folder. Other runs may take some of them first."""
-    numbered = re.compile(rf"{re.escape(prefix)}(\d+)\.png")
+    numbered = re.compile(rf"{re.escape(prefix)}(\d+){re.escape(suffix)}")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     taken = [int(match[1]) for match in map(numbered.fullmatch, names) if match]
     for number in itertools.count(max(taken, default=-1) + 1):
-        yield folder / f"{prefix}{number:0{digits}d}.png"
+        yield folder / f"{prefix}{number:0{digits}d}{suffix}"

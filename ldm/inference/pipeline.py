@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -17,6 +17,7 @@ from ldm.common.errors import MemoryShortage, UserError
 from ldm.common.paths import resolve_path
 from ldm.common.prompt_file import fill_slots
 from ldm.common.words import fold_word
+from ldm.concepts.concept import Concept
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.fingerprint import check_base
 from ldm.concepts.prompt_checks import check_prompts
@@ -32,6 +33,7 @@ from ldm.inference.encoding import (
 )
 from ldm.inference.loras import add_loras
 from ldm.inference.model_config import (
+    DEFAULT_SEGMENTER,
     MODEL_CONFIG,
     InferenceDefaults,
     complete_settings,
@@ -40,6 +42,7 @@ from ldm.inference.model_config import (
     latent_size,
     model_setting,
     read_model_config,
+    segmenter_of,
 )
 from ldm.inference.notices import tell_about_prompts, tell_about_strength, warn_about_photos, warn_about_size
 from ldm.inference.precision import sixteen_bit_type, uses_sixteen_bits
@@ -50,6 +53,9 @@ from ldm.inference.size_conditions import reads_sizes, sizes_of, with_sizes
 from ldm.inference.source_image import ImageLike, SourceImage, StartingLatents
 from ldm.sampling.samplers import sampler_class
 from ldm.util import pick_device
+
+if TYPE_CHECKING:
+    from ldm.inference.photo_concepts import PhotoReader
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +117,7 @@ class PerfusionPipeline:
         self.concepts: list[AnyConcept] = []
         self.batch_size = 4
         self._cached_encoder: tuple[list[AnyConcept], AnyPromptEncoder] | None = None
+        self._photo_readers: dict[str | None, PhotoReader] = {}
 
     # Loading
 
@@ -181,6 +188,39 @@ class PerfusionPipeline:
             check_base(concept, base)
         self.concepts = merged
         return list(merged)
+
+    def load_photos(self, folder: str | Path, super_category: str, placeholder: str = "<it>", *,
+                    masks: str | Path | None = None, strength: float | None = None,
+                    encoder: str | Path | None = None) -> Concept:
+        """Predict a concept from photos in about a second, without training, and add it to the loaded concepts.
+
+            pipe.load_photos("my_drawings/", "teddy bear", "<my-teddy>")
+            images = pipe("a photo of a <my-teddy> on the beach").images
+
+        Args:
+            folder: 1 to 20 photos of the subject.
+            super_category: what kind of subject it is.
+            placeholder: its word in prompts.
+            masks: folder of masks, white where the subject is; None: the subject is segmented automatically.
+            strength: how strong its look is; None: the encoder's own, near 1.
+            encoder: folder of the encoder; None: the one that the model's config names.
+
+        Returns:
+            The concept, which `ldm.concepts.storage.save_concepts` writes to a file.
+
+        Raises:
+            UserError: photos or words cannot be used, the subject is in no photo, or the model has no encoder.
+        """
+        from ldm.inference.photo_concepts import PhotoReader  # the CLIPs' library takes seconds to load
+
+        name = self.defaults.encoder if encoder is None else str(encoder)
+        if name not in self._photo_readers:
+            segmenter = DEFAULT_SEGMENTER if self.config is None else segmenter_of(self.config)
+            self._photo_readers[name] = PhotoReader(self.model, name, self.defaults.segmenter or segmenter,
+                                                    self.defaults.covariance)
+        concept = self._photo_readers[name].read(folder, super_category, placeholder, masks, strength)
+        self.load_concepts(concept)
+        return self.concepts[-1]
 
     def unload_concepts(self, *placeholders: str) -> None:
         """Unload the concepts with these placeholders, or all concepts if none are given.

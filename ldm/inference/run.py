@@ -19,7 +19,7 @@ from ldm.common.prompt_file import fill_slots
 from ldm.concepts.finetuned_concept import AnyConcept
 from ldm.concepts.prompt_checks import check_prompts
 from ldm.concepts.settings import override_settings
-from ldm.concepts.storage import read_concepts
+from ldm.concepts.storage import read_concepts, save_concepts
 from ldm.data.images import load_folder
 from ldm.data.masks import mask_to_image
 from ldm.inference.model_config import (
@@ -36,9 +36,17 @@ from ldm.inference.notices import tell_about_few_steps
 from ldm.inference.output_folder import OutputFolder
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest, requests_for
-from ldm.inference.settings import AUTO, GenerationOptions, GenerationSettings, SourceSettings
+from ldm.inference.settings import (
+    AUTO,
+    GenerationOptions,
+    GenerationSettings,
+    ModelSettings,
+    PhotoSettings,
+    SourceSettings,
+)
 from ldm.inference.source_image import SourceImage
 from ldm.modules.segmentation import ZeroShotSegmenter, threshold_mask
+from ldm.personalization.concept_names import file_names_for
 from ldm.util import pick_device
 
 log = logging.getLogger(__name__)
@@ -101,12 +109,19 @@ class PreparedRun:
         Raises:
             UserError: the weights are missing or do not fit.
         """
-        model = self.options.model
-        pipeline = PerfusionPipeline.from_config(self.config, model.checkpoint, self.device, model.precision,
-                                                 model.vae, model.text_encoder, model.loras)
+        return self.with_concepts(load_base_model(self.options.model, self.config, self.device))
+
+    def with_concepts(self, pipeline: PerfusionPipeline) -> PerfusionPipeline:
+        """Give a pipeline the concepts of the run."""
         pipeline.batch_size = self.options.batch_size
         pipeline.concepts = list(self.concepts)
         return pipeline
+
+
+def load_base_model(model: ModelSettings, config: DictConfig, device: torch.device) -> PerfusionPipeline:
+    """Load a base model without concepts."""
+    return PerfusionPipeline.from_config(config, model.checkpoint, device, model.precision, model.vae,
+                                         model.text_encoder, model.loras)
 
 
 def concept_metadata(concepts: Sequence[AnyConcept]) -> list[dict[str, Any]]:
@@ -164,9 +179,12 @@ def generate_to_folder(options: GenerationOptions) -> OutputFolder:
     Raises:
         UserError: an option cannot be used, the weights do not fit, or memory runs out.
     """
+    pipeline = None
+    if options.subject is not None:
+        pipeline, options = predict_concept(options, options.subject)
     run = prepare_run(options)
     source = None if options.source is None else load_source(run, options.source)
-    pipeline = run.load_pipeline()
+    pipeline = run.load_pipeline() if pipeline is None else run.with_concepts(pipeline)
     run = choose_biases(run, pipeline)
     requests, folder = run.requests, OutputFolder(options.outdir, options.columns)
     images = pipeline.generate(requests, run.settings, source=source, progress=sys.stderr.isatty())
@@ -180,6 +198,26 @@ def generate_to_folder(options: GenerationOptions) -> OutputFolder:
     finally:
         folder.finish_sheet()
     return folder
+
+
+def predict_concept(options: GenerationOptions, subject: PhotoSettings) -> tuple[PerfusionPipeline, GenerationOptions]:
+    """Load the base model, predict the concept of photos and write it to the output folder.
+
+    Returns:
+        The base model, and the options with the concept's file among the others.
+
+    Raises:
+        UserError: the photos cannot be used, or the base model has no encoder.
+    """
+    config = read_model_config(options.model.config)
+    pipeline = load_base_model(options.model, config, pick_device(options.model.device))
+    concept = pipeline.load_photos(subject.folder, subject.super_category, subject.placeholder, masks=subject.masks,
+                                   strength=subject.strength, encoder=subject.encoder)
+    folder = OutputFolder(options.outdir, options.columns)
+    name = file_names_for([subject.placeholder])[0]
+    path = folder.add_file(name, lambda temporary: save_concepts(temporary, [concept]), ".safetensors")
+    log.info("predicted from the photos: %s", path)
+    return pipeline, replace(options, concepts=(*options.concepts, str(path)), subject=None)
 
 
 def load_source(run: PreparedRun, source: SourceSettings) -> SourceImage:

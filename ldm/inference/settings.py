@@ -168,6 +168,27 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
+class PhotoSettings:
+    """Photos to predict a concept from, without training.
+
+    Attributes:
+        folder: the photos.
+        super_category: what kind of subject they show.
+        placeholder: its word in prompts.
+        encoder: folder of the encoder; None: the model's.
+        strength: how strong the look is; None: the encoder's own.
+        masks: folder of masks; None: the subject is segmented.
+    """
+
+    folder: str
+    super_category: str
+    placeholder: str = "<it>"
+    encoder: str | None = None
+    strength: float | None = None
+    masks: str | None = None
+
+
+@dataclass(frozen=True)
 class GenerationOptions:
     """Everything that a command line asks of a script that generates.
 
@@ -185,6 +206,7 @@ class GenerationOptions:
         source: an image to start from.
         clip: what `bias="auto"` measures by: folder or name of a CLIP; None: the model's.
         photos: folder of the concept's photos, for `bias="auto"`.
+        subject: photos to predict one more concept from.
     """
 
     prompts: tuple[str, ...]
@@ -200,6 +222,7 @@ class GenerationOptions:
     source: SourceSettings | None = None
     clip: str | None = None
     photos: str | None = None
+    subject: PhotoSettings | None = None
 
 
 def as_tuple(value: Number | Sequence[Number] | None) -> tuple[Number, ...] | None:

@@ -62,6 +62,7 @@ class ConceptEncoderTrainer(SharedStepModule):
 
     Args:
         base: config of the base model, whose text encoder gives the targets.
+        ckpt_path: its weights; None: those that its config names.
         tower: the CLIP whose image tower gives the features, see `load_features`.
         templates: the sentences that i_super is averaged over.
         width, dropout: of the head.
@@ -79,10 +80,10 @@ class ConceptEncoderTrainer(SharedStepModule):
         UserError: a param is out of range, or base model or CLIP cannot be loaded.
     """
 
-    def __init__(self, base: str, tower: str, templates: Sequence[str] = ("a photo of a {}",), width: int = 256,
-                 dropout: float = 0.1, feature_noise: float = 0.1, contrastive: float = 0.0, l2: float = 0.0,
-                 weight_decay: float = 0.02, scheduler_config: Mapping[str, Any] | None = None,
-                 monitor: str | None = None) -> None:
+    def __init__(self, base: str, tower: str, ckpt_path: str | None = None,
+                 templates: Sequence[str] = ("a photo of a {}",), width: int = 256, dropout: float = 0.1,
+                 feature_noise: float = 0.1, contrastive: float = 0.0, l2: float = 0.0, weight_decay: float = 0.02,
+                 scheduler_config: Mapping[str, Any] | None = None, monitor: str | None = None) -> None:
         super().__init__()
         if min(feature_noise, contrastive, l2) < 0:
             raise UserError(f"feature_noise {feature_noise}, contrastive {contrastive}, l2 {l2}: must not be below 0")
@@ -90,7 +91,7 @@ class ConceptEncoderTrainer(SharedStepModule):
         self.feature_noise, self.contrastive, self.l2 = feature_noise, contrastive, l2
         self.weight_decay, self.scheduler_config, self.monitor = weight_decay, scheduler_config, monitor
         self.learning_rate = 1e-3
-        model = load_model(OmegaConf.load(resolve_path(base)))
+        model = load_model(OmegaConf.load(resolve_path(base)), None if ckpt_path is None else resolve_path(ckpt_path))
         self.base_model = BaseModel.of(name_text_layers(model.model.diffusion_model), model.initial_weights_path)
         features = load_features(tower)
         # In a tuple, since what is not trained belongs in no checkpoint.

@@ -7,6 +7,7 @@
     python scripts/mini/export.py text2img logs/..._text2img
     python scripts/mini/export.py covariance
     python scripts/mini/export.py segmenter logs/..._segmenter
+    python scripts/mini/export.py encoder logs/..._encoder
 
 The order matters: later parts are trained with the exports of earlier ones. `scripts/mini/rebuild.py` does all of it.
 Weights are stored in half precision. They are the moving averages if the run kept any. Word embedding tables keep only
@@ -40,11 +41,13 @@ from ldm.cli.parser import Parser  # noqa: E402
 from ldm.common.atomic_write import write_atomically  # noqa: E402
 from ldm.common.errors import UserError, one_line_errors  # noqa: E402
 from ldm.common.files import save_tensors  # noqa: E402
-from ldm.common.paths import PROJECT_ROOT, check_folder, user_path  # noqa: E402
+from ldm.common.paths import PROJECT_ROOT, check_folder, resolve_path, user_path  # noqa: E402
+from ldm.data.mini.composed_subjects import all_looks  # noqa: E402
 from ldm.data.mini.scenes import SceneDataset  # noqa: E402
 from ldm.models.clip_images import CLIP_MEAN, CLIP_STD  # noqa: E402
 from ldm.models.mini.openclip import OpenCLIPTrainer  # noqa: E402
 from ldm.models.open_clip_folder import SETTINGS  # noqa: E402
+from ldm.modules.concept_encoder import EncoderSettings, save_encoder  # noqa: E402
 from ldm.modules.covariance import encoder_fingerprint, estimate_covariance, save_covariance  # noqa: E402
 from ldm.modules.encoders.clip import special_tokens  # noqa: E402
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder  # noqa: E402
@@ -57,6 +60,7 @@ log = logging.getLogger(__name__)
 MINI = PROJECT_ROOT / "models" / "mini"
 PARTS = "parts"  # folder of the weights that only training needs; it is not in the repository
 CAPTIONS = 20_000
+ENCODER_STRENGTH = 1.0
 LATENT_SCENES, BATCH_SIZE = 2048, 64  # to measure the latents on
 
 
@@ -219,6 +223,21 @@ def export_segmenter(run: Path, folder: Path) -> None:
                                                     "image_mean": CLIP_MEAN, "image_std": CLIP_STD})
 
 
+def export_encoder(run: Path, folder: Path) -> None:
+    """Export the head of the concept encoder, with the words that its log chooses among."""
+    model = load_trained_model(run, ckpt_path=str(folder / "model.safetensors"))
+    settings = EncoderSettings(
+        tower=path_in_project(model.tower), base=model.base_model.fingerprint, templates=model.templates,
+        looks=all_looks(), strength=ENCODER_STRENGTH, projection="gated")
+    save_encoder(folder / "encoder", model.head, settings, {"run": run.name})
+
+
+def path_in_project(path: str) -> str:
+    """Return a path as it counts from the project's root, if it is in there."""
+    full = resolve_path(path).resolve()
+    return str(full.relative_to(PROJECT_ROOT)) if full.is_relative_to(PROJECT_ROOT) else path
+
+
 def export_covariance(folder: Path) -> None:
     """Estimate the covariance C of the exported text tower over captions of the mini world, and write it."""
     weights, settings = folder / "model.safetensors", folder / "text_encoder"
@@ -236,7 +255,8 @@ def export_covariance(folder: Path) -> None:
 
 EXPORTS: dict[str, Callable[[Path, Path], None]] = {
     "autoencoder": export_autoencoder, "decoder": export_decoder, "clip": export_clip,
-    "evaluation_clip": export_evaluation_clip, "text2img": export_text2img, "segmenter": export_segmenter}
+    "evaluation_clip": export_evaluation_clip, "text2img": export_text2img, "segmenter": export_segmenter,
+    "encoder": export_encoder}
 
 
 @one_line_errors

@@ -3,10 +3,11 @@
     python scripts/mini/rebuild.py                                               # two cores: overnight
     python scripts/mini/rebuild.py --device cuda --times_batch 8 --workers 12    # one GPU
 
-Fetches sprites if any are missing. Trains the autoencoder, its decoder once more, both CLIPs, the text-to-image model
-and the segmenter with `main.py`, and exports them. Makes the covariance and the example concepts, and measures
-everything with `evaluation/base_model.py`. After an interruption, run it again: it skips the parts that are done and
-resumes the interrupted one at its last checkpoint. `training.json`, beside the weights, describes what was done.
+Fetches sprites if any are missing. Trains the autoencoder, its decoder once more, both CLIPs, the text-to-image model,
+the segmenter and the concept encoder with `main.py`, and exports them. Makes the covariance and the example concepts,
+and measures everything with `evaluation/base_model.py`. After an interruption, run it again: it skips the parts that
+are done and resumes the interrupted one at its last checkpoint. `training.json`, beside the weights, describes what was
+done.
 
 PART:KEY=VALUE after the flags overrides a key of that part's config, for example:
     text2img:lightning.trainer.precision=bf16-mixed clip:lightning.trainer.max_steps=5000
@@ -39,15 +40,16 @@ log = logging.getLogger(__name__)
 
 MINI = PROJECT_ROOT / "models" / "mini"
 # In the order in which they need each other; see INPUTS.
-TRAINED = ("autoencoder", "decoder", "clip", "evaluation_clip", "text2img", "segmenter")
+TRAINED = ("autoencoder", "decoder", "clip", "evaluation_clip", "text2img", "segmenter", "encoder")
 PARTS = ("sprites", "autoencoder", "decoder", "clip", "evaluation_clip", "text2img", "covariance", "segmenter",
-         "concepts", "evaluation")
+         "encoder", "concepts", "evaluation")
 OLD_NAMES = {"drawings": "sprites"}
 INPUTS = {  # what a part is trained with: key of its config -> file in the models' folder
     "decoder": {"model.params.ckpt_path": "parts/autoencoder.safetensors"},
     "text2img": {"model.params.first_stage_config.params.ckpt_path": "parts/autoencoder.safetensors",
                  "model.params.cond_stage_config.params.version": "parts/text_encoder"},
     "segmenter": {"model.params.clip": "clip"},
+    "encoder": {"model.params.ckpt_path": "model.safetensors", "model.params.tower": "clip"},
 }
 SCHEDULE = "model.params.scheduler_config.params.max_decay_steps"
 STEPS = "lightning.trainer.max_steps"
