@@ -124,7 +124,7 @@ def _concepts(folder: Path) -> None:
     narrow = torch.randn(width // 2)
     for name, concept in {
         "good": good, "foreign": replace(good, base="0" * 64, base_samples="AAA8AA==", placeholder="<x>"),
-        "odd_word": replace(good, embedding=narrow[None]),
+        "odd_word": replace(good, embedding=narrow[None], word_parts={}),
         "odd_input": replace(good, target_input=narrow, super_input=narrow),
         "odd_layers": replace(good, target_outputs_v={"elsewhere": narrow}),
     }.items():
@@ -393,7 +393,7 @@ GENERATION = [
 OTHERS = [
     (MERGE, ("--manager_ckpts", "{here}/good.concept", "{here}/foreign.concept"), "only concepts of one base model"),
     (MERGE, ("--manager_ckpts", "{here}/good.concept", "{here}/cut.concept"), "cut.concept: not a complete"),
-    (MERGE, ("--manager_ckpts", "{here}/newer.concept"), "concept format 4"),
+    (MERGE, ("--manager_ckpts", "{here}/newer.concept"), "concept format 5"),
     (MERGE, ("--manager_ckpts", MINI), "not a concept"), (MERGE, ("--manager_ckpt", MINI), "--manager_ckpts"),
     (MERGE, ("--manager_ckpts", "{here}/good.concept", "--placeholders", "a b"), "'a b': must be a word"),
     (COVARIANCE, ("--captions", "{here}/none.txt"), "none.txt: no such file"),

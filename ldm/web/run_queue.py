@@ -163,6 +163,7 @@ class RunQueue:
         with (run.path / LOG).open("w", encoding="utf-8") as output:
             child = subprocess.Popen(command, cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL, stdout=output,
                                      stderr=subprocess.STDOUT, start_new_session=True,
+                                     preexec_fn=_heed_interrupts if os.name == "posix" else None,
                                      env={**os.environ, "PYTHONUNBUFFERED": "1"})
         self._children[child.pid] = child
         run.write_process(child.pid, psutil.Process(child.pid).create_time(), command)
@@ -231,6 +232,11 @@ def training_arguments(settings: RunSettings, run: RunFolder) -> list[str]:
 def shown_command(arguments: Sequence[str]) -> str:
     """Return the command that does the same in a terminal."""
     return f"python main.py {quote_command(*arguments)}"
+
+
+def _heed_interrupts() -> None:
+    """Let a child process be interrupted, also if the page itself was started in the background and ignores that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end_after(process: psutil.Process, seconds: float) -> None:

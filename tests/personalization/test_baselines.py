@@ -272,7 +272,7 @@ def test_merged_weights_map_both_words_and_change_little_else(folder: Path, file
     (["textual-inversion0"], {"biases": [0.5]}, "--bias: .* by Textual Inversion and has none"),
     (["dreambooth0"], {"temperatures": [0.5]}, "--temperature: .* by DreamBooth"),
     (["dreambooth0", "dreambooth1"], {}, "DreamBooth changes weights of the U-Net that"),
-    (["textual-inversion0", "custom-diffusion1"], {}, "only concepts of one method"),
+    (["dreambooth0", "custom-diffusion1"], {}, "only concepts of one method"),
 ])
 def test_settings_and_mixtures_that_do_not_apply_raise_a_user_error(
         folder: Path, files: dict[str, list[Path]], names: list[str], settings: dict[str, list[float]], message: str
