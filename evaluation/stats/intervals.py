@@ -58,7 +58,8 @@ def bootstrap_mean(values: Sequence[float], resamples: int = RESAMPLES, seed: in
         return Estimate(float(array[0]))
     result = bootstrap((array,), np.mean, n_resamples=resamples, method="percentile", confidence_level=CONFIDENCE,
                        rng=np.random.default_rng(seed))
-    return Estimate(float(array.mean()), *map(float, result.confidence_interval), len(array))
+    low, high = sorted(map(float, result.confidence_interval))  # those of equal values may be rounded the wrong way
+    return Estimate(float(array.mean()), low, high, len(array))
 
 
 def cluster_bootstrap_mean(values: Sequence[float], clusters: Sequence[Hashable], resamples: int = RESAMPLES,

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -42,6 +42,7 @@ def test_intervals_equal_those_of_published_results() -> None:
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=30))
+@example([-9.517318580533817e-228] * 2)
 def test_mean_lies_inside_its_interval_and_the_interval_inside_the_values(values: list[float]) -> None:
     estimate = bootstrap_mean(values, resamples=200)
     assert min(values) - 1e-9 <= estimate.low <= estimate.high <= max(values) + 1e-9
