@@ -1,7 +1,6 @@
 """Check the numbers of forms: browsers keep to the ranges of sliders, other programs need not."""
 from __future__ import annotations
 
-import math
 from numbers import Real
 
 from ldm.common.errors import UserError
@@ -13,8 +12,8 @@ def number_in(name: str, value: object, least: float, most: float) -> float:
     Raises:
         UserError: it is not finite, or out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not least <= value <= most:
-        raise UserError(f"{name}: give a number from {least:g} to {most:g}")
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
+        raise UserError(f"{name}: give a number from {_shown(least)} to {_shown(most)}")
     return float(value)
 
 
@@ -28,3 +27,7 @@ def whole_number_in(name: str, value: object, least: int, most: int) -> int:
     if number != int(number):
         raise UserError(f"{name}: give a whole number")
     return int(number)
+
+
+def _shown(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:g}"

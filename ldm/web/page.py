@@ -48,6 +48,7 @@ def build_page(site: Site) -> gr.Blocks:
     generate, compare = GenerateTab(site, concepts), CompareTab(site, concepts)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True,
                    delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
+        add_endpoints(teach, generate, concepts)  # first: events of the same names would take the names
         gr.Markdown(HEADER)
         with gr.Tabs():
             with gr.Tab("Teach"):
@@ -63,7 +64,6 @@ def build_page(site: Site) -> gr.Blocks:
         page.load(generate.refresh, [generate.chosen], [generate.chosen], **QUIET)
         for tab, content in ((generating, generate), (combining, combine), (comparing, compare)):
             tab.select(content.refresh, [content.chosen], [content.chosen], **QUIET)
-        add_endpoints(teach, generate, concepts)
     return page
 
 

@@ -103,8 +103,8 @@ class TeachTab:
         kept = self.site.draft.read_form()
         values = TeachValues(**{name: kept[name] for name in TeachValues._fields if name in kept})
         run = self.site.draft.find()
-        if run is None:
-            return self._empty()
+        if run is None:  # the form is empty already; photos may be on their way
+            return (gr.skip(),) * len(self.restored)
         try:
             return *values._replace(kind=_choices(values.kind)), *self._review(run, values)
         except UserError as error:

@@ -175,3 +175,35 @@ def test_arguments_are_those_of_main(run: RunFolder) -> None:
     assert (options.max_steps, options.seed, options.crop, options.masks) == (20, 1, "center", None)
     run.masks.mkdir()
     assert parse_training_options(training_arguments(SETTINGS, run)).masks == (str(run.masks),)
+
+
+def test_a_page_killed_before_it_knows_the_process_finds_it_again(queue: RunQueue, run: RunFolder) -> None:
+    command = [sys.executable, "-c", SLEEPER.format(seconds=30), str(run.path)]
+    run.write_process(None, 0.0, command)
+    queue.enqueue(run)  # the page was killed between the start and the next two steps
+    with subprocess.Popen(command) as child:
+        deadline = time.monotonic() + 10
+        while RunQueue(queue.root).process_of(run) is None:
+            assert time.monotonic() < deadline
+        assert queue.state(run) is RunState.RUNNING
+        assert RunQueue(queue.root).start_next() is None
+        assert run.queued_since is None  # or it would start once more
+        child.kill()
+    assert queue.state(run) is RunState.INTERRUPTED
+
+
+def test_a_page_killed_before_the_start_starts_the_run_later(queue: RunQueue, run: RunFolder, sleeping: None) -> None:
+    queue.enqueue(run)
+    run.write_process(None, 0.0, ["never started"])
+    other = RunQueue(queue.root)
+    assert other.state(run) is RunState.WAITING
+    assert other.start_next() == run
+    other.stop(run)
+    wait_for_end(other, run)
+
+
+def test_a_finished_run_in_the_queue_does_not_start_again(queue: RunQueue, run: RunFolder, sleeping: None) -> None:
+    queue.enqueue(run)
+    run.write_process(0, 0.0, [])
+    write_progress(run, 20, with_concept=True)
+    assert queue.start_next() is None
