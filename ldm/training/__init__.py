@@ -20,6 +20,9 @@ Modules:
     log_folder.py         the folder that a run writes to, and the checkpoint that it resumes from
     callbacks.py          configs and sample grids in the log folder, progress, stopping cleanly
     concept_callbacks.py  concept files, and previews before, during and after training
+    encoder_options.py    options of train_encoder (imports no torch)
+    encoder_images.py     images of subjects by a base model, for a concept encoder of its own
+    encoder_training.py   train_encoder: makes them, trains the encoder, and writes it
     next_command.py       the command that generates with a run's concepts, logged at its end
     run_record.py         records machine, steps, time and losses of a finished run beside its weights
 """
