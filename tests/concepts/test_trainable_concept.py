@@ -36,6 +36,18 @@ def test_target_outputs_start_at_those_of_the_super_category(locking: str) -> No
         assert edit.target_outputs_k[name].requires_grad == (locking == "trained")
 
 
+def test_values_start_at_another_encoding_in_trained_layers_only() -> None:
+    text_layers, super_input, encoding = make_layers(), torch.randn(4), torch.randn(4)
+    concept = TrainableConcept(torch.randn(1, 3), super_input, text_layers, trained_layers=["outer"])
+    concept.start_values_at(encoding, text_layers)
+    edit = concept.edit(0.75, 0.1, torch.eye(4))
+    starts = {"inner": super_input, "outer": encoding}
+    for name, layer in text_layers.items():
+        torch.testing.assert_close(edit.target_outputs_v[name], layer.to_v(starts[name])[None])
+        torch.testing.assert_close(edit.target_outputs_k[name], layer.to_k(super_input)[None])
+    assert torch.equal(concept.target_input, super_input)
+
+
 def test_an_unknown_locking_is_refused() -> None:
     with pytest.raises(ValueError, match="'global' is not one of local, trained"):
         TrainableConcept(torch.randn(1, 3), torch.randn(4), make_layers(), "global")
