@@ -79,8 +79,7 @@ class PersonalizationMethod(ModelWithWords):
     Attributes:
         method: short name in files and folders, such as "perfusion"; subclasses set it.
         method_name: readable name, such as "Perfusion"; subclasses set it.
-        concepts: the trainable parts of each concept; empty before `setup`. Each has `distance()` and
-            `relative_norm(widths)` for the log, and `restore_norms(widths)`.
+        concepts: the trainable parts of each, such as `TrainableConcept` or `TrainableWord`; empty before `setup`.
         placeholders, super_categories, names: the words of each concept, and its name in files.
         base_model: identifies the base model before training; None before `setup`.
         cached_latents: the encoded photos; None before `setup`.
@@ -182,9 +181,8 @@ class PersonalizationMethod(ModelWithWords):
         self.cached_latents = CachedLatents(self, photos, self.mask_border)
         self.prepare_prompts(photos, device)
         # Lightning moves the model only after this method, too late for what follows.
-        dtype = None
-        if not self.trained_unet_weights():
-            dtype = store_in_sixteen_bits(self.model.diffusion_model, str(self.trainer.precision), device)
+        unet, precision = self.model.diffusion_model, str(self.trainer.precision)
+        dtype = None if self.trained_unet_weights() else store_in_sixteen_bits(unet, precision, device)
         self.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             self._check_prediction(photos)
@@ -311,7 +309,7 @@ class PersonalizationMethod(ModelWithWords):
 
     def _word_numbers(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return how far the words of J concepts are from their start, and their norms relative to it, (J,) each."""
-        concepts, widths = [self.concepts[index] for index in indices], self.word_widths
+        widths, concepts = self.word_widths, [self.concepts[index] for index in indices]
         return {"embedding_distance": torch.stack([concept.distance() for concept in concepts]),
                 "embedding_norm": torch.stack([concept.relative_norm(widths) for concept in concepts])}
 
