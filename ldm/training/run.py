@@ -76,7 +76,7 @@ def carry_out(plan: RunPlan) -> FinishedRun | None:
     trainer: pl.Trainer | None = None
 
     def has_started() -> bool:
-        return trainer is not None and trainer.global_step > 0
+        return trainer is not None and (trainer.global_step > 0 or bool(_saved_concepts(trainer)))
 
     with (restored_torch_settings(), _open_log_folder(plan.folder, resumed, has_started) as folder,
           _explained_shortages(config, Path(folder))):
@@ -196,11 +196,16 @@ def _set_learning_rate(model: pl.LightningModule, config: DictConfig, trainer: p
 def _finish(trainer: pl.Trainer, model: pl.LightningModule) -> FinishedRun:
     """Return the result of the run, and log the command that generates with its concepts."""
     folder = Path(trainer.default_root_dir)
-    paths = tuple(path for callback in trainer.callbacks if isinstance(callback, ConceptSaver)
-                  for path in callback.paths)
+    paths = _saved_concepts(trainer)
     if paths and trainer.is_global_zero:
         log.info("next: %s", generation_command(folder, paths, model.placeholders))
     return FinishedRun(folder, trainer.global_step, paths)
+
+
+def _saved_concepts(trainer: pl.Trainer) -> tuple[Path, ...]:
+    """Return the concept files that a run has written."""
+    return tuple(path for callback in trainer.callbacks if isinstance(callback, ConceptSaver)
+                 for path in callback.paths)
 
 
 def _silence_libraries() -> None:

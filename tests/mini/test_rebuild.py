@@ -60,7 +60,7 @@ def test_parts_are_rebuilt_in_the_order_of_their_dependencies(settings: RebuildS
         "base autoencoder", "export autoencoder", "base decoder", "export decoder", "base clip", "export clip",
         "base evaluation_clip",
         "export evaluation_clip", "base text2img", "export text2img", "export covariance", "base segmenter",
-        "export segmenter", "make_example_concepts", "base_model"]
+        "export segmenter", "base encoder", "export encoder", "make_example_concepts", "base_model"]
     (text2img,) = [call for call in run.commands if call[0] == "main.py" and "text2img" in call]
     parts = settings.folder / "parts"
     assert f"model.params.first_stage_config.params.ckpt_path={parts}/autoencoder.safetensors" in text2img

@@ -96,7 +96,7 @@ def test_the_loss_is_the_formula(folder: Path) -> None:
     expected += 0.3 * nearest_token_loss(moves, known.look_moves, torch.tensor([0, 1, 0]))
     model.encoded["val"] = known
     torch.testing.assert_close(model.step(BATCH, "val"), expected)
-    assert float(model.logged["val/error"]) == pytest.approx(float(error))
+    assert float(model.logged["val/error"]) == pytest.approx(error.item())
 
 
 def test_a_batch_is_learned(folder: Path) -> None:
