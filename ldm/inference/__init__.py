@@ -18,6 +18,7 @@ Modules:
     size_conditions.py  sizes that models such as Stable Diffusion XL read besides the prompt
     source_image.py   the image that img2img and inpainting start from
     auto_bias.py      `bias="auto"`: finds a bias that balances the prompt and the concept
+    photo_concepts.py predicts concepts from photos, without training
     precision.py      whether to sample in 16 bits
     run.py            what the command-line scripts do: check, load, generate, write
     output_folder.py  numbered image files with their settings inside, and contact sheets
