@@ -84,7 +84,7 @@ class GenerateTab:
                                   buttons=["copy"], visible=False, elem_id="generate-command")
         with gr.Accordion("Settings from an image file", open=False):
             gr.Markdown("Drop an image that was made here or by scripts/txt2img.py.")
-            self.file = gr.File(label="Image with settings", show_label=False, file_count="single", height=110)
+            self.file = gr.File(label="Image with settings", show_label=False, file_count="single", height=130)
 
     @cached_property
     def defaults(self) -> GenerationSettings:

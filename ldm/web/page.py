@@ -27,6 +27,9 @@ CSS = """
 [data-testid="status-tracker"]:has(> .error) {display: none}
 progress {accent-color: #e0457b}
 #run-status code, #teach-message, #photo-problems, #generate-status {overflow-wrap: anywhere}
+@media (max-width: 640px) {
+  #images .grid-container, #attention .grid-container {grid-template-columns: repeat(2, 1fr) !important}
+}
 #previews img {max-height: 480px; object-fit: contain}
 :focus-visible {outline: 2px solid #e0457b; outline-offset: 1px}
 """

@@ -55,7 +55,7 @@ class TeachTab:
 
     def _build_photos(self) -> None:
         gr.Markdown("### Photos of one subject\n1 to 20; five are a good number.")
-        self.files = gr.File(label="Photos of one subject", show_label=False, file_count="multiple", height=110,
+        self.files = gr.File(label="Photos of one subject", show_label=False, file_count="multiple", height=130,
                              elem_id="photo-files")
         with gr.Row():
             self.example = gr.Button("Use the example: a teddy", size="sm", min_width=140)
@@ -86,8 +86,8 @@ class TeachTab:
         self.discard.click(self.discard_photos, [], self.restored, **busy)
         form.kind.input(self.change_kind, form.inputs, [form.word, *shown], **busy)
         form.crop.input(self.change_crop, form.inputs, shown, **busy)
-        gr.on([part.input for part in (form.word, form.preset, form.title, form.steps, form.seed)], self.keep_form,
-              form.inputs, [], trigger_mode="always_last", **QUIET)
+        for part in (form.word, form.preset, form.title, form.steps, form.seed):
+            part.change(self.keep_form, form.inputs, [], trigger_mode="always_last", **QUIET)
         self.photos.select(self.choose_photo, [], [self.chosen], **QUIET)
         self.leave_out.click(self.toggle_photo, [self.chosen, *form.inputs], shown, **busy)
         self.load_mask.click(self.edit_mask, [self.chosen, form.kind], [self.editor], **OWN)
@@ -107,6 +107,8 @@ class TeachTab:
             return (gr.skip(),) * len(self.restored)
         try:
             return *values._replace(kind=_choices(values.kind)), *self._review(run, values)
+        except FileNotFoundError:  # another tab removed the photos meanwhile
+            return (gr.skip(),) * len(self.restored)
         except UserError as error:
             return *values._replace(kind=_choices(values.kind)), _gallery([]), _photo_choice([]), as_html([str(error)])
 
