@@ -25,7 +25,14 @@ from evaluation.paper.decisions import (
     decide_gap,
 )
 from evaluation.paper.design import Study, StudyCurve, Variant
-from evaluation.paper.methods import BASE_MODEL, CUSTOM_DIFFUSION, PERFUSION, TEXTUAL_INVERSION
+from evaluation.paper.methods import (
+    BASE_MODEL,
+    CUSTOM_DIFFUSION,
+    FROM_NOTHING,
+    PERFUSION,
+    REFINED,
+    TEXTUAL_INVERSION,
+)
 from evaluation.paper.results import Results
 from evaluation.paper.studies import STUDIES
 from evaluation.stats.crossed import percentile_estimate, resampled_means
@@ -173,6 +180,21 @@ def _temperature(study: Study, results: Results) -> Claims:
     where = _where(gap, ("the curve", claimed.name), "image")
     yield Claim(f"an inference temperature of {CLAIMED_TEMPERATURE:g} gives a better trade-off than that of training",
                 decide_gap(gap.swapped()), f"text similarity {_signed(gap.swapped().difference)} {where}")
+
+
+@claims_about("encoder")
+def _encoder(study: Study, results: Results) -> Claims:
+    """Not claims of the paper, but of the tuning-encoder's (arXiv 2307.06925): a few steps are enough from there."""
+    curves = {curve.variants[0].method: curve for curve in study.curves}
+    if REFINED not in curves:
+        return
+    own, refined, nothing = (results.curve(curves[method]) for method in (PERFUSION, REFINED, FROM_NOTHING))
+    yield _is_above(f"{REFINED.name} give a better trade-off than {FROM_NOTHING.name}", refined, nothing,
+                    (REFINED.name, FROM_NOTHING.name))
+    yield _is_closer(f"{REFINED.name} are more like the concept than {FROM_NOTHING.name}", refined, nothing,
+                     (REFINED.name, FROM_NOTHING.name))
+    yield _is_above(f"{REFINED.name} give a better trade-off than all steps without the encoder", refined, own,
+                    (REFINED.name, PERFUSION.name))
 
 
 @claims_about("two_concepts")

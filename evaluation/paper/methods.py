@@ -28,6 +28,16 @@ ONE_PHOTO = Method("one photo", photos=1)
 LOWER_BIAS = Method(f"training bias {LOWER_TRAINING_BIAS:g}",
                     overrides=(f"model.params.bias={LOWER_TRAINING_BIAS:g}",))
 
+# Concepts that the bundled encoder predicts from photos. They are taught no further, or for a few steps.
+FEW_STEPS = 12
+ENCODER = "models/mini/encoder"
+ENCODER_BASE = "models/mini/model.safetensors"  # the model that it is for
+PREDICTED = Method("encoder", overrides=(f"model.params.encoder={ENCODER}", "lightning.trainer.max_steps=0"))
+REFINED = Method(f"encoder and {FEW_STEPS} steps",
+                 overrides=(f"model.params.encoder={ENCODER}", f"lightning.trainer.max_steps={FEW_STEPS}"))
+FROM_NOTHING = Method(f"{FEW_STEPS} steps from nothing",
+                      overrides=("model.params.encoder=null", f"lightning.trainer.max_steps={FEW_STEPS}"))
+
 # Other methods.
 TEXTUAL_INVERSION = Method("Textual Inversion", "configs/baselines/textual-inversion.yaml", combinable=True)
 FOUR_VECTORS = Method("Textual Inversion, 4 vectors", "configs/baselines/textual-inversion.yaml",

@@ -16,6 +16,7 @@ from evaluation.paper.design import Method, Study, Variant
 from evaluation.paper.evaluation_runs import EvaluationRuns
 from evaluation.paper.evaluators import Evaluators
 from evaluation.paper.examples import EvalTarget, ExampleConcept, concept_names, study_targets
+from evaluation.paper.methods import ENCODER_BASE
 from evaluation.paper.progress import Progress
 from evaluation.paper.prompt_cases import EvalPlan
 from evaluation.paper.report import Report
@@ -189,4 +190,6 @@ def _evaluation_clip(given: str | None, default: str | None) -> str:
 def _study_inputs(options: ReproduceOptions, config: DictConfig) -> StudyInputs:
     return StudyInputs(options.biases, options.comparison_biases, options.pair_biases, options.baselines,
                        OmegaConf.select(config, "model.params.projection", default="full"),
-                       OmegaConf.select(config, "model.params.used_layers") is not None)
+                       OmegaConf.select(config, "model.params.used_layers") is not None,
+                       options.model.checkpoint is None
+                       and OmegaConf.select(config, "model.params.ckpt_path") == ENCODER_BASE)

@@ -17,6 +17,7 @@ from evaluation.paper.design import Method, Study, StudyCurve, StudyKind, Varian
 from evaluation.paper.methods import (
     BASE_MODEL,
     BASELINES,
+    FROM_NOTHING,
     FULL_PROJECTION,
     GATED_PROJECTION,
     LOWER_BIAS,
@@ -24,6 +25,8 @@ from evaluation.paper.methods import (
     NO_MASKS,
     ONE_PHOTO,
     PERFUSION,
+    PREDICTED,
+    REFINED,
     TRAINED_KEYS,
     TRAINING_BIAS,
 )
@@ -43,6 +46,7 @@ class StudyInputs:
         baselines: methods to compare Perfusion with.
         projection: `projection` in Perfusion's config, "gated" or "full", which is not trained twice. None: unknown.
         has_used_layers: whether Perfusion's config selects layers by `used_layers`.
+        has_encoder: whether the bundled concept encoder is for the base model.
     """
 
     biases: tuple[float, ...]
@@ -51,6 +55,7 @@ class StudyInputs:
     baselines: tuple[Method, ...] = BASELINES
     projection: str | None = None
     has_used_layers: bool = False
+    has_encoder: bool = True
 
     def perfusion(self, name: str = "Perfusion") -> StudyCurve:
         """Return Perfusion's own curve, under a name that suits the study."""
@@ -157,6 +162,12 @@ def _temperature(inputs: StudyInputs) -> list[StudyCurve]:
     middle = inputs.comparison_biases[len(inputs.comparison_biases) // 2]
     points = [StudyCurve(f"temperature {value:g}", (Variant(PERFUSION, middle, value),)) for value in TEMPERATURES]
     return [inputs.perfusion("temperature of training"), *points]
+
+
+@register_study("encoder", "Concepts predicted from photos, with and without a few steps")
+def _encoder(inputs: StudyInputs) -> list[StudyCurve]:
+    others = (PREDICTED, REFINED, FROM_NOTHING) if inputs.has_encoder else ()
+    return [inputs.perfusion(), *(inputs.compared(method.name, method) for method in others)]
 
 
 @register_study("two_concepts", "Two concepts, trained separately, in one image", "pairs")

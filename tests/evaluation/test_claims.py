@@ -12,6 +12,7 @@ from evaluation.paper.decisions import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, d
 from evaluation.paper.design import Study, Variant
 from evaluation.paper.methods import (
     BASE_MODEL,
+    CELEB_BASIS,
     CUSTOM_DIFFUSION,
     DREAMBOOTH,
     FULL_PROJECTION,
@@ -135,7 +136,7 @@ def test_a_large_step_back_is_not_a_rise() -> None:
 def test_a_single_bias_tells_nothing_about_higher_ones() -> None:
     study = build_studies(StudyInputs((0.6,), (0.6,), (0.5,)))["baselines"]
     texts = [check.claim for check in check_claims(study, simulate(study, lambda _: {"text": 20.0, "image": 77.0}))]
-    assert len(texts) == 8
+    assert len(texts) == 10
     assert all(text.startswith(("Perfusion is above", "Perfusion is more like")) for text in texts)
 
 
@@ -185,13 +186,14 @@ def test_the_layers_in_use_are_better_or_not(lost: float, outcome: str) -> None:
     def means_of(variant: Variant) -> Means:
         if variant.method.has_bias:
             return on_the_front(variant, lost * (variant.all_layers or variant.method == FULL_PROJECTION))
-        point = {TEXTUAL_INVERSION: (23.0 - 6, 77.0), CUSTOM_DIFFUSION: (23.0 - 6, 79.0), BASE_MODEL: (30.0, 60.0)}
+        point = {TEXTUAL_INVERSION: (23.0 - 6, 77.0), CELEB_BASIS: (23.0 - 6, 77.0),
+                 CUSTOM_DIFFUSION: (23.0 - 6, 79.0), BASE_MODEL: (30.0, 60.0)}
         return dict(zip(("text", "image"), point[variant.method], strict=True))
 
     outcomes = outcomes_of("values", means_of)
     ours = [claim for claim in outcomes if claim.startswith(("Perfusion follows", "Perfusion gives"))]
     assert len(ours) == 2 * 2 and {outcomes.pop(claim) for claim in ours} == {outcome}
-    assert len(outcomes) == 2 * 4 and set(outcomes.values()) == {SUPPORTED}
+    assert len(outcomes) == 2 * 6 and set(outcomes.values()) == {SUPPORTED}
 
 
 @BETTER_OR_NOT

@@ -54,7 +54,7 @@ def test_a_method_without_a_config_for_public_models_uses_its_only_one(tmp_path:
 
 
 def test_names_are_unique() -> None:
-    assert len({method.key for method in METHODS}) == len(METHODS) == 12
+    assert len({method.key for method in METHODS}) == len(METHODS) == 15
     for study in ALL.values():
         assert len({variant.name for variant in study.variants}) == len(study.variants)
         assert len({curve.name for curve in study.curves}) == len(study.curves)
@@ -94,6 +94,14 @@ def test_curves_of_target_outputs_depend_on_perfusions_config(
     for variant in by_name[PAPERS_RULE].variants if PAPERS_RULE in names else ():
         # The paper uses all layers.
         assert (variant.method, variant.all_layers) == (FULL_PROJECTION, has_used_layers)
+
+
+def test_the_bundled_encoder_is_compared_on_its_own_base_alone() -> None:
+    assert [method.name for method in ALL["encoder"].methods] == [
+        "Perfusion", "encoder", "encoder and 12 steps", "12 steps from nothing"]
+    other = build_studies(StudyInputs(BIASES, COMPARISON_BIASES, (0.4, 0.6), has_encoder=False))["encoder"]
+    assert other.methods == [PERFUSION]
+    assert list(claims.check_claims(other, claims.Results({}, {}))) == []
 
 
 def test_variants_override_generation_settings() -> None:
