@@ -140,7 +140,7 @@ def test_a_folder_of_config_and_weights_can_be_moved(
     assert loaded.checkpoint == Path("moved/model.safetensors")
     assert loaded.defaults == InferenceDefaults(2.0, "dpm", 3)
     output = loaded(CAT, seed=1)
-    assert output.settings == GenerationSettings(3, 2.0, "dpm", 0.0)
+    assert output.settings == GenerationSettings(3, 2.0, "dpm", 0.0, guidance_rescale=0.0)
     assert max_difference(pixels(output.images), generate(pipeline, sampler="dpm")) == 0
 
 
@@ -234,7 +234,7 @@ def test_seeds_count_up_from_the_first_image_of_each_prompt(pipeline: PerfusionP
     output = pipeline([CAT, "a dog"], seed=7, num_images=2, **QUICK)
     assert output.seeds == [7, 8, 7, 8]
     assert [request.prompt for request in output.requests] == [CAT, CAT, "a dog", "a dog"]
-    assert output.settings == GenerationSettings(3, 2.0, "ddim", 0.0)
+    assert output.settings == GenerationSettings(3, 2.0, "ddim", 0.0, guidance_rescale=0.0)
     images = pixels(output.images)
     assert max_difference(images[1:2], generate(pipeline, seed=8)) <= ROUNDING
     assert max_difference(images[2:3], generate(pipeline, "a dog", seed=7)) <= ROUNDING
