@@ -1,4 +1,4 @@
-"""A model of each family with concepts, its pipeline of diffusers, and the ComfyUI nodes; each test loads concepts anew."""
+"""A model of each family with concepts, its pipeline of diffusers, and the ComfyUI nodes; each test loads them anew."""
 from __future__ import annotations
 
 import sys
