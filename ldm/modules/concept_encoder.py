@@ -160,7 +160,7 @@ def load_encoder(folder: str | Path) -> tuple[ConceptHead, EncoderSettings]:
     Raises:
         UserError: the folder holds no encoder, or its weights are missing, cut off or of another shape.
     """
-    shape, settings = _read_config(folder)
+    shape, settings = read_encoder_config(folder)
     try:
         head = ConceptHead(**shape)
         tensors, _ = load_tensors(Path(folder) / WEIGHTS)
@@ -171,8 +171,12 @@ def load_encoder(folder: str | Path) -> tuple[ConceptHead, EncoderSettings]:
     return head, settings
 
 
-def _read_config(folder: str | Path) -> tuple[dict[str, int], EncoderSettings]:
-    """Return the shape of the head, and the settings."""
+def read_encoder_config(folder: str | Path) -> tuple[dict[str, int], EncoderSettings]:
+    """Return the shape of an encoder's head, and its settings.
+
+    Raises:
+        UserError: the folder holds no encoder, or a setting is unknown or of a wrong type.
+    """
     path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

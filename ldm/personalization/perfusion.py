@@ -23,7 +23,7 @@ from ldm.concepts.trainable_concept import LOCKINGS, TrainableConcept
 from ldm.data.concept_photos import ConceptPhotos
 from ldm.data.templates import fill_template
 from ldm.models.concept_encoder import encode_photos, load_concept_encoder
-from ldm.modules.concept_encoder import load_encoder
+from ldm.modules.concept_encoder import read_encoder_config
 from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, load_covariance_for
 from ldm.modules.encoders.prompts import word_vector
@@ -92,7 +92,7 @@ class Perfusion(PersonalizationMethod):
         if encoder_strength is not None:
             check_positive(encoder_strength=encoder_strength)
         if encoder is not None:
-            load_encoder(resolve_path(encoder))  # likewise
+            read_encoder_config(resolve_path(encoder))  # likewise
         super().__init__(**personalization)
         self.encoder, self.encoder_strength = encoder, encoder_strength
         self.bias, self.temperature = bias, temperature
