@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.util import count_params, instantiate_from_config
 
-FOLDERS = ("configs/stable-diffusion/*.yaml", "configs/latent-diffusion/*.yaml", "configs/perfusion-*.yaml",
+FOLDERS = ("configs/stable-diffusion/*.yaml", "configs/latent-diffusion/*.yaml", "configs/perfusion-[ls]*.yaml",
            "models/ldm/*/config.yaml")
 CONFIGS = sorted(str(path.relative_to(ROOT)) for pattern in FOLDERS for path in ROOT.glob(pattern))
 BASES = [name for name in CONFIGS if model_section(name)["target"].endswith(".LatentDiffusion")
