@@ -120,7 +120,8 @@ class GenerateForm:
                                      min_width=100)
         chips = gr.Dataset(label="Their words: press one to put it into the prompt", samples=[], show_label=True,
                            components=[gr.Textbox(visible=False)], type="values", elem_id="chips")
-        prompt = gr.Textbox(label="Prompt", lines=2, placeholder="a photo of a <my-teddy> on the beach")
+        prompt = gr.Textbox(label="Prompt", lines=1, max_lines=5,  # with one line, Enter generates
+                            placeholder="a photo of a <my-teddy> on the beach", elem_id="prompt")
         bias_mode = gr.Radio(label="Bias", choices=[OWN_BIAS, SET_BIAS, AUTO_BIAS], value=OWN_BIAS)
         bias = gr.Slider(0, MOST_BIAS, MIDDLE_BIAS, step=0.05, label="← more of my subject · more of the prompt →",
                          elem_id="bias")

@@ -49,7 +49,7 @@ def status_of(run: RunFolder, state: RunState, progress: RunProgress) -> str:
     lines = [f"<b>{html.escape(title_of(run))}</b>{_word_of(run)}: {state.value}"]
     if progress.steps:
         lines.append(f'<progress value="{progress.step}" max="{progress.steps}" style="width: 100%" '
-                     f'aria-label="training steps"></progress>step {progress.step} of {progress.steps}')
+                     f'aria-label="progress of the training"></progress>step {progress.step} of {progress.steps}')
     if state is RunState.RUNNING and progress.seconds_left is not None:
         lines.append(f"about {_duration(progress.seconds_left)} left")
     if state is RunState.FAILED:

@@ -46,7 +46,7 @@ class TeachTab:
                 self.button = gr.Button("Teach", variant="primary")
                 self.message = gr.HTML(elem_id="teach-message")
                 self.command = gr.Textbox(label="The same in a terminal", interactive=False, lines=2, max_lines=5,
-                                          buttons=["copy"], visible=False)
+                                          buttons=["copy"], visible=False, elem_id="teach-command")
             with gr.Column(scale=6, min_width=320):
                 self.runs = RunList(self.site)
                 self.runs.build()

@@ -100,9 +100,10 @@ def test_files_that_are_no_photos_are_named(tab: Any, tmp_path: Path) -> None:
 
 
 def test_keys_alone_teach(tab: Any) -> None:
-    tab.get_by_text("Advanced", exact=True).first.press("Enter")
-    tab.get_by_label("Training steps").fill("5000")
-    tab.get_by_label("Training steps").press("Tab")
+    tab.get_by_role("button", name="Advanced").locator("visible=true").first.press("Enter")
+    steps = tab.get_by_role("spinbutton", name="Training steps")
+    steps.fill("5000")
+    steps.press("Tab")
     button = tab.get_by_role("button", name="Teach", exact=True)
     for _ in range(20):
         if button.evaluate("button => button === document.activeElement"):
@@ -110,7 +111,7 @@ def test_keys_alone_teach(tab: Any) -> None:
         tab.keyboard.press("Tab")
     tab.keyboard.press("Enter")
     tab.get_by_text("is in the list of your concepts").wait_for()
-    assert "main.py" in tab.get_by_label("The same in a terminal").first.input_value()
+    assert "main.py" in tab.locator("#teach-command textarea").input_value()
 
 
 def test_a_reload_and_a_second_tab_show_the_progress(tab: Any, page: PageProcess, browser: Any) -> None:
@@ -126,12 +127,12 @@ def test_keys_alone_generate(tab: Any) -> None:
     tab.get_by_role("tab", name="Generate").press("Enter")
     concepts = tab.get_by_label("Concepts").locator("visible=true").first
     concepts.focus()
-    tab.get_by_role("option").first.wait_for()
-    tab.keyboard.press("ArrowDown")
+    tab.get_by_role("option", name=CONCEPT.name).wait_for()
+    concepts.press_sequentially("teddy")
     tab.keyboard.press("Enter")
     chip = tab.locator("#chips button").first
     chip.press("Enter")
-    prompt = tab.get_by_label("Prompt", exact=True).locator("visible=true")
+    prompt = tab.locator("#prompt textarea")
     playwright.expect(prompt).to_have_value("a photo of a <my-teddy>", timeout=WAIT)
     prompt.press("Enter")
     tab.get_by_text("4 images, in").wait_for()
@@ -141,11 +142,12 @@ def test_keys_alone_generate(tab: Any) -> None:
 
 def test_moving_the_bias_makes_the_same_images_anew(tab: Any, page: PageProcess) -> None:
     before = _settings(page)
+    assert len(before) == 4
     number = tab.locator("#bias input[type=number]")
     number.fill("0.9")
     number.press("Tab")  # as letting the slider go
+    _wait_for(lambda: len(_settings(page)) == 2 * len(before))
     tab.locator("#before-after img").first.wait_for()
-    tab.get_by_text("4 images, in").wait_for()
     after = _settings(page)
     assert [one["seed"] for one in after[-4:]] == [one["seed"] for one in before[-4:]]
     assert after[-1]["concepts"][0]["bias"] == 0.9
