@@ -82,6 +82,7 @@ def test_prompts_of_another_chain_are_refused(comfy: LoadedNodes, files: Path) -
         unet.EditedProjection(nn.Identity(), layout, layout.keys, torch.zeros(1), torch.zeros(1))(packed[..., :-1])
 
 
+@pytest.mark.slow
 def test_concepts_of_another_base_are_refused(comfy: LoadedNodes, xl: Family, files: Path) -> None:
     parts = xl.own.pipeline.model.cond_stage_model.word_parts
     save_perfusion_concepts(files / "xl.safetensors", [replace(xl.concepts[0], word_parts=dict(parts))])

@@ -39,6 +39,7 @@ def test_without_a_concepts_word_everything_is_as_without_concepts(comfy: Loaded
         assert torch.equal(predict(comfy.two[0], [clip.encode("a red dog")], LATENTS)[0], expected)
 
 
+@pytest.mark.slow
 def test_sdxl(xl: Family, files: Path) -> None:
     comfy = LoadedNodes(xl, files)
     model, clip = comfy.two
