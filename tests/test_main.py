@@ -90,6 +90,7 @@ def test_a_run_saves_a_small_concept(teddy: SimpleNamespace) -> None:
     assert concept.target_outputs_v and not concept.target_outputs_k
 
 
+@pytest.mark.slow
 def test_the_log_folder_is_complete(teddy: SimpleNamespace) -> None:
     folder = teddy.folder
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_teddy", folder.name)

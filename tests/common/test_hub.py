@@ -125,7 +125,7 @@ def test_reasons_end_at_words() -> None:
     assert brief_reason("One sentence of some length ends here. Another one follows it", 45).endswith("ends here.")
 
 
-@pytest.mark.parametrize("command", [
+MISTYPED = (
     ("main.py", "--base", "configs/perfusion.yaml", "--data_root", "photoss"),
     ("main.py", "--base", "configs/perfusion.yaml", "--masks", "maskss"),
     ("main.py", "--base", "configs/perfusion.yaml", "model.params.segmenter=CIDAS/clipsegg"),
@@ -145,7 +145,12 @@ def test_reasons_end_at_words() -> None:
     ("evaluation/clip_eval.py", "--concept", "teddyy.safetensors", "--photos", "models/mini/examples/teddy"),
     ("evaluation/clip_eval.py", "--images", "ldm", "--photos", "ldm", "--segmenter", "a/b"),
     ("evaluation/clip_eval.py", "--images", "ldm", "--photos", "ldm", "--clip", "ViT-B-33/openai"),
-    ("evaluation/pareto.py", "--concept", "teddyy.safetensors", "--photos", "ldm")], ids=lambda words: " ".join(words))
+    ("evaluation/pareto.py", "--concept", "teddyy.safetensors", "--photos", "ldm"),
+)
+
+
+@pytest.mark.parametrize("command", [MISTYPED[0], *(pytest.param(each, marks=pytest.mark.slow) for each in MISTYPED[1:])],
+                         ids=lambda words: " ".join(words))
 def test_commands_answer_mistyped_names_before_torch_is_imported(command: tuple[str, ...], tmp_path: Path) -> None:
     """A module called torch that cannot be imported stands first on the path."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")

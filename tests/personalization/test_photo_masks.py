@@ -36,6 +36,7 @@ def cropped_truth(data: ConceptPhotos, index: int, truth: np.ndarray) -> tuple[n
     return inside, shown.sum() / (np.asarray(whole) > 127).sum()
 
 
+@pytest.mark.slow
 def test_a_phones_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     truths = make_known_phone_folder(tmp_path / "photos", "teapot")
     data = ConceptPhotos(tmp_path / "photos", size=SIZE, placeholder_token="<pot>")

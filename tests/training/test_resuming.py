@@ -165,6 +165,7 @@ def test_a_checkpoint_of_another_model_raises_a_user_error(
     assert sorted((tmp_path / "run").glob("[!t]*/*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--max_steps", 5)])
 def test_a_finished_run_is_left_alone(uninterrupted: Callable[[int], Path], flags: tuple[object, ...],
                                       caplog: pytest.LogCaptureFixture) -> None:
