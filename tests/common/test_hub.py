@@ -149,7 +149,8 @@ MISTYPED = (
 )
 
 
-@pytest.mark.parametrize("command", [MISTYPED[0], *(pytest.param(each, marks=pytest.mark.slow) for each in MISTYPED[1:])],
+@pytest.mark.parametrize("command", [MISTYPED[0],
+                                     *(pytest.param(each, marks=pytest.mark.slow) for each in MISTYPED[1:])],
                          ids=lambda words: " ".join(words))
 def test_commands_answer_mistyped_names_before_torch_is_imported(command: tuple[str, ...], tmp_path: Path) -> None:
     """A module called torch that cannot be imported stands first on the path."""
