@@ -83,7 +83,7 @@ def test_txt2img_generates_straight_from_photos(shared_model_files: ModelFiles, 
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--photos", "."], '--photos requires --init_word "teddy bear"'),
+    (["--photos", "."], "--photos requires --bias auto, to compare with them, or --init_word WORDS"),
     (["--init_word", "cat"], "--init_word requires --photos"), (["--masks", "."], "add --photos and --init_word"),
     (["--encoder_strength", "2"], "add --photos and --init_word"),
     (["--photos", ".", "--init_word", "cat", "--encoder", "nowhere"], "--encoder nowhere: no such folder"),
