@@ -237,8 +237,8 @@ def check_generation_flags(options: argparse.Namespace) -> None:
     if options.clip is not None and not automatic:
         raise UserError(f"--clip requires --bias {AUTO}; add it, or leave --clip out")
     if options.photos is not None and not automatic and options.init_word is None:
-        raise UserError(f"--photos requires --bias {AUTO}, to compare with them, or --init_word WORDS, what they show, to "
-                        "predict a concept from them")
+        raise UserError(f"--photos requires --bias {AUTO}, to compare with them, or --init_word WORDS, what they show, "
+                        "to predict a concept from them")
     _check_photo_flags(options)
     if options.photos is not None and not resolve_path(options.photos).is_dir():
         raise UserError(f"--photos {options.photos}: no such folder; give the one that holds the concept's photos")
