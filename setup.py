@@ -7,7 +7,7 @@ BUNDLED = {"ldm.bundled.models": "models", "ldm.bundled.configs": "configs"}
 BUNDLED_FILES = {
     "ldm.bundled.models": ["clip_tokenizer/*", "bert_tokenizer/*", "mini/**/*", "**/config.yaml"],
     "ldm.bundled.configs": ["**/*"],
-    "ldm.integrations.comfyui": ["*.md", "*.toml", "*.json", "*.png", "example_workflows/*"],  # to be copied as a folder
+    "ldm.integrations.comfyui": ["*.md", "*.toml", "*.json", "*.png", "example_workflows/*"],
 }
 
 setup(
