@@ -145,7 +145,7 @@ def prompts_about(concept: Concept, concepts: Iterable[Concept], prompts: Iterab
 
 def find_biases(pipeline: ImagePipeline, settings: GenerationSettings, prompts: Sequence[str],
                 clip: str | None = None, photos: Sequence[Image.Image] | None = None) -> tuple[float | None, ...]:
-    """Return a bias for each loaded concept that is no word alone, with every "auto" in the settings replaced by a balanced one.
+    """Return the bias of each loaded concept that is no word alone; each "auto" is replaced by a balanced one.
 
     Args:
         pipeline: with the concepts loaded.

@@ -58,7 +58,8 @@ def test_training_flags_of_other_tools(flag: str) -> None:
     ("--num_inference_steps", "--ddim_steps"), ("--cfg-scale", "--scale"), ("--guidance_scale=7", "--scale"),
     ("--num_images", "--n_samples"), ("--prompt_file", "--from-file"), ("--model_id", "--ckpt"),
     ("--sampler_name", "--sampler"), ("--textual_inversion", "--concept"), ("--width", "--W"), ("--gpu", "--device"),
-    ("--output_dir", "--outdir"), ("--lora_path", "--lora"), ("--embedding_manager_ckpt", "--concept"), ("--resolution", "--H or --W")])
+    ("--output_dir", "--outdir"), ("--lora_path", "--lora"), ("--embedding_manager_ckpt", "--concept"),
+    ("--resolution", "--H or --W")])
 def test_generation_flags_of_other_tools(flag: str, here: str) -> None:
     assert refusal(generation_parser(), flag, "x").endswith(f"; here it is {here}; see --help")
 
