@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm.web.run_folder import RunFolder, RunSettings, RunState
 from ldm.web.run_progress import RunProgress
-from ldm.web.run_view import describe_run, status_of, thumbnail_of, title_of
+from ldm.web.run_view import describe_run, previews_of, status_of, thumbnail_of, title_of
 
 HTML = "<img src=x onerror=alert(1)>"
 SETTINGS = RunSettings(HTML, "teddy bear", "<script>", "configs/perfusion.yaml")
@@ -35,6 +35,14 @@ def test_html_is_escaped(run: RunFolder) -> None:
 def test_the_time_left_is_shown_while_it_trains(run: RunFolder, seconds: float, text: str) -> None:
     assert text in status_of(run, RunState.RUNNING, RunProgress(1, 10, seconds_left=seconds))
     assert "left" not in status_of(run, RunState.STOPPED, RunProgress(1, 10, seconds_left=seconds))
+
+
+def test_previews_are_an_image_with_a_text(tmp_path: Path) -> None:
+    assert previews_of(RunProgress()) == ""
+    sheet = tmp_path / 'a"b.png'
+    sheet.touch()
+    shown = previews_of(RunProgress(previews=sheet))
+    assert 'alt="The photos' in shown and "a%22b.png" in shown
 
 
 def test_a_damaged_run_has_its_folder_as_title(run: RunFolder) -> None:
