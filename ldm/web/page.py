@@ -30,7 +30,7 @@ progress {accent-color: #e0457b}
 @media (max-width: 640px) {
   #images .grid-container, #attention .grid-container {grid-template-columns: repeat(2, 1fr) !important}
 }
-#previews img {max-height: 480px; object-fit: contain}
+#previews img {max-width: 100%; max-height: 480px; margin: 0 auto}
 :focus-visible {outline: 2px solid #e0457b; outline-offset: 1px}
 """
 LARGEST_UPLOAD = "100mb"

@@ -11,7 +11,7 @@ from ldm.web.events import OWN, QUIET
 from ldm.web.messages import user_errors
 from ldm.web.run_folder import RunFolder, RunState
 from ldm.web.run_progress import read_progress
-from ldm.web.run_view import describe_run, status_of, thumbnail_of, title_of
+from ldm.web.run_view import describe_run, previews_of, status_of, thumbnail_of, title_of
 from ldm.web.site import Site
 
 REFRESH_SECONDS = 2
@@ -45,8 +45,7 @@ class RunList:
         self.status = gr.HTML(elem_id="run-status")
         self.plot = gr.LinePlot(x="step", y="loss", height=170, visible=False, x_title="step", y_title="loss",
                                 label="Loss", show_label=False)
-        self.previews = gr.Image(label="Before, during and after training", show_label=False, interactive=False,
-                                 buttons=["download", "fullscreen"], visible=False, elem_id="previews")
+        self.previews = gr.HTML(elem_id="previews")
         with gr.Row():
             self.stop = gr.Button("Stop", size="sm", min_width=80)
             self.resume = gr.Button("Go on", size="sm", min_width=80)
@@ -112,9 +111,8 @@ class RunList:
 
         progress, state = read_progress(run), self.site.queue.state(run)
         losses = pd.DataFrame(progress.losses, columns=["step", "loss"])
-        has_previews = progress.previews is not None
         return (status_of(run, state, progress), gr.LinePlot(losses, visible=len(losses) > 1),
-                gr.Image(str(progress.previews) if has_previews else None, visible=has_previews),
+                previews_of(progress),
                 gr.Button(interactive=state in CAN_STOP), gr.Button(interactive=state in CAN_GO_ON),
                 gr.Button(interactive=state is not RunState.RUNNING),
                 gr.DownloadButton(value=None if run.concept is None else str(run.concept),
@@ -169,5 +167,5 @@ def _signature(run: RunFolder, state: RunState) -> tuple[Any, ...]:
 
 def _nothing() -> tuple[Any, ...]:
     off = gr.Button(interactive=False)
-    return ("No concept yet: add photos and press Teach.", gr.LinePlot(visible=False), gr.Image(visible=False), off,
+    return ("No concept yet: add photos and press Teach.", gr.LinePlot(visible=False), "", off,
             off, off, gr.DownloadButton(visible=False), "")

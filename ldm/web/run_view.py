@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import html
 from functools import partial
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -13,6 +14,7 @@ from ldm.web.run_progress import RunProgress, read_progress
 
 THUMBNAIL, THUMBNAIL_SIZE = "thumbnail.png", 160
 LONG = 90  # seconds from which a time is given in minutes
+PREVIEWS = "The photos, and the same prompts before, during and after training"
 INTERRUPTED = 'the training ended without a word; "Go on" continues it'
 
 
@@ -57,6 +59,15 @@ def status_of(run: RunFolder, state: RunState, progress: RunProgress) -> str:
     if state is RunState.INTERRUPTED:
         lines.append(INTERRUPTED)
     return "<br>".join(lines)
+
+
+def previews_of(progress: RunProgress) -> str:
+    """Return the sheet of previews as HTML: an image that opens in full size; "" if there is none yet."""
+    if progress.previews is None:
+        return ""
+    changed = progress.previews.stat().st_mtime_ns
+    address = html.escape(f"gradio_api/file={quote(str(progress.previews))}?changed={changed}")
+    return f'<a href="{address}" target="_blank"><img src="{address}" alt="{PREVIEWS}"></a>'
 
 
 def _word_of(run: RunFolder) -> str:
