@@ -148,6 +148,7 @@ class ConceptEncoderTrainer(SharedStepModule):
         if self.contrastive:
             looks, tokens = known.looks[rows].to(self.device), known.look_moves.to(self.device)
             loss = loss + self.contrastive * nearest_token_loss(moves, tokens, looks)
+        moves = moves.detach()
         has_look = targets.norm(dim=1) > SMALLEST
         self.log_dict({
             f"{split}/loss": loss.detach(), f"{split}/error": error.detach(),

@@ -99,6 +99,7 @@ def test_the_loss_is_the_formula(folder: Path) -> None:
     assert float(model.logged["val/error"]) == pytest.approx(error.item())
 
 
+@pytest.mark.slow
 def test_a_batch_is_learned(folder: Path) -> None:
     model = prepared(folder, feature_noise=0.0, dropout=0.0)
     model.learning_rate = 0.01

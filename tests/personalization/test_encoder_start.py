@@ -47,7 +47,8 @@ def prepared(folder: Path, photos: str = "cut_outs", **params: Any) -> Perfusion
     return model
 
 
-@pytest.mark.parametrize(("given", "strength"), [(None, 0.5), (1.25, 1.25)])
+@pytest.mark.parametrize(("given", "strength"), [
+    (None, 0.5), pytest.param(1.25, 1.25, marks=pytest.mark.slow)])
 def test_values_start_where_the_encoder_says(folder: Path, given: float | None, strength: float,
                                              caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
@@ -65,6 +66,7 @@ def test_values_start_where_the_encoder_says(folder: Path, given: float | None, 
     assert not any(name.startswith(("encoder", "_encoder")) for name in model.state_dict())
 
 
+@pytest.mark.slow
 def test_setup_again_changes_nothing(folder: Path) -> None:
     model = prepared(folder)
     with torch.no_grad():
@@ -75,6 +77,7 @@ def test_setup_again_changes_nothing(folder: Path) -> None:
     assert all(map(torch.equal, before, model.concepts[0].values()))
 
 
+@pytest.mark.slow
 def test_photos_without_masks_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="needs masks of the subject, and no photo has one"):
         prepared(folder, photos="photos")
@@ -88,6 +91,7 @@ def test_wrong_params_are_refused_before_weights_are_loaded(folder: Path, params
         unprepared(folder, **{"ckpt_path": "missing.ckpt", **params})
 
 
+@pytest.mark.slow
 def test_an_encoder_of_another_base_model_is_refused(folder: Path, tmp_path: Path) -> None:
     other = write_encoder(tmp_path / "other", "another")
     with pytest.raises(UserError, match="was trained for another base model"):

@@ -32,7 +32,7 @@ def test_a_run_of_no_steps_saves_what_the_encoder_predicts(tmp_path: Path) -> No
     assert refined.steps == 1
     for name, output in predicted.target_outputs_v.items():
         change = (refined.target_outputs_v[name] - output).abs().max()
-        assert 0 < float(change) < 0.1  # a step of Adam moves each number by up to its learning rate
+        assert 0 < float(change) < 0.03  # a step of Adam moves each number by up to its learning rate
 
 
 def test_no_steps_need_an_encoder(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_missing_encoder_is_reported_first(tmp_path: Path) -> None:
 def test_the_fast_config_differs_only_in_what_it_is_for() -> None:
     fast, usual = (OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / name), resolve=True)
                    for name in ("perfusion-fast.yaml", "perfusion.yaml"))
-    for key in ("encoder", "encoder_strength"):
+    for key in ("encoder", "encoder_strength", "value_lr"):
         fast["model"]["params"].pop(key)
         usual["model"]["params"].pop(key, None)
     assert fast["model"] == usual["model"] and fast["data"] == usual["data"]
