@@ -14,6 +14,7 @@ from ldm.web.concept_files import ConceptFiles
 from ldm.web.events import OWN
 from ldm.web.generate_form import LARGEST_SEED, MOST_STEPS
 from ldm.web.messages import user_errors
+from ldm.web.model_imports import import_models
 from ldm.web.numbers import whole_number_in
 from ldm.web.site import Site
 
@@ -40,6 +41,7 @@ class CompareTab:
     @functools.cached_property
     def comparison(self) -> Comparison:
         """What compares; made at the first use, since the CLIPs' library takes seconds to load."""
+        import_models()
         from ldm.web.comparison import Comparison
 
         return Comparison(self.site, self.concepts)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ldm.common.errors import UserError
+from ldm.web.model_imports import import_models
 from ldm.web.run_folder import RunFolder
 from ldm.web.run_queue import RunQueue
 from ldm.web.uploads import free_path, safe_name
@@ -102,7 +103,8 @@ class ConceptFiles:
         Raises:
             UserError: a file is gone or damaged, or the concepts do not fit together.
         """
-        from ldm.concepts.storage import read_concepts  # loads torch
+        import_models()
+        from ldm.concepts.storage import read_concepts
 
         return read_concepts(self.check(paths))
 
@@ -112,6 +114,7 @@ class ConceptFiles:
         Raises:
             UserError: a file is gone or damaged.
         """
+        import_models()
         from ldm.concepts.storage import load_concepts
 
         return [concept for path in self.check(paths) for concept in load_concepts(path)]
@@ -122,6 +125,7 @@ class ConceptFiles:
         Raises:
             UserError: it is no concept file.
         """
+        import_models()
         from ldm.concepts.storage import load_concepts
 
         file = Path(file)
@@ -145,6 +149,7 @@ class ConceptFiles:
         Raises:
             UserError: the concepts do not fit together, or a word cannot be used.
         """
+        import_models()
         from ldm.concepts.merging import merge_concepts
         from ldm.concepts.storage import save_concepts
 

@@ -13,12 +13,14 @@ from PIL import Image
 from ldm.common.errors import UserError
 from ldm.inference.model_config import complete_settings, inference_defaults
 from ldm.inference.settings import GenerationSettings
+from ldm.web.command_box import command_box
 from ldm.web.commands import generation_commands
 from ldm.web.concept_files import ConceptFiles
 from ldm.web.events import OWN, QUIET
 from ldm.web.generate_form import LEAST_STRENGTH, SET_BIAS, GenerateForm, Values, random_seed
 from ldm.web.image_request import Cancelled, FinishedImage, ImageRequest
 from ldm.web.messages import as_html, as_message, user_errors
+from ldm.web.model_imports import import_models
 from ldm.web.numbers import number_in, whole_number_in
 from ldm.web.recalled_settings import recall, stored_settings, stored_sources
 from ldm.web.site import Site
@@ -45,6 +47,7 @@ class GenerateTab:
     @cached_property
     def generation(self) -> ImageGeneration:
         """What generates; made at the first use, since torch takes seconds to load."""
+        import_models()
         from ldm.web.generation import ImageGeneration
 
         return ImageGeneration(self.site, self.concepts)
@@ -80,8 +83,7 @@ class GenerateTab:
             gr.Markdown("Before and after: the image before, or the one that this started from.")
             self.slider = gr.ImageSlider(label="Before and after", show_label=False, type="filepath", height=360,
                                          format="png", elem_id="before-after")
-        self.command = gr.Textbox(label="The same in a terminal", interactive=False, lines=2, max_lines=5,
-                                  buttons=["copy"], visible=False, elem_id="generate-command")
+        self.command = command_box("generate-command")
         with gr.Accordion("Settings from an image file", open=False):
             gr.Markdown("Drop an image that was made here or by scripts/txt2img.py.")
             self.file = gr.File(label="Image with settings", show_label=False, file_count="single", height=130)
@@ -210,7 +212,7 @@ class GenerateTab:
         slider = gr.skip() if before is None else (before, paths[0])
         shown = [(path, image.title) for path, image in zip(paths, images, strict=True)]
         return (shown, paths, as_html([status]), gr.Column(visible=before is not None), slider,
-                gr.Textbox(command, visible=True))
+                gr.Code(command, visible=True))
 
     def cancel_generation(self) -> None:
         """Cancel what is generated now."""

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ldm.common.atomic_write import write_atomically
 from ldm.common.errors import UserError
+from ldm.web.model_imports import import_models
 from ldm.web.run_folder import RunFolder, RunState
 from ldm.web.run_progress import RunProgress, read_progress
 
@@ -38,7 +39,8 @@ def thumbnail_of(run: RunFolder) -> str | Image.Image:
     if path.is_file():
         return str(path)
     try:
-        from ldm.data.images import crop_square, list_images, read_image  # loads torch
+        import_models()
+        from ldm.data.images import crop_square, list_images, read_image
 
         image = crop_square(read_image(list_images(run.photos)[0]), THUMBNAIL_SIZE)
         return str(write_atomically(path, partial(image.save, format="PNG")))

@@ -19,6 +19,7 @@ from ldm.common.errors import UserError
 from ldm.inference.model_config import read_model_config
 from ldm.inference.settings import ModelSettings
 from ldm.web.draft import Draft
+from ldm.web.model_imports import import_models
 from ldm.web.run_queue import RunQueue
 
 if TYPE_CHECKING:
@@ -62,11 +63,12 @@ class Site:
         self.queue = RunQueue(settings.runs)
         self.draft = Draft(self.queue)
         self._pipeline: PerfusionPipeline | None = None
-        self._lock, self._import_lock = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
 
     @cached_property
     def device(self) -> torch.device:
         """Where the models run."""
+        import_models()
         from ldm.util import pick_device
 
         return pick_device(self.settings.model.device)
@@ -74,7 +76,7 @@ class Site:
     @cached_property
     def photos(self) -> PhotoReview:
         """What shows the photos of a run as training will see them."""
-        self._import_models()
+        import_models()
         from ldm.web.photo_review import PhotoReview
 
         return PhotoReview(self.training_config, self.device)
@@ -93,7 +95,7 @@ class Site:
         Raises:
             UserError: the weights or the device cannot be used.
         """
-        self._import_models()
+        import_models()
         from ldm.inference.pipeline import PerfusionPipeline
 
         model = self.settings.model
@@ -103,12 +105,6 @@ class Site:
     def warm_up(self) -> None:
         """Load the base model in a thread of its own, so that the first image does not wait for it."""
         threading.Thread(target=self._load, daemon=True, name="load model").start()
-
-    def _import_models(self) -> None:
-        """Import what loads torch, in one thread at a time: it takes seconds, and several events may need it."""
-        with self._import_lock:
-            import ldm.inference.pipeline  # noqa: F401
-            import ldm.web.photo_review  # noqa: F401
 
     def _load(self) -> None:
         try:

@@ -9,8 +9,10 @@ from omegaconf import OmegaConf
 
 from ldm.common.errors import UserError
 from ldm.web.choice import choice
+from ldm.web.command_box import command_box
 from ldm.web.events import OWN, QUIET
 from ldm.web.messages import as_html, user_errors
+from ldm.web.model_imports import import_models
 from ldm.web.presets import suggest_placeholder
 from ldm.web.run_folder import RunFolder, RunSettings
 from ldm.web.run_list import RunList
@@ -45,8 +47,7 @@ class TeachTab:
                 self.form = TeachForm.build()
                 self.button = gr.Button("Teach", variant="primary")
                 self.message = gr.HTML(elem_id="teach-message")
-                self.command = gr.Textbox(label="The same in a terminal", interactive=False, lines=2, max_lines=5,
-                                          buttons=["copy"], visible=False, elem_id="teach-command")
+                self.command = command_box("teach-command")
             with gr.Column(scale=6, min_width=320):
                 self.runs = RunList(self.site)
                 self.runs.build()
@@ -128,7 +129,8 @@ class TeachTab:
     @user_errors
     def use_example(self, *form: Any) -> tuple[Any, ...]:
         """Copy the bundled example's photos into an empty draft."""
-        from ldm.data.images import list_images  # loads torch
+        import_models()
+        from ldm.data.images import list_images
 
         run = self.site.draft.find_or_create()
         if any(run.photos.iterdir()):
@@ -202,6 +204,7 @@ class TeachTab:
         return _gallery(images), _photo_choice(names, chosen), as_html([*problems, *([note] if images else [])])
 
     def _likely_kinds(self, run: RunFolder) -> list[str]:
+        import_models()
         from ldm.training.likely_kinds import likely_kinds
 
         return likely_kinds(run.photos, self.site.training_config)
@@ -219,7 +222,7 @@ class TeachTab:
         settings = self.start(run, TeachValues(*form))
         started = f"{settings.title} is in the list of your concepts; you can close this page meanwhile."
         command = shown_command(training_arguments(settings, run))
-        return as_html([started]), gr.Textbox(command, visible=True), *self._empty(), gr.Dropdown(
+        return as_html([started]), gr.Code(command, visible=True), *self._empty(), gr.Dropdown(
             choices=[(settings.title, run.name)], value=run.name)
 
     def start(self, run: RunFolder, values: TeachValues) -> RunSettings:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.common.errors import UserError
+from ldm.web.model_imports import import_models
 from ldm.web.run_folder import RunFolder
 
 MOST_PHOTOS = 40
@@ -61,7 +62,8 @@ def _check_photo(file: Path) -> None:
     if file.stat().st_size > MOST_BYTES:
         raise UserError(f"{file}: {file.stat().st_size / 1e6:.0f} MB is more than a photo needs "
                         f"({MOST_BYTES // 10**6} MB); save it smaller")
-    from ldm.data.images import read_image  # loads torch
+    import_models()
+    from ldm.data.images import read_image
 
     read_image(file)
 

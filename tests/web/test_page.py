@@ -110,7 +110,7 @@ def test_keys_alone_teach(tab: Any) -> None:
         tab.keyboard.press("Tab")
     tab.keyboard.press("Enter")
     tab.get_by_text("is in the list of your concepts").wait_for()
-    assert "main.py" in tab.locator("#teach-command textarea").input_value()
+    assert "main.py" in tab.locator("#teach-command .cm-content").inner_text()
 
 
 def test_a_reload_and_a_second_tab_show_the_progress(tab: Any, page: PageProcess, browser: Any) -> None:
@@ -136,7 +136,7 @@ def test_keys_alone_generate(tab: Any) -> None:
     prompt.press("Enter")
     tab.get_by_text("4 images, in").wait_for()
     assert tab.locator("#images img").count() >= 4
-    assert "--prompt 'a photo of a <my-teddy>'" in tab.locator("#generate-command textarea").input_value()
+    assert "--prompt 'a photo of a <my-teddy>'" in tab.locator("#generate-command .cm-content").inner_text()
 
 
 def test_moving_the_bias_makes_the_same_images_anew(tab: Any, page: PageProcess) -> None:
