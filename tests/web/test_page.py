@@ -1,6 +1,7 @@
 """The page as users have it: a process, a browser, another program, and a killed page. One run trains meanwhile."""
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import time
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="the
 PHOTOS = sorted((ROOT / "models" / "mini" / "examples" / "teddy").glob("*.png"))
 CONCEPT = ROOT / "tests" / "integrations" / "my-teddy.safetensors"
 WAIT = 120_000  # milliseconds; machines are shared
+SECRET = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 WIDTHS = (1280, 390)
 
 
@@ -200,6 +202,24 @@ def test_no_file_outside_of_the_runs_is_served(page: PageProcess, path: str) -> 
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{page.address}/gradio_api/file={path.format(runs=page.runs)}")
     assert caught.value.code in (403, 404)
+
+
+@pytest.mark.parametrize(("event", "data", "message"), [
+    ("add_files", [[SECRET], None, "", "balanced", "", 0, 23, "subject"], "not uploaded"),
+    ("add_file", [SECRET, []], "not uploaded"),
+    ("delete_run", ["../concepts"], "this run is gone"),
+    ("toggle_photo", ["../../../etc/passwd", None, "", "balanced", "", 0, 23, "subject"], "this photo is gone"),
+    ("merge_1", [["/etc/passwd"], {"headers": ["a", "b"], "data": [["x", "<y>"]]}, "m"], "this concept is gone")])
+def test_events_of_the_page_reach_nothing_outside(page: PageProcess, event: str, data: list[Any], message: str) -> None:
+    with urllib.request.urlopen(f"{page.address}/config") as answer:
+        events = {one["api_name"]: one["id"] for one in json.load(answer)["dependencies"]}
+    body = json.dumps({"data": data, "fn_index": events[event], "session_hash": event}).encode()
+    request = urllib.request.Request(f"{page.address}/gradio_api/queue/join", body,
+                                     {"content-type": "application/json"})
+    urllib.request.urlopen(request).close()
+    with urllib.request.urlopen(f"{page.address}/gradio_api/queue/data?session_hash={event}", timeout=60) as lines:
+        result = next(line.decode() for line in lines if b"process_completed" in line)
+    assert message in json.loads(result.removeprefix("data:"))["output"]["error"]
 
 
 def test_a_killed_page_and_a_killed_training_lose_nothing(page: PageProcess, client: Any) -> None:

@@ -52,6 +52,7 @@ def test_a_damaged_run_has_its_folder_as_title(run: RunFolder) -> None:
     assert run.name in status_of(run, RunState.DRAFT, RunProgress())
 
 
+@pytest.mark.slow  # imports torch and all that builds models
 def test_thumbnails_are_small_and_made_once(run: RunFolder) -> None:
     assert isinstance(thumbnail_of(run), Image.Image)  # no photo yet
     run.write_settings(replace(SETTINGS, title="x"))
