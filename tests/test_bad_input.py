@@ -210,7 +210,7 @@ OVERRIDES = [
 FLAGS = [
     (("--data_rot", "photos"), "--data_rot: no such flag; do you mean --data_root?"),
     (("--max_steps", "x"), "'x' is not a whole number"),
-    (("--max_steps", "0"), "1 or more"), (("--max_steps", "-5"), "1 or more"), (("-s", "-1"), "0 or more"),
+    (("--max_steps", "0"), "1 or more"), (("--max_steps", "-5"), "0 or more"), (("-s", "-1"), "0 or more"),
     (("-s", "99999999999"), "less than 4294967296"), (("-t", "perhaps"), "true or false"),
     (("--precision", "nonsense"), "precision must be one of"), (("--accelerator", "nonsense"), "'nonsense'"),
     (("--devices", "0"), "devices"), (("--devices", "nonsense"), "devices"), (("-n", "../x"), "--name ../x"),
@@ -370,7 +370,7 @@ CONCEPT = ("--concept", "{here}/good.concept")
 GENERATION = [
     *((("--concept", f"{{here}}/{name}.concept", "--prompt", "a <my-teddy>"), message) for name, message in (
         ("none", "no such file"), ("folder", "is a folder"), ("void", "copy or make it again"),
-        ("cut", "copy or make it again"), ("newer", "concept format 4, this version reads up to 3; update it"),
+        ("cut", "copy or make it again"), ("newer", "concept format 5, this version reads up to 4; update it"),
         ("odd_word", "does not fit this model"), ("odd_input", "does not fit this model"),
         ("odd_layers", "does not fit this model"))),
     (("--concept", "{here}/foreign.concept", "--prompt", "a <x>"),
@@ -406,7 +406,7 @@ OTHERS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), GENERATION, ids=command_line)
 def test_bad_input_of_generation(refusal: Refusal, here: Path, arguments: tuple[str, ...], message: str) -> None:
-    few = ("--outdir", "{out}", "--ddim_steps", "1", "--n_samples", "1", "--device", "cpu")
+    few = ("--outdir", "{out}", "--ddim_steps", "2", "--n_samples", "1", "--device", "cpu")
     assert message in refusal(TXT2IMG, *few, *arguments)
     assert not (here / "proof").exists()
 
@@ -425,7 +425,7 @@ def test_unused_concepts_and_unknown_words_are_warned_about(
 ) -> None:
     monkeypatch.chdir(ROOT)
     TXT2IMG(["--concept", str(here / "good.concept"), "--prompt", "a dog, qzxvk!", "--outdir", str(tmp_path),
-             "--ddim_steps", "1", "--n_samples", "1", "--device", "cpu"])
+             "--ddim_steps", "2", "--n_samples", "1", "--device", "cpu"])
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == ["warning: concept <my-teddy> is loaded, but its word does not occur in the prompt",
                         "warning: this text encoder does not know qzxvk; images will not show it"]

@@ -17,7 +17,7 @@ from ldm.concepts.placeholders import check_distinct, find_placeholders
 from ldm.concepts.prompt_checks import check_width, warn_covariance_mismatch
 from ldm.concepts.prompt_weights import Prompt, texts_of, token_weights
 from ldm.concepts.settings import override_settings
-from ldm.concepts.stacking import gate_settings, stack_concepts
+from ldm.concepts.stacking import check_layers, gate_settings, stack_concepts
 from ldm.modules.context import PromptContext, TextLayer
 from ldm.modules.edit import Edit
 from ldm.modules.encoders.prompts import PromptEncoder, word_vector
@@ -59,6 +59,8 @@ class ConceptPromptEncoder:
         for concept in self.concepts:
             check_base(concept, base)
             check_width(concept.label, concept.word_vectors, encoder.embedding_width)
+            if not concept.is_word:
+                check_layers(concept, text_layers)
         with_duals = iter(add_duals(self.edited, lambda: _given(inverse_covariance)))
         self.concepts = [concept if concept.is_word else next(with_duals) for concept in self.concepts]
 

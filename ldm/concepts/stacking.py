@@ -32,7 +32,7 @@ def stack_concepts(concepts: Sequence[Concept], text_layers: Mapping[str, TextLa
         UserError: a concept has target outputs for other layers than these.
     """
     for concept in concepts:
-        _check_layers(concept, text_layers)
+        check_layers(concept, text_layers)
     super_inputs = torch.stack([concept.super_input for concept in concepts])
 
     # Values: o*_V where the concept uses the layer, else W_V i_super.
@@ -65,7 +65,7 @@ def gate_settings(concepts: Sequence[Concept], device: torch.device) -> dict[str
     }
 
 
-def _check_layers(concept: Concept, text_layers: Mapping[str, TextLayer]) -> None:
+def check_layers(concept: Concept, text_layers: Mapping[str, TextLayer]) -> None:
     """Raise UserError if the target outputs of the concept do not match the layers by name and shape."""
     layers = {name: tuple(layer.to_v.weight.shape) for name, layer in text_layers.items()}
     mismatched = [name for name, shape in concept.base_shapes().items() if layers.get(name) != shape]

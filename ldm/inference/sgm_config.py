@@ -37,7 +37,8 @@ LATENT_SIDES = {"xl": 128, "v": 96, "eps": 64}
 
 def is_sgm_config(config: Mapping[str, Any]) -> bool:
     """Return whether a config describes a model by a class of generative-models."""
-    model = config.get("model")
+    plain = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else config
+    model = plain.get("model")
     return isinstance(model, Mapping) and str(model.get("target") or "").startswith(PACKAGE)
 
 
