@@ -125,9 +125,10 @@ class Reproduction:
                             self.evaluation.plan.count_images(target), time.perf_counter() - started)
 
     def is_complete(self, study: Study) -> bool:
-        """Return whether everything that a study needs exists."""
-        return all(self.training.is_finished(*run) for run in self._trainings([study])) and all(
-            self.evaluation.is_finished(*one) for one in self._sets([study]))
+        """Return whether everything that a study needs exists. One of a single curve has nothing to compare."""
+        is_trained = all(self.training.is_finished(*run) for run in self._trainings([study]))
+        is_generated = all(self.evaluation.is_finished(*one) for one in self._sets([study]))
+        return len(study.curves) > 1 and is_trained and is_generated
 
     def collect_results(self, study: Study) -> Results:
         """Read the results of a complete study."""

@@ -145,8 +145,8 @@ def test_parts_write_files_and_have_rows(settings: BenchmarkSettings, monkeypatc
     monkeypatch.setattr(parts, "QUICK_CAPTIONS", 20)
     monkeypatch.setattr(parts, "QUICK_PHOTOS", 2)
     rows = list(parts.measure(settings))
-    assert [row.met for row in rows if row.unit == "KB"] == [True, True]
-    assert all(row.value is not None and row.value >= 0 for row in rows) and len(rows) == 2 + 3 * 2 + 1 + 2
+    assert [row.met for row in rows if row.unit == "KB"] == [True, True, True]
+    assert all(row.value is not None and row.value >= 0 for row in rows) and len(rows) == 3 + 3 * 2 + 1 + 2
     assert len(load_perfusion_concepts(settings.folder / "concepts" / "merged_3.safetensors")) == 3
 
 
