@@ -8,9 +8,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import Tensor
 
 from evaluation.metrics.scoring import ConceptScorer, stack_images
 from evaluation.mini.fidelity import ExampleSubject, SubjectFidelity, first_subject_position, keeps_attributes
+from evaluation.mini.own_kind import OwnKindRecognizer
 from evaluation.mini.world_prompts import SceneRecognizer
 from evaluation.paper.examples import ConceptPair, ExampleConcept, concept_names
 from evaluation.paper.file_keys import content_digests, short_key
@@ -73,6 +75,11 @@ class Evaluators:
         return SubjectFidelity(self.clip, self.pipeline.image_size[0])
 
     @functools.cached_property
+    def own_kinds(self) -> OwnKindRecognizer:
+        """Recognizes whether example concepts beside another subject keep their kind."""
+        return OwnKindRecognizer(self.clip, self.pipeline.image_size[0])
+
+    @functools.cached_property
     def segmenter(self) -> ZeroShotSegmenter:
         """Finds objects in images."""
         return ZeroShotSegmenter.from_path(segmenter_of(self.pipeline.config), self.pipeline.device)
@@ -95,13 +102,26 @@ class Evaluators:
         batch = stack_images(images)
         scores = self.scorer(example)(batch, [case.text for case in cases])
         subjects = self.fidelity.classify(batch, [first_subject_position(case.text) for case in cases])
+        besides = self._measure_beside(batch, cases, subjects, example)
         backgrounds = self.world.recognize_backgrounds(batch)
         records = []
-        for case, score, subject, background in zip(cases, scores, subjects, backgrounds, strict=True):
+        for case, score, subject, beside, background in zip(cases, scores, subjects, besides, backgrounds, strict=True):
             attributes = _attribute_record(subject, example, keeps_attributes(case.text))
             is_correct = _percent(background == case.background) if case.background else None
-            records.append({**score, **attributes, "recognized": subject.label, "background_correct": is_correct,
-                            "background": background})
+            records.append({**score, **attributes, **beside, "recognized": subject.label,
+                            "background_correct": is_correct, "background": background})
+        return records
+
+    def _measure_beside(self, images: Tensor, cases: Sequence[PromptCase], subjects: Sequence[ExampleSubject],
+                        example: ExampleConcept) -> list[Record]:
+        """Record attributes and kind of the concept where another subject stands beside it; None elsewhere."""
+        records: list[Record] = [{"attributes_beside": None, "own_kind": None} for _ in cases]
+        positions = {index: position for index, case in enumerate(cases) if keeps_attributes(case.text)
+                     and (position := first_subject_position(case.text)) is not None}
+        own = self.own_kinds.is_own_kind(example.name, images[list(positions)], list(positions.values()))
+        for index, is_own in zip(positions, own, strict=True):
+            has_attributes = subjects[index].concept == example.name
+            records[index] = {"attributes_beside": _percent(has_attributes), "own_kind": _percent(is_own)}
         return records
 
     def _measure_pairs(self, images: Sequence[Image.Image], pair: ConceptPair) -> list[Record]:

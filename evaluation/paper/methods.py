@@ -28,13 +28,26 @@ ONE_PHOTO = Method("one photo", photos=1)
 LOWER_BIAS = Method(f"training bias {LOWER_TRAINING_BIAS:g}",
                     overrides=(f"model.params.bias={LOWER_TRAINING_BIAS:g}",))
 
-# Concepts that the bundled encoder predicts from photos. They are taught no further, or for a few steps.
-FEW_STEPS = 12
+# Concepts that the bundled encoder predicts from photos, as they are or after some steps.
+FEW_STEPS, ALL_STEPS = 12, 200
+STRENGTHS = (0.5, 1.0, 1.25)  # beside the encoder's own
 ENCODER = "models/mini/encoder"
 ENCODER_BASE = "models/mini/model.safetensors"  # the model that it is for
-PREDICTED = Method("encoder", overrides=(f"model.params.encoder={ENCODER}", "lightning.trainer.max_steps=0"))
-REFINED = Method(f"encoder and {FEW_STEPS} steps",
-                 overrides=(f"model.params.encoder={ENCODER}", f"lightning.trainer.max_steps={FEW_STEPS}"))
+FAST_RATE = "model.params.value_lr=0.02"  # this and all layers are what configs/perfusion-fast.yaml has
+EVERY_LAYER = "model.params.used_layers=null"
+
+
+def _encoded(steps: int, *overrides: str) -> tuple[str, ...]:
+    return (f"model.params.encoder={ENCODER}", f"lightning.trainer.max_steps={steps}", FAST_RATE, *overrides)
+
+
+PREDICTED = Method("encoder", overrides=_encoded(0, EVERY_LAYER), combinable=True)
+PREDICTED_AT = tuple(Method(f"encoder at strength {strength:g}",
+                            overrides=_encoded(0, EVERY_LAYER, f"model.params.encoder_strength={strength:g}"))
+                     for strength in STRENGTHS)
+PREDICTED_FROM_ONE = Method("encoder, one photo", overrides=_encoded(0, EVERY_LAYER), photos=1)
+REFINED = Method(f"encoder and {FEW_STEPS} steps", overrides=_encoded(FEW_STEPS, EVERY_LAYER), combinable=True)
+STARTED_FROM_ENCODER = Method(f"encoder and {ALL_STEPS} steps", overrides=_encoded(ALL_STEPS))
 FROM_NOTHING = Method(f"{FEW_STEPS} steps from nothing",
                       overrides=("model.params.encoder=null", f"lightning.trainer.max_steps={FEW_STEPS}"))
 

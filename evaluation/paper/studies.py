@@ -26,7 +26,10 @@ from evaluation.paper.methods import (
     ONE_PHOTO,
     PERFUSION,
     PREDICTED,
+    PREDICTED_AT,
+    PREDICTED_FROM_ONE,
     REFINED,
+    STARTED_FROM_ENCODER,
     TRAINED_KEYS,
     TRAINING_BIAS,
 )
@@ -64,6 +67,10 @@ class StudyInputs:
     def compared(self, name: str, method: Method = PERFUSION, **settings: bool) -> StudyCurve:
         """Return a curve that Perfusion's own is compared with."""
         return make_curve(name, method, biases=self.comparison_biases, **settings)
+
+    def encoded(self) -> list[Method]:
+        """Return the methods that begin with the encoder's prediction, if there is an encoder."""
+        return [PREDICTED, REFINED] if self.has_encoder else []
 
     def all_layers(self, biases: Sequence[float]) -> list[StudyCurve]:
         """Return Perfusion with the target outputs of all layers, if its config does not use all layers anyway."""
@@ -166,14 +173,26 @@ def _temperature(inputs: StudyInputs) -> list[StudyCurve]:
 
 @register_study("encoder", "Concepts predicted from photos, with and without a few steps")
 def _encoder(inputs: StudyInputs) -> list[StudyCurve]:
-    others = (PREDICTED, REFINED, FROM_NOTHING) if inputs.has_encoder else ()
+    others = [*inputs.encoded(), FROM_NOTHING] if inputs.has_encoder else []
     return [inputs.perfusion(), *(inputs.compared(method.name, method) for method in others)]
+
+
+@register_study("encoder_settings", "The encoder at other strengths, from one photo, and as the start of all steps")
+def _encoder_settings(inputs: StudyInputs) -> list[StudyCurve]:
+    if not inputs.has_encoder:
+        return _points(PERFUSION)
+    curves = _points(PREDICTED, *PREDICTED_AT, PREDICTED_FROM_ONE, STARTED_FROM_ENCODER, PERFUSION)
+    if inputs.has_used_layers:
+        curves += [make_curve(f"{method.name}, all layers", method, all_layers=True)
+                   for method in (STARTED_FROM_ENCODER, PERFUSION)]
+    return curves
 
 
 @register_study("two_concepts", "Two concepts, trained separately, in one image", "pairs")
 def _two_concepts(inputs: StudyInputs) -> list[StudyCurve]:
     curves = [make_curve("Perfusion", PERFUSION, biases=inputs.pair_biases), *inputs.all_layers(inputs.pair_biases)]
     variants = [variant for curve in curves for variant in curve.variants]
+    variants += [Variant(method) for method in inputs.encoded()]
     variants += [Variant(method) for method in (*_combinable(inputs.baselines), BASE_MODEL)]
     # Each variant is a bar of its own.
     return [StudyCurve(variant.name, (variant,)) for variant in variants]

@@ -41,6 +41,8 @@ COLUMNS = {
         **{metric.name: TableColumn(metric.heading, metric.unit) for metric in METRICS},
         "attributes": TableColumn("attributes", "%"),
         "exact_match": TableColumn("exact match", "%"),
+        "attributes_beside": TableColumn("attributes beside another", "%"),
+        "own_kind": TableColumn("own kind beside another", "%"),
         "background_correct": TableColumn("background", "%"),
     },
     "pairs": {

@@ -10,7 +10,7 @@ import gradio as gr
 from ldm.common.errors import UserError
 from ldm.web.choice import choice
 from ldm.web.numbers import whole_number_in
-from ldm.web.presets import PRESETS, preset_steps, suggest_placeholder
+from ldm.web.presets import SECONDS, fast_config, preset_labels, preset_steps, suggest_placeholder
 from ldm.web.run_folder import RunSettings, check_title
 from ldm.web.site import SiteSettings
 
@@ -48,15 +48,23 @@ class TeachValues(NamedTuple):
         for name, text in (("the kind of subject", kind), ("the word", word)):
             if len(text) > LONGEST_WORD:
                 raise UserError(f"{name} has {len(text)} characters; give at most {LONGEST_WORD}")
-        if self.preset not in PRESETS:
-            raise UserError(f"how long? Choose one of {', '.join(PRESETS)}")
-        steps = whole_number_in("training steps", self.steps, 0, MOST_STEPS) or preset_steps(self.preset, config_steps)
-        # Checkpoints must come often enough that little is lost when the process is killed.
-        every = f"lightning.modelcheckpoint.every_n_train_steps={max(10, min(100, steps // 10))}"
+        presets = preset_labels(site.base)
+        if self.preset not in presets:
+            raise UserError(f"how long? Choose one of {', '.join(presets)}")
+        config, steps = site.base, whole_number_in("training steps", self.steps, 0, MOST_STEPS) or None
+        if self.preset == SECONDS:
+            config = fast_config(site.base)
+        else:
+            steps = steps or preset_steps(self.preset, config_steps)
         return RunSettings(
-            title=check_title(self.title or word), super_category=kind, placeholder=word, config=site.base,
+            title=check_title(self.title or word), super_category=kind, placeholder=word, config=config,
             checkpoint=site.model.checkpoint, max_steps=steps, seed=whole_number_in("seed", self.seed, 0, LARGEST_SEED),
-            crop="center" if self.crop == "center" else "subject", overrides=(every,), created=time.time())
+            crop="center" if self.crop == "center" else "subject", overrides=_checkpoints(steps), created=time.time())
+
+
+def _checkpoints(steps: int | None) -> tuple[str, ...]:
+    """Return how often to save checkpoints, so that little is lost when the process is killed."""
+    return () if steps is None else (f"lightning.modelcheckpoint.every_n_train_steps={max(10, min(100, steps // 10))}",)
 
 
 @dataclass(frozen=True)
@@ -72,14 +80,14 @@ class TeachForm:
     crop: gr.Radio
 
     @classmethod
-    def build(cls) -> TeachForm:
-        """Add the components to the open `gr.Blocks`."""
+    def build(cls, base: str) -> TeachForm:
+        """Add the components to the open `gr.Blocks`; `base` is the training config."""
         with gr.Row():
             kind = choice(label="What is it?", info="The kind of subject, in plain words",
                           allow_custom_value=True, min_width=140)
             word = gr.Textbox(label="Its word in prompts", info="Filled in from the kind", placeholder="<my-teddy>",
                               max_lines=1, min_width=140)
-        preset = gr.Radio(label="How long?", choices=[(value.label, name) for name, value in PRESETS.items()],
+        preset = gr.Radio(label="How long?", choices=[(label, name) for name, label in preset_labels(base).items()],
                           value=DEFAULT_PRESET)
         with gr.Accordion("Advanced", open=False):
             title = gr.Textbox(label="Name in the list", info="Empty: its word", max_lines=1)

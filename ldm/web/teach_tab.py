@@ -44,7 +44,7 @@ class TeachTab:
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 self._build_photos()
-                self.form = TeachForm.build()
+                self.form = TeachForm.build(self.site.settings.base)
                 self.button = gr.Button("Teach", variant="primary")
                 self.message = gr.HTML(elem_id="teach-message")
                 self.command = command_box("teach-command")

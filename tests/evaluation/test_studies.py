@@ -15,6 +15,7 @@ from evaluation.paper.methods import (
     GATED_PROJECTION,
     LOWER_BIAS,
     PERFUSION,
+    REFINED,
     TRAINING_BIAS,
 )
 from evaluation.paper.studies import PAPERS_RULE, STUDIES, StudyInputs, build_studies, register_study
@@ -54,7 +55,7 @@ def test_a_method_without_a_config_for_public_models_uses_its_only_one(tmp_path:
 
 
 def test_names_are_unique() -> None:
-    assert len({method.key for method in METHODS}) == len(METHODS) == 15
+    assert len({method.key for method in METHODS}) == len(METHODS) == 20
     for study in ALL.values():
         assert len({variant.name for variant in study.variants}) == len(study.variants)
         assert len({curve.name for curve in study.curves}) == len(study.curves)
@@ -88,8 +89,10 @@ def test_curves_of_target_outputs_depend_on_perfusions_config(
     values = built["values"]
     assert [curve.name for curve in values.curves[:-4]] == names
     assert [method for method in values.methods if method.has_bias] == methods
-    with_bias = [variant.all_layers for variant in built["two_concepts"].variants if variant.method.has_bias]
-    assert with_bias == [False, True][:1 + has_used_layers]
+    pairs = [variant for variant in built["two_concepts"].variants if variant.method == PERFUSION]
+    assert [variant.all_layers for variant in pairs] == [False, True][:1 + has_used_layers]
+    started = [curve.name for curve in built["encoder_settings"].curves if curve.name.endswith("all layers")]
+    assert len(started) == 2 * has_used_layers
     by_name = {curve.name: curve for curve in values.curves}
     for variant in by_name[PAPERS_RULE].variants if PAPERS_RULE in names else ():
         # The paper uses all layers.
@@ -99,9 +102,17 @@ def test_curves_of_target_outputs_depend_on_perfusions_config(
 def test_the_bundled_encoder_is_compared_on_its_own_base_alone() -> None:
     assert [method.name for method in ALL["encoder"].methods] == [
         "Perfusion", "encoder", "encoder and 12 steps", "12 steps from nothing"]
-    other = build_studies(StudyInputs(BIASES, COMPARISON_BIASES, (0.4, 0.6), has_encoder=False))["encoder"]
-    assert other.methods == [PERFUSION]
-    assert list(claims.check_claims(other, claims.Results({}, {}))) == []
+    assert {"encoder", "encoder and 12 steps"} <= {method.name for method in ALL["two_concepts"].methods}
+    others = build_studies(StudyInputs(BIASES, COMPARISON_BIASES, (0.4, 0.6), has_encoder=False))
+    assert others["encoder"].methods == others["encoder_settings"].methods == [PERFUSION]
+    assert list(claims.check_claims(others["encoder"], claims.Results({}, {}))) == []
+
+
+def test_few_steps_are_those_of_the_fast_config() -> None:
+    fast = OmegaConf.load(CONFIG.with_name("perfusion-fast.yaml"))
+    for override in REFINED.overrides:
+        key, _, value = override.partition("=")
+        assert OmegaConf.select(fast, key) == OmegaConf.from_dotlist([f"value={value}"]).value
 
 
 def test_variants_override_generation_settings() -> None:

@@ -1,6 +1,7 @@
 """What the forms make of their values, whoever sends them. Needs Gradio."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,23 @@ def test_settings_of_a_run() -> None:
     assert TEACH._replace(steps=7).settings(SITE, 200).max_steps == 7
 
 
+def test_a_run_in_seconds_has_a_config_of_its_own() -> None:
+    settings = TEACH._replace(preset="seconds").settings(SITE, 200)
+    assert settings.config == "configs/perfusion-fast.yaml"
+    assert settings.max_steps is None and not settings.overrides  # those of the config
+    assert TEACH._replace(preset="seconds", steps=30).settings(SITE, 200).max_steps == 30
+
+
+def test_other_models_are_not_taught_in_seconds() -> None:
+    site = replace(SITE, base="configs/perfusion-sd-v1.yaml")
+    with pytest.raises(UserError, match="Choose one of quick, balanced, thorough"):
+        TEACH._replace(preset="seconds").settings(site, 400)
+
+
 @pytest.mark.parametrize(("name", "value", "message"), [
     ("kind", None, "what is it"), ("kind", " ", "what is it"), ("kind", "x" * 100, "at most 60"),
-    ("word", "x" * 100, "at most 60"), ("preset", "../x", "quick, balanced, thorough"), ("steps", NAN, "steps"),
-    ("steps", -1, "steps"), ("seed", -1, "seed"), ("title", "x" * 100, "1 to 60")])
+    ("word", "x" * 100, "at most 60"), ("preset", "../x", "seconds, quick, balanced, thorough"),
+    ("steps", NAN, "steps"), ("steps", -1, "steps"), ("seed", -1, "seed"), ("title", "x" * 100, "1 to 60")])
 def test_bad_values_of_a_run_are_named(name: str, value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TEACH._replace(**{name: value}).settings(SITE, 200)
