@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,21 @@ from ldm.data.templates import add_note, fill_template, get_templates
 from ldm.data.training_photos import read_training_photos
 
 PER_CONCEPT_PARAMS = ("data_root", "placeholder_token", "mask_root")
+
+
+@dataclass(frozen=True)
+class ConceptScene:
+    """An image of the concept that is no photo.
+
+    Attributes:
+        image: RGB, of the training size.
+        mask: (1, size, size) in [0, 1], where the concept is.
+        caption: what it shows, with `{}` for the concept.
+    """
+
+    image: Image.Image
+    mask: torch.Tensor
+    caption: str
 
 
 class ConceptPhotos(Dataset):
@@ -37,7 +53,7 @@ class ConceptPhotos(Dataset):
         caption: str, a template filled with the placeholder
         mask:    (1, size, size) float32 in [0, 1]; all ones for a photo without a mask
         flipped: bool, whether image and mask are mirrored
-        index:   int, the photo's index in `paths`
+        index:   int, the image's index in `images`
 
     If `with_pixels` is false, items have neither image nor mask: a model that has encoded every photo does not need
     them, and loading them takes most of the time.
@@ -56,6 +72,7 @@ class ConceptPhotos(Dataset):
 
     Attributes:
         photos: the photos before they are cropped.
+        images: the photos as training sees them, followed by the scenes of `add_scenes`.
         left_out: names of files in `data_root` that are not used, and why.
 
     Raises:
@@ -97,6 +114,7 @@ class ConceptPhotos(Dataset):
         self.images: list[Image.Image] = []
         self._masks: list[torch.Tensor | None] = []
         self._squares: list[Square] = []
+        self._notes: list[str] = []
         for photo in list(self.photos):
             square = photo.square(self.crop == "subject", self.size)
             mask = photo.cropped_mask(square, self.size)
@@ -107,6 +125,7 @@ class ConceptPhotos(Dataset):
             self.images.append(square.crop(photo.image, self.size))
             self._masks.append(mask)
             self._squares.append(square)
+            self._notes.append(photo.note)
         if not self.photos:
             raise UserError("crop: the subject is in no photo's center square; leave out --crop center")
 
@@ -116,11 +135,13 @@ class ConceptPhotos(Dataset):
                 for square, photo in zip(self._squares, self.photos, strict=True)]
 
     def sizes(self, photo: int) -> torch.Tensor:
-        """Return what SDXL is told of a photo's size, plain and mirrored: (2, 6) float32, in pixels.
+        """Return what SDXL is told of an image's size, plain and mirrored: (2, 6) float32, in pixels.
 
         The numbers are (height, width) of the original photo, (top, left) of the crop in the resized photo, and
         (height, width) of the crop.
         """
+        if photo >= len(self.photos):  # a scene is not cropped
+            return torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]] * 2, dtype=torch.float32)
         square, image = self._squares[photo], self.photos[photo].image
         width, height = self.photos[photo].original_size
         rows = []
@@ -129,32 +150,45 @@ class ConceptPhotos(Dataset):
         return torch.tensor(rows, dtype=torch.float32)
 
     @property
+    def scene_count(self) -> int:
+        """The number of images that are no photos."""
+        return len(self.images) - len(self.photos)
+
+    @property
     def paths(self) -> list[Path]:
         """The files of the photos."""
         return [photo.path for photo in self.photos]
 
     def __len__(self) -> int:
-        return len(self.photos) * self.repeats
+        return len(self.images) * self.repeats
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str | bool | int]:
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        photo = index % len(self.photos)
+        photo = self._image_of(index)
         # `random` hashes a text seed itself, so it gives the same numbers on every machine and in every process.
         rng = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
         template = rng.choice(self.templates)
         flipped = rng.random() < self.flip_p
-        caption = fill_template(self._template(template, self.photos[photo].note), self.placeholder_token)
+        caption = fill_template(self._template(template, self._notes[photo]), self.placeholder_token)
         item = {"caption": caption, "flipped": flipped, "index": photo}
         if self.with_pixels:
             pixels = {"image": to_tensor(self.images[photo]), "mask": self.mask(photo)}
             item |= {name: tensor.flip(-1) if flipped else tensor for name, tensor in pixels.items()}
         return item
 
+    def _image_of(self, index: int) -> int:
+        """Return which image an item shows. If there are scenes, every other item is one."""
+        photos, scenes = len(self.photos), self.scene_count
+        if not scenes:
+            return index % photos
+        turn, is_scene = divmod(index, 2)
+        return photos + turn % scenes if is_scene else turn % photos
+
     @property
     def prompts(self) -> list[str]:
         """All captions that items have, with `{}` in place of the placeholder."""
-        notes = dict.fromkeys(photo.note for photo in self.photos)
+        notes = dict.fromkeys(self._notes)
         return list(dict.fromkeys(self._template(template, note) for template in self.templates for note in notes))
 
     def _template(self, template: str, note: str) -> str:
@@ -197,6 +231,13 @@ class ConceptPhotos(Dataset):
         self.left_out |= {photo.path.name: "the subject is not found in it" for photo in without}
         self.photos = [photo for photo in self.photos if photo.mask is not None]
         self._crop_photos()
+
+    def add_scenes(self, scenes: Sequence[ConceptScene]) -> None:
+        """Add images that are no photos, as often used as all photos together. Call this before workers start."""
+        for scene in scenes:
+            self.images.append(scene.image)
+            self._masks.append(scene.mask)
+            self._notes.append(scene.caption)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the templates and flips of `epoch` from now on. Loaders call it when an epoch starts."""

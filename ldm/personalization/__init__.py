@@ -12,6 +12,7 @@
     checks.py               checks on params
     initial_words.py        words that start from embedding files
     prediction_check.py     checks on the photos that the base model predicts what its config says
+    copy_paste_scenes.py    training scenes in which the subject stands beside something else
     perfusion.py            Perfusion: a word embedding and one value vector per cross-attention layer
     finetuning.py           base class of the methods that Perfusion is compared with
     textual_inversion.py    Textual Inversion: one word

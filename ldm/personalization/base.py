@@ -178,6 +178,7 @@ class PersonalizationMethod(ModelWithWords):
         if self.segmenter is not None:
             make_missing_masks(photos, self.super_categories, self.segmenter,
                                Path(self.trainer.default_root_dir) / "masks", device)
+        self.prepare_photos(photos, device)
         self.cached_latents = CachedLatents(self, photos, self.mask_border)
         self.prepare_prompts(photos, device)
         # Lightning moves the model only after this method, too late for what follows.
@@ -228,6 +229,9 @@ class PersonalizationMethod(ModelWithWords):
         if len(photos) > 1 and self.trained_unet_weights():
             raise UserError(f"{type(self).__name__} trains weights of the base model, which only one concept can have; "
                             "train one concept at a time")
+
+    def prepare_photos(self, photos: Sequence[ConceptPhotos], device: torch.device) -> None:
+        """Change photos with masks before they are encoded; nothing by default."""
 
     def prepare_prompts(self, photos: Sequence[ConceptPhotos], device: torch.device) -> None:
         """Encode what can be encoded before the U-Net is on the device; nothing by default."""

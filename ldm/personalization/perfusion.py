@@ -28,9 +28,11 @@ from ldm.modules.context import PromptContext
 from ldm.modules.covariance import cached_covariance, load_covariance_for
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.rank_one import PROJECTIONS, invert_covariance
+from ldm.modules.segmentation import ZeroShotSegmenter
 from ldm.personalization.base import PersonalizationMethod
 from ldm.personalization.checks import check_known, check_positive
 from ldm.personalization.concept_names import as_list
+from ldm.personalization.copy_paste_scenes import SceneSettings, add_scenes
 from ldm.personalization.distinct_prompts import DistinctPrompts, FixedPrompts
 from ldm.personalization.initial_words import mean_vector
 from ldm.personalization.layer_names import find_layers
@@ -62,6 +64,9 @@ class Perfusion(PersonalizationMethod):
         encoder: folder of a concept encoder. It predicts from the photos where o*_V starts. None: o*_V starts at the
             super-category's output W_V i_super.
         encoder_strength: how far from there; None: the encoder's own.
+        copy_paste_scenes: number of training scenes in which the subject stands beside something else. They are made
+            from photos and base model, see `ldm.personalization.copy_paste_scenes`, and need a segmenter.
+        scene_steps, scene_scale: sampling steps and guidance scale of the base model's part in them.
         thumbnail: store the first photo in the concept's file, as a small image that model browsers show.
 
     Raises:
@@ -76,7 +81,8 @@ class Perfusion(PersonalizationMethod):
                  target_input_decay: float = 0.99, covariance: str | None = None, inference_bias: float | None = None,
                  used_layers: str | Sequence[str] | None = None, trained_layers: str | Sequence[str] | None = None,
                  pooled: str = "super_category", thumbnail: bool = False, encoder: str | None = None,
-                 encoder_strength: float | None = None, **personalization: Any) -> None:
+                 encoder_strength: float | None = None, copy_paste_scenes: int = 0, scene_steps: int = 30,
+                 scene_scale: float = 6.0, **personalization: Any) -> None:
         check_known(locking=(locking, LOCKINGS), projection=(projection, PROJECTIONS), pooled=(pooled, POOLED))
         check_positive(temperature=temperature, value_lr=value_lr)
         if not embedding_lr and personalization.get("init_embedding"):
@@ -89,6 +95,10 @@ class Perfusion(PersonalizationMethod):
         if covariance is not None and not resolve_path(covariance).is_file():  # before the weights, which take longer
             raise UserError(f"covariance {covariance}: no such file; compute it with scripts/compute_covariance.py, "
                             "or set null")
+        check_positive(scene_steps=scene_steps, scene_scale=scene_scale)
+        if copy_paste_scenes < 0 or copy_paste_scenes and personalization.get("segmenter") is None:
+            raise UserError(f"copy_paste_scenes {copy_paste_scenes}: must not be below 0, and needs a segmenter "
+                            "(leave out --masks none)")
         if encoder_strength is not None:
             check_positive(encoder_strength=encoder_strength)
         if encoder is not None:
@@ -104,6 +114,7 @@ class Perfusion(PersonalizationMethod):
         learned = self.trained_layers or list(self.text_layers)
         self.used_layers = find_layers("used_layers", as_list(used_layers or ()), learned)
         self.target_input_decay, self.covariance = target_input_decay, covariance
+        self.scenes = SceneSettings(copy_paste_scenes, scene_steps, scene_scale)
         self._inverse_covariance: Tensor | None = None
         self._fixed_prompts: FixedPrompts | None = None
         self._encoder_rests = False
@@ -119,6 +130,20 @@ class Perfusion(PersonalizationMethod):
             self._inverse_covariance = invert_covariance(covariance)
         self._inverse_covariance = self._inverse_covariance.to(self.device)
         return self._inverse_covariance
+
+    def prepare_photos(self, photos: Sequence[ConceptPhotos], device: torch.device) -> None:
+        """Add copy-paste scenes to the photos of each concept, if any are wanted."""
+        if not self.scenes.count:
+            return
+        segmenter = ZeroShotSegmenter.from_path(self.segmenter, device, "leave out copy_paste_scenes")
+        was_training = self.training
+        self.to(device).eval()
+        with self.trainer.precision_plugin.forward_context():
+            for dataset, category in zip(photos, self.super_categories, strict=True):
+                add_scenes(self, dataset, category, segmenter, self.scenes)
+        self.train(was_training)
+        if self.is_large:
+            self.model.to("cpu")
 
     def prepare_prompts(self, photos: Sequence[ConceptPhotos], device: torch.device) -> None:
         """Encode the training prompts with the super-categories, as far as training reads these encodings."""

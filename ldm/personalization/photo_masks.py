@@ -69,6 +69,8 @@ def log_summary(dataset: ConceptPhotos) -> None:
     used, found = len(dataset.photos), len(dataset.photos) + len(dataset.left_out)
     parts = [f"{used} photos used" if used == found else f"{used} photos used of {found} files; left out "
              + describe_files(dataset.left_out), _describe_crops(dataset), _describe_masks(dataset)]
+    if dataset.scene_count:
+        parts.append(f"{dataset.scene_count} scenes beside other things")
     log.log(logging.WARNING if dataset.left_out else logging.INFO, "%s: %s", dataset.placeholder_token,
             "; ".join(parts))
     for first, second in same_shots(dataset.photos):

@@ -154,7 +154,7 @@ class BeforeDuringAfter(pl.Callback):
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, model: PersonalizationMethod) -> None:
         for index, dataset in enumerate(model.photos()):
-            self._add_row(index, "photos", dataset.images, trainer, model)
+            self._add_row(index, "photos", dataset.images[:len(dataset.photos)], trainer, model)
             if dataset.has_masks or model.segmenter is not None:  # also if the segmenter finds nothing
                 overlays = [mask_overlay(image, dataset.mask(photo)) for photo, image in enumerate(dataset.images)]
                 save_grid(overlays, self._folder(index, trainer, model) / "masks.png", columns=2)

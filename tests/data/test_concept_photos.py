@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ldm.common.errors import UserError
-from ldm.data.concept_photos import ConceptPhotos
+from ldm.data.concept_photos import ConceptPhotos, ConceptScene
 from ldm.data.images import crop_square, read_image, to_tensor
 from ldm.data.templates import PHOTO, TEMPLATES, get_templates
 
@@ -262,3 +262,20 @@ def test_sizes_of_crops_around_the_subject(photos: Path) -> None:
     # A square of 16 pixels from (9, 0) on: nothing is resized. Mirrored, it is 48 - 16 pixels from the left.
     assert data.sizes(1).tolist() == [[32, 48, 9, 0, SIZE, SIZE], [32, 48, 9, 32, SIZE, SIZE]]
     assert data.sizes(0).tolist() == [[32, 32, 0, 0, SIZE, SIZE]] * 2
+
+
+def test_every_other_item_is_a_scene(photos: Path) -> None:
+    data = ConceptPhotos(photos, size=SIZE, repeats=8, flip_p=0.0, placeholder_token="<it>")
+    before = data.prompts
+    scenes = [ConceptScene(Image.new("RGB", (SIZE, SIZE), (value, 0, 0)), torch.full((1, SIZE, SIZE), 0.5),
+                           f"a photo of a {{}} next to a {name}") for value, name in ((10, "mug"), (20, "car"))]
+    data.add_scenes(scenes)
+    assert len(data) == 40 and data.scene_count == 2 and len(data.photos) == 3
+    assert [data[index]["index"] for index in range(8)] == [0, 3, 1, 4, 2, 3, 0, 4]
+    for index in (1, 3):
+        item, scene = data[index], scenes[index // 2]
+        assert torch.equal(item["image"], to_tensor(scene.image)) and torch.equal(item["mask"], scene.mask)
+        assert item["caption"] == scene.caption.replace("{}", "<it>")
+    assert set(data.prompts) == {*before, scenes[0].caption, scenes[1].caption}
+    assert data.sizes(4).tolist() == [[SIZE, SIZE, 0, 0, SIZE, SIZE]] * 2
+    assert len(data.cropped_shares()) == 3

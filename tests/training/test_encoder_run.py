@@ -49,7 +49,7 @@ def test_a_missing_encoder_is_reported_first(tmp_path: Path) -> None:
 def test_the_fast_config_differs_only_in_what_it_is_for() -> None:
     fast, usual = (OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / name), resolve=True)
                    for name in ("perfusion-fast.yaml", "perfusion.yaml"))
-    for key in ("encoder", "encoder_strength", "value_lr"):
+    for key in ("encoder", "encoder_strength", "value_lr", "used_layers"):
         fast["model"]["params"].pop(key)
         usual["model"]["params"].pop(key, None)
     assert fast["model"] == usual["model"] and fast["data"] == usual["data"]
