@@ -8,6 +8,7 @@
 
 Modules:
     pipeline.py       PerfusionPipeline: the one path from prompts to images; everything that generates calls it
+    loaded_concepts.py   its concepts: from files, from values, or predicted from photos
     settings.py       dataclasses: what to generate, how, and with which model (no torch, so command lines stay quick)
     requests.py       one request for each image: prompt, negative prompt, seed
     model_config.py   image sizes, default settings and helper models from a model's config

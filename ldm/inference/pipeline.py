@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -16,33 +16,26 @@ from ldm.checkpoints.load import load_model
 from ldm.common.errors import MemoryShortage, UserError
 from ldm.common.paths import resolve_path
 from ldm.common.prompt_file import fill_slots
-from ldm.common.words import fold_word
-from ldm.concepts.concept import Concept
 from ldm.concepts.finetuned_concept import AnyConcept
-from ldm.concepts.fingerprint import check_base
 from ldm.concepts.prompt_checks import check_prompts
 from ldm.concepts.settings import override_settings, values_for_each
-from ldm.concepts.storage import read_concepts
 from ldm.data.images import from_tensor
 from ldm.inference.encoding import (
     AnyPromptEncoder,
     EncodedPrompts,
-    base_model_of,
     build_prompt_encoder,
     encode_prompts,
 )
+from ldm.inference.loaded_concepts import LoadedConcepts
 from ldm.inference.loras import add_loras
 from ldm.inference.model_config import (
-    DEFAULT_SEGMENTER,
     MODEL_CONFIG,
-    InferenceDefaults,
     complete_settings,
     image_size,
     inference_defaults,
     latent_size,
     model_setting,
     read_model_config,
-    segmenter_of,
 )
 from ldm.inference.notices import tell_about_prompts, tell_about_strength, warn_about_photos, warn_about_size
 from ldm.inference.precision import sixteen_bit_type, uses_sixteen_bits
@@ -53,9 +46,6 @@ from ldm.inference.size_conditions import reads_sizes, sizes_of, with_sizes
 from ldm.inference.source_image import ImageLike, SourceImage, StartingLatents
 from ldm.sampling.samplers import sampler_class
 from ldm.util import pick_device
-
-if TYPE_CHECKING:
-    from ldm.inference.photo_concepts import PhotoReader
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +72,7 @@ class PipelineOutput:
         return [request.seed for request in self.requests]
 
 
-class PerfusionPipeline:
+class PerfusionPipeline(LoadedConcepts):
     """Generate images with one base model and any number of learned concepts.
 
         pipe = PerfusionPipeline.from_pretrained("models/mini")
@@ -109,15 +99,12 @@ class PerfusionPipeline:
         if not hasattr(getattr(model, "cond_stage_model", None), "encode_tokens"):
             target = type(model).__name__ if config is None else model_setting(config, "target")
             raise UserError(f"{target} of this config reads no prompts; choose the config of a text-to-image model")
-        self.model, self.config = model, config
-        self.defaults: InferenceDefaults = inference_defaults(config)
+        super().__init__(model, config, inference_defaults(config))
         self.autocast = uses_sixteen_bits(precision, self.device)
         self.accelerate = accelerate
         self.checkpoint: str | Path | None = None if config is None else model_setting(config, "params.ckpt_path")
-        self.concepts: list[AnyConcept] = []
         self.batch_size = 4
         self._cached_encoder: tuple[list[AnyConcept], AnyPromptEncoder] | None = None
-        self._photo_readers: dict[str | None, PhotoReader] = {}
 
     # Loading
 
@@ -170,70 +157,6 @@ class PerfusionPipeline:
         if checkpoint is not None:
             pipeline.checkpoint, pipeline.defaults = checkpoint, inference_defaults(described, checkpoint)
         return pipeline
-
-    def load_concepts(self, *concepts: str | Path | AnyConcept) -> list[AnyConcept]:
-        """Load concept files, or add `Concept` values, to the concepts that are loaded already.
-
-        If two have the same placeholder, the later one is renamed to `<name-2>`; a log line says so.
-
-        Returns:
-            All concepts that are loaded now.
-
-        Raises:
-            UserError: a file is not a concept file, or a concept belongs to another base model or method.
-        """
-        base = base_model_of(self.model)
-        merged = read_concepts(concepts, self.concepts)
-        for concept in merged:
-            check_base(concept, base)
-        self.concepts = merged
-        return list(merged)
-
-    def load_photos(self, folder: str | Path, super_category: str, placeholder: str = "<it>", *,
-                    masks: str | Path | None = None, strength: float | None = None,
-                    encoder: str | Path | None = None) -> Concept:
-        """Predict a concept from photos in about a second, without training, and add it to the loaded concepts.
-
-            pipe.load_photos("my_drawings/", "teddy bear", "<my-teddy>")
-            images = pipe("a photo of a <my-teddy> on the beach").images
-
-        Args:
-            folder: 1 to 20 photos of the subject.
-            super_category: what kind of subject it is.
-            placeholder: its word in prompts.
-            masks: folder of masks, white where the subject is; None: the subject is segmented automatically.
-            strength: how strong its look is; None: the encoder's own, near 1.
-            encoder: folder of the encoder; None: the one that the model's config names.
-
-        Returns:
-            The concept, which `ldm.concepts.storage.save_concepts` writes to a file.
-
-        Raises:
-            UserError: photos or words cannot be used, the subject is in no photo, or the model has no encoder.
-        """
-        from ldm.inference.photo_concepts import PhotoReader  # the CLIPs' library takes seconds to load
-
-        name = self.defaults.encoder if encoder is None else str(encoder)
-        if name not in self._photo_readers:
-            segmenter = DEFAULT_SEGMENTER if self.config is None else segmenter_of(self.config)
-            self._photo_readers[name] = PhotoReader(self.model, name, self.defaults.segmenter or segmenter,
-                                                    self.defaults.covariance)
-        concept = self._photo_readers[name].read(folder, super_category, placeholder, masks, strength)
-        self.load_concepts(concept)
-        return self.concepts[-1]
-
-    def unload_concepts(self, *placeholders: str) -> None:
-        """Unload the concepts with these placeholders, or all concepts if none are given.
-
-        Raises:
-            UserError: a placeholder belongs to no loaded concept.
-        """
-        for word in placeholders:
-            if fold_word(word) not in (fold_word(concept.placeholder) for concept in self.concepts):
-                raise UserError(f"no loaded concept is called {word}; loaded are "
-                                f"{', '.join(concept.placeholder for concept in self.concepts) or 'none'}")
-        gone = {fold_word(word) for word in placeholders}
-        self.concepts = [concept for concept in self.concepts if gone and fold_word(concept.placeholder) not in gone]
 
     # Generating
 
