@@ -41,18 +41,27 @@ def boundary_scalings(time: float) -> tuple[float, float]:
     return SIGMA_DATA**2 / norm, scaled / norm**0.5
 
 
-class LCM(Sampler):
-    """Each step predicts the image and, except for the last one, adds new noise to it; at eta 0 it keeps the old."""
+class ConsistencySampler(Sampler):
+    """Visits timesteps of distillation."""
 
-    label = "LCM"
-    default_eta = 1.0
     spacings = ()
     max_steps = DISTILLATION_STEPS
 
     def make_grid(self, steps: int) -> TimeGrid:
-        """Return timesteps of distillation. The last step leads to a clean image."""
+        """Return timesteps of distillation."""
         schedule = self.model.alphas_cumprod
-        return grid_at(schedule, distillation_times(len(schedule), steps), 1.0)
+        return grid_at(schedule, distillation_times(len(schedule), steps), self.last_level(schedule))
+
+    def last_level(self, schedule: Tensor) -> float:
+        """Return the alpha_bar that the last step leads to: that of a clean image."""
+        return 1.0
+
+
+class LCM(ConsistencySampler):
+    """Each step predicts the image and, except for the last one, adds new noise to it; at eta 0 it keeps the old."""
+
+    label = "LCM"
+    default_eta = 1.0
 
     def make_predictor(self, denoise: Denoiser, grid: TimeGrid) -> Denoiser:
         """Predict with the output of the consistency function in place of x_0."""
@@ -70,7 +79,7 @@ class LCM(Sampler):
         return noisy_step(self.make_predictor(denoise, grid), grid, sigmas, sample_noise)
 
 
-class TCD(Sampler):
+class TCD(ConsistencySampler):
     """Each step goes down to timestep (1 - eta) t of the next one's t and adds noise up to t; eta is the paper's gamma.
 
     It is 0.3 by default; Hyper-SD recommends 0.3 to 1, the lower the more steps there are.
@@ -78,13 +87,10 @@ class TCD(Sampler):
 
     label = "TCD"
     default_eta = 0.3
-    spacings = ()
-    max_steps = DISTILLATION_STEPS
 
-    def make_grid(self, steps: int) -> TimeGrid:
-        """Return timesteps of distillation. The last step leads to the schedule's first timestep."""
-        schedule = self.model.alphas_cumprod
-        return grid_at(schedule, distillation_times(len(schedule), steps), float(schedule[0].double()))
+    def last_level(self, schedule: Tensor) -> float:
+        """Return the alpha_bar of the schedule's first timestep."""
+        return float(schedule[0].double())
 
     def make_step(self, denoise: Denoiser, grid: TimeGrid, eta: float, sample_noise: NoiseSource) -> Step:
         """Return the step by way of a lower noise level."""
