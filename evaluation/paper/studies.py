@@ -180,7 +180,7 @@ def _encoder(inputs: StudyInputs) -> list[StudyCurve]:
 @register_study("encoder_settings", "The encoder at other strengths, from one photo, and as the start of all steps")
 def _encoder_settings(inputs: StudyInputs) -> list[StudyCurve]:
     if not inputs.has_encoder:
-        return _points(PERFUSION)
+        return [inputs.perfusion()]
     curves = _points(PREDICTED, *PREDICTED_AT, PREDICTED_FROM_ONE, STARTED_FROM_ENCODER, PERFUSION)
     if inputs.has_used_layers:
         curves += [make_curve(f"{method.name}, all layers", method, all_layers=True)
