@@ -11,13 +11,14 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import torch
 from torch import Generator, Tensor
 
 from ldm.common.progress import show_progress
 from ldm.data.concept_photos import ConceptPhotos, ConceptScene
-from ldm.data.copy_paste import paste_subject
+from ldm.data.copy_paste import INSIDE, paste_subject
 from ldm.data.images import from_tensor, to_tensor
 from ldm.data.kinds import EVERYDAY_KINDS
 from ldm.data.templates import SLOT, fill_template
@@ -63,32 +64,37 @@ def add_scenes(model: ModelWithWords, photos: ConceptPhotos, super_category: str
         settings: see there.
     """
     subjects = [(to_tensor(image), photos.mask(index)[0]) for index, image in enumerate(photos.images)]
-    subjects = [(image, mask) for image, mask in subjects if mask.min() < 0.5]
+    subjects = [(image, mask) for image, mask in subjects if mask.min() < INSIDE]
     if not subjects:
         log.warning("no photo has a mask; training goes on without copy-paste scenes")
         return
-    captions = scene_captions(model, super_category, TRIES * settings.count)
-    scenes: list[ConceptScene] = []
-    progress = show_progress(_generate(model, captions, super_category, settings), len(captions),
-                             f"scenes beside other things for {photos.placeholder_token}", "images")
-    for caption, image in zip(captions, progress, strict=False):
-        region = _find(segmenter, image, super_category)
-        if region is not None:
-            scene, mask = paste_subject(image, region, *subjects[len(scenes) % len(subjects)])
-            scenes.append(ConceptScene(from_tensor(scene), mask[None], caption))
-        if len(scenes) == settings.count:
-            break
+    tries = TRIES * settings.count
+    made = _make_scenes(model, subjects, super_category, segmenter, settings, tries)
+    scenes = list(show_progress(islice(made, settings.count), settings.count,
+                                f"scenes beside other things for {photos.placeholder_token}", "scenes"))
     if len(scenes) < settings.count:
         log.warning("the segmenter finds a %s in only %d of %d generated images, so there are only so many scenes",
-                    super_category, len(scenes), len(captions))
+                    super_category, len(scenes), tries)
     if scenes:
         photos.add_scenes(scenes)
+
+
+def _make_scenes(model: ModelWithWords, subjects: Sequence[tuple[Tensor, Tensor]], super_category: str,
+                 segmenter: ZeroShotSegmenter, settings: SceneSettings, tries: int) -> Iterator[ConceptScene]:
+    """Yield scenes from up to `tries` generated images, with the subjects of the photos in turn."""
+    captions, turns = scene_captions(model, super_category, tries), cycle(subjects)
+    for caption, image in zip(captions, _generate(model, captions, super_category, settings), strict=True):
+        region = _find(segmenter, image, super_category)
+        if region is not None:
+            scene, mask = paste_subject(image, region, *next(turns))
+            yield ConceptScene(from_tensor(scene), mask[None], caption)
 
 
 def scene_captions(model: ModelWithWords, super_category: str, count: int) -> list[str]:
     """Return captions with a `{}` for the concept, each with another thing that the text encoder knows."""
     encoder, own = model.cond_stage_model, set(super_category.lower().split())
-    things = [kind for kind in EVERYDAY_KINDS if not own & set(kind.split()) and not encoder.unknown_words(kind)]
+    others = [kind for kind in EVERYDAY_KINDS if not own & set(kind.split())]
+    things = [kind for kind in others if not encoder.unknown_words(kind)] or others
     rng = random.Random(f"{super_category}/{count}")
     rng.shuffle(things)
     captions = []

@@ -41,6 +41,10 @@ def test_captions_name_one_other_thing_that_is_known() -> None:
     assert any(caption.endswith("a {}") for caption in captions)
 
 
+def test_a_text_encoder_that_knows_nothing_gets_captions_too() -> None:
+    assert len(scene_captions(model_that_knows("zebra crossing"), "cat", 4)) == 4
+
+
 def photos_with_masks(tmp_path: Path) -> ConceptPhotos:
     with in_project_root():
         photos = ConceptPhotos(TEDDY, size=64, placeholder_token="<it>")
