@@ -55,9 +55,18 @@ class ConceptFiles:
         files = sorted(self.folder.glob("*.safetensors")) if self.folder.is_dir() else []
         return found + [ListedConcept(path, path.name) for path in files]
 
-    def dropdown(self, chosen: Sequence[str] | None) -> Any:
-        """Return an update for a dropdown: the concepts in the list, and those chosen ones that are still in it."""
+    def dropdown(self, chosen: Sequence[str] | None, select: bool = False) -> Any:
+        """Return an update for a dropdown: the concepts in the list, and those chosen ones that are still in it.
+
+        If all of them are, the update leaves the choice alone: the user may have made another one since.
+
+        Args:
+            chosen: paths.
+            select: choose them in any case.
+        """
         choices, value = self.choices(chosen)
+        if value == list(chosen or []) and not select:
+            return gr.Dropdown(choices=choices)
         return gr.Dropdown(choices=choices, value=value)
 
     def choices(self, chosen: Sequence[str] | None) -> tuple[list[tuple[str, str]], list[str]]:

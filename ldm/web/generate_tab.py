@@ -137,7 +137,7 @@ class GenerateTab:
     def add_file(self, file: str, chosen: list[str] | None) -> Any:
         """Take a concept file that the user brings."""
         added = self.concepts.add(file)
-        return self.refresh([*(chosen or []), str(added)])
+        return self.concepts.dropdown([*(chosen or []), str(added)], select=True)
 
     # Generating
 
