@@ -180,3 +180,8 @@ def _whole_word_pattern(word: str) -> str:
     before = r"(?<!\w)" if re.match(r"\w", word) else ""
     after = r"(?!\w)" if re.search(r"\w$", word) else ""
     return f"{before}{re.escape(word)}{after}"
+
+
+def with_article(phrase: str) -> str:
+    """Return the phrase behind "a" or "an"."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.data.copy_paste import box_of
 from ldm.modules.color_shares import color_shares
 
 STAGES, DEVIATIONS = 4, 2  # stages that are read, and how many of the first ones have deviations
@@ -33,15 +34,15 @@ def cut_out(image: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor] | N
     Returns:
         (3, size, size) and (1, size, size), or None if the mask holds fewer than 8 pixels.
     """
-    rows, columns = torch.nonzero(mask > CLEAR, as_tuple=True)
-    if len(rows) < MIN_PIXELS:
+    inside = mask > CLEAR
+    if inside.sum() < MIN_PIXELS:
         return None
-    center_y, center_x = (rows.min() + rows.max() + 1) / 2, (columns.min() + columns.max() + 1) / 2
-    side = MARGIN * float(max(rows.max() - rows.min(), columns.max() - columns.min()) + 1)
+    center_x, center_y, longer_side = box_of(inside)
+    side = MARGIN * longer_side
     height, width = mask.shape
     # The affine map from the square's coordinates, -1 to 1, to those of the image.
-    matrix = torch.tensor([[side / width, 0.0, 2 * float(center_x) / width - 1],
-                           [0.0, side / height, 2 * float(center_y) / height - 1]])
+    matrix = torch.tensor([[side / width, 0.0, 2 * center_x / width - 1],
+                           [0.0, side / height, 2 * center_y / height - 1]])
     grid = F.affine_grid(matrix[None], [1, 4, size, size], align_corners=False)
     both = torch.cat([image, mask[None]])[None]
     sampled = F.grid_sample(both, grid, align_corners=False, padding_mode="zeros")[0]

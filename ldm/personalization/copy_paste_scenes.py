@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ldm.common.progress import show_progress
+from ldm.common.words import with_article
 from ldm.data.concept_photos import ConceptPhotos, ConceptScene
 from ldm.data.copy_paste import INSIDE, paste_subject
 from ldm.data.images import from_tensor, to_tensor
 from ldm.data.kinds import EVERYDAY_KINDS
 from ldm.data.templates import SLOT, fill_template
-from ldm.modules.context import PromptContext
 from ldm.modules.segmentation import ZeroShotSegmenter
 from ldm.modules.subject_masks import find_subject
 from ldm.personalization.training_prompts import ModelWithWords
@@ -99,8 +99,7 @@ def scene_captions(model: ModelWithWords, super_category: str, count: int) -> li
     rng.shuffle(things)
     captions = []
     for index in range(count):
-        thing = things[index % len(things)]
-        named = f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+        named = with_article(things[index % len(things)])
         first = index % len(CAPTIONS) == len(CAPTIONS) - 1  # the caption that names the other thing first
         captions.append(CAPTIONS[index % len(CAPTIONS)].format(*((named, SLOT) if first else (SLOT, named))))
     return captions
@@ -110,15 +109,10 @@ def scene_captions(model: ModelWithWords, super_category: str, count: int) -> li
 def _generate(model: ModelWithWords, captions: Sequence[str], super_category: str, settings: SceneSettings
               ) -> Iterator[Tensor]:
     """Yield an image (3, H, W) in [-1, 1] for each caption, of a plain super-category. Seeds are the indices."""
-    encoding, pooled = model.cond_stage_model.encode_unconditional()
-    empty = PromptContext.plain(encoding, pooled=pooled)
     for first in range(0, len(captions), BATCH_SIZE):
         prompts = [fill_template(caption, super_category) for caption in captions[first:first + BATCH_SIZE]]
-        sizes = model.sampling_sizes(len(prompts))
-        latents = model.sample_latents(
-            model.with_sizes(model.plain_prompts(prompts), sizes), len(prompts), settings.steps, settings.scale,
-            model.with_sizes(empty.select([0] * len(prompts)), sizes),
-            generators=[Generator().manual_seed(first + row) for row in range(len(prompts))])
+        latents = model.generate_latents(model.plain_prompts(prompts), range(first, first + len(prompts)),
+                                         settings.steps, settings.scale)
         for latent in latents:
             yield model.decode_first_stage(latent[None])[0].float().cpu().clamp(-1, 1)
 

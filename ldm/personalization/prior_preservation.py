@@ -122,19 +122,13 @@ class PriorPreservation(FinetuningMethod):
 
     def _generate_prior(self, indices: range) -> Tensor:
         """Return latents of the prior images with these indices. Each image has its own seed, its index."""
-        context = self._prior_context(torch.tensor(indices))
-        encoding, pooled = self.cond_stage_model.encode_unconditional()
-        empty = PromptContext.plain(encoding, pooled=pooled).select([0] * len(indices))
-        empty = self.with_sizes(empty, self.sampling_sizes(len(indices)))
-        generators = [Generator().manual_seed(index) for index in indices]
-        latents = self.sample_latents(context, len(indices), self.prior_steps, self.prior_scale, empty,
-                                      generators=generators)
+        latents = self.generate_latents(self._prior_prompts_at(torch.tensor(indices)), indices, self.prior_steps,
+                                        self.prior_scale)
         return latents.float().cpu()
 
-    def _prior_context(self, indices: Tensor) -> PromptContext:
+    def _prior_prompts_at(self, indices: Tensor) -> PromptContext:
         """Return the encoded prompts of the prior images with these indices."""
-        prompts = self._prior_prompts.select((indices % self._prior_prompts.batch_size).to(self.device))
-        return self.with_sizes(prompts, self.sampling_sizes(len(indices)))
+        return self._prior_prompts.select((indices % self._prior_prompts.batch_size).to(self.device))
 
     # The loss
 
@@ -149,6 +143,7 @@ class PriorPreservation(FinetuningMethod):
         chosen = torch.randint(self.prior_count, (len(batch["caption"]),), generator=generator)
         z = self._prior_latents[chosen].to(self.device)
         noise, timesteps = self.sample_noise_and_timesteps(z, generator)
-        prior_loss = self.per_sample_losses(z, self._prior_context(chosen), timesteps, noise)[0].mean()
+        context = self.with_sizes(self._prior_prompts_at(chosen), self.sampling_sizes(len(chosen)))
+        prior_loss = self.per_sample_losses(z, context, timesteps, noise)[0].mean()
         total = losses + self.prior_weight * prior_loss
         return total, {**numbers, "loss_prior": prior_loss.detach()[None], "loss": total.detach()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ldm.common.errors import UserError
 from ldm.data.concept_photos import ConceptPhotos
@@ -67,3 +67,12 @@ class ModelWithWords(LatentDiffusion):
         """Return the sizes of generated images, which are not cropped, (count, 6)."""
         size = self.pixel_size
         return torch.tensor([[*size, 0, 0, *size]] * count, dtype=torch.float32, device=self.device)
+
+    def generate_latents(self, prompts: PromptContext, seeds: Sequence[int], steps: int, scale: float) -> Tensor:
+        """Sample scaled latents (B, C, h, w) of B encoded prompts without concepts, each from a seed of its own."""
+        encoding, pooled = self.cond_stage_model.encode_unconditional()
+        empty = PromptContext.plain(encoding, pooled=pooled).select([0] * len(seeds))
+        sizes = self.sampling_sizes(len(seeds))
+        return self.sample_latents(self.with_sizes(prompts, sizes), len(seeds), steps, scale,
+                                   self.with_sizes(empty, sizes),
+                                   generators=[Generator().manual_seed(seed) for seed in seeds])

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.common.errors import UserError
+from ldm.common.words import with_article
 from ldm.data.mini.attribute_captions import bind_attributes
 from ldm.data.mini.backgrounds import BACKGROUNDS
 from ldm.data.mini.styles import STYLES
@@ -186,11 +187,6 @@ def crop_around(center: tuple[float, float], image: Image.Image, mask: np.ndarra
     box = close_up_box(center, *image.size)
     mask_window = Image.fromarray(mask).resize(image.size, Image.Resampling.BILINEAR, box)
     return image.resize(image.size, Image.Resampling.BICUBIC, box), np.array(mask_window)
-
-
-def with_article(phrase: str) -> str:
-    """Return the phrase behind "a" or "an"."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 class SceneDataset(Dataset):
