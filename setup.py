@@ -44,7 +44,8 @@ setup(
         "benchmark": ["diffusers>=0.35", "peft"],
         "web": ["gradio>=6", "psutil"],  # the page; psutil finds the process of a run again
         "notebook": ["notebook", "ipykernel", "ipywidgets"],
-        "test": ["pytest", "hypothesis", "diffusers>=0.35", "perfusion-pytorch", "ruff", "matplotlib", "peft",
+        "test": ["pytest", "pytest-xdist",  # the latter runs tests side by side
+                 "hypothesis", "diffusers>=0.35", "perfusion-pytorch", "ruff", "matplotlib", "peft",
                  "nbclient", "ipykernel",  # these two run docs/quickstart.ipynb
                  "gradio>=6", "psutil", "playwright"],  # and these the page, in a browser
     },

@@ -8,6 +8,10 @@ import random
 from ldm.common.threads import use_passive_waiting
 
 use_passive_waiting()  # before torch is imported
+# Test processes that run side by side share the cores, also among the commands that they start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -106,6 +106,7 @@ def test_the_log_folder_is_complete(teddy: SimpleNamespace) -> None:
     assert {"samples", "train/embedding_distance"} <= {*events.Tags()["images"], *events.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_a_run_prints_where_its_files_are(teddy: SimpleNamespace) -> None:
     lines = [line for line in teddy.output.splitlines() if "Warning" not in line]
     size = teddy.concept.stat().st_size / 1e3

@@ -118,20 +118,24 @@ def compose_window(subject: ExampleSubject, rng: np.random.Generator, size: int)
     layout = SIDE_BY_SIDE if rng.random() < 0.5 else SIDE_BY_SIDE[::-1]
     kinds = [name for name in KIND_NAMES if name != subject.kind and sprite_sets(name)]
     other = ExampleSubject(kinds[rng.integers(len(kinds))], Appearance(), held_out=False)
-    scene_subjects = [_scene_subject(one, rng, *spot, 0.4) for one, spot in zip((subject, other), layout, strict=True)]
-    return window_at(_compose(scene_subjects, rng, size), layout[0][0])
+    return window_at(compose_two((subject, other), rng, size, layout), layout[0][0])
+
+
+def compose_two(subjects: Sequence[ExampleSubject], rng: np.random.Generator, size: int,
+                layout: Sequence[tuple[Position, float]] = SIDE_BY_SIDE, background: str | None = None) -> Tensor:
+    """Compose a scene (3, size, size) in [-1, 1] of two subjects.
+
+    Args:
+        layout: position and extent of each; the first one is on the left if it is not given.
+        background: None: a random one that no photo shows.
+    """
+    scene_subjects = [_scene_subject(subject, rng, *spot, 0.4) for subject, spot in zip(subjects, layout, strict=True)]
+    return _compose(scene_subjects, rng, size, background)
 
 
 def compose_pair(first: str, second: str, background: str | None, rng: np.random.Generator, size: int) -> Tensor:
-    """Compose a scene (3, size, size) in [-1, 1] of two concepts, the first one on the left.
-
-    Args:
-        background: None: a random one that no photo shows.
-    """
-    subjects = [example_subject(name) for name in (first, second)]
-    scene_subjects = [_scene_subject(subject, rng, *spot, 0.4)
-                      for subject, spot in zip(subjects, SIDE_BY_SIDE, strict=True)]
-    return _compose(scene_subjects, rng, size, background)
+    """Compose a scene of two concepts, the first one on the left; arguments and result as for `compose_two`."""
+    return compose_two([example_subject(name) for name in (first, second)], rng, size, background=background)
 
 
 def _scene_subject(subject: ExampleSubject, rng: np.random.Generator, center: Position, extent: float, freedom: float

@@ -30,6 +30,7 @@ from evaluation.paper.methods import (
     CUSTOM_DIFFUSION,
     FROM_NOTHING,
     PERFUSION,
+    PREDICTED,
     REFINED,
     TEXTUAL_INVERSION,
 )
@@ -195,6 +196,12 @@ def _encoder(study: Study, results: Results) -> Claims:
                      (REFINED.name, FROM_NOTHING.name))
     yield _is_above(f"{REFINED.name} give a better trade-off than all steps without the encoder", refined, own,
                     (REFINED.name, PERFUSION.name))
+    # Similarities of whole images hardly see colors and patterns, so these are also counted.
+    for first, second in ((PREDICTED, FROM_NOTHING), (PREDICTED, PERFUSION), (REFINED, PERFUSION)):
+        yield _happens_more(f"images of {first.name} show the attributes more often than those of {second.name}",
+                            "attributes", curves[first], curves[second], results)
+    yield _happens_more(f"beside another subject, a concept of {REFINED.name} keeps its kind more often than one of "
+                        f"{PERFUSION.name}", "own_kind", curves[REFINED], curves[PERFUSION], results)
 
 
 @claims_about("two_concepts")
@@ -266,6 +273,15 @@ def _follows_more(text: str, first: StudyCurve, second: StudyCurve, results: Res
     one = results.curve(_at_biases_of(second, first))
     other = results.curve(_at_biases_of(first, second))
     return _is_more(text, one.text - other.text)
+
+
+def _happens_more(text: str, column: str, first: StudyCurve, second: StudyCurve, results: Results) -> Claim:
+    """Claim that the first curve has more images with what a column of percents records, at the biases of both."""
+    pairs = [[results.cells(variant, column) for variant in curve.variants]
+             for curve in (_at_biases_of(second, first), _at_biases_of(first, second))]
+    difference = np.mean([np.subtract(*resampled_means(pair)) for pair in zip(*pairs, strict=True)], axis=0)
+    estimate = percentile_estimate(difference)
+    return Claim(text, decide(estimate, margin=0), f"{_signed(estimate)} % of images at equal bias")
 
 
 def _rises(text: str, values: np.ndarray, ends: str) -> Claim:

@@ -11,7 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.metrics.scoring import ConceptScorer, stack_images
-from evaluation.mini.fidelity import ExampleSubject, SubjectFidelity, first_subject_position, keeps_attributes
+from evaluation.mini.fidelity import (
+    ExampleSubject,
+    Position,
+    SubjectFidelity,
+    first_subject_position,
+    keeps_attributes,
+)
 from evaluation.mini.own_kind import OwnKindRecognizer
 from evaluation.mini.world_prompts import SceneRecognizer
 from evaluation.paper.examples import ConceptPair, ExampleConcept, concept_names
@@ -101,28 +107,29 @@ class Evaluators:
                          ) -> list[Record]:
         batch = stack_images(images)
         scores = self.scorer(example)(batch, [case.text for case in cases])
-        subjects = self.fidelity.classify(batch, [first_subject_position(case.text) for case in cases])
-        besides = self._measure_beside(batch, cases, subjects, example)
+        positions = [first_subject_position(case.text) for case in cases]
+        subjects = self.fidelity.classify(batch, positions)
+        attributes = [_attribute_record(subject, example, keeps_attributes(case.text), position is not None)
+                      for case, subject, position in zip(cases, subjects, positions, strict=True)]
+        kinds = self._measure_kinds(batch, positions, attributes, example)
         backgrounds = self.world.recognize_backgrounds(batch)
         records = []
-        for case, score, subject, beside, background in zip(cases, scores, subjects, besides, backgrounds, strict=True):
-            attributes = _attribute_record(subject, example, keeps_attributes(case.text))
+        for index, (case, background) in enumerate(zip(cases, backgrounds, strict=True)):
             is_correct = _percent(background == case.background) if case.background else None
-            records.append({**score, **attributes, **beside, "recognized": subject.label,
-                            "background_correct": is_correct, "background": background})
+            records.append({**scores[index], **attributes[index], "own_kind": kinds[index],
+                            "recognized": subjects[index].label, "background_correct": is_correct,
+                            "background": background})
         return records
 
-    def _measure_beside(self, images: Tensor, cases: Sequence[PromptCase], subjects: Sequence[ExampleSubject],
-                        example: ExampleConcept) -> list[Record]:
-        """Record attributes and kind of the concept where another subject stands beside it; None elsewhere."""
-        records: list[Record] = [{"attributes_beside": None, "own_kind": None} for _ in cases]
-        positions = {index: position for index, case in enumerate(cases) if keeps_attributes(case.text)
-                     and (position := first_subject_position(case.text)) is not None}
-        own = self.own_kinds.is_own_kind(example.name, images[list(positions)], list(positions.values()))
-        for index, is_own in zip(positions, own, strict=True):
-            has_attributes = subjects[index].concept == example.name
-            records[index] = {"attributes_beside": _percent(has_attributes), "own_kind": _percent(is_own)}
-        return records
+    def _measure_kinds(self, images: Tensor, positions: Sequence[Position | None], attributes: Sequence[Record],
+                       example: ExampleConcept) -> list[float | None]:
+        """Return 100 or 0: whether the concept keeps its kind beside another subject; None where it need not."""
+        besides = [index for index, record in enumerate(attributes) if record["attributes_beside"] is not None]
+        own = self.own_kinds.is_own_kind(example.name, images[besides], [positions[index] for index in besides])
+        kinds: list[float | None] = [None] * len(images)
+        for index, is_own in zip(besides, own, strict=True):
+            kinds[index] = _percent(is_own)
+        return kinds
 
     def _measure_pairs(self, images: Sequence[Image.Image], pair: ConceptPair) -> list[Record]:
         names = {*concept_names(pair)}
@@ -137,16 +144,19 @@ class Evaluators:
         return records
 
 
-def _attribute_record(subject: ExampleSubject, example: ExampleConcept, applies: bool) -> Record:
+def _attribute_record(subject: ExampleSubject, example: ExampleConcept, applies: bool, is_beside: bool) -> Record:
     """Record whether an image shows a concept's attributes, and whether it shows the exact sprite of its photos.
 
     Args:
-        applies: False if the prompt asks for other attributes; both values are None then.
+        applies: False if the prompt asks for other attributes; all values are None then.
+        is_beside: whether another subject stands beside the concept; `attributes_beside` is None if not.
     """
     if not applies:
-        return {"attributes": None, "exact_match": None}
+        return {"attributes": None, "exact_match": None, "attributes_beside": None}
     has_attributes = subject.concept == example.name
-    return {"attributes": _percent(has_attributes), "exact_match": _percent(has_attributes and subject.held_out)}
+    shown = _percent(has_attributes)
+    return {"attributes": shown, "exact_match": _percent(has_attributes and subject.held_out),
+            "attributes_beside": shown if is_beside else None}
 
 
 def _percent(condition: object) -> float:

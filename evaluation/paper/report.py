@@ -34,7 +34,7 @@ class Report:
     Attributes:
         folder: gets `<study>.md` and `<study>.png` for each study, `summary.md` and `results.json`.
         settings: what everything was made with.
-        ceilings: accuracy of recognizing attributes on real scenes.
+        ceilings: accuracy of recognizing attributes and kinds on real scenes.
         sections: Markdown of each study.
         claims: checked claims of all studies.
         tables: rows of each study's table.
@@ -79,7 +79,7 @@ class Report:
                  f"| claim | outcome | evidence |\n|---|---|---|\n{claims}\n{RULE}\n", *self.sections.values()]
         if self.ceilings:
             listed = "".join(f"- {name}: {estimate.text('%')}\n" for name, estimate in self.ceilings.items())
-            parts.append(f"## Accuracy of recognizing attributes, on real scenes\n\n{listed}")
+            parts.append(f"## Accuracy of recognizing attributes and kinds, on real scenes\n\n{listed}")
         return "\n".join(parts)
 
 

@@ -34,6 +34,7 @@ from ldm.training.run_record import describe_machine
 from ldm.util import pick_device
 
 EXAMPLES_DIR = PROJECT_ROOT / "models" / "mini" / "examples"
+OWN_KIND = "own kind of concepts beside another subject"  # name of a ceiling
 MAX_JOBS = 4  # trainings at a time, unless a number is given
 ACCELERATORS = {"": None, "cuda": "gpu"}  # what main.py calls the kind of a device, if not by the same name
 
@@ -147,8 +148,11 @@ class Reproduction:
         return Progress(trainings, images)
 
     def estimate_ceilings(self) -> dict[str, Estimate]:
-        """Return how often attributes are recognized on real scenes, in percent."""
-        hits = self.evaluation.evaluators.fidelity.measure_ceilings()
+        """Return how often attributes and kinds are recognized on real scenes, in percent."""
+        evaluators = self.evaluation.evaluators
+        hits = evaluators.fidelity.measure_ceilings()
+        hits[OWN_KIND] = [hit for example in self.examples
+                          for hit in evaluators.own_kinds.measure_ceiling(example.name)]
         return {name: bootstrap_mean(values) for name, values in hits.items()}
 
     def _trainings(self, studies: Sequence[Study]) -> list[tuple[Method, ExampleConcept]]:

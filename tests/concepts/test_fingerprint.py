@@ -14,6 +14,7 @@ from helpers.concept_values import INNER_WIDTHS, make_concept, make_text_layers
 from ldm.checkpoints.read import read_state_dict
 from ldm.common.errors import UserError
 from ldm.common.paths import PROJECT_ROOT
+from ldm.concepts import fingerprint
 from ldm.concepts.concept import Concept
 from ldm.concepts.fingerprint import KNOWN_BASES, BaseModel, base_fingerprint, check_base, checkpoint_name
 from ldm.concepts.merging import merge_concepts
@@ -55,6 +56,7 @@ def test_the_base_in_another_precision_is_the_same(caplog: Any, precision: torch
 
 
 def test_a_finetuned_base_causes_one_warning(caplog: Any) -> None:
+    fingerprint._warn_of_another_base.cache_clear()  # another test may have caused it
     concept = taught_on(loaded(name="plain"), source="tuned.safetensors")
     for _ in range(3):
         check_base(concept, loaded(noise=1e-2, name="tuned"))

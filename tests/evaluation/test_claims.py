@@ -15,6 +15,7 @@ from evaluation.paper.methods import (
     CELEB_BASIS,
     CUSTOM_DIFFUSION,
     DREAMBOOTH,
+    FROM_NOTHING,
     FULL_PROJECTION,
     NO_MASKS,
     PERFUSION,
@@ -267,3 +268,16 @@ def test_cells_group_values_by_concept_and_prompt_and_leave_out_gaps() -> None:
     results = Results({(variant, ("owl",)): records, (variant, ("cat",)): records[:1], (other, ("cat",)): records}, {})
     assert results.cells(variant, "text") == {(("owl",), "b"): [1.0, 3.0], (("cat",), "b"): [1.0]}
     assert results.concepts == {"owl", "cat"}
+
+
+def test_attributes_tell_a_prediction_from_few_steps_though_similarities_do_not() -> None:
+    def means_of(variant: Variant) -> Means:
+        shown = 5.0 if variant.method == FROM_NOTHING else 80.0
+        return {**on_the_front(variant), "attributes": shown, "own_kind": 95.0 - shown}
+
+    outcomes = outcomes_of("encoder", means_of)
+    assert outcomes["images of encoder show the attributes more often than those of 12 steps from nothing"] == SUPPORTED
+    assert outcomes["images of encoder show the attributes more often than those of Perfusion"] == INCONCLUSIVE
+    kinds = "beside another subject, a concept of encoder and 12 steps keeps its kind more often than one of Perfusion"
+    assert outcomes[kinds] == INCONCLUSIVE
+    assert outcomes["encoder and 12 steps give a better trade-off than 12 steps from nothing"] == NOT_SUPPORTED

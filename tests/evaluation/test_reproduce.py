@@ -161,7 +161,7 @@ def test_every_study_has_a_table_a_figure_and_claims(run: Run, training_calls: l
     assert set(results["ceilings"]) == {
         "concepts alone", "concepts beside another subject", "trained sprites in their appearances, alone",
         "trained sprites in their appearances, beside another subject", "others classified as a concept",
-        "two concepts side by side, both"}
+        "two concepts side by side, both", "own kind of concepts beside another subject"}
     assert {claim["outcome"] for claim in results["claims"] if claim["study"] != "cost"} == {INCONCLUSIVE}
     cost = results["studies"]["cost"][0]["estimates"]["seconds"]
     assert (cost["mean"], cost["low"]) == (1.5, None) and "trainings at once" in (folder / "cost.md").read_text()

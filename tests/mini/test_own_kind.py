@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.mini.fidelity import ExampleSubject, _compose, _scene_subject, example_subject
+from evaluation.mini.fidelity import ExampleSubject, compose_two, example_subject
 from evaluation.mini.own_kind import OwnKindRecognizer
 from ldm.data.mini.example_concepts import CONCEPTS
-from ldm.data.mini.scenes import SIDE_BY_SIDE
+from ldm.data.mini.scenes import SIDE_BY_SIDE, Appearance
 from ldm.models.clip_encoder import ClipEncoder
 
 pytestmark = pytest.mark.slow
@@ -24,12 +24,8 @@ def recognizer() -> OwnKindRecognizer:
 def scenes(subject: ExampleSubject, count: int = 6) -> torch.Tensor:
     """Compose scenes of a subject on the left of a mug in its own colors."""
     rng = np.random.default_rng(5)
-    mug = ExampleSubject("mug", type(subject.appearance)(), False)
-    images = []
-    for _ in range(count):
-        both = [_scene_subject(one, rng, *spot, 0.4) for one, spot in zip((subject, mug), SIDE_BY_SIDE, strict=True)]
-        images.append(_compose(both, rng, 64))
-    return torch.stack(images)
+    mug = ExampleSubject("mug", Appearance(), False)
+    return torch.stack([compose_two((subject, mug), rng, 64) for _ in range(count)])
 
 
 def test_the_concept_and_trained_sprites_in_its_look_are_of_its_kind(recognizer: OwnKindRecognizer) -> None:
