@@ -44,6 +44,7 @@ class TrainableConcept(nn.Module):
         super_input = super_input.detach().float()
         keys = locked_keys(text_layers, super_input[None])
         values = project_inputs(text_layers, super_input[None], "to_v")
+        self._super_values = {name: value.clone() for name, value in values.items()}
         self.origin: dict[str, str] = {}
         self.layer_names = [name for name in text_layers if not trained_layers or name in trained_layers]
 
@@ -133,11 +134,14 @@ class TrainableConcept(nn.Module):
         """Scale v to the norm of its start, for each text encoder; `widths` as for `word_norms.part_norms`."""
         restore_norms(self.embedding, self.start, widths)
 
-    def to_concept(self, inverse_covariance: Tensor, **settings: object) -> Concept:
+    def to_concept(self, inverse_covariance: Tensor, shares: Mapping[str, float] | None = None, **settings: object
+                   ) -> Concept:
         """Return a copy of the concept as a value.
 
         Args:
             inverse_covariance: C^-1, (d, d), used in training.
+            shares: layer name -> share of what it has learned in its o*_V, from 0 (W_V i_super) to 1 (all of it, like
+                the layers that are not named).
             settings: the attributes of `Concept` that are not tensors.
         """
         dual = dual_vectors(self.target_input[None], inverse_covariance)[0]
@@ -148,7 +152,7 @@ class TrainableConcept(nn.Module):
             dual=dual,
             target_energy=energy if math.isfinite(energy) else None,  # not finite: training diverged, saving will raise
             super_input=self.super_input.clone(),
-            target_outputs_v=self._copy_outputs(self.target_outputs_v),
+            target_outputs_v=self._mix(self._copy_outputs(self.target_outputs_v), shares or {}),
             target_outputs_k={} if self.target_outputs_k is None else self._copy_outputs(self.target_outputs_k),
             **self.origin,
             **settings,
@@ -157,3 +161,8 @@ class TrainableConcept(nn.Module):
     def _copy_outputs(self, target_outputs: nn.ParameterList) -> dict[str, Tensor]:
         """Return layer name -> (p,)."""
         return {name: output[0].detach().clone() for name, output in self._by_layer(target_outputs).items()}
+
+    def _mix(self, outputs: Mapping[str, Tensor], shares: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return W_V i_super + share (o*_V - W_V i_super) of each layer."""
+        return {name: self._super_values[name][0].to(output).lerp(output, shares[name]) if name in shares else output
+                for name, output in outputs.items()}

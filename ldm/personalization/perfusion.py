@@ -56,6 +56,8 @@ class Perfusion(PersonalizationMethod):
             `output_blocks` or `output_blocks.3`. The other layers are trained as well, and so absorb the layout and
             style of the photos, but generation uses the super-category's output W_V i_super there. None: all layers,
             as in the paper.
+        other_layers_share: share of what the layers outside of `used_layers` have learned in the concept's o*_V, from
+            0 to 1. Not 0: the concept uses all layers, these to that extent, W_V i_super + share (o*_V - W_V i_super).
         pooled: which pooled encoding the U-Net reads in models that have one, such as SDXL: that of the prompt with the
             "super_category" in the concept's place (locked, like the keys), or with the "concept" itself.
         projection: "full" (the paper's Eq. 3) or "gated", see `ldm.modules.rank_one`; concepts keep it.
@@ -80,9 +82,9 @@ class Perfusion(PersonalizationMethod):
                  value_lr: float = 0.03, locking: str = "local", projection: str = "full",
                  target_input_decay: float = 0.99, covariance: str | None = None, inference_bias: float | None = None,
                  used_layers: str | Sequence[str] | None = None, trained_layers: str | Sequence[str] | None = None,
-                 pooled: str = "super_category", thumbnail: bool = False, encoder: str | None = None,
-                 encoder_strength: float | None = None, copy_paste_scenes: int = 0, scene_steps: int = 30,
-                 scene_scale: float = 6.0, **personalization: Any) -> None:
+                 other_layers_share: float = 0.0, pooled: str = "super_category", thumbnail: bool = False,
+                 encoder: str | None = None, encoder_strength: float | None = None, copy_paste_scenes: int = 0,
+                 scene_steps: int = 30, scene_scale: float = 6.0, **personalization: Any) -> None:
         check_known(locking=(locking, LOCKINGS), projection=(projection, PROJECTIONS), pooled=(pooled, POOLED))
         check_positive(temperature=temperature, value_lr=value_lr)
         if not embedding_lr and personalization.get("init_embedding"):
@@ -95,6 +97,9 @@ class Perfusion(PersonalizationMethod):
         if covariance is not None and not resolve_path(covariance).is_file():  # before the weights, which take longer
             raise UserError(f"covariance {covariance}: no such file; compute it with scripts/compute_covariance.py, "
                             "or set null")
+        if not 0 <= other_layers_share <= 1 or other_layers_share and not used_layers:
+            raise UserError(f"other_layers_share {other_layers_share}: must be at least 0 and at most 1, and needs "
+                            "used_layers")
         check_positive(scene_steps=scene_steps, scene_scale=scene_scale)
         if copy_paste_scenes < 0 or copy_paste_scenes and personalization.get("segmenter") is None:
             raise UserError(f"copy_paste_scenes {copy_paste_scenes}: must not be below 0, and needs a segmenter "
@@ -113,6 +118,7 @@ class Perfusion(PersonalizationMethod):
         self.trained_layers = find_layers("trained_layers", as_list(trained_layers or ()), self.text_layers)
         learned = self.trained_layers or list(self.text_layers)
         self.used_layers = find_layers("used_layers", as_list(used_layers or ()), learned)
+        self.other_layers_share = other_layers_share
         self.target_input_decay, self.covariance = target_input_decay, covariance
         self.scenes = SceneSettings(copy_paste_scenes, scene_steps, scene_scale)
         self._inverse_covariance: Tensor | None = None
@@ -278,12 +284,16 @@ class Perfusion(PersonalizationMethod):
             torch.distributed.broadcast(concept.target_input, src=index % devices)
 
     def export_concept(self, index: int = 0) -> Concept:
-        concept = self.concepts[index]
+        concept, used_layers = self.concepts[index], self.used_layers
+        shares = {}
+        if self.other_layers_share:
+            shares = {name: self.other_layers_share for name in concept.layer_names if name not in used_layers}
+            used_layers = []
         return concept.to_concept(
-            self.inverse_covariance(), word_parts=dict(self.cond_stage_model.word_parts),
+            self.inverse_covariance(), shares, word_parts=dict(self.cond_stage_model.word_parts),
             placeholder=self.placeholders[index], super_category=self.super_categories[index],
             bias=float(self.inference_bias), temperature=float(self.temperature), projection=self.projection,
-            used_layers=self.used_layers, pooled=self.pooled, steps=int(self.global_step),
+            used_layers=used_layers, pooled=self.pooled, steps=int(self.global_step),
             date=current_date(), **self.base_model.stored)
 
     def sampling_encoder(self, concepts: Sequence[Concept]) -> ConceptPromptEncoder:

@@ -150,6 +150,8 @@ def test_a_super_category_of_several_pieces_is_their_mean(folder: Path) -> None:
     ({"ckpt_path": None}, "--actual_resume"), ({"placeholder": "two words"}, "white space"),
     ({"locking": "global"}, "local, trained"), ({"projection": "half"}, "full, gated"),
     ({"used_layers": ["outer"]}, "layer that reads text is called outer"), ({"temperature": 0.0}, "above 0"),
+    ({"other_layers_share": 0.5}, "needs used_layers"),
+    ({"other_layers_share": 1.5, "used_layers": "output_blocks"}, "other_layers_share 1.5: .*at most 1"),
     ({"covariance": "missing.safetensors"}, "missing.safetensors"), ({"ckpt_path": "missing.ckpt"}, "missing.ckpt"),
 ])
 def test_invalid_params_raise_a_user_error_of_one_line(folder: Path, params: dict[str, Any], message: str) -> None:
@@ -372,6 +374,18 @@ def test_unused_layers_are_trained_but_not_sampled_with(folder: Path, tmp_path: 
             assert moved.norm() > 0.1
             expected = trained if name.startswith("output_blocks") else trained + learning.gates * moved
             torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_layers_keep_a_share_of_what_they_learned(folder: Path) -> None:
+    model = prepared(folder, used_layers="output_blocks", other_layers_share=0.25)
+    perturb(model)
+    (concept,), exported = model.concepts, model.export_concept()
+    assert exported.used_layers == [] and exported.target_outputs_v.keys() == {*concept.layer_names}
+    learned = dict(zip(concept.layer_names, concept.target_outputs_v, strict=True))
+    for name, output in exported.target_outputs_v.items():
+        plain = model.text_layers[name].to_v.weight @ concept.super_input
+        share = 1.0 if name.startswith("output_blocks") else 0.25
+        torch.testing.assert_close(output, plain + share * (learned[name][0] - plain), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("prefixes", "used"), [
