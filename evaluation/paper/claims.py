@@ -32,7 +32,9 @@ from evaluation.paper.methods import (
     PERFUSION,
     PREDICTED,
     REFINED,
+    SHARES_LAYERS,
     TEXTUAL_INVERSION,
+    WITH_SCENES,
 )
 from evaluation.paper.results import Results
 from evaluation.paper.studies import STUDIES
@@ -202,6 +204,19 @@ def _encoder(study: Study, results: Results) -> Claims:
                             "attributes", curves[first], curves[second], results)
     yield _happens_more(f"beside another subject, a concept of {REFINED.name} keeps its kind more often than one of "
                         f"{PERFUSION.name}", "own_kind", curves[REFINED], curves[PERFUSION], results)
+
+
+@claims_about("scenes")
+def _scenes(study: Study, results: Results) -> Claims:
+    """Not claims of the paper: is what this project adds an improvement?"""
+    own, *others = study.curves
+    curves = {curve.variants[0].method: curve for curve in others}
+    for method in (SHARES_LAYERS, WITH_SCENES) if others else ():
+        for column, what in (("attributes", "shows the attributes"), ("exact_match", "matches the photos' sprite")):
+            yield _happens_more(f"{method.name}: an image {what} more often than with the last layer alone", column,
+                                curves[method], own, results)
+        yield _happens_more(f"{method.name}: beside another subject, a concept keeps its kind more often than with the "
+                            "last layer alone", "own_kind", curves[method], own, results)
 
 
 @claims_about("two_concepts")

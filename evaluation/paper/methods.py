@@ -51,6 +51,12 @@ STARTED_FROM_ENCODER = Method(f"encoder and {ALL_STEPS} steps", overrides=_encod
 FROM_NOTHING = Method(f"{FEW_STEPS} steps from nothing",
                       overrides=("model.params.encoder=null", f"lightning.trainer.max_steps={FEW_STEPS}"))
 
+# Perfusion with a share of what its other layers learn, without and with scenes beside other things.
+SHARES_LAYERS = Method("other layers to a quarter", overrides=("model.params.other_layers_share=0.25",))
+WITH_SCENES = Method("scenes, other layers to a half", overrides=(
+    "model.params.copy_paste_scenes=10", "model.params.scene_steps=15", "model.params.scene_scale=2",
+    "model.params.other_layers_share=0.5"), combinable=True)  # as in configs/perfusion-scenes.yaml
+
 # Other methods.
 TEXTUAL_INVERSION = Method("Textual Inversion", "configs/baselines/textual-inversion.yaml", combinable=True)
 FOUR_VECTORS = Method("Textual Inversion, 4 vectors", "configs/baselines/textual-inversion.yaml",

@@ -29,9 +29,11 @@ from evaluation.paper.methods import (
     PREDICTED_AT,
     PREDICTED_FROM_ONE,
     REFINED,
+    SHARES_LAYERS,
     STARTED_FROM_ENCODER,
     TRAINED_KEYS,
     TRAINING_BIAS,
+    WITH_SCENES,
 )
 
 TEMPERATURES = (0.05, 0.15)  # compared with the temperature of training
@@ -71,6 +73,11 @@ class StudyInputs:
     def encoded(self) -> list[Method]:
         """Return the methods that begin with the encoder's prediction, if there is an encoder."""
         return [PREDICTED, REFINED] if self.has_encoder else []
+
+    @property
+    def can_make_scenes(self) -> bool:
+        """Whether the settings of `WITH_SCENES` suit the base model and its config."""
+        return self.has_encoder and self.has_used_layers
 
     def all_layers(self, biases: Sequence[float]) -> list[StudyCurve]:
         """Return Perfusion with the target outputs of all layers, if its config does not use all layers anyway."""
@@ -188,11 +195,19 @@ def _encoder_settings(inputs: StudyInputs) -> list[StudyCurve]:
     return curves
 
 
+@register_study("scenes", "A share of all layers, without and with training scenes beside other things")
+def _scenes(inputs: StudyInputs) -> list[StudyCurve]:
+    others = [SHARES_LAYERS, WITH_SCENES] if inputs.can_make_scenes else []
+    curves = [inputs.perfusion(), *(inputs.compared(method.name, method) for method in others)]
+    return curves + (inputs.all_layers(inputs.comparison_biases) if others else [])
+
+
 @register_study("two_concepts", "Two concepts, trained separately, in one image", "pairs")
 def _two_concepts(inputs: StudyInputs) -> list[StudyCurve]:
     curves = [make_curve("Perfusion", PERFUSION, biases=inputs.pair_biases), *inputs.all_layers(inputs.pair_biases)]
     variants = [variant for curve in curves for variant in curve.variants]
     variants += [Variant(method) for method in inputs.encoded()]
+    variants += [Variant(WITH_SCENES)] if inputs.can_make_scenes else []
     variants += [Variant(method) for method in (*_combinable(inputs.baselines), BASE_MODEL)]
     # Each variant is a bar of its own.
     return [StudyCurve(variant.name, (variant,)) for variant in variants]

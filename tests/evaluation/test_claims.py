@@ -19,8 +19,10 @@ from evaluation.paper.methods import (
     FULL_PROJECTION,
     NO_MASKS,
     PERFUSION,
+    SHARES_LAYERS,
     TEXTUAL_INVERSION,
     TRAINED_KEYS,
+    WITH_SCENES,
 )
 from evaluation.paper.results import Results, TrainingCost
 from evaluation.paper.studies import StudyInputs, build_studies
@@ -281,3 +283,17 @@ def test_attributes_tell_a_prediction_from_few_steps_though_similarities_do_not(
     kinds = "beside another subject, a concept of encoder and 12 steps keeps its kind more often than one of Perfusion"
     assert outcomes[kinds] == INCONCLUSIVE
     assert outcomes["encoder and 12 steps give a better trade-off than 12 steps from nothing"] == NOT_SUPPORTED
+
+
+def test_what_scenes_and_shares_bring_is_counted() -> None:
+    exact = {SHARES_LAYERS: 30.0, WITH_SCENES: 10.0}
+
+    def means_of(variant: Variant) -> Means:
+        return {"text": 60.0, "image": 25.0, "attributes": 80.0, "own_kind": 70.0,
+                "exact_match": exact.get(variant.method, 20.0)}
+
+    outcomes = outcomes_of("scenes", means_of)
+    what = "an image matches the photos' sprite more often than with the last layer alone"
+    assert outcomes[f"{SHARES_LAYERS.name}: {what}"] == SUPPORTED
+    assert outcomes[f"{WITH_SCENES.name}: {what}"] == NOT_SUPPORTED
+    assert len(outcomes) == 6

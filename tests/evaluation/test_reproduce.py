@@ -144,7 +144,7 @@ def test_every_study_has_a_table_a_figure_and_claims(run: Run, training_calls: l
     folder = tmp_path / "out"
     assert list(results["studies"]) == list(STUDIES)
     claimed = list(dict.fromkeys(claim["study"] for claim in results["claims"]))
-    assert claimed == [key for key in STUDIES if not key.startswith("encoder")]  # there is none for this base model
+    assert claimed == [key for key in STUDIES if not key.startswith(("encoder", "scenes"))]  # for the bundled model
     assert len(training_calls) == 11 * 2  # the config's own projection is not trained twice
     summary = (folder / "summary.md").read_text()
     for key in STUDIES:

@@ -1,6 +1,7 @@
 """What is compared: every method is a run that main.py accepts, and studies share variants."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from evaluation.paper.methods import (
     LOWER_BIAS,
     PERFUSION,
     REFINED,
+    SHARES_LAYERS,
     TRAINING_BIAS,
+    WITH_SCENES,
 )
 from evaluation.paper.studies import PAPERS_RULE, STUDIES, StudyInputs, build_studies, register_study
 from ldm.cli.training import parse_training_options
@@ -108,11 +111,24 @@ def test_the_bundled_encoder_is_compared_on_its_own_base_alone() -> None:
     assert list(claims.check_claims(others["encoder"], claims.Results({}, {}))) == []
 
 
-def test_few_steps_are_those_of_the_fast_config() -> None:
-    fast = OmegaConf.load(CONFIG.with_name("perfusion-fast.yaml"))
-    for override in REFINED.overrides:
+@pytest.mark.parametrize(("method", "name"), [(REFINED, "perfusion-fast.yaml"), (WITH_SCENES, "perfusion-scenes.yaml")])
+def test_methods_with_a_config_of_their_own_have_its_settings(method: Method, name: str) -> None:
+    config = OmegaConf.load(CONFIG.with_name(name))
+    for override in method.overrides:
         key, _, value = override.partition("=")
-        assert OmegaConf.select(fast, key) == OmegaConf.from_dotlist([f"value={value}"]).value
+        assert OmegaConf.select(config, key) == OmegaConf.from_dotlist([f"value={value}"]).value
+
+
+def test_scenes_are_made_with_the_bundled_model_alone() -> None:
+    inputs = StudyInputs(BIASES, COMPARISON_BIASES, (0.4,), has_used_layers=True)
+    study = build_studies(inputs)["scenes"]
+    assert [curve.name for curve in study.curves] == ["Perfusion", SHARES_LAYERS.name, WITH_SCENES.name,
+                                                      "Perfusion, all layers"]
+    assert WITH_SCENES in build_studies(inputs)["two_concepts"].methods
+    for changes in ({"has_used_layers": False}, {"has_encoder": False}):
+        others = build_studies(replace(inputs, **changes))
+        assert others["scenes"].methods == [PERFUSION] and WITH_SCENES not in others["two_concepts"].methods
+        assert list(claims.check_claims(others["scenes"], claims.Results({}, {}))) == []
 
 
 def test_variants_override_generation_settings() -> None:
