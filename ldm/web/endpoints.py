@@ -43,7 +43,7 @@ class Endpoints:
             photos: photos of one subject, 1 to 20.
             kind: what it is, in plain words.
             word: its word in prompts; "": one that follows from the kind.
-            preset: "quick", "balanced" or "thorough"; for the bundled model also "seconds", by an encoder.
+            preset: "quick", "balanced" or "thorough"; for the bundled model also "seconds" and "closer".
             steps: training steps; 0: those of the preset.
             seed: the same seed learns the same concept.
             name: its name in the list.

@@ -1,4 +1,4 @@
-"""Training presets in plain words: shares of the steps that a config has, or a config with an encoder."""
+"""Training presets in plain words: shares of the steps that a config has, or configs of their own."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -24,19 +24,34 @@ PRESETS = {
     "thorough": Preset("Thorough: twice as long", 2.0),
 }
 
-SECONDS, SECONDS_LABEL = "seconds", "In seconds: an encoder looks at the photos, and a few steps follow"
-FAST_CONFIGS = {"configs/perfusion.yaml": "configs/perfusion-fast.yaml"}  # config of training -> of the same in seconds
+class ConfigPreset(NamedTuple):
+    """A preset that trains by a config of its own.
+
+    Attributes:
+        label: what the page shows.
+        config: its path, from the project's root.
+    """
+
+    label: str
+    config: str
 
 
-def fast_config(base: str) -> str | None:
-    """Return the config that trains with an encoder on the base model of another config; None: there is none."""
-    return next((fast for usual, fast in FAST_CONFIGS.items() if resolve_path(usual) == resolve_path(base)), None)
+# Usual training config -> presets of the same base model.
+CONFIG_PRESETS = {"configs/perfusion.yaml": {
+    "seconds": ConfigPreset("In seconds: an encoder looks at the photos, and a few steps follow",
+                            "configs/perfusion-fast.yaml"),
+    "closer": ConfigPreset("Closer: also learns from scenes with other things", "configs/perfusion-scenes.yaml"),
+}}
+
+
+def config_presets(base: str) -> dict[str, ConfigPreset]:
+    """Return the presets with configs of their own for the base model of a training config."""
+    return next((presets for usual, presets in CONFIG_PRESETS.items() if resolve_path(usual) == resolve_path(base)), {})
 
 
 def preset_labels(base: str) -> dict[str, str]:
     """Return the presets of a training config: names and what the page shows."""
-    labels = {SECONDS: SECONDS_LABEL} if fast_config(base) else {}
-    return labels | {name: preset.label for name, preset in PRESETS.items()}
+    return {name: preset.label for name, preset in {**PRESETS, **config_presets(base)}.items()}
 
 
 def preset_steps(preset: str, config_steps: int) -> int:

@@ -10,7 +10,7 @@ import gradio as gr
 from ldm.common.errors import UserError
 from ldm.web.choice import choice
 from ldm.web.numbers import whole_number_in
-from ldm.web.presets import SECONDS, fast_config, preset_labels, preset_steps, suggest_placeholder
+from ldm.web.presets import config_presets, preset_labels, preset_steps, suggest_placeholder
 from ldm.web.run_folder import RunSettings, check_title
 from ldm.web.site import SiteSettings
 
@@ -52,8 +52,9 @@ class TeachValues(NamedTuple):
         if self.preset not in presets:
             raise UserError(f"how long? Choose one of {', '.join(presets)}")
         config, steps = site.base, whole_number_in("training steps", self.steps, 0, MOST_STEPS) or None
-        if self.preset == SECONDS:
-            config = fast_config(site.base)
+        own = config_presets(site.base).get(self.preset)
+        if own is not None:
+            config = own.config
         else:
             steps = steps or preset_steps(self.preset, config_steps)
         return RunSettings(

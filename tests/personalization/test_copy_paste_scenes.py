@@ -104,11 +104,12 @@ def test_a_run_makes_scenes_and_repeats(tmp_path: Path, caplog: pytest.LogCaptur
     learned = []
     for name in ("a", "b"):
         with in_project_root(), caplog.at_level(logging.INFO):
-            run_main(["--base", "configs/perfusion.yaml", "-l", str(tmp_path / name), "--accelerator", "cpu",
+            run_main(["--base", "configs/perfusion-scenes.yaml", "-l", str(tmp_path / name), "--accelerator", "cpu",
                       *FEW_IMAGES, "--max_steps", "2", "data.params.batch_size=4", "model.params.copy_paste_scenes=2",
-                      "model.params.scene_steps=8", "model.params.scene_scale=2"])
+                      "model.params.scene_steps=8"])
         (logdir,) = (tmp_path / name).iterdir()
         learned.append(load_concepts(logdir / "concept.safetensors")[0])
     assert "2 scenes beside other things" in caplog.text
+    assert learned[0].used_layers == [] and len(learned[0].target_outputs_v) == 7
     for name, output in learned[0].target_outputs_v.items():
         assert torch.equal(output, learned[1].target_outputs_v[name])

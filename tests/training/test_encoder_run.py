@@ -46,10 +46,14 @@ def test_a_missing_encoder_is_reported_first(tmp_path: Path) -> None:
         run_main([*FAST, "-l", str(tmp_path / "logs"), "model.params.encoder=nowhere"])
 
 
-def test_the_fast_config_differs_only_in_what_it_is_for() -> None:
-    fast, usual = (OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / name), resolve=True)
-                   for name in ("perfusion-fast.yaml", "perfusion.yaml"))
-    for key in ("encoder", "encoder_strength", "value_lr", "used_layers"):
-        fast["model"]["params"].pop(key)
+@pytest.mark.parametrize(("name", "own"), [
+    ("perfusion-fast.yaml", ("encoder", "encoder_strength", "value_lr", "used_layers")),
+    ("perfusion-scenes.yaml", ("copy_paste_scenes", "scene_steps", "scene_scale", "other_layers_share"))])
+def test_configs_for_the_bundled_model_differ_only_in_what_they_are_for(name: str, own: tuple[str, ...]) -> None:
+    other, usual = (OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / file), resolve=True)
+                    for file in (name, "perfusion.yaml"))
+    assert {*own} <= {*other["model"]["params"]}
+    for key in own:
+        other["model"]["params"].pop(key)
         usual["model"]["params"].pop(key, None)
-    assert fast["model"] == usual["model"] and fast["data"] == usual["data"]
+    assert other["model"] == usual["model"] and other["data"] == usual["data"]

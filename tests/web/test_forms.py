@@ -61,11 +61,13 @@ def test_settings_of_a_run() -> None:
     assert TEACH._replace(steps=7).settings(SITE, 200).max_steps == 7
 
 
-def test_a_run_in_seconds_has_a_config_of_its_own() -> None:
-    settings = TEACH._replace(preset="seconds").settings(SITE, 200)
-    assert settings.config == "configs/perfusion-fast.yaml"
+@pytest.mark.parametrize(("preset", "config"), [
+    ("seconds", "configs/perfusion-fast.yaml"), ("closer", "configs/perfusion-scenes.yaml")])
+def test_presets_with_a_config_of_their_own(preset: str, config: str) -> None:
+    settings = TEACH._replace(preset=preset).settings(SITE, 200)
+    assert settings.config == config
     assert settings.max_steps is None and not settings.overrides  # those of the config
-    assert TEACH._replace(preset="seconds", steps=30).settings(SITE, 200).max_steps == 30
+    assert TEACH._replace(preset=preset, steps=30).settings(SITE, 200).max_steps == 30
 
 
 def test_other_models_are_not_taught_in_seconds() -> None:
@@ -76,7 +78,7 @@ def test_other_models_are_not_taught_in_seconds() -> None:
 
 @pytest.mark.parametrize(("name", "value", "message"), [
     ("kind", None, "what is it"), ("kind", " ", "what is it"), ("kind", "x" * 100, "at most 60"),
-    ("word", "x" * 100, "at most 60"), ("preset", "../x", "seconds, quick, balanced, thorough"),
+    ("word", "x" * 100, "at most 60"), ("preset", "../x", "quick, balanced, thorough, seconds, closer"),
     ("steps", NAN, "steps"), ("steps", -1, "steps"), ("seed", -1, "seed"), ("title", "x" * 100, "1 to 60")])
 def test_bad_values_of_a_run_are_named(name: str, value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
