@@ -93,7 +93,8 @@ def compute_covariance(options: CovarianceOptions) -> None:
     """
     from ldm.checkpoints import load
     from ldm.inference.model_config import read_model_config
-    from ldm.modules.covariance import TOKENS, encoder_fingerprint, estimate_covariance, save_covariance
+    from ldm.modules.covariance import TOKENS, encoder_fingerprint, estimate_covariance
+    from ldm.modules.covariance_files import save_covariance
     from ldm.util import pick_device
 
     if options.tokens not in TOKENS:

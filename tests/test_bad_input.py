@@ -26,7 +26,7 @@ from ldm.concepts.concept_file import save_perfusion_concepts
 from ldm.concepts.fingerprint import base_fingerprint
 from ldm.inference.model_config import read_model_config
 from ldm.modules.attention import name_text_layers
-from ldm.modules.covariance import save_covariance
+from ldm.modules.covariance_files import save_covariance
 from ldm.training.log_folder import log_folder
 
 TEDDY = ROOT / "models" / "mini" / "examples" / "teddy"

@@ -19,7 +19,7 @@ from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_co
 from ldm.concepts.embedding_file import load_learned_words, save_learned_words
 from ldm.concepts.storage import load_concepts
 from ldm.concepts.thumbnail import read_thumbnail, stored_thumbnail
-from ldm.modules.covariance import save_covariance
+from ldm.modules.covariance_files import save_covariance
 from ldm.modules.encoders.modules import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[1]

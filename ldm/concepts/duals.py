@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.common.errors import UserError
 from ldm.concepts.concept import Concept
-from ldm.modules.covariance import load_covariance
+from ldm.modules.covariance_files import load_covariance
 from ldm.modules.rank_one import dual_vectors, invert_covariance
 
 ENERGY_TOLERANCE = 0.02  # relative to ||i*||^2; 16-bit files change that of the mini model's concepts by at most 0.003

@@ -16,7 +16,7 @@ from ldm.concepts.prompt_weights import Prompt, check_syntax, parse_prompt, rest
 from ldm.inference.requests import GenerationRequest
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import PromptContext
-from ldm.modules.covariance import cached_covariance, load_covariance_for
+from ldm.modules.covariance_files import cached_covariance, load_covariance_for
 from ldm.modules.rank_one import invert_covariance
 
 PROMPTS_AT_A_TIME = 64  # encodings of a file of thousands of prompts would take gigabytes

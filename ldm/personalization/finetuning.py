@@ -16,7 +16,7 @@ from ldm.concepts.finetuned_prompt_encoder import FinetunedPromptEncoder
 from ldm.concepts.trainable_word import TrainableWord
 from ldm.data.concept_photos import ConceptPhotos
 from ldm.modules.context import PromptContext
-from ldm.modules.covariance import cached_covariance
+from ldm.modules.covariance_files import cached_covariance
 from ldm.modules.rank_one import invert_covariance
 from ldm.personalization.base import PersonalizationMethod
 from ldm.personalization.checks import check_positive

@@ -25,7 +25,7 @@ from ldm.data.templates import fill_template
 from ldm.models.concept_encoder import encode_photos, load_concept_encoder
 from ldm.modules.concept_encoder import read_encoder_config
 from ldm.modules.context import PromptContext
-from ldm.modules.covariance import cached_covariance, load_covariance_for
+from ldm.modules.covariance_files import cached_covariance, load_covariance_for
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.rank_one import PROJECTIONS, invert_covariance
 from ldm.modules.segmentation import ZeroShotSegmenter

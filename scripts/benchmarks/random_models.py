@@ -15,7 +15,8 @@ from ldm.common.files import save_tensors
 from ldm.concepts.concept import Concept
 from ldm.modules.attention import name_text_layers
 from ldm.modules.context import TextLayer
-from ldm.modules.covariance import encoder_fingerprint, save_covariance
+from ldm.modules.covariance import encoder_fingerprint
+from ldm.modules.covariance_files import save_covariance
 from ldm.util import instantiate_from_config
 from scripts.benchmarks.common import ROOT
 

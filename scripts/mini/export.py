@@ -48,7 +48,8 @@ from ldm.models.clip_images import CLIP_MEAN, CLIP_STD  # noqa: E402
 from ldm.models.mini.openclip import OpenCLIPTrainer  # noqa: E402
 from ldm.models.open_clip_folder import SETTINGS  # noqa: E402
 from ldm.modules.concept_encoder import EncoderSettings, save_encoder  # noqa: E402
-from ldm.modules.covariance import encoder_fingerprint, estimate_covariance, save_covariance  # noqa: E402
+from ldm.modules.covariance import encoder_fingerprint, estimate_covariance  # noqa: E402
+from ldm.modules.covariance_files import save_covariance  # noqa: E402
 from ldm.modules.encoders.clip import special_tokens  # noqa: E402
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder  # noqa: E402
 from ldm.modules.residual_segmenter import ResidualSegmenter  # noqa: E402

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.common.errors import UserError
 from ldm.concepts.duals import add_duals, add_duals_of
-from ldm.modules.covariance import save_covariance
+from ldm.modules.covariance_files import save_covariance
 
 
 def make_covariance() -> Tensor:

@@ -21,7 +21,7 @@ from ldm.common.files import save_tensors
 from ldm.concepts.concept import Concept
 from ldm.concepts.concept_file import save_perfusion_concepts
 from ldm.concepts.fingerprint import base_fingerprint
-from ldm.modules import covariance
+from ldm.modules import covariance_files
 from ldm.modules.attention import name_text_layers
 from ldm.util import instantiate_from_config
 
@@ -81,8 +81,9 @@ def write_model_files(folder: Path) -> ModelFiles:
     config["model"]["params"]["ckpt_path"] = str(checkpoint)
     OmegaConf.save(OmegaConf.create(config), folder / "base.yaml")
     with pytest.MonkeyPatch.context() as patch:  # the full corpus takes long even for this model
-        patch.setattr(covariance, "default_captions", lambda *_: [f"a photo of a {w}" for w in ("dog", "mug", "hat")])
-        covariance.cached_covariance(model.cond_stage_model, folder / "cache", progress=False)
+        patch.setattr(covariance_files, "default_captions",
+                      lambda *_: [f"a photo of a {w}" for w in ("dog", "mug", "hat")])
+        covariance_files.cached_covariance(model.cond_stage_model, folder / "cache", progress=False)
     teddy = random_concept(model, "<teddy>", "teddy bear", seed=1)
     mug = random_concept(model, "<mug>", "mug", seed=2)
     foreign = replace(teddy, base="0" * 64, base_samples="AAA8AA==")

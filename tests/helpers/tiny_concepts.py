@@ -12,7 +12,8 @@ from PIL import Image
 
 from helpers import tiny_models
 from ldm.data.concept_photos import ConceptPhotos
-from ldm.modules.covariance import encoder_fingerprint, save_covariance
+from ldm.modules.covariance import encoder_fingerprint
+from ldm.modules.covariance_files import save_covariance
 from ldm.personalization.base import PersonalizationMethod
 from ldm.training.concept_callbacks import ConceptSaver
 

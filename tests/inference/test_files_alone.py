@@ -14,7 +14,7 @@ from PIL import Image
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
 from ldm.concepts.duals import add_duals
 from ldm.inference import PerfusionPipeline, auto_bias, encoding
-from ldm.modules.covariance import cached_covariance
+from ldm.modules.covariance_files import cached_covariance
 from ldm.modules.rank_one import invert_covariance
 
 PROMPTS = ["a <teddy> next to a <mug>", PROMPT, "a <mug> outside", "a photo of a cat"]

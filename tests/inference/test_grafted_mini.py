@@ -22,7 +22,7 @@ from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.settings import GenerationSettings
 from ldm.modules.attention import name_text_layers
-from ldm.modules.covariance import load_covariance
+from ldm.modules.covariance_files import load_covariance
 from ldm.modules.edit import project_inputs
 from ldm.modules.encoders.prompts import PromptEncoder, word_vector
 from ldm.modules.rank_one import dual_vectors, invert_covariance, similarity

@@ -69,7 +69,7 @@ def test_files_load_and_more_of_them_later(family: Family, tmp_path: Any):
 
 @pytest.mark.slow
 def test_older_files_need_the_covariance(family: Family, tmp_path: Any):
-    from ldm.modules.covariance import save_covariance
+    from ldm.modules.covariance_files import save_covariance
     from ldm.modules.rank_one import dual_vectors, invert_covariance
 
     concept, root = replace(family.concepts[0], dual=None), torch.randn(16, 16)

@@ -22,7 +22,7 @@ from ldm.data.mini.scenes import SceneDataset
 from ldm.models.clip_encoder import ClipEncoder
 from ldm.models.clip_images import normalize_for_clip
 from ldm.models.open_clip_folder import load_openclip
-from ldm.modules.covariance import load_covariance
+from ldm.modules.covariance_files import load_covariance
 from ldm.modules.encoders.modules import TOKENIZER, FrozenCLIPEmbedder
 from ldm.modules.segmentation import ZeroShotSegmenter
 from ldm.util import instantiate_from_config

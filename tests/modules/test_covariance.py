@@ -13,20 +13,18 @@ from transformers import CLIPTextConfig
 
 from ldm.common.errors import UserError
 from ldm.common.files import load_tensors, save_tensors
-from ldm.modules import covariance as module
+from ldm.modules import covariance_files
 from ldm.modules.covariance import (
-    cached_covariance,
     condition_number,
     default_captions,
     encoder_fingerprint,
     estimate_covariance,
-    load_covariance,
     mean_energy,
     read_captions,
-    save_covariance,
     spread_evenly,
     token_covariance,
 )
+from ldm.modules.covariance_files import cached_covariance, load_covariance, save_covariance
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.rank_one import invert_covariance
 
@@ -317,7 +315,7 @@ def test_a_cache_that_cannot_be_written_is_not_an_error(
 def test_the_cache_is_in_the_users_folder_or_at_home(
     embedder: FrozenCLIPEmbedder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: bool
 ) -> None:
-    monkeypatch.setattr(module, "default_captions", lambda limit: [f"{limit} mugs"])
+    monkeypatch.setattr(covariance_files, "default_captions", lambda limit: [f"{limit} mugs"])
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("PERFUSION_CACHE", raising=False)
     if variable:

@@ -33,7 +33,7 @@ from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.settings import GenerationSettings
 from ldm.modules.context import PromptContext
-from ldm.modules.covariance import load_covariance
+from ldm.modules.covariance_files import load_covariance
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.rank_one import gate, invert_covariance, similarity
 from ldm.personalization.concept_names import as_list

@@ -18,7 +18,8 @@ from ldm.data.concept_photos import ConceptPhotos
 from ldm.inference.pipeline import PerfusionPipeline
 from ldm.inference.requests import GenerationRequest
 from ldm.inference.settings import GenerationSettings
-from ldm.modules.covariance import encoder_fingerprint, save_covariance
+from ldm.modules.covariance import encoder_fingerprint
+from ldm.modules.covariance_files import save_covariance
 from ldm.personalization.perfusion import Perfusion
 from ldm.training.concept_callbacks import ConceptSaver
 from ldm.util import instantiate_from_config

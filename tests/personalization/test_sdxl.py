@@ -17,7 +17,8 @@ from ldm.common.errors import UserError
 from ldm.concepts.concept_file import load_perfusion_concepts, save_perfusion_concepts
 from ldm.data.concept_photos import ConceptPhotos
 from ldm.modules.attention import name_text_layers
-from ldm.modules.covariance import encoder_fingerprint, save_covariance
+from ldm.modules.covariance import encoder_fingerprint
+from ldm.modules.covariance_files import save_covariance
 from ldm.modules.encoders.prompts import word_vector
 from ldm.modules.fast.sixteen_bits import to_sixteen_bits
 from ldm.personalization import base, placement

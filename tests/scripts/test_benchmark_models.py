@@ -16,7 +16,8 @@ from ldm.checkpoints.load import load_model
 from ldm.cli.training import parse_training_options
 from ldm.common.errors import UserError
 from ldm.concepts.concept_file import load_perfusion_concepts
-from ldm.modules.covariance import encoder_fingerprint, load_covariance
+from ldm.modules.covariance import encoder_fingerprint
+from ldm.modules.covariance_files import load_covariance
 from ldm.modules.segmentation import ZeroShotSegmenter
 from ldm.training.config import read_config
 from ldm.util import count_params, instantiate_from_config

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from transformers import CLIPTextConfig
 
 from ldm.checkpoints import load
-from ldm.modules.covariance import encoder_fingerprint, load_covariance, token_covariance
+from ldm.modules.covariance import encoder_fingerprint, token_covariance
+from ldm.modules.covariance_files import load_covariance
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import instantiate_from_config
 

@@ -28,7 +28,7 @@ from ldm.integrations.diffusers.base_model import check_pipeline, describe_base,
 from ldm.integrations.diffusers.loaded_concepts import LoadedConcepts
 from ldm.integrations.diffusers.prompts import EncodeCall, encode_packed
 from ldm.integrations.diffusers.words import Tower
-from ldm.modules.covariance import load_covariance
+from ldm.modules.covariance_files import load_covariance
 from ldm.modules.rank_one import invert_covariance
 
 log = logging.getLogger(__name__)
