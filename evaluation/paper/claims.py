@@ -212,6 +212,8 @@ def _scenes(study: Study, results: Results) -> Claims:
     own, *others = study.curves
     curves = {curve.variants[0].method: curve for curve in others}
     for method in (SHARES_LAYERS, WITH_SCENES) if others else ():
+        yield _is_above(f"{method.name}: a better trade-off than the last layer alone", results.curve(curves[method]),
+                        results.curve(own), (method.name, "the last layer"))
         for column, what in (("attributes", "shows the attributes"), ("exact_match", "matches the photos' sprite")):
             yield _happens_more(f"{method.name}: an image {what} more often than with the last layer alone", column,
                                 curves[method], own, results)

@@ -289,11 +289,12 @@ def test_what_scenes_and_shares_bring_is_counted() -> None:
     exact = {SHARES_LAYERS: 30.0, WITH_SCENES: 10.0}
 
     def means_of(variant: Variant) -> Means:
-        return {"text": 60.0, "image": 25.0, "attributes": 80.0, "own_kind": 70.0,
+        return {**on_the_front(variant), "attributes": 80.0, "own_kind": 70.0,
                 "exact_match": exact.get(variant.method, 20.0)}
 
     outcomes = outcomes_of("scenes", means_of)
     what = "an image matches the photos' sprite more often than with the last layer alone"
     assert outcomes[f"{SHARES_LAYERS.name}: {what}"] == SUPPORTED
     assert outcomes[f"{WITH_SCENES.name}: {what}"] == NOT_SUPPORTED
-    assert len(outcomes) == 6
+    assert outcomes[f"{SHARES_LAYERS.name}: a better trade-off than the last layer alone"] == NOT_SUPPORTED
+    assert len(outcomes) == 8
