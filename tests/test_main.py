@@ -111,7 +111,8 @@ def test_a_run_prints_where_its_files_are(teddy: SimpleNamespace) -> None:
     lines = [line for line in teddy.output.splitlines() if "Warning" not in line]
     size = teddy.concept.stat().st_size / 1e3
     assert f"logs in {teddy.folder}" in lines
-    assert f"concept <my-teddy>, a teddy bear, after {STEPS} steps: {teddy.concept} ({size:.1f} KB)" in lines
+    saved = f"concept <my-teddy>, a teddy bear, after {STEPS} steps: {teddy.concept} ({size:.1f} KB)"
+    assert saved in lines, teddy.output
     assert lines[-1].startswith("next: python scripts/txt2img.py --concept ")
     assert f"{STEPS}/{STEPS}" in teddy.output and "loss=" in teddy.output
     assert "Warning" not in teddy.output and "Traceback" not in teddy.output

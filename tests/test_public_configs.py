@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ldm.util import count_params, instantiate_from_config
 
-FOLDERS = ("configs/stable-diffusion/*.yaml", "configs/latent-diffusion/*.yaml", "configs/perfusion-[ls]*.yaml",
-           "models/ldm/*/config.yaml")
+FOLDERS = ("configs/stable-diffusion/*.yaml", "configs/latent-diffusion/*.yaml", "configs/perfusion-ldm.yaml",
+           "configs/perfusion-sd*.yaml", "models/ldm/*/config.yaml")
 CONFIGS = sorted(str(path.relative_to(ROOT)) for pattern in FOLDERS for path in ROOT.glob(pattern))
 BASES = [name for name in CONFIGS if model_section(name)["target"].endswith(".LatentDiffusion")
          and "personalization_config" not in model_section(name)["params"]]

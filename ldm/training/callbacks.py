@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -264,6 +265,11 @@ class StepProgress(TQDMProgressBar):
             self._last_shown = time.monotonic()
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
         bar.update(trainer.global_step - bar.n)
+
+    def on_train_end(self, *arguments: Any) -> None:
+        """Close the bar, and write its last newline at once: log lines, which go to stderr, would come before it."""
+        super().on_train_end(*arguments)
+        sys.stdout.flush()
 
     def get_metrics(self, trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, model)

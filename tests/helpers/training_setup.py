@@ -63,10 +63,11 @@ def resume_run(logdir: Path, *arguments: object) -> Path:
 
 
 def start_process(*command: object) -> subprocess.Popen[str]:
-    """Start a process in the project's folder, with stderr merged into stdout."""
+    """Start a process in the project's folder, stderr merged into stdout, buffered as in a user's pipe."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    environment.pop("PYTHONUNBUFFERED", None)
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")})
+                            stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def process_output(*command: object) -> str:
