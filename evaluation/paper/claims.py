@@ -214,11 +214,11 @@ def _scenes(study: Study, results: Results) -> Claims:
     for method in (SHARES_LAYERS, WITH_SCENES) if others else ():
         yield _is_above(f"{method.name}: a better trade-off than the last layer alone", results.curve(curves[method]),
                         results.curve(own), (method.name, "the last layer"))
-        for column, what in (("attributes", "shows the attributes"), ("exact_match", "matches the photos' sprite")):
-            yield _happens_more(f"{method.name}: an image {what} more often than with the last layer alone", column,
+        for column, what in (("attributes", "an image shows the attributes"),
+                             ("exact_match", "an image matches the photos' sprite"),
+                             ("own_kind", "beside another subject, a concept keeps its kind")):
+            yield _happens_more(f"{method.name}: {what} more often than with the last layer alone", column,
                                 curves[method], own, results)
-        yield _happens_more(f"{method.name}: beside another subject, a concept keeps its kind more often than with the "
-                            "last layer alone", "own_kind", curves[method], own, results)
 
 
 @claims_about("two_concepts")
@@ -279,10 +279,10 @@ def _claim_gap(text: str, gap: CurveGap, names: tuple[str, str], gained: str, eq
     return Claim(text, decide_gap(gap), evidence)
 
 
-def _is_more(text: str, differences: np.ndarray) -> Claim:
-    """Claim that differences (P, 1 + R) at equal biases are positive on average."""
+def _is_more(text: str, differences: np.ndarray, margin: float = MARGIN, unit: str = "") -> Claim:
+    """Claim that differences (P, 1 + R) at equal biases are positive on average; `margin` as for `decide`."""
     estimate = percentile_estimate(differences.mean(0))
-    return Claim(text, decide(estimate), f"{_signed(estimate)} at equal bias")
+    return Claim(text, decide(estimate, margin), f"{_signed(estimate)}{unit} at equal bias")
 
 
 def _follows_more(text: str, first: StudyCurve, second: StudyCurve, results: Results) -> Claim:
@@ -296,9 +296,8 @@ def _happens_more(text: str, column: str, first: StudyCurve, second: StudyCurve,
     """Claim that the first curve has more images with what a column of percents records, at the biases of both."""
     pairs = [[results.cells(variant, column) for variant in curve.variants]
              for curve in (_at_biases_of(second, first), _at_biases_of(first, second))]
-    difference = np.mean([np.subtract(*resampled_means(pair)) for pair in zip(*pairs, strict=True)], axis=0)
-    estimate = percentile_estimate(difference)
-    return Claim(text, decide(estimate, margin=0), f"{_signed(estimate)} % of images at equal bias")
+    differences = np.stack([np.subtract(*resampled_means(pair)) for pair in zip(*pairs, strict=True)])
+    return _is_more(text, differences, margin=0, unit=" % of images")
 
 
 def _rises(text: str, values: np.ndarray, ends: str) -> Claim:
